@@ -1,0 +1,152 @@
+"""``lens``: the logit lens of many rows in one call, and ``Readout``, what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xprobe_kernels import cpu, reference
+from xprobe_kernels.unembedding import Unembedding, describe
+
+MAX_TOP_K = 32
+MIB = 1 << 20
+
+# name -> (module with a `readout` function, device types it serves). `auto` takes the first that serves the device.
+BACKENDS = {"cpu": (cpu, ("cpu", "cuda")), "reference": (reference, ("cpu", "cuda"))}
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """What the lens says of R rows with A looked-up tokens each. Floating-point outputs are fp32 (fp64 for fp64 rows).
+
+    A row that holds NaN or infinity reads NaN (rank 0, id -1), and so does a look-up of -1; other rows are untouched.
+
+    Attributes
+    ----------
+    logits : Tensor [R, A]
+        Logits of the looked-up tokens, with bias, scale and soft-cap.
+    logsumexp : Tensor [R]
+        Natural logarithm of the sum of exponentials over the vocabulary; ``logits - logsumexp`` is in nats.
+    rank : Tensor [R, A], int64
+        1 + number of other tokens with a strictly larger logit. Logits closer than the rounding error of the
+        projection count as tied.
+    entropy : Tensor [R]
+        Of the lens distribution, in nats.
+    top_ids, top_logits : Tensor [R, k]
+        The k largest logits, largest first; of equal ones the lowest id first. None if k = 0.
+    kl : Tensor [R]
+        KL(final layer || this row) in nats. None unless ``final_rows`` was given.
+    backend, precision : str
+        What computed it.
+    """
+
+    logits: Tensor
+    logsumexp: Tensor
+    rank: Tensor
+    entropy: Tensor
+    top_ids: Tensor | None
+    top_logits: Tensor | None
+    kl: Tensor | None
+    backend: str
+    precision: str
+
+    @property
+    def log_probability(self) -> Tensor:
+        """Log-probability of the looked-up tokens [R, A], in nats."""
+        return self.logits - self.logsumexp[:, None]
+
+
+def available_backends(device: str | torch.device = "cpu") -> list[str]:
+    """Backends that can serve ``device`` here, the one that ``auto`` takes first."""
+    kind = torch.device(device).type
+    return [name for name, (_, kinds) in BACKENDS.items() if kind in kinds]
+
+
+def lens(
+    hidden: Tensor,
+    head: Unembedding,
+    lookup: Tensor,
+    *,
+    top_k: int = 0,
+    final_rows: Tensor | None = None,
+    backend: str = "auto",
+    precision: Literal["ieee", "tf32"] = "ieee",
+    workspace_bytes: int = 256 * MIB,
+) -> Readout:
+    """Logit lens of ``hidden``: logit, rank and log-normaliser of given tokens, entropy, top-k and KL, row by row.
+
+    The [R, V] logits are never held at once (the ``reference`` backend excepted).
+
+    Parameters
+    ----------
+    hidden : Tensor [R, D]
+        Residual-stream rows as the model left them, *before* the final norm; any number of layers stacked.
+    head : Unembedding
+        The model's final norm and unembedding.
+    lookup : Tensor [R] or [R, A], int64
+        Token ids to look up in each row; -1 for none.
+    top_k : int, 0 to 32
+        How many of the largest logits to return.
+    final_rows : Tensor [R], int64, optional
+        For each row, the index of the row that holds the final layer of the same position; asks for ``kl``.
+    backend : "auto" or one of ``available_backends(hidden.device)``
+    precision : "ieee" or "tf32"
+        "tf32" lets a GPU round fp32 operands of the projection to 10 mantissa bits.
+    workspace_bytes : int
+        Bound on temporary memory, in bytes.
+
+    Raises
+    ------
+    ValueError
+        Names the argument, its value and what was expected.
+    """
+    lookup = _checked_lookup(hidden, head, lookup)
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= min(MAX_TOP_K, head.vocab_size):
+        limit = min(MAX_TOP_K, head.vocab_size)
+        raise ValueError(f"top_k must be a whole number from 0 to {limit}, got {top_k!r}")
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes < MIB:
+        raise ValueError(f"workspace_bytes must be a whole number of at least {MIB} (1 MiB), got {workspace_bytes!r}")
+    if final_rows is not None:
+        _check_indices("final_rows", final_rows, hidden, (hidden.shape[0],), low=0, high=hidden.shape[0])
+    usable = available_backends(hidden.device)
+    name = usable[0] if backend == "auto" else backend
+    if name not in usable:
+        raise ValueError(f"backend must be 'auto' or one of {usable} on {hidden.device.type}, got {backend!r}")
+    module, _ = BACKENDS[name]
+    fields = module.readout(hidden, head, lookup, top_k, final_rows, workspace_bytes)
+    return Readout(**fields, backend=name, precision=precision)
+
+
+def _checked_lookup(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Tensor:
+    """Checks rows and look-ups against the head; returns the look-ups as [R, A]."""
+    if not isinstance(head, Unembedding):
+        raise ValueError(f"head must be an Unembedding, got {describe(head)}")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden must be a floating-point tensor of shape [R, {head.width}], got {describe(hidden)}")
+    if hidden.shape[1] != head.width:
+        raise ValueError(f"hidden has width {hidden.shape[1]}, the head's weight has width {head.width}")
+    if hidden.device != head.weight.device:
+        raise ValueError(f"hidden is on {hidden.device}, the head's weight is on {head.weight.device}: move one of them")
+    if not isinstance(lookup, Tensor) or lookup.ndim not in (1, 2):
+        raise ValueError(f"lookup must be an int64 tensor of shape [R] or [R, A], got {describe(lookup)}")
+    if lookup.ndim == 1:
+        lookup = lookup[:, None]
+    _check_indices("lookup", lookup, hidden, (hidden.shape[0], lookup.shape[1]), low=-1, high=head.vocab_size)
+    return lookup
+
+
+def _check_indices(name: str, value: object, hidden: Tensor, shape: tuple[int, ...], *, low: int, high: int) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be an int64 tensor of shape {list(shape)}, got {describe(value)}")
+    if value.device != hidden.device:
+        raise ValueError(f"{name} is on {value.device}, hidden is on {hidden.device}: move one of them")
+    if value.numel():
+        smallest, largest = (int(bound) for bound in value.aminmax())
+        if smallest < low or largest >= high:
+            wrong = smallest if smallest < low else largest
+            raise ValueError(f"{name} holds {wrong}; every entry must be from {low} to {high - 1}")

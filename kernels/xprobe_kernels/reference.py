@@ -1,0 +1,60 @@
+"""The definition of the lens in plain torch, fp64. Holds all logits at once; every other backend is tested against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xprobe_kernels.unembedding import Unembedding
+
+
+def logits(hidden: Tensor, head: Unembedding, dtype: torch.dtype = torch.float64) -> Tensor:
+    """All logits [R, V] of ``hidden`` [R, D], computed in ``dtype``."""
+    return head.finish(head.normalize(hidden.to(dtype)) @ head.weight.to(dtype).T)
+
+
+def readout(
+    hidden: Tensor,
+    head: Unembedding,
+    lookup: Tensor,
+    top_k: int,
+    final_rows: Tensor | None,
+    workspace_bytes: int,
+) -> dict[str, Any]:
+    """The fields of ``Readout``, by their definitions (docs/method.md); arguments as ``lens`` has checked them."""
+    out = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    finite = torch.isfinite(hidden).all(-1)
+    z = logits(torch.where(finite[:, None], hidden, torch.zeros_like(hidden)), head)
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    plogp = torch.where(p > 0, p * log_p, torch.zeros_like(p))
+
+    wanted = lookup >= 0
+    known = wanted & finite[:, None]
+    looked_up = z.gather(1, lookup.clamp(min=0))
+    rank = torch.stack([1 + (z > looked_up[:, a, None]).sum(-1) for a in range(lookup.shape[1])], 1)
+
+    top_ids = top_logits = kl = None
+    if top_k:
+        top_logits, top_ids = z.sort(dim=-1, descending=True, stable=True)
+        top_logits = _blank(top_logits[:, :top_k].to(out), finite[:, None])
+        top_ids = torch.where(finite[:, None], top_ids[:, :top_k], -1)
+    if final_rows is not None:
+        p_final, log_p_final = p[final_rows], log_p[final_rows]
+        terms = torch.where(p_final > 0, p_final * (log_p_final - log_p), torch.zeros_like(p))
+        kl = _blank(terms.sum(-1).clamp(min=0).to(out), finite & finite[final_rows])
+    return {
+        "logits": _blank(looked_up.to(out), known),
+        "logsumexp": _blank(z.logsumexp(-1).to(out), finite),
+        "rank": torch.where(known, rank, 0),
+        "entropy": _blank(-plogp.sum(-1).to(out), finite),
+        "top_ids": top_ids,
+        "top_logits": top_logits,
+        "kl": kl,
+    }
+
+
+def _blank(values: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep, values, torch.full_like(values, float("nan")))

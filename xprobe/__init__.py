@@ -1,0 +1,43 @@
+"""xprobe: at which layer a multilingual language model understands a question, and at which it finds the answer.
+
+>>> import xprobe
+>>> study = xprobe.run("smollm2-135m", data="builtin", setting="en-x")     # doctest: +SKIP
+>>> study.stability                                                        # doctest: +SKIP
+
+Names are resolved on first use: ``import xprobe`` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xprobe.config import StudyConfig
+    from xprobe.errors import XprobeError
+    from xprobe.results import Study, load_study
+    from xprobe.study import run
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "run": "xprobe.study",
+    "Study": "xprobe.results",
+    "load_study": "xprobe.results",
+    "StudyConfig": "xprobe.config",
+    "XprobeError": "xprobe.errors",
+}
+
+__all__ = ["Study", "StudyConfig", "XprobeError", "__version__", "load_study", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'xprobe' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Which prompts share a forward pass, and the forward pass that leaves chosen hidden rows in a buffer."""

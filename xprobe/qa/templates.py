@@ -1,0 +1,88 @@
+"""Prompt templates: the built-in one, or a TOML file of the user's (`templates/default.toml` says what it may hold)."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xprobe.errors import UsageError
+
+DEFAULT_TEMPLATE = Path(__file__).with_name("templates") / "default.toml"
+FORMATS = ("auto", "chat", "plain")
+FALLBACK_LANGUAGE = "en"
+_KEYS = ("format", "prompt", "cue", "separator")
+
+
+@dataclass(frozen=True)
+class Template:
+    """What surrounds context, question and answer: tables by language."""
+
+    format: str
+    prompt: dict[str, str]
+    cue: dict[str, str]
+    separator: dict[str, str]
+
+    def pieces(self, language: str, context: str, question: str) -> list[tuple[str, str]]:
+        """The prompt as (part, text) in order; parts are ``template``, ``context`` and ``question``."""
+        before, rest = _pick(self.prompt, language).split("{context}")
+        between, after = rest.split("{question}")
+        parts = [("template", before), ("context", context), ("template", between)]
+        return [*parts, ("question", question), ("template", after)]
+
+    def cue_for(self, language: str) -> str:
+        return _pick(self.cue, language)
+
+    def separator_for(self, language: str) -> str:
+        return _pick(self.separator, language)
+
+
+def load_template(name: str) -> Template:
+    """The template that ``name`` asks for: ``auto``, ``chat``, ``plain`` (built-in wording), or a TOML file's path.
+
+    Raises
+    ------
+    UsageError
+        No such file, or a file that is not a template; the message names the entry.
+    """
+    path = DEFAULT_TEMPLATE if name in FORMATS else Path(name).expanduser()
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"template {name!r} is neither one of {', '.join(FORMATS)} nor a readable file ({error.strerror})"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"template file {path} is not valid TOML in UTF-8: {error}") from error
+    unknown = sorted(set(values) - set(_KEYS))
+    if unknown:
+        raise UsageError(f"template file {path} has an unknown entry {unknown[0]!r}; known: {', '.join(_KEYS)}")
+    kind = name if name in FORMATS else values.get("format", "auto")
+    if kind not in FORMATS:
+        raise UsageError(f"template file {path}: format must be one of {', '.join(FORMATS)}, got {kind!r}")
+    prompt = _table(path, "prompt", values.get("prompt"))
+    for language, text in prompt.items():
+        if re.findall(r"\{(context|question)\}", text) != ["context", "question"]:
+            raise UsageError(
+                f"template file {path}: prompt ({language}) must hold {{context}} and then {{question}}, each once"
+            )
+    cue = _table(path, "cue", values.get("cue", "Answer:"))
+    separator = _table(path, "separator", values.get("separator", " "), strip=False)
+    return Template(kind, prompt, cue, separator)
+
+
+def _table(path: Path, key: str, value: Any, *, strip: bool = True) -> dict[str, str]:
+    table = {FALLBACK_LANGUAGE: value} if isinstance(value, str) else value
+    if not isinstance(table, dict) or not table or not all(isinstance(text, str) for text in table.values()):
+        raise UsageError(f"template file {path}: {key} must be a text, or a table of texts by language")
+    # a prompt must neither start nor end with blanks: chat templates strip them, and spans would move
+    return {language: text.strip() if strip else text for language, text in table.items()}
+
+
+def _pick(table: dict[str, str], language: str) -> str:
+    for key in (language, FALLBACK_LANGUAGE):
+        if key in table:
+            return table[key]
+    return next(iter(table.values()))
