@@ -54,4 +54,4 @@ def _alpha(sums: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         observed = within / n
         expected = 2 * (n * squares - np.square(total)) / (n * (n - 1))
-        return np.where(expected > 1e-12 * np.maximum(squares, 1.0), 1 - observed / expected, np.nan)
+        return np.where(expected > 1e-12 * squares / n, 1 - observed / expected, np.nan)

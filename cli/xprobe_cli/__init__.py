@@ -1,0 +1,1 @@
+"""The `xprobe` command: parses, calls the library, prints. Holds no analysis."""

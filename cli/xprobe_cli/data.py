@@ -1,0 +1,88 @@
+"""`xprobe data list | check | fetch`: what there is to ask."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import click
+
+from xprobe.errors import XprobeError
+from xprobe.qa.fetch import XQUAD_URL, fetch_xquad
+from xprobe.qa.parallel import XQUAD_LANGUAGES, load_data
+from xprobe_cli.options import Names, common, echo_json
+
+
+@click.group("data")
+def command() -> None:
+    """Question sets: list, check, fetch."""
+
+
+@command.command("list")
+@common
+def list_sets(as_json: bool) -> None:
+    """The sets that `--data` knows by name, and what they hold here."""
+    sets = []
+    for name in ("builtin", "xquad"):
+        try:
+            data = load_data(name)
+            paragraphs = {record.paragraph for records in data.records.values() for record in records.values()}
+            entry: dict[str, Any] = {"name": name, "languages": list(data.languages), "questions": len(data.ids)}
+            sets.append({**entry, "paragraphs": len(paragraphs), "missing": None})
+        except XprobeError as error:
+            sets.append({"name": name, "languages": [], "questions": 0, "paragraphs": 0, "missing": str(error)})
+    if as_json:
+        echo_json({"sets": sets})
+        return
+    for entry in sets:
+        held = f"{entry['questions']} questions on {entry['paragraphs']} paragraphs in {' '.join(entry['languages'])}"
+        click.echo(f"{entry['name']:<8}  {entry['missing'] or held}")
+    click.echo("\nAny folder of NAME.<lang>.json files in SQuAD v1.1 format works as well: xprobe run --data FOLDER")
+
+
+@command.command("check")
+@click.argument("data")
+@click.option("--languages", type=Names(), help="Check only these, comma-separated.")
+@click.option("--strict", is_flag=True, help="Stop at the first problem.")
+@common
+def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: bool) -> int:
+    """Validate every record of DATA: builtin, xquad, a folder, or one file. Exit code 1 if there are problems."""
+    found = load_data(data, languages, strict=strict)
+    if as_json:
+        echo_json({
+            "data": data,
+            "files": list(found.files),
+            "questions": {language: len(records) for language, records in found.records.items()},
+            "problems": [vars(problem) for problem in found.problems],
+        })  # fmt: skip
+        return 1 if found.problems else 0
+    for problem in found.problems:
+        click.echo(str(problem))
+    for language, records in found.records.items():
+        click.echo(f"{language}  {len(records)} usable questions")
+    counted = Counter(problem.reason for problem in found.problems)
+    kinds = "; ".join(f"{n} {reason}" for reason, n in counted.most_common())
+    click.echo(f"{len(found.problems)} problems{': ' + kinds if kinds else ''}")
+    return 1 if found.problems else 0
+
+
+@command.command("fetch")
+@click.argument("name", type=click.Choice(["xquad"]))
+@click.option("--languages", type=Names(), default=XQUAD_LANGUAGES, help="Only these. [default: all 12]")
+@click.option("--url", default=XQUAD_URL, show_default=True, help="Where the xquad.<lang>.json files lie.")
+@click.option("--force", is_flag=True, help="Download again what is already there.")
+@common
+def fetch(name: str, languages: tuple[str, ...], url: str, force: bool, as_json: bool) -> None:
+    """Download a set into the cache. XQuAD is licensed CC BY-SA 4.0."""
+    counts: dict[str, int] = {}
+
+    def report(language: str, questions: int) -> None:
+        counts[language] = questions
+        if not as_json:
+            click.echo(f"{language}  {questions} questions", err=True)
+
+    folder = fetch_xquad(languages, url=url, force=force, report=report)
+    if as_json:
+        echo_json({"folder": str(folder), "questions": counts})
+    else:
+        click.echo(f"{folder}\nuse it with: xprobe run --data {name}")

@@ -1,0 +1,90 @@
+"""The command group; subcommands are imported when they are called, so `xprobe --help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from xprobe import XprobeError, __version__
+
+COMMANDS = {  # name -> (module, one line for --help)
+    "run": ("xprobe_cli.run", "The main job: per-layer phase stability of a model over parallel questions."),
+    "data": ("xprobe_cli.data", "List, check and fetch question sets."),
+    "doctor": ("xprobe_cli.doctor", "Say what works here, and what each missing piece would add."),
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """Knows its commands' names and help lines without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return import_module(COMMANDS[name][0]).command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="xprobe")
+def group() -> None:
+    """At which layer does a multilingual language model understand a question, and at which does it find the answer?
+
+    `xprobe run` without arguments works on a small real model and a built-in question set.
+    """
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 failed with a message, 2 bad usage, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        result = group.main(arguments, prog_name="xprobe", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        return 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "xprobe"
+        _say(f"{' '.join(error.format_message().split())} (see {where} --help)")
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted")
+        return INTERRUPTED
+    except XprobeError as error:
+        if debug:
+            raise
+        _say(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: say no more
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        _say(f"unexpected {type(error).__name__}: {reason}. This is a fault in xprobe; --debug shows where")
+        return 1
+
+
+def _say(message: str) -> None:
+    click.echo(f"xprobe: error: {message}", err=True)
+
+
+def script() -> None:
+    """Console entry point."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    script()

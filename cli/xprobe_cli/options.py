@@ -1,0 +1,38 @@
+"""Options and parameter types that several commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error."
+)
+
+
+class Names(click.ParamType):
+    """A comma-separated list of names."""
+
+    name = "name,name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(part.strip() for part in value.split(","))
+        if not all(names):
+            self.fail(f"{value!r} is not a comma-separated list of names", param, ctx)
+        return names
+
+
+def echo_json(value: Any) -> None:
+    """The one JSON object of a ``--json`` run; NaN never occurs in it."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json`` and ``--debug``."""
+    return json_option(debug_option(command))

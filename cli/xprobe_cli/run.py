@@ -1,0 +1,136 @@
+"""`xprobe run`: the main job."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from xprobe.config import DEFAULT_MODEL, DTYPES, SETTINGS, SIGNALS, StudyConfig
+from xprobe_cli.options import Names, common, echo_json
+
+
+@click.command("run")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--data", default="builtin", show_default=True, metavar="builtin|xquad|DIR|FILE",
+              help="Question set: the built-in one, XQuAD, a folder of NAME.<lang>.json files, or one such file.")
+@click.option("--setting", "settings", multiple=True, type=click.Choice(list(SETTINGS)), default=("en-x",),
+              show_default=True, help="en-x: context and answer in English, question in x; x-x: all in x. Repeatable.")
+@click.option("--languages", type=Names(), help="Question languages, comma-separated. [default: all in the data]")
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first N questions, each in every language.")
+@click.option("--signals", type=Names(), default=("readiness",), metavar="NAMES",
+              help=f"Signals to compute, of {', '.join(SIGNALS)}. This version computes "
+                   f"{', '.join(name for name, ready in SIGNALS.items() if ready)}.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: a new one under runs/]")
+@click.option("--resume", is_flag=True, help="Continue the run in --out; what it holds is not computed again.")
+@click.option("--template", default="auto", show_default=True, metavar="auto|chat|plain|FILE",
+              help="Prompt wording; FILE is TOML (docs/prompts.md).")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="A torch device: cpu, cuda, cuda:1, ...")
+@click.option("--batch-tokens", type=click.IntRange(min=1), default=StudyConfig.batch_tokens, show_default=True,
+              help="Most tokens in one forward pass: lower it when memory runs out.")
+@click.option("--backend", default="auto", show_default=True, help="Lens backend; `xprobe doctor` lists them.")
+@click.option("--bootstrap", type=click.IntRange(min=1), default=StudyConfig.bootstrap, show_default=True,
+              help="Draws behind the 95% intervals.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--rows/--no-rows", "store_rows", default=True, show_default=True,
+              help="Keep hidden rows in the shards, for probes.")
+@click.option("--strict", is_flag=True, help="Make bad records fatal.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model run its own code.")
+@click.option("--allow-pickle", is_flag=True, help="Load weights from a pickle, which can run code.")
+@common
+def command(
+    model: str, settings: tuple[str, ...], out: Path | None, resume: bool, as_json: bool, **options: Any
+) -> int:  # fmt: skip
+    """Per-layer phase stability of MODEL over parallel questions.
+
+    MODEL is a Hugging Face id, a local folder, a .gguf file, or smollm2-135m (the default: a small real model).
+
+    \b
+    xprobe run
+    xprobe run --data xquad --languages en,de,zh,th --limit 20
+    xprobe run ./my-model --setting en-x --setting x-x --out runs/mine
+    """
+    if resume and out is None:
+        raise click.UsageError("--resume needs --out: the folder of the run to continue")
+    config = StudyConfig(model=model, settings=settings, **options)
+    from xprobe.study import _default_out, run_config
+    from xprobe_cli.tables import study_report
+
+    folder = out if out is not None else _default_out(config)
+    with Progress() as progress:
+        try:
+            study = run_config(config, out=folder, resume=resume, progress=progress)
+        except KeyboardInterrupt:
+            progress.close()
+            kept = f"; {progress.done} of {progress.total} examples are kept" if progress.total else ""
+            again = f"; the same command with --out {folder} --resume goes on" if folder.is_dir() else ""
+            click.echo(f"xprobe: interrupted{kept}{again}", err=True)
+            return 130
+    if as_json:
+        echo_json(study.to_dict())
+    else:
+        click.echo(study_report(study))
+    for line in left_out(study.manifest):
+        click.echo(line, err=True)
+    return 0
+
+
+def left_out(manifest: dict[str, Any]) -> list[str]:
+    """A few lines on records and examples that were left out; empty if there were none."""
+    lines = []
+    for what, items in manifest["left_out"].items():
+        if items:
+            lines.append(f"xprobe: {len(items)} {what} left out; the first: {items[0]} (all in manifest.json)")
+    return lines
+
+
+class Progress:
+    """A bar with rate and time left on stderr; silent when that is not a terminal."""
+
+    def __init__(self) -> None:
+        self.enabled = sys.stderr.isatty()
+        self.done = self.total = 0
+        self.stage = ""
+        self._bar: Any = None
+        self._started = 0.0
+        self._had = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self.stage:
+            self.close()
+            self.stage = stage
+        if total:
+            self.done, self.total = done, total
+        if not self.enabled:
+            return
+        if not total:
+            click.echo(f"{stage} ...", err=True)
+        elif self._bar is None:
+            self._started, self._had = time.monotonic(), done
+            self._bar = click.progressbar(
+                length=total, label=stage, file=sys.stderr, show_pos=True, item_show_func=self._rate, width=30
+            )
+            self._bar.__enter__()
+            self._bar.update(done)
+        else:
+            self._bar.update(done - self._bar.pos, current_item=done)
+
+    def _rate(self, done: int | None) -> str | None:
+        seconds = time.monotonic() - self._started
+        return f"{(self.done - self._had) / seconds:.1f} examples/s" if done and seconds > 0 else None
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

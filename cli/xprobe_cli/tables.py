@@ -1,0 +1,87 @@
+"""The terminal's tables: plain text, aligned, with small bars where there is room."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xprobe.results import Study
+
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+BAR = 8
+BARS_FROM = 92  # columns of terminal
+
+
+def study_report(study: Study) -> str:
+    """The per-layer table of every setting with its summary lines, and where the files are."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    parts = [_setting_report(study.of(setting), width) for setting in study.settings]
+    return "\n\n".join([*parts, f"files     {study.path}"])
+
+
+def _setting_report(study: Study, width: int) -> str:
+    entry = study.manifest["results"][study.setting]
+    title = f"{study.manifest['model']['name']} · {study.setting} · {entry['n']} examples, {entry['paragraphs']} paragraphs"
+    return "\n".join([title, "", *_layer_lines(study, bars=width >= BARS_FROM), "", *_summary_lines(study, entry)])
+
+
+def _layer_lines(study: Study, bars: bool) -> list[str]:
+    def with_bar(value: float) -> str:
+        return f"{_number(value, 3):>6}" + (f" {bar(value)}" if bars else "")
+
+    wide = 7 + BAR if bars else 6
+    header = f"layer  phase  {'stability':<{wide}}  {'95% interval':<14}  {'readiness':<{max(wide, 9)}}  {'log p':>7}  {'rank':>7}  {'entropy':>7}"
+    lines = [header, "─" * len(header)]
+    phase = 1
+    for layer, row in study.stability.iterrows():
+        if row["phase"] != phase:
+            phase = row["phase"]
+            lines.append(f"{'┄┄ retrieval onset ':┄<{len(header)}}")
+        interval = f"[{_number(row['stability_lo'], 3)}, {_number(row['stability_hi'], 3)}]"
+        lines.append(
+            f"{layer:>5}  {int(row['phase']):>5}  {with_bar(row['stability']):<{wide}}  {interval:<14}  "
+            f"{with_bar(row['readiness']):<{max(wide, 9)}}  {_number(row['log_probability'], 2):>7}  "
+            f"{_number(row['rank'], 0):>7}  {_number(row['entropy'], 2):>7}"
+        )
+    return [line.rstrip() for line in lines]
+
+
+def _summary_lines(study: Study, entry: dict[str, Any]) -> list[str]:
+    manifest, counts = study.manifest, study.manifest["counts"]
+    languages = "  ".join(f"{name} {_number(v['boundary']['value'], 1)}" for name, v in entry["languages"].items())
+    boundary = f"layer {_estimate(entry['boundary'], 1)} of {manifest['model']['n_blocks']}"
+    phased = f"{100 * entry['phased_fraction']:.0f}% of examples phased"
+    skipped = sum(counts["skipped"].values())
+    why = "".join(f"; {n} {reason}" for reason, n in counts["skipped"].items())
+    bad = sum(counts["bad_records"].values())
+    if entry["alpha"]["value"] is None:
+        alpha = "undefined: it needs two languages and onsets that differ"
+    else:
+        alpha = f"alpha {_estimate(entry['alpha'], 3)}   1: all languages agree, 0: chance"
+    return [
+        f"boundary  {boundary}; {phased}; by language: {languages}",
+        f"stability {alpha}",
+        f"parity    {manifest['parity_error']:.1e} nats; {skipped} examples skipped{why}; {bad} bad records",
+    ]
+
+
+def _estimate(estimate: dict[str, float | None], digits: int) -> str:
+    value, lo, hi = (_number(estimate[name], digits) for name in ("value", "lo", "hi"))
+    return f"{value} [{lo}, {hi}]"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def bar(value: float | None, cells: int = BAR) -> str:
+    """A bar for a value from 0 to 1, in eighths of a cell; ``#`` where the terminal has no such letters."""
+    if value is None or value != value:
+        return " " * cells
+    eighths = round(min(max(value, 0.0), 1.0) * cells * 8)
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    if "utf" not in encoding:
+        return ("#" * round(eighths / 8)).ljust(cells)
+    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()).ljust(cells)
