@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +94,11 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
     location = source.location
     if source.kind == "gguf":
         location = str(gguf.converted(Path(source.location)))
-    options = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if source.kind == "hub" and not _hub_answers():
+        if not _in_hub_cache(location):
+            raise ModelError(_unknown(source))
+        options["local_files_only"] = True
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
@@ -159,17 +166,42 @@ def _check_folder(folder: Path, name: str) -> None:
         raise ModelError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...): save one into the folder")
 
 
+def _hub_answers() -> bool:
+    """False where the hub's name cannot be looked up: asking it would only mean half a minute of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def _unknown(source: Source) -> str:
+    return (
+        f"unknown model {source.name!r}: not an alias ({', '.join(gguf.ALIASES)}), no such folder or .gguf file here, "
+        "and the Hugging Face hub does not answer or has no model of that name"
+    )
+
+
 def _explain(source: Source, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    if source.kind == "hub":
-        cause = error
-        while cause is not None and not any(w in type(cause).__name__ for w in ("Connection", "Offline", "Timeout")):
-            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-        if cause is not None or "couldn't connect" in reason or "not a valid model identifier" in reason:
-            return (
-                f"unknown model {source.name!r}: not an alias ({', '.join(gguf.ALIASES)}), no such folder or .gguf file "
-                "here, and the Hugging Face hub does not answer or has no model of that name"
-            )
+    if source.kind == "hub" and ("not a valid model identifier" in reason or "couldn't connect" in reason):
+        return _unknown(source)
     if "safetensors" in reason and not isinstance(error, ImportError):
         reason += ". Weights in a pickle can run code: --allow-pickle loads them all the same"
     if "trust_remote_code" in reason:

@@ -1,0 +1,173 @@
+"""Anatomy on tiny random models of many families: the lens equals the model's own modules at every layer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.families import FAMILIES, random_ids, tiny_model
+from xprobe_kernels import lens
+
+from xprobe.capture.engine import capture_group
+from xprobe.capture.plan import Group
+from xprobe.errors import ModelError, ParityError
+from xprobe.models.anatomy import inspect, watch_states
+from xprobe.models.parity import check_parity
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def double(family):
+    """(model, anatomy) of the family in fp64."""
+    model = tiny_model(family, dtype=torch.float64)
+    return model, inspect(model)
+
+
+def prompt(length: int, answer: int, seed: int) -> SimpleNamespace:
+    """The parts of a Prompt that capture and parity use."""
+    ids = random_ids(1, length + answer, seed)[0].tolist()
+    return SimpleNamespace(
+        ids=tuple(ids),
+        length=length,
+        targets=tuple(ids[length:]),
+        answer_positions=range(length - 1, len(ids) - 1),
+        spans={"question": (2, 5)},
+    )
+
+
+def own_lens(model, anatomy, hidden: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of ``hidden`` by the model's own final norm and head, called as the model calls them.
+
+    The last block's output is replaced by ``hidden`` during a forward pass: whatever the model does after its blocks
+    (norm, projection, bias, scale, soft-cap) is then done to ``hidden`` by the model itself.
+    """
+
+    def replaced(module, args, output):
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        return rows if isinstance(output, torch.Tensor) else (rows, *output[1:])
+
+    hook = anatomy.blocks[-1].register_forward_hook(replaced)
+    try:
+        with torch.inference_mode():
+            return model(input_ids=random_ids(1, hidden.shape[0]), use_cache=False).logits[0].log_softmax(-1)
+    finally:
+        hook.remove()
+
+
+def states_of(model, anatomy, ids: torch.Tensor) -> list[torch.Tensor]:
+    states: list[torch.Tensor] = []
+    with torch.inference_mode(), watch_states(anatomy.blocks, lambda layer, hidden: states.append(hidden.clone())):
+        model(input_ids=ids, use_cache=False)
+    return states
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_lens_equals_the_models_own_modules_at_every_layer(double, backend):
+    model, anatomy = double
+    states = states_of(model, anatomy, random_ids(1, 12))
+    assert len(states) == anatomy.n_layers == 5
+    for state in states:
+        rows = state[0]
+        wanted = own_lens(model, anatomy, rows)
+        gold = torch.arange(10, 22)
+        values = lens(rows, anatomy.head, gold, backend=backend)
+        assert torch.allclose(values.log_probability[:, 0], wanted.gather(1, gold[:, None])[:, 0], rtol=0, atol=1e-6)
+        entropy = -(wanted.exp() * wanted.nan_to_num(neginf=0.0)).sum(-1)
+        assert torch.allclose(values.entropy, entropy, rtol=0, atol=1e-6)
+        rank = 1 + (wanted > wanted.gather(1, gold[:, None])).sum(-1)
+        assert torch.equal(values.rank[:, 0], rank)
+
+
+def test_hooks_see_what_output_hidden_states_shows_below_the_last_layer(double):
+    model, anatomy = double
+    ids = random_ids(1, 12)
+    states = states_of(model, anatomy, ids)
+    with torch.inference_mode():
+        shown = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    assert len(shown) == len(states)
+    for own, theirs in zip(states[:-1], shown[:-1], strict=True):
+        assert torch.equal(own, theirs)
+
+
+def test_captured_rows_of_a_padded_batch_equal_single_runs(double):
+    model, anatomy = double
+    prompts = tuple(prompt(length, answer, seed) for seed, (length, answer) in enumerate([(9, 3), (20, 1), (14, 5)]))
+    captured = capture_group(model, anatomy, Group("g", prompts), batch_tokens=1000)
+    for at, item in enumerate(prompts):
+        states = states_of(model, anatomy, torch.tensor([item.ids]))
+        rows = slice(int(captured.offsets[at]), int(captured.offsets[at + 1]))
+        for layer, state in enumerate(states):
+            wanted = state[0, list(item.answer_positions)]
+            assert torch.allclose(captured.answers[layer, rows], wanted, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(captured.questions[layer, at].double(), state[0, 2:5].mean(0), rtol=1e-5, atol=1e-5)
+    assert captured.targets.tolist() == [token for item in prompts for token in item.targets]
+
+
+def test_batches_of_any_size_capture_the_same_rows(double):
+    model, anatomy = double
+    group = Group("g", tuple(prompt(8 + seed, 1 + seed % 3, seed) for seed in range(6)))
+    together = capture_group(model, anatomy, group, batch_tokens=1000)
+    alone = capture_group(model, anatomy, group, batch_tokens=1)
+    assert torch.allclose(together.answers, alone.answers, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_holds(family, dtype):
+    model = tiny_model(family, dtype=dtype)
+    error = check_parity(model, inspect(model), [prompt(9, 3, 0), prompt(20, 2, 1)])
+    assert error < (1e-3 if dtype == torch.float32 else 0.2)
+
+
+def test_parity_fails_when_the_head_is_not_the_models(family):
+    model = tiny_model(family)
+    anatomy = inspect(model)
+    other = inspect(tiny_model(family, seed=1))
+    with pytest.raises(ParityError, match="off the model's own log-probabilities"):
+        check_parity(model, type(anatomy)(anatomy.blocks, other.head, anatomy.names), [prompt(9, 3, 0)])
+
+
+def test_nothing_is_left_on_the_model(family):
+    model = tiny_model(family)
+    inspect(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("kind", "word"), [("bert", "later tokens"), ("xlm-roberta", "later tokens")])
+def test_encoders_are_refused(kind, word):
+    from support.families import COMMON
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON)).eval()
+    with pytest.raises(ModelError, match=word):
+        inspect(model)
+
+
+def test_a_head_that_does_more_than_scale_and_cap_is_refused():
+    model = tiny_model("llama")
+
+    class Crooked(torch.nn.Linear):
+        def forward(self, rows):
+            return super().forward(rows).pow(3)
+
+    crooked = Crooked(32, 160, bias=False)
+    crooked.weight = model.lm_head.weight
+    model.lm_head = crooked
+    with pytest.raises(ModelError, match="scale and soft-cap"):
+        inspect(model)
+
+
+def test_an_unknown_norm_is_refused():
+    model = tiny_model("llama")
+
+    class Halved(torch.nn.Module):
+        def forward(self, rows):
+            return rows / rows.abs().max(-1, keepdim=True).values
+
+    model.model.norm = Halved()
+    with pytest.raises(ModelError, match="neither RMSNorm nor LayerNorm"):
+        inspect(model)

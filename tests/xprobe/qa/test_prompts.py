@@ -1,0 +1,170 @@
+"""Prompts: spans that hold the text and nothing more, answers that follow, examples that do not fit set aside."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from support.families import tiny_tokenizer
+
+from xprobe.errors import ModelError, PromptError
+from xprobe.qa.parallel import load_data
+from xprobe.qa.prompts import NOT_VERIFIED, TOO_LONG, Prompt, build_prompts
+from xprobe.qa.templates import load_template
+
+KINDS = ("byte_bpe", "byte_bpe_large", "metaspace_bpe", "unigram")
+CHATML = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+BRACKETS = (  # strips the message and puts a blank before the assistant's words, as Llama 2 does
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<s>[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request):
+    return tiny_tokenizer(request.param)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_data("builtin").examples(["en-x", "x-x"])
+
+
+def squeeze(text: str) -> str:
+    """Without blanks, and in the compatibility form that SentencePiece models store."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def decoded(tokenizer, prompt: Prompt, name: str) -> str:
+    return tokenizer.decode(prompt.ids[slice(*prompt.spans[name])], clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_every_span_of_every_language_decodes_to_its_text(tokenizer, examples, template):
+    tokenizer.chat_template = CHATML
+    prompts, skipped = build_prompts(examples, tokenizer, load_template(template), None)
+    assert not skipped
+    assert [p.example for p in prompts] == examples
+    for prompt in prompts:
+        example = prompt.example
+        wanted = {"context": example.context, "question": example.question, "answer_in_context": example.answer}
+        for name, text in wanted.items():
+            assert squeeze(text) in squeeze(decoded(tokenizer, prompt, name)), (example.id, name)
+        assert squeeze(tokenizer.decode(prompt.targets)) == squeeze(example.answer)
+
+
+def test_no_token_of_a_span_could_be_left_out(tokenizer, examples):
+    prompts, _ = build_prompts(examples, tokenizer, load_template("plain"), None)
+    for prompt in prompts:
+        for name, text in (("question", prompt.example.question), ("answer_in_context", prompt.example.answer)):
+            start, stop = prompt.spans[name]
+            for shorter in (prompt.ids[start + 1 : stop], prompt.ids[start : stop - 1]):
+                left = tokenizer.decode(shorter, clean_up_tokenization_spaces=False)
+                assert squeeze(text) not in squeeze(left), (prompt.example.id, name)
+
+
+def test_the_gold_answer_lies_inside_the_context_and_the_context_before_the_question(tokenizer, examples):
+    prompts, _ = build_prompts(examples, tokenizer, load_template("plain"), None)
+    for prompt in prompts:
+        (start, stop), (first, last) = prompt.spans["context"], prompt.spans["answer_in_context"]
+        assert start <= first < last <= stop
+        assert stop <= prompt.spans["question"][0] < prompt.length
+        taken = stop - start + prompt.spans["question"][1] - prompt.spans["question"][0]
+        assert len(prompt.template_positions) == prompt.length - taken
+
+
+def test_each_answer_position_is_followed_by_its_target(tokenizer, examples):
+    prompts, _ = build_prompts(examples[:20], tokenizer, load_template("plain"), None)
+    for prompt in prompts:
+        assert [prompt.ids[at + 1] for at in prompt.answer_positions] == list(prompt.targets)
+        assert prompt.answer_positions[0] == prompt.length - 1
+
+
+def test_prompt_tokens_are_what_the_model_would_see_without_the_answer(tokenizer, examples):
+    tokenizer.chat_template = CHATML
+    prompts, _ = build_prompts(examples[:20], tokenizer, load_template("chat"), None)
+    for prompt in prompts:
+        text = tokenizer.decode(prompt.ids[: prompt.length], skip_special_tokens=False)
+        assert squeeze(text).removesuffix("<unk>").endswith("<s>assistant")  # the unigram has no line break
+        assert squeeze(prompt.example.question) in squeeze(text)
+
+
+def test_prompts_on_one_context_share_their_beginning(tokenizer):
+    data = load_data("builtin", ["en", "th", "zh"])
+    prompts, _ = build_prompts(data.examples(["en-x"], limit=4), tokenizer, load_template("plain"), None)
+    stop = prompts[0].spans["context"][1]
+    assert len({prompt.ids[: stop - 1] for prompt in prompts}) == 1
+
+
+def test_the_blank_that_a_chat_template_puts_before_the_answer_is_kept():
+    tokenizer = tiny_tokenizer("byte_bpe")
+    tokenizer.chat_template = BRACKETS
+    example = load_data("builtin", ["en"]).examples(["en-x"], limit=1)[0]
+    (prompt,), _ = build_prompts([example], tokenizer, load_template("chat"), None)
+    assert tokenizer.decode(prompt.targets) == " " + example.answer
+    assert tokenizer.decode(prompt.ids[: prompt.length]).endswith("[/INST]")
+
+
+def test_examples_longer_than_the_window_are_set_aside_and_never_cut():
+    tokenizer = tiny_tokenizer("byte_bpe")
+    examples = load_data("builtin", ["en", "th"]).examples(["x-x"], limit=3)
+    whole, none = build_prompts(examples, tokenizer, load_template("plain"), None)
+    assert not none
+    window = max(len(p.ids) for p in whole) - 1
+    kept, skipped = build_prompts(examples, tokenizer, load_template("plain"), window)
+    assert {s.reason for s in skipped} == {TOO_LONG}
+    assert [p.ids for p in kept] == [p.ids for p in whole if len(p.ids) <= window]
+    assert str(window) in skipped[0].detail
+    exact, skipped = build_prompts(examples, tokenizer, load_template("plain"), window + 1)
+    assert len(exact) == len(examples)
+    assert not skipped
+
+
+def test_a_span_that_does_not_decode_to_its_text_is_reported_and_the_rest_goes_on():
+    tokenizer = tiny_tokenizer("words")  # loses words it has not seen
+    examples = load_data("builtin").examples(["x-x"])
+    prompts, skipped = build_prompts(examples, tokenizer, load_template("plain"), None)
+    assert len(prompts) + len(skipped) == len(examples)
+    assert skipped
+    assert {s.reason for s in skipped} == {NOT_VERIFIED}
+    assert all("decodes to" in s.detail or "no token" in s.detail for s in skipped)
+
+
+def test_end_of_text_tokens_of_the_tokenizer_do_not_end_the_prompt():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer("byte_bpe")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    example = load_data("builtin", ["en"]).examples(["en-x"], limit=1)[0]
+    (prompt,), _ = build_prompts([example], tokenizer, load_template("plain"), None)
+    assert prompt.ids[0] == 1
+    assert 2 not in prompt.ids
+
+
+def test_chat_format_without_a_chat_template_says_what_to_do():
+    tokenizer = tiny_tokenizer("byte_bpe")
+    example = load_data("builtin", ["en"]).examples(["en-x"], limit=1)
+    with pytest.raises(PromptError, match="--template plain"):
+        build_prompts(example, tokenizer, load_template("chat"), None)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0]['content'] | upper }}"])
+def test_a_chat_template_that_fails_or_changes_the_message_is_refused(template):
+    tokenizer = tiny_tokenizer("byte_bpe")
+    tokenizer.chat_template = template
+    example = load_data("builtin", ["en"]).examples(["en-x"], limit=1)
+    with pytest.raises(PromptError, match="--template plain"):
+        build_prompts(example, tokenizer, load_template("chat"), None)
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ModelError, match="offsets"):
+        build_prompts([], Slow(), load_template("plain"), None)
