@@ -54,7 +54,7 @@ def capture_group(model: Any, anatomy: Anatomy, group: Group, batch_tokens: int)
         rows = torch.cat([torch.arange(int(offsets[i]), int(offsets[i + 1])) for i in batch]).to(device)
         places = torch.tensor(batch, device=device)
         spans, n_answer = _spans(members)
-        ids, mask = pad(members, device)
+        ids = pad(members, device)
         buffer = torch.empty(spans.shape[0], width, dtype=model.dtype, device=device)
 
         def receive(
@@ -66,20 +66,21 @@ def capture_group(model: Any, anatomy: Anatomy, group: Group, batch_tokens: int)
             questions[layer, places] = buffer[n_answer:]
 
         with torch.inference_mode(), watch_states(anatomy.blocks, receive):
-            decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+            decoder(input_ids=ids, use_cache=False)
     targets = torch.tensor([token for prompt in group.prompts for token in prompt.targets], device=device)
     return Captured(answers, offsets, questions, targets)
 
 
-def pad(prompts: list[Prompt], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask [B, T], padded on the right: a causal model's earlier states do not see it."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
+def pad(prompts: list[Prompt], device: torch.device) -> Tensor:
+    """Token ids [B, T], padded on the right with id 0, to be run *without* an attention mask.
+
+    A causal model's states at real positions cannot see what comes later, so no mask is needed; and a mask can hurt:
+    rows that it leaves with nothing to attend to become NaN in some attention implementations, and spread.
+    """
+    ids = torch.zeros(len(prompts), max(len(prompt.ids) for prompt in prompts), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
-        mask[row, : len(prompt.ids)] = 1
-    return ids.to(device), mask.to(device)
+    return ids.to(device)
 
 
 def _spans(prompts: list[Prompt]) -> tuple[Tensor, int]:

@@ -32,9 +32,9 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: s
         if layer == anatomy.n_layers - 1:
             last.append(hidden)
 
-    ids, mask = pad(prompts, model.device)
+    ids = pad(prompts, model.device)
     with torch.inference_mode(), watch_states(anatomy.blocks, receive):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
     places = [(row, at) for row, prompt in enumerate(prompts) for at in prompt.answer_positions]
     rows, positions = torch.tensor(places, device=model.device).unbind(1)
     targets = torch.tensor([token for prompt in prompts for token in prompt.targets], device=model.device)
