@@ -91,8 +91,12 @@ class StudyConfig:
         if self.languages is not None and not self.languages:
             raise UsageError("languages is empty: name at least one, or leave it out for all that the data holds")
         _known("dtype", (self.dtype,), DTYPES)
-        if self.limit is not None and (isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1):
-            raise UsageError(f"limit must be a whole number of at least 1, got {self.limit!r}; leave it out for no limit")
+        if self.limit is not None and (
+            isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1
+        ):
+            raise UsageError(
+                f"limit must be a whole number of at least 1, got {self.limit!r}; leave it out for no limit"
+            )
         for name, least in (("bootstrap", 1), ("permutations", 20), ("batch_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -109,7 +113,8 @@ class StudyConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UsageError(f"configuration has unknown entries {unknown}; known: {sorted(known)}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
 
 def _known(what: str, values: tuple[str, ...], allowed: Any) -> None:

@@ -36,7 +36,11 @@ PIECES = {
     "scikit-learn": (False, "probes", "pip install 'xprobe[probes]'"),
     "matplotlib": (False, "figures", "pip install 'xprobe[plot]'"),
     "triton": (False, "fused kernels on a GPU", "pip install 'xprobe[gpu]'"),
-    "sentencepiece": (False, "SentencePiece tokenizers without a tokenizer.json", "pip install 'xprobe[sentencepiece]'"),
+    "sentencepiece": (
+        False,
+        "SentencePiece tokenizers without a tokenizer.json",
+        "pip install 'xprobe[sentencepiece]'",
+    ),
 }
 
 
@@ -64,7 +68,9 @@ def _device() -> list[Check]:
         cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         accelerator = Check("accelerator", True, ", ".join(cards))
     else:
-        accelerator = Check("accelerator", False, "none that torch sees; a CUDA or ROCm device makes large models practical")
+        accelerator = Check(
+            "accelerator", False, "none that torch sees; a CUDA or ROCm device makes large models practical"
+        )
     flags = _cpu_flags()
     units = [label for flag, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if flag in flags]
     matrix = f"bf16 units: {' and '.join(units)}" if units else "no bf16 units found"
@@ -117,7 +123,9 @@ def _data() -> list[Check]:
     for name in ("builtin", "xquad"):
         try:
             files = find_files(name)
-            checks.append(Check(f"data: {name}", True, f"{len(files)} languages in {next(iter(files.values())).parent}"))
+            checks.append(
+                Check(f"data: {name}", True, f"{len(files)} languages in {next(iter(files.values())).parent}")
+            )
         except XprobeError as error:
             checks.append(Check(f"data: {name}", False, str(error)))
     return checks

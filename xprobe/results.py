@@ -66,7 +66,7 @@ class Study:
         """One row per layer: phase, stability, stability_lo, stability_hi, readiness, rank, ..."""
         from xprobe.report.tables import stability_table
 
-        return stability_table(self.layers, self.setting, self.boundary["value"])
+        return stability_table(self.layers, self.setting)
 
     @property
     def languages(self) -> pd.DataFrame:
@@ -102,7 +102,8 @@ class Study:
         entry = self.manifest["results"][self.setting]
         table = self.stability.reset_index()
         layers = [
-            {name: (None if value != value else value) for name, value in row.items()} for row in table.to_dict("records")
+            {name: (None if value != value else value) for name, value in row.items()}
+            for row in table.to_dict("records")
         ]
         return {**{k: v for k, v in entry.items() if k != "n"}, "layers": layers}
 

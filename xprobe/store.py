@@ -58,7 +58,7 @@ class RunFolder:
             raise UsageError(f"{path} is not a run folder: it holds no {MANIFEST}")
         return cls(path)
 
-    # -- manifest ---------------------------------------------------------------------------------------------------
+    # -- manifest --------------------------------------------------------------------------------------------
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; empty if there is none yet."""
@@ -70,7 +70,9 @@ class RunFolder:
             if not isinstance(manifest, dict):
                 raise ValueError("not an object")
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"cannot read {path} ({error}): the run cannot be used; start it in a new folder") from error
+            raise RunFolderError(
+                f"cannot read {path} ({error}): the run cannot be used; start it in a new folder"
+            ) from error
         if manifest.get("format") != FORMAT:
             raise RunFolderError(
                 f"{path} is of run format {manifest.get('format')}, this version of xprobe reads format {FORMAT}: "
@@ -86,7 +88,7 @@ class RunFolder:
         with _writing(self.path), self._renamed(name) as temporary:
             temporary.write_bytes(content)
 
-    # -- shards -----------------------------------------------------------------------------------------------------
+    # -- shards ----------------------------------------------------------------------------------------------
 
     def shard_name(self, group: str) -> str:
         return group.replace("/", ".") + ".safetensors"
@@ -96,13 +98,17 @@ class RunFolder:
         from safetensors.torch import save
 
         name = self.shard_name(group)
-        content = save(_as_torch(tensors), {"group": group, **{k: json.dumps(v) for k, v in metadata.items()}})
+        # one entry: safetensors writes several in an order that changes from process to process
+        content = save(_as_torch(tensors), {"xprobe": json.dumps({"group": group, **metadata}, ensure_ascii=False)})
         with _writing(self.path):
             with self._renamed(f"{SHARDS}/{name}") as temporary:
                 temporary.write_bytes(content)
             entry = {"shard": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            with (self.path / JOURNAL).open("a", encoding="utf-8") as journal:
-                journal.write(json.dumps(entry) + "\n")
+            with (self.path / JOURNAL).open("a+", encoding="utf-8", errors="replace") as journal:
+                journal.seek(0)
+                whole = journal.read()
+                cut_off = whole and not whole.endswith("\n")  # the last line of a run that was killed in it
+                journal.write("\n" * bool(cut_off) + json.dumps(entry) + "\n")
                 journal.flush()
                 os.fsync(journal.fileno())
 
@@ -110,7 +116,7 @@ class RunFolder:
         """Names of shards that the journal knows and whose bytes still have the checksum entered there, in order."""
         entries: dict[str, str] = {}
         path = self.path / JOURNAL
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
                 entry = json.loads(line)
                 entries[entry["shard"]] = entry["sha256"]
@@ -126,13 +132,16 @@ class RunFolder:
         try:
             with safe_open(path, framework="pt") as handle:
                 found = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
-                metadata = dict(handle.metadata())
+                metadata = json.loads(handle.metadata()["xprobe"])
         except Exception as error:  # safetensors raises its own error type, OSError, KeyError
             raise RunFolderError(f"cannot read {path} ({error}): compute it again with --resume") from error
-        arrays = {key: (t.float() if t.dtype.itemsize == 2 and t.is_floating_point() else t).numpy() for key, t in found.items()}
-        return arrays, {key: value if key == "group" else json.loads(value) for key, value in metadata.items()}
+        arrays = {
+            key: (t.float() if t.dtype.itemsize == 2 and t.is_floating_point() else t).numpy()
+            for key, t in found.items()
+        }
+        return arrays, metadata
 
-    # -- tables -----------------------------------------------------------------------------------------------------
+    # -- tables ----------------------------------------------------------------------------------------------
 
     def write_table(self, name: str, frame: Any) -> None:
         with _writing(self.path), self._renamed(name) as temporary:
@@ -144,7 +153,10 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             raise RunFolderError(f"{self.path} holds no {name}: the run is not finished; continue it with --resume")
-        return pd.read_parquet(path)
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"cannot read {path} ({error}): write it again with --resume") from error
 
     @contextmanager
     def _renamed(self, name: str) -> Iterator[Path]:
@@ -173,7 +185,9 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunFolderError(f"cannot write {path}: {error.strerror or error}; choose another --out or make room") from error
+        raise RunFolderError(
+            f"cannot write {path}: {error.strerror or error}; choose another --out or make room"
+        ) from error
 
 
 def _checksum(path: Path) -> str | None:
@@ -188,6 +202,6 @@ def _as_torch(tensors: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach().cpu().contiguous()
+        name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach().cpu().contiguous()
         for name, value in tensors.items()
     }

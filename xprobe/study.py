@@ -72,7 +72,9 @@ def run(
     try:
         config = StudyConfig(model=model, data=data, settings=settings, languages=languages, **options)
     except TypeError as error:
-        raise UsageError(f"{str(error).replace('StudyConfig.__init__()', 'xprobe.run()')}; see xprobe.StudyConfig") from error
+        raise UsageError(
+            f"{str(error).replace('StudyConfig.__init__()', 'xprobe.run()')}; see xprobe.StudyConfig"
+        ) from error
     return run_config(config, out=out, resume=resume, progress=progress)
 
 
@@ -129,11 +131,16 @@ class _Run:
         folder.write_manifest(manifest)
         return Study(folder.path, manifest, folder.read_table(LAYERS), folder.read_table(EXAMPLES))
 
-    # -- what the run is made of, and whether it is the one in the folder ---------------------------------------------
+    # -- what the run is made of, and whether it is the one in the folder ------------------------------------
 
     def _identity(self, source: loading.Source, data: Dataset) -> dict[str, Any]:
         with self._timed("fingerprints"):
-            model = {"name": source.name, "kind": source.kind, "location": source.location, "files_sha256": source.fingerprint()}
+            model = {
+                "name": source.name,
+                "kind": source.kind,
+                "location": source.location,
+                "files_sha256": source.fingerprint(),
+            }
         return {
             "format": FORMAT,
             "config": self.config.to_dict(),
@@ -155,22 +162,29 @@ class _Run:
         ]
         for part in ("model", "data"):
             if manifest[part]["files_sha256"] != identity[part]["files_sha256"]:
-                differences.append(f"{part} was {manifest[part]['name']!r} and is now {identity[part]['name']!r} (other bytes)")
+                differences.append(
+                    f"{part} was {manifest[part]['name']!r} and is now {identity[part]['name']!r} (other bytes)"
+                )
         if differences:
             raise UsageError(f"cannot resume {self.out}: {'; '.join(differences)}. Choose another --out")
         return manifest
 
-    # -- forward, lens, shards ----------------------------------------------------------------------------------------
+    # -- forward, lens, shards -------------------------------------------------------------------------------
 
     def _compute(
         self, source: loading.Source, data: Dataset, examples: list[Example], identity: dict[str, Any]
     ) -> tuple[dict[str, Any], RunFolder]:
+        from xprobe_kernels import available_backends
+
         from xprobe.capture.plan import group_prompts
         from xprobe.models.anatomy import inspect
         from xprobe.models.parity import check_parity
         from xprobe.qa.prompts import build_prompts, is_chat
 
         config = self.config
+        backends = available_backends(loading.pick_device(config.device))
+        if config.backend not in ("auto", *backends):
+            raise UsageError(f"unknown backend {config.backend!r}; available here: auto, {', '.join(backends)}")
         self.progress("loading the model", 0, 0)
         with self._timed("load"):
             loaded = loading.load(source, config)
@@ -251,7 +265,7 @@ class _Run:
             done += len(group.prompts)
             self.progress("forward and lens", done, total)
 
-    # -- phases and tables ----------------------------------------------------------------------------------------------
+    # -- phases and tables -----------------------------------------------------------------------------------
 
     def _analyse(self, manifest: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
         from xprobe.phases.segmentation import PHASE_DEFINITION
@@ -266,7 +280,11 @@ class _Run:
             results = summaries(examples, manifest["model"]["n_blocks"], config.bootstrap, config.seed)
             folder.write_table(EXAMPLES, examples)
             folder.write_table(LAYERS, layers)
-        return {**manifest, "phase_definition": PHASE_DEFINITION, "results": {s: results[s] for s in config.settings if s in results}}
+        return {
+            **manifest,
+            "phase_definition": PHASE_DEFINITION,
+            "results": {s: results[s] for s in config.settings if s in results},
+        }
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

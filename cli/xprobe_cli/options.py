@@ -9,9 +9,7 @@ from typing import Any
 import click
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
-debug_option = click.option(
-    "--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error."
-)
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 
 
 class Names(click.ParamType):

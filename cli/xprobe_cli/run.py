@@ -16,29 +16,66 @@ from xprobe_cli.options import Names, common, echo_json
 
 @click.command("run")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--data", default="builtin", show_default=True, metavar="builtin|xquad|DIR|FILE",
-              help="Question set: the built-in one, XQuAD, a folder of NAME.<lang>.json files, or one such file.")
-@click.option("--setting", "settings", multiple=True, type=click.Choice(list(SETTINGS)), default=("en-x",),
-              show_default=True, help="en-x: context and answer in English, question in x; x-x: all in x. Repeatable.")
+@click.option(
+    "--data",
+    default="builtin",
+    show_default=True,
+    metavar="builtin|xquad|DIR|FILE",
+    help="Question set: the built-in one, XQuAD, a folder of NAME.<lang>.json files, or one such file.",
+)
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    type=click.Choice(list(SETTINGS)),
+    default=("en-x",),
+    show_default=True,
+    help="en-x: context and answer in English, question in x; x-x: all in x. Repeatable.",
+)
 @click.option("--languages", type=Names(), help="Question languages, comma-separated. [default: all in the data]")
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first N questions, each in every language.")
-@click.option("--signals", type=Names(), default=("readiness",), metavar="NAMES",
-              help=f"Signals to compute, of {', '.join(SIGNALS)}. This version computes "
-                   f"{', '.join(name for name, ready in SIGNALS.items() if ready)}.")
+@click.option(
+    "--signals",
+    type=Names(),
+    default=("readiness",),
+    metavar="NAMES",
+    help=f"Signals to compute, of {', '.join(SIGNALS)}. This version computes "
+    f"{', '.join(name for name, ready in SIGNALS.items() if ready)}.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: a new one under runs/]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; what it holds is not computed again.")
-@click.option("--template", default="auto", show_default=True, metavar="auto|chat|plain|FILE",
-              help="Prompt wording; FILE is TOML (docs/prompts.md).")
+@click.option(
+    "--template",
+    default="auto",
+    show_default=True,
+    metavar="auto|chat|plain|FILE",
+    help="Prompt wording; FILE is TOML (docs/prompts.md).",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="A torch device: cpu, cuda, cuda:1, ...")
-@click.option("--batch-tokens", type=click.IntRange(min=1), default=StudyConfig.batch_tokens, show_default=True,
-              help="Most tokens in one forward pass: lower it when memory runs out.")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=StudyConfig.batch_tokens,
+    show_default=True,
+    help="Most tokens in one forward pass: lower it when memory runs out.",
+)
 @click.option("--backend", default="auto", show_default=True, help="Lens backend; `xprobe doctor` lists them.")
-@click.option("--bootstrap", type=click.IntRange(min=1), default=StudyConfig.bootstrap, show_default=True,
-              help="Draws behind the 95% intervals.")
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(min=1),
+    default=StudyConfig.bootstrap,
+    show_default=True,
+    help="Draws behind the 95% intervals.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--rows/--no-rows", "store_rows", default=True, show_default=True,
-              help="Keep hidden rows in the shards, for probes.")
+@click.option(
+    "--rows/--no-rows",
+    "store_rows",
+    default=True,
+    show_default=True,
+    help="Keep hidden rows in the shards, for probes.",
+)
 @click.option("--strict", is_flag=True, help="Make bad records fatal.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model run its own code.")
 @click.option("--allow-pickle", is_flag=True, help="Load weights from a pickle, which can run code.")
@@ -132,5 +169,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

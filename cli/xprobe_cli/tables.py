@@ -23,7 +23,9 @@ def study_report(study: Study) -> str:
 
 def _setting_report(study: Study, width: int) -> str:
     entry = study.manifest["results"][study.setting]
-    title = f"{study.manifest['model']['name']} · {study.setting} · {entry['n']} examples, {entry['paragraphs']} paragraphs"
+    title = (
+        f"{study.manifest['model']['name']} · {study.setting} · {entry['n']} examples, {entry['paragraphs']} paragraphs"
+    )
     return "\n".join([title, "", *_layer_lines(study, bars=width >= BARS_FROM), "", *_summary_lines(study, entry)])
 
 

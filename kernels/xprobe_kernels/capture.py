@@ -37,7 +37,9 @@ def capture(hidden: Tensor, spans: Tensor, out: Tensor) -> None:
     bad = (rows < 0) | (rows >= batch) | (starts < 0) | (starts >= stops) | (stops > length)
     if bool(bad.any()):
         where = int(bad.nonzero()[0])
-        raise ValueError(f"spans[{where}] = {spans[where].tolist()} is not (batch, start, stop) within [{batch}, {length}]")
+        raise ValueError(
+            f"spans[{where}] = {spans[where].tolist()} is not (batch, start, stop) within [{batch}, {length}]"
+        )
 
     spans = spans.to(hidden.device)
     rows, starts, stops = spans.unbind(1)

@@ -165,7 +165,9 @@ def _top(z: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
 
 def _merge_tops(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
     values, ids = torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1)
-    order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # old ids are lower: stable keeps them first
+    order = values.sort(dim=-1, descending=True, stable=True).indices[
+        :, :k
+    ]  # old ids are lower: stable keeps them first
     return values.gather(1, order), ids.gather(1, order)
 
 

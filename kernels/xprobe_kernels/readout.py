@@ -131,7 +131,9 @@ def _checked_lookup(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Tensor
     if hidden.shape[1] != head.width:
         raise ValueError(f"hidden has width {hidden.shape[1]}, the head's weight has width {head.width}")
     if hidden.device != head.weight.device:
-        raise ValueError(f"hidden is on {hidden.device}, the head's weight is on {head.weight.device}: move one of them")
+        raise ValueError(
+            f"hidden is on {hidden.device}, the head's weight is on {head.weight.device}: move one of them"
+        )
     if not isinstance(lookup, Tensor) or lookup.ndim not in (1, 2):
         raise ValueError(f"lookup must be an int64 tensor of shape [R] or [R, A], got {describe(lookup)}")
     if lookup.ndim == 1:

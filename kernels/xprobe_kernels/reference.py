@@ -1,4 +1,4 @@
-"""The definition of the lens in plain torch, fp64. Holds all logits at once; every other backend is tested against it."""
+"""The definition of the lens in plain torch, fp64. Holds all logits at once; other backends are tested against it."""
 
 from __future__ import annotations
 

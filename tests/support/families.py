@@ -13,7 +13,15 @@ COMMON = {
     "intermediate_size": 48, "vocab_size": 160, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-OLD = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 160, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+OLD = {
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "vocab_size": 160,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 OPT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 160,
        "max_position_embeddings": 64}  # fmt: skip
 
@@ -79,9 +87,9 @@ def training_texts() -> list[str]:
 def tiny_tokenizer(kind: str) -> Any:
     """A tokenizer trained on the built-in set.
 
-    ``byte_bpe``: byte-level BPE with few merges (splits Thai and Hindi letters); ``byte_bpe_large``: with merges across
-    letters; ``metaspace_bpe``: BPE with a glued space and byte fallback, as SentencePiece BPE; ``unigram``: SentencePiece
-    Unigram with NFKC normalisation; ``words``: whole words, unknown ones lost.
+    ``byte_bpe``: byte-level BPE with few merges (splits Thai and Hindi letters); ``byte_bpe_large``: with merges
+    across letters; ``metaspace_bpe``: BPE with a glued space and byte fallback, as SentencePiece BPE; ``unigram``:
+    SentencePiece Unigram with NFKC normalisation; ``words``: whole words, unknown ones lost.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

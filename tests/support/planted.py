@@ -9,9 +9,11 @@ on, without noise; noise is added to the residual stream where a test asks for i
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+
 from support.families import write_set
 
 N_BLOCKS = 10
@@ -68,7 +70,7 @@ def planted_model(folder: Path, onset: dict[str, int]) -> Path:
             mlp = model.model.layers[onset[language] - 1].mlp
             mlp.gate_proj.weight[:, :n] = torch.eye(n)
             mlp.up_proj.weight[:, :n] = torch.eye(n)
-            for here, following in zip(chain, chain[1:], strict=False):
+            for here, following in pairwise(chain):
                 mlp.down_proj.weight[n + vocabulary[following], vocabulary[here]] = 1.0
         model.lm_head.weight[:, n : 2 * n] = torch.eye(n)
         for decoy in DECOYS:

@@ -56,7 +56,9 @@ def inspect(model: Any) -> Anatomy:
     config = model.config.get_text_config(decoder=True)
     head_module = model.get_output_embeddings()
     if head_module is None or getattr(head_module, "weight", None) is None:
-        raise ModelError(f"{type(model).__name__} has no output embedding: xprobe reads models that predict the next token")
+        raise ModelError(
+            f"{type(model).__name__} has no output embedding: xprobe reads models that predict the next token"
+        )
     ids = _probe_ids(config.vocab_size, model.device)
     block_name, blocks = _find_blocks(model, config.num_hidden_layers, ids)
     calls, states, logits = _watch(model, blocks, ids)
@@ -121,7 +123,9 @@ def _watch(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[_Call],
 
     def recorder(name: str) -> Any:
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+            given = next(
+                (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None
+            )
             if given is not None and isinstance(output, Tensor):
                 calls.append(_Call(name, module, given.detach().clone(), output.detach().clone()))
 
@@ -168,9 +172,7 @@ def _chain(calls: list[_Call], state: Tensor, head: nn.Module) -> list[_Call]:
     return chain
 
 
-def _head_before_scale(
-    model: Any, chain: list[_Call], head_module: Any, state: Tensor
-) -> tuple[Unembedding, str]:
+def _head_before_scale(model: Any, chain: list[_Call], head_module: Any, state: Tensor) -> tuple[Unembedding, str]:
     """Head spec with scale 1 and no soft-cap, from the modules between the last block and the logits."""
     weight, bias = head_module.weight.detach(), getattr(head_module, "bias", None)
     bias = None if bias is None else bias.detach()
@@ -185,7 +187,9 @@ def _head_before_scale(
         elif position == 0:
             norm, norm_name = _read_norm(call, model.config), call.name
         else:
-            raise ModelError(f"{type(model).__name__}: unknown module {call.name!r} between the final norm and the head")
+            raise ModelError(
+                f"{type(model).__name__}: unknown module {call.name!r} between the final norm and the head"
+            )
     if weight.shape[1] != state.shape[-1]:
         raise ModelError(
             f"{type(model).__name__}: the head has width {weight.shape[1]} and the blocks {state.shape[-1]}"
@@ -202,7 +206,9 @@ def _read_norm(call: _Call, config: Any) -> dict[str, Any]:
     weight, beta = own.get("weight"), own.get("bias")
     gammas = [None] if weight is None else [weight, 1 + weight.float()]
     epsilons = {v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)}
-    epsilons |= {v for k, v in config.get_text_config(decoder=True).to_dict().items() if "eps" in k and isinstance(v, float)}
+    epsilons |= {
+        v for k, v in config.get_text_config(decoder=True).to_dict().items() if "eps" in k and isinstance(v, float)
+    }
     generator = torch.Generator().manual_seed(0)
     shape = (16, call.given.shape[-1])
     rows = torch.randn(shape, generator=generator) * torch.logspace(-4, 2, 16)[:, None] + 0.1
@@ -211,13 +217,15 @@ def _read_norm(call: _Call, config: Any) -> dict[str, Any]:
         wanted = module(rows).double()
     best: tuple[float, dict[str, Any]] = (float("inf"), {})
     for kind, gamma, eps in product(("rms", "layer"), gammas, sorted(epsilons | {1e-5, 1e-6})):
-        spec = {"norm": kind, "gamma": gamma, "beta": beta, "eps": eps}
+        spec: dict[str, Any] = {"norm": kind, "gamma": gamma, "beta": beta, "eps": eps}
         blank = Unembedding(torch.zeros(1, shape[1], device=rows.device), **spec)
         error = float((blank.normalize(rows.double()) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
         if error < best[0]:
             best = (error, spec)
     if not best[0] < 16 * max(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps):  # most compute in fp32
-        raise ModelError(f"{type(module).__name__} ({call.name}) is neither RMSNorm nor LayerNorm: off by {best[0]:.1e}")
+        raise ModelError(
+            f"{type(module).__name__} ({call.name}) is neither RMSNorm nor LayerNorm: off by {best[0]:.1e}"
+        )
     return best[1]
 
 
@@ -225,7 +233,9 @@ def _with_scale(head: Unembedding, config: Any, state: Tensor, logits: Tensor) -
     """Adds the logit scale and soft-cap that take the plain projection to the model's own logits."""
     raw = reference_logits(state[0].to(head.weight.device), head)
     wanted = logits.double()[:, : raw.shape[1]].to(raw.device)
-    values = {k: float(v) for k, v in config.to_dict().items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    values = {
+        k: float(v) for k, v in config.to_dict().items() if isinstance(v, int | float) and not isinstance(v, bool)
+    }
     caps = [None, *(v for k, v in values.items() if "softcap" in k and v > 0)]
     resolution = torch.finfo(logits.dtype).eps
     best: tuple[float, float, float | None] = (float("inf"), 1.0, None)

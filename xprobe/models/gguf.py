@@ -1,4 +1,4 @@
-"""GGUF files: found by alias or path, dequantised once to fp32 safetensors in the cache, then loaded like any folder."""
+"""GGUF files: found by alias or path, dequantised once to fp32 in the cache, then loaded like any folder."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ def _convert(path: Path, folder: Path) -> None:
         raise ModelError(f"cannot read {path}: {' '.join(str(error).split())[:300]}") from error
     packed = [name for name, value in model.named_parameters() if not value.is_floating_point()]
     if packed:
-        raise ModelError(f"{path.name} was not dequantised ({packed[0]} is packed): use another version of transformers")
+        raise ModelError(
+            f"{path.name} was not dequantised ({packed[0]} is packed): use another version of transformers"
+        )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with quiet():

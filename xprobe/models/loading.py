@@ -34,7 +34,9 @@ class Source:
         if self.kind == "gguf":
             return gguf.checksum(path)
         digest = hashlib.sha256()
-        for file in sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja"}):
+        for file in sorted(
+            p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja"}
+        ):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             with file.open("rb") as handle:
                 digest.update(handle.read(1 << 20))
@@ -122,7 +124,9 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ... for bad input
             raise ModelError(_explain(source, error)) from error
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ModelError(f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model")
+        raise ModelError(
+            f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model"
+        )
     return LoadedModel(source, model.to(device).eval(), tokenizer, window(model.config))
 
 
@@ -136,7 +140,9 @@ def pick_device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here: {first_line}. `xprobe doctor` lists what works") from error
+        raise UsageError(
+            f"device {name!r} cannot be used here: {first_line}. `xprobe doctor` lists what works"
+        ) from error
     return name
 
 
@@ -157,7 +163,8 @@ def _check_decoder(config: Any, name: str) -> None:
     heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if architectures and not any(a.endswith(heads) for a in architectures):
         raise ModelError(
-            f"{name} is not a causal decoder ({', '.join(architectures)}): xprobe reads models that predict the next token"
+            f"{name} is not a causal decoder ({', '.join(architectures)}): "
+            "xprobe reads models that predict the next token"
         )
 
 

@@ -29,23 +29,24 @@ def krippendorff_alpha(values: Floats, units: NDArray, bootstrap: ClusterBootstr
     alpha = float(_alpha(parts.sum(0, keepdims=True))[0])
     if bootstrap is None:
         return Estimate(alpha, float("nan"), float("nan"))
-    drawn = _alpha(bootstrap.weights @ bootstrap.sums(parts, bootstrap.codes[first]))
-    lo, hi = bootstrap.interval(drawn[:, None])
+    codes = bootstrap.codes[first]
+    drawn = _alpha(bootstrap.weights @ bootstrap.sums(parts, codes))
+    lo, hi = bootstrap.interval(drawn[:, None], np.array([len(np.unique(codes))]))
     return Estimate(alpha, float(lo[0]), float(hi[0]))
 
 
 def _unit_sums(values: Floats, units: NDArray) -> tuple[Floats, NDArray[np.int64]]:
     """Per unit (number of values, their sum, sum of squares, within-unit disagreement) and an example of each."""
     present = np.flatnonzero(~np.isnan(values))
+    _, which, sizes = np.unique(units[present], return_inverse=True, return_counts=True)
+    present = present[sizes[which] >= 2]  # units with one value pair with nothing
     _, first, codes = np.unique(units[present], return_index=True, return_inverse=True)
     x = values[present] - (values[present].mean() if len(present) else 0.0)  # centred: fewer digits lost
     n = np.bincount(codes, minlength=len(first)).astype(np.float64)
     total = np.bincount(codes, x, minlength=len(first))
     squares = np.bincount(codes, np.square(x), minlength=len(first))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        within = 2 * (n * squares - np.square(total)) / (n - 1)  # sum over ordered pairs, over n - 1
-    paired = n >= 2
-    return np.stack([n, total, squares, within], 1)[paired], present[first[paired]]
+    within = 2 * (n * squares - np.square(total)) / (n - 1)  # sum over ordered pairs, over n - 1
+    return np.stack([n, total, squares, within], 1), present[first]
 
 
 def _alpha(sums: Floats) -> Floats:

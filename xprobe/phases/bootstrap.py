@@ -61,7 +61,7 @@ class ClusterBootstrap:
         with np.errstate(invalid="ignore", divide="ignore"):
             value = totals.sum(0) / n
             drawn = (self.weights @ totals) / (self.weights @ counts)
-        lo, hi = self.interval(drawn)
+        lo, hi = self.interval(drawn, (counts > 0).sum(0))
         return value, lo, hi, n.astype(np.int64)
 
     def median(self, values: Floats, members: NDArray | None = None) -> Estimate:
@@ -78,15 +78,13 @@ class ClusterBootstrap:
         lower = ordered[np.minimum((heights < half).sum(1), len(ordered) - 1)]
         upper = ordered[np.minimum((heights <= half).sum(1), len(ordered) - 1)]
         drawn = np.where(heights[:, -1] > 0, (lower + upper) / 2, np.nan)
-        lo, hi = self.interval(drawn[:, None])
+        lo, hi = self.interval(drawn[:, None], np.array([len(np.unique(codes))]))
         return Estimate(float(np.median(ordered)), float(lo[0]), float(hi[0]))
 
-    def interval(self, drawn: Floats) -> tuple[Floats, Floats]:
-        """2.5 and 97.5 percentiles of ``drawn`` [draws, K]; NaN with fewer than two clusters."""
-        width = drawn.shape[1]
-        if self.n_clusters < 2:
-            return np.full(width, np.nan), np.full(width, np.nan)
-        empty = np.isnan(drawn).all(0)
+    @staticmethod
+    def interval(drawn: Floats, clusters: NDArray) -> tuple[Floats, Floats]:
+        """2.5 and 97.5 percentiles of ``drawn`` [draws, K]; NaN where fewer than two ``clusters`` [K] hold a value."""
+        empty = np.isnan(drawn).all(0) | (clusters < 2)
         filled = np.where(empty, 0.0, drawn)
         lo, hi = np.nanpercentile(filled, [2.5, 97.5], axis=0)
         return np.where(empty, np.nan, lo), np.where(empty, np.nan, hi)

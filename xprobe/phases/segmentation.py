@@ -52,7 +52,7 @@ def change_points(signals: Floats) -> tuple[Floats, Floats, Floats]:
     usable = total > layers * np.square(1e-12 * np.abs(signals).max(1, initial=0.0)) + 1e-300
     best = np.where(np.isnan(explained), -1.0, explained)
     # splits that differ by rounding alone are equal: take the lowest
-    close = best >= best.max(1, keepdims=True) * (1 - 1e-9)
+    close = best >= best.max(1, keepdims=True) * (1 - 1e-9) - 1e-12 * total[:, None]
     at = close.argmax(1)
     pick = np.arange(n), at
     onset = splits[at].astype(np.float64)
@@ -65,16 +65,20 @@ def change_points(signals: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def segment(signals: Floats, permutations: int = 200, seed: int = 0, chunk: int = 256) -> Segmentation:
-    """Onsets of ``signals`` [N, K], and the test against ``permutations`` layer-permuted copies of each row."""
+    """Onsets of ``signals`` [N, K], and the test against ``permutations`` layer-permuted copies of each row.
+
+    All rows meet the same permutations, so a row's verdict depends on its own values and the seed alone.
+    """
     onset, sharpness, rise = change_points(signals)
     generator = np.random.default_rng(seed)
+    orders = np.array([generator.permutation(signals.shape[1]) for _ in range(permutations)])
     threshold = np.full(len(signals), np.inf)
     usable = np.flatnonzero(~np.isnan(onset))
     for start in range(0, len(usable), chunk):
         rows = usable[start : start + chunk]
-        shuffled = generator.permuted(np.repeat(signals[rows], permutations, axis=0), axis=1)
+        shuffled = signals[rows][:, orders].reshape(-1, signals.shape[1])
         null = change_points(shuffled)[1].reshape(len(rows), permutations)
         threshold[rows] = np.percentile(null, 95, axis=1)
     with np.errstate(invalid="ignore"):
-        phased = (rise > 0) & (sharpness > threshold)
+        phased = (rise > 0) & (sharpness > threshold + 1e-9)  # a permutation that repeats the signal does not beat it
     return Segmentation(onset, sharpness, rise, phased)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -59,10 +60,15 @@ def _download(address: str, path: Path, language: str) -> None:
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             temporary.write_bytes(answer.read())
-        if not read_squad(temporary, language)[0]:
+        try:
+            usable = read_squad(temporary, language)[0]
+        except DataError as error:
+            reason = str(error).replace(str(temporary), "what it sends")
+            raise DataError(f"{address} does not send SQuAD data: {reason}") from error
+        if not usable:
             raise DataError(f"{address} holds no usable question")
         temporary.replace(path)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(
             f"cannot fetch {address} ({reason}): try again, give another --url, "

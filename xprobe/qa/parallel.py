@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from xprobe.cache import cache_dir
@@ -55,7 +56,7 @@ def load_data(
         records[language], found, checksum = read_squad(path, language)
         problems += found
         digest.update(f"{language} {checksum}\n".encode())
-    problems += _align(records, files)
+    problems += _align(records, files, problems)
     if strict and problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{more}; mend the file, or run without --strict to leave such records out")
@@ -97,7 +98,7 @@ def _folder(folder: Path, spec: str) -> dict[str, Path]:
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         match = _FILE_NAME.match(path.name)
-        if match is not None:
+        if match is not None and not path.name.startswith("."):
             found.setdefault(match["name"], {})[match["language"]] = path
     if not found:
         raise UsageError(f"no data in {folder}: expected files like xquad.en.json (NAME.<language>.json)")
@@ -107,23 +108,32 @@ def _folder(folder: Path, spec: str) -> dict[str, Path]:
     return dict(sorted(files.items(), key=lambda entry: (entry[0] != "en", entry[0])))
 
 
-def _align(records: dict[str, dict[str, Record]], files: dict[str, Path]) -> list[Problem]:
-    """Reports ids that one language has and another lacks, and gives every record its paragraph's common key.
+def _align(
+    records: dict[str, dict[str, Record]], files: dict[str, Path], known: Iterable[Problem]
+) -> list[Problem]:
+    """Reports ids that one language has and another lacks, and gives every paragraph one key in all languages.
 
-    Paragraphs are matched by question id, so a file that lacks one still lines up: the key is the place of the
-    paragraph in the first language (English if present) that holds the question.
+    Paragraphs are matched by any question id that they share: the key is the paragraph's place in the first language
+    (English if present) that holds it. A paragraph that shares none keeps its own place, with its language before it
+    if that key is another paragraph's. Ids reported already for a file (``known``) are not reported again.
     """
-    problems = []
     common: dict[str, str] = {}
     for language in records:
+        keys: dict[str, str] = {}
         for id_, record in records[language].items():
-            common.setdefault(id_, record.paragraph)
-    for language in records:
-        missing = [id_ for id_ in common if id_ not in records[language]]
-        problems += [
-            Problem(files[language].name, f"id {id_}", "id is missing in a parallel file") for id_ in missing
-        ]
-        records[language] = {
-            id_: Record(**{**vars(record), "paragraph": common[id_]}) for id_, record in records[language].items()
-        }
-    return problems
+            if id_ in common:
+                keys.setdefault(record.paragraph, common[id_])
+        taken = set(common.values())
+        for record in records[language].values():
+            own = record.paragraph
+            keys.setdefault(own, f"{language}-{own}" if own in taken else own)
+        for id_, record in records[language].items():
+            records[language][id_] = replace(record, paragraph=keys[record.paragraph])
+            common.setdefault(id_, keys[record.paragraph])
+    reported = {(problem.file, problem.where) for problem in known}
+    return [
+        Problem(files[language].name, f"id {id_}", "id is missing in a parallel file")
+        for language in records
+        for id_ in common
+        if id_ not in records[language] and (files[language].name, f"id {id_}") not in reported
+    ]

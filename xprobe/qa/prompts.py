@@ -175,9 +175,7 @@ def _chat_separator(tokenizer: Any) -> str:
     user, marker = {"role": "user", "content": "a"}, "answer"
     prompt = _apply_chat(tokenizer, [user], add_generation_prompt=True)
     try:
-        whole = _apply_chat(
-            tokenizer, [user, {"role": "assistant", "content": marker}], add_generation_prompt=False
-        )
+        whole = _apply_chat(tokenizer, [user, {"role": "assistant", "content": marker}], add_generation_prompt=False)
     except PromptError:
         return ""
     if not whole.startswith(prompt):

@@ -1,4 +1,4 @@
-"""What a dataset is to the rest of xprobe: records of one language, joined by question id; and examples of a setting."""
+"""What a dataset is to the rest of xprobe: records of one language, joined by question id; examples of a setting."""
 
 from __future__ import annotations
 

@@ -47,22 +47,27 @@ def read_squad(path: Path, language: str) -> tuple[dict[str, Record], list[Probl
                 records[record.id] = record
             except _Bad as bad:
                 id_ = qa.get("id") if isinstance(qa, dict) else None
-                name = f"id {id_}" if isinstance(id_, str) and _clean(id_) else where
+                name = f"id {id_}" if isinstance(id_, str) and id_.strip() and _clean(id_) else where
                 problems.append(Problem(path.name, name, bad.reason, bad.detail))
     return records, problems, hashlib.sha256(raw).hexdigest()
 
 
 def _parse(raw: bytes, path: Path) -> list[Any]:
-    """The list under ``data``. Bytes that are not UTF-8 survive as lone surrogates and are reported record by record."""
+    """The list under ``data``. Bytes that are not UTF-8 survive as lone surrogates, to be reported record by record."""
+    text = raw.decode("utf-8-sig", errors="surrogateescape")
     try:
-        document = json.loads(raw.decode("utf-8-sig", errors="surrogateescape"))
+        document = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "the file is empty" if not raw.strip() else f"{error.msg} at line {error.lineno}, column {error.colno}"
-        if raw.strip() and error.pos >= len(raw.decode("utf-8", errors="replace").rstrip()) - 1:
+        hint = f"{error.msg.removesuffix(' starting at')} at line {error.lineno}, column {error.colno}"
+        if not text.strip():
+            hint = "the file is empty"
+        elif error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
             hint += "; the file ends early, as after a broken download"
         raise DataError(f"{path} is not valid JSON: {hint}. Get the file again, or leave its language out") from error
     except RecursionError as error:
         raise DataError(f"{path} is not in SQuAD v1.1 format: its JSON is nested too deeply") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{path} is not in SQuAD v1.1 format: {error}") from error
     articles = document.get("data") if isinstance(document, dict) else None
     if not isinstance(articles, list):
         raise DataError(f'{path} is not in SQuAD v1.1 format: expected an object with a list under "data"')

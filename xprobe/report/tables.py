@@ -25,9 +25,7 @@ def example_table(frame: pd.DataFrame, signals: Signals, permutations: int, seed
     """
     phases = segment(signals["readiness"], permutations, seed)
     last = {f"{name}_last": values[:, -1] for name, values in signals.items()}
-    return frame.assign(
-        onset=phases.onset, sharpness=phases.sharpness, rise=phases.rise, phased=phases.phased, **last
-    )
+    return frame.assign(onset=phases.onset, sharpness=phases.sharpness, rise=phases.rise, phased=phases.phased, **last)
 
 
 def layer_table(examples: pd.DataFrame, signals: Signals, draws: int, seed: int) -> pd.DataFrame:
@@ -37,8 +35,8 @@ def layer_table(examples: pd.DataFrame, signals: Signals, draws: int, seed: int)
     the means in ``MEANS``, and the median of rank. Intervals: 95 %, bootstrap over paragraphs.
     """
     blocks = []
-    for setting, part in examples.groupby("setting", sort=False):
-        rows = part.index.to_numpy()
+    for setting, rows in examples.groupby("setting", sort=False).indices.items():
+        part = examples.iloc[rows]
         blocks.append(_setting_layers(str(setting), part, {k: v[rows] for k, v in signals.items()}, draws, seed))
     return pd.concat(blocks, ignore_index=True)
 
@@ -67,12 +65,20 @@ def _setting_layers(setting: str, part: pd.DataFrame, signals: Signals, draws: i
 def _block(signal: str, language: str, estimate: tuple[NDArray, ...]) -> pd.DataFrame:
     value, lo, hi, n = estimate
     return pd.DataFrame(
-        {"layer": np.arange(len(value)), "language": language, "signal": signal, "value": value, "lo": lo, "hi": hi, "n": n}
+        {
+            "layer": np.arange(len(value)),
+            "language": language,
+            "signal": signal,
+            "value": value,
+            "lo": lo,
+            "hi": hi,
+            "n": n,
+        }
     )
 
 
 def summaries(examples: pd.DataFrame, n_blocks: int, draws: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Per setting: alpha, boundary (median onset, in layers), phased fraction, and the same by language; plain values."""
+    """Per setting, in plain values: alpha, boundary (median onset, in layers), phased fraction; the same by language."""
     result: dict[str, dict[str, Any]] = {}
     for setting, part in examples.groupby("setting", sort=False):
         onset, languages = part["onset"].to_numpy(), part["language"].to_numpy()
@@ -105,13 +111,12 @@ def _boundary(onset: NDArray, phased: NDArray, n_blocks: int, median: Estimate) 
     }
 
 
-def stability_table(layers: pd.DataFrame, setting: str, boundary: float | None) -> pd.DataFrame:
+def stability_table(layers: pd.DataFrame, setting: str) -> pd.DataFrame:
     """One row per layer: phase, stability with interval, and the pooled value of every signal."""
     pooled = layers[(layers["setting"] == setting) & (layers["language"] == ALL)]
     wide = pooled.pivot(index="layer", columns="signal", values="value")
     stability = pooled[pooled["signal"] == "stability"].set_index("layer")
-    # more than half of the examples have reached their onset exactly where layer >= median onset
-    phase = np.where(wide.index >= (np.inf if boundary is None else boundary), 2, 1)
+    phase = np.where(wide["phase2"] > 0.5, 2, 1)  # more than half of the examples have reached their onset
     table = pd.DataFrame({"phase": phase}, index=wide.index)
     table["stability"], table["stability_lo"], table["stability_hi"] = (stability[c] for c in ("value", "lo", "hi"))
     for name in ("readiness", "log_probability", "rank", "entropy", "kl", "phase2"):

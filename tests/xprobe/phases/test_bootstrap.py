@@ -21,7 +21,9 @@ def literal(
     names = sorted(set(clusters.tolist()))
     drawn = []
     for weights in bootstrap.weights:
-        parts = [values[clusters == name] for name, times in zip(names, weights, strict=True) for _ in range(int(times))]
+        parts = [
+            values[clusters == name] for name, times in zip(names, weights, strict=True) for _ in range(int(times))
+        ]
         sample = np.concatenate(parts)
         sample = sample[~np.isnan(sample)]
         drawn.append(statistic(sample) if len(sample) else NAN)

@@ -36,7 +36,8 @@ def exact_errors(values: list[int]) -> dict[int, Fraction]:
     for split in range(MIN_SEGMENT, len(values) - MIN_SEGMENT + 1):
         parts = (values[:split], values[split:])
         errors[split] = sum(
-            (Fraction(sum((value - Fraction(sum(part), len(part))) ** 2 for value in part)) for part in parts), Fraction(0)
+            (Fraction(sum((value - Fraction(sum(part), len(part))) ** 2 for value in part)) for part in parts),
+            Fraction(0),
         )
     return errors
 

@@ -122,7 +122,7 @@ def test_layer_stability_is_the_mean_over_questions(seed: int) -> None:
     assert n.tolist() == [len(usable)] * LAYERS
     assert (lo <= value + 1e-12).all()
     assert (value <= hi + 1e-12).all()
-    assert (lo[4] < value[4]) and (value[4] < hi[4])
+    assert lo[4] < value[4] < hi[4]
 
 
 def test_every_question_counts_alike_however_many_languages_it_has() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,10 +45,14 @@ class Site:
         return f"{self.url}/xquad.{language}.json"
 
 
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
     folder = tmp_path / "site"
     folder.mkdir()
     for path in BUILTIN_DIR.glob("builtin.*.json"):
@@ -186,10 +191,12 @@ def test_a_missing_page_says_so_and_what_to_do(site: Site, cache: Path) -> None:
         fetch_xquad(["de"], url=site.url)
 
 
-def test_an_address_where_nobody_answers_is_named(site: Site, cache: Path) -> None:
-    site.server.socket.close()  # nobody listens there from now on
-    with pytest.raises(DataError, match=re.escape(site.address("en"))):
-        fetch_xquad(["en"], url=site.url)
+def test_an_address_where_nobody_answers_is_named(cache: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(DataError, match=re.escape(f"{url}/xquad.en.json")):
+            fetch_xquad(["en"], url=url)
     assert files_in(cache) == []
 
 
@@ -199,7 +206,9 @@ def test_an_address_that_is_none_is_named(url: str, cache: Path) -> None:
         fetch_xquad(["en"], url=url)
 
 
-def test_a_cache_that_cannot_be_made_says_how_to_choose_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_made_says_how_to_choose_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XPROBE_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match="XPROBE_CACHE"):

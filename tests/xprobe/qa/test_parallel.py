@@ -167,7 +167,12 @@ def test_a_file_that_lacks_a_paragraph_still_lines_up(make_set: MakeSet) -> None
         {"en": EN, "de": [*DE[1:], ("Bonn ist klein.", [("q5", "Wer?", "Bonn")])]},
         {"en": [EN[0], (EN[1][0], EN[1][1][:1])], "de": DE[1:]},
     ],
-    ids=["one lacks a paragraph", "nothing shared", "one lacks the first, the other the last", "one lacks a question too"],
+    ids=[
+        "one lacks a paragraph",
+        "nothing shared",
+        "one lacks the first, the other the last",
+        "one lacks a question too",
+    ],
 )
 def test_a_group_has_one_context_and_a_context_one_group(languages: dict[str, Any], make_set: MakeSet) -> None:
     data = load_data(str(make_set(languages)))

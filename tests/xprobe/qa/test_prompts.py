@@ -94,7 +94,7 @@ def test_prompt_tokens_are_what_the_model_would_see_without_the_answer(tokenizer
 
 def test_prompts_on_one_context_share_their_beginning(tokenizer):
     data = load_data("builtin", ["en", "th", "zh"])
-    prompts, _ = build_prompts(data.examples(["en-x"], limit=4), tokenizer, load_template("plain"), None)
+    prompts, _ = build_prompts(data.examples(["en-x"], limit=3), tokenizer, load_template("plain"), None)
     stop = prompts[0].spans["context"][1]
     assert len({prompt.ids[: stop - 1] for prompt in prompts}) == 1
 

@@ -16,29 +16,22 @@ from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Problem, Record
 from xprobe.qa.squad import read_squad
 
+
+def ask(id_: str, question: str, text: str, start: int) -> dict[str, Any]:
+    return {"id": id_, "question": question, "answers": [{"text": text, "answer_start": start}]}
+
+
 CONTEXT = "Köln liegt am Rhein. Der Dom wurde 1880 vollendet und ist 157 Meter hoch."
-DOCUMENT: dict[str, Any] = {
-    "version": "1.1",
-    "data": [
-        {
-            "title": "Köln",
-            "paragraphs": [
-                {
-                    "context": CONTEXT,
-                    "qas": [
-                        {"id": "q1", "question": "Wo liegt Köln?", "answers": [{"text": "am Rhein", "answer_start": 11}]},
-                        {"id": "q2", "question": "Wann vollendet?", "answers": [{"text": "1880", "answer_start": 35}]},
-                        {"id": "q3", "question": "Wie hoch?", "answers": [{"text": "157 Meter", "answer_start": 58}]},
-                    ],
-                },
-                {
-                    "context": "Bonn ist kleiner.",
-                    "qas": [{"id": "q4", "question": "Was?", "answers": [{"text": "kleiner", "answer_start": 9}]}],
-                },
-            ],
-        }
-    ],
-}
+QUESTIONS = [
+    ask("q1", "Wo liegt Köln?", "am Rhein", 11),
+    ask("q2", "Wann vollendet?", "1880", 35),
+    ask("q3", "Wie hoch?", "157 Meter", 58),
+]
+PARAGRAPHS = [
+    {"context": CONTEXT, "qas": QUESTIONS},
+    {"context": "Bonn ist kleiner.", "qas": [ask("q4", "Was?", "kleiner", 9)]},
+]
+DOCUMENT: dict[str, Any] = {"version": "1.1", "data": [{"title": "Köln", "paragraphs": PARAGRAPHS}]}
 NAME = "koeln.de.json"
 MISSING = object()
 
@@ -154,7 +147,11 @@ BAD_RECORDS = {
     "start false": (put("answer_start", False), "wrong type", "must be a whole number, got False"),
     "start a float": (put("answer_start", 35.0), "wrong type", "must be a whole number, got 35.0"),
     "start a string": (put("answer_start", "35"), "wrong type", "must be a whole number, got '35'"),
-    "start off by one": (put("answer_start", 36), "answer is not at answer_start", "'1880' is not at 36; it stands at 35"),
+    "start off by one": (
+        put("answer_start", 36),
+        "answer is not at answer_start",
+        "'1880' is not at 36; it stands at 35",
+    ),
     "start negative": (put("answer_start", -38), "answer is not at answer_start", "it stands at 35"),
     "start past the end": (put("answer_start", 10**6), "answer is not at answer_start", "it stands at 35"),
     "answer not there": (put("text", "1881"), "answer is not at answer_start", "it does not stand in the context"),
@@ -417,5 +414,7 @@ def test_a_file_of_bad_records_alone_is_a_data_error_with_the_first_of_them(tmp_
         for question in paragraph["qas"]:
             question["answers"] = []
     path = write(tmp_path, document)
-    with pytest.raises(DataError, match=rf"{NAME} holds no usable question: 4 left out, the first: {NAME}: id q1: no answer"):
+    with pytest.raises(
+        DataError, match=rf"{NAME} holds no usable question: 4 left out, the first: {NAME}: id q1: no answer"
+    ):
         load_data(str(path))

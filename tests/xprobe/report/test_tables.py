@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from xprobe.phases.agreement import krippendorff_alpha
+from xprobe.phases.bootstrap import ClusterBootstrap
 from xprobe.phases.segmentation import segment
 from xprobe.report.tables import ALL, MEANS, example_table, layer_table, stability_table, summaries
 
@@ -138,6 +139,28 @@ def test_means_and_median_rank_are_those_of_the_examples(
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("language", [ALL, *LANGUAGES])
+def test_intervals_come_from_drawing_the_paragraphs_of_the_setting(
+    setting: str,
+    language: str,
+    layers: pd.DataFrame,
+    examples: pd.DataFrame,
+    frame_and_signals: tuple[pd.DataFrame, Signals],
+) -> None:
+    part = examples[examples["setting"] == setting]
+    weights = ClusterBootstrap(part["paragraph"].to_numpy(), DRAWS, SEED).weights
+    mine = part[(part["language"] == language) | (language == ALL)]
+    readiness = frame_and_signals[1]["readiness"][mine.index, 6]
+    paragraphs = mine["paragraph"].to_numpy()
+    drawn = []
+    for counts in weights.astype(int):
+        rows = [np.flatnonzero(paragraphs == f"p{at}") for at, times in enumerate(counts) for _ in range(times)]
+        drawn.append(readiness[np.concatenate(rows)].mean())
+    got = cell(layers, setting, 6, language, "readiness")
+    np.testing.assert_allclose((got["lo"], got["hi"]), np.percentile(drawn, [2.5, 97.5]), atol=1e-12)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_stability_and_agreement_with_english_are_those_of_the_onsets(
     setting: str, layers: pd.DataFrame, examples: pd.DataFrame
 ) -> None:
@@ -234,7 +257,7 @@ def test_a_study_without_any_onset_has_empty_figures_not_nan() -> None:
     assert entry["phased_fraction"] == 0
     assert entry["without_onset"] == entry["n"]
     json.dumps(entry, allow_nan=False)
-    table = stability_table(layer_table(examples, signals, 20, 0), "en-x", None)
+    table = stability_table(layer_table(examples, signals, 20, 0), "en-x")
     assert (table["phase"] == 1).all()
     assert table["stability"].isna().all()
 
@@ -242,18 +265,17 @@ def test_a_study_without_any_onset_has_empty_figures_not_nan() -> None:
 # -- one row per layer ----------------------------------------------------------------------------------------------
 
 
-def test_the_stability_table_is_the_pooled_part_of_the_layer_table(
-    layers: pd.DataFrame, examples: pd.DataFrame
-) -> None:
+def test_the_stability_table_is_the_pooled_part_of_the_layer_table(layers: pd.DataFrame) -> None:
     for setting in SETTINGS:
-        boundary = summaries(examples, LAYERS - 1, DRAWS, SEED)[setting]["boundary"]["value"]
-        table = stability_table(layers, setting, boundary)
+        table = stability_table(layers, setting)
         signals = ["readiness", "log_probability", "rank", "entropy", "kl", "phase2"]
         assert list(table.columns) == ["phase", "stability", "stability_lo", "stability_hi", *signals]
         assert table.index.tolist() == list(range(LAYERS))
         for layer, row in table.iterrows():
             stability = cell(layers, setting, int(str(layer)), ALL, "stability")
-            assert row[["stability", "stability_lo", "stability_hi"]].tolist() == stability[["value", "lo", "hi"]].tolist()
+            assert (
+                row[["stability", "stability_lo", "stability_hi"]].tolist() == stability[["value", "lo", "hi"]].tolist()
+            )
             for signal in signals:
                 assert row[signal] == cell(layers, setting, int(str(layer)), ALL, signal)["value"]
 
@@ -269,8 +291,7 @@ def phases_of(onsets: list[float]) -> tuple[list[int], list[float]]:
         "phased": True,
     })  # fmt: skip
     signals = {name: np.ones((len(onsets), LAYERS)) for name in (*MEANS, "rank")}
-    boundary = summaries(frame, LAYERS - 1, 5, 0)["en-x"]["boundary"]["value"]
-    table = stability_table(layer_table(frame, signals, 5, 0), "en-x", boundary)
+    table = stability_table(layer_table(frame, signals, 5, 0), "en-x")
     return table["phase"].tolist(), table["phase2"].tolist()
 
 

@@ -1,0 +1,94 @@
+"""`xprobe data` and `xprobe doctor`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.families import write_set
+from xprobe_cli.main import main
+
+from xprobe import doctor
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A set of two languages: one answer moved, one id missing in German."""
+    items = [("A b c.", "What?", "b"), ("D e f.", "Which?", "e"), ("G h i.", "Who?", "h")]
+    folder = write_set(tmp_path / "set", {"en": items, "de": items[:2]})
+    path = folder / "toy.en.json"
+    document = json.loads(path.read_text())
+    document["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = 4
+    path.write_text(json.dumps(document))
+    return folder
+
+
+def test_list_names_the_sets_and_what_they_hold(capsys, empty_cache, monkeypatch):
+    monkeypatch.delenv("XPROBE_XQUAD_DIR", raising=False)
+    assert main(["data", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "builtin   36 questions on 12 paragraphs in en ar de el es hi ro ru th tr vi zh" in out
+    assert "xprobe data fetch xquad" in out
+
+
+def test_list_as_json(capsys):
+    assert main(["data", "list", "--json"]) == 0
+    sets = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["sets"]}
+    assert len(sets["builtin"]["languages"]) == 12
+
+
+def test_check_of_the_built_in_set_finds_nothing(capsys):
+    assert main(["data", "check", "builtin"]) == 0
+    assert "0 problems" in capsys.readouterr().out
+
+
+def test_check_lists_every_problem_with_file_and_id(capsys, damaged):
+    assert main(["data", "check", str(damaged)]) == 1
+    out = capsys.readouterr().out
+    assert "toy.en.json: id q0: answer is not at answer_start ('b' is not at 4; it stands at 2)" in out
+    assert "toy.de.json: id q2: id is missing in a parallel file" in out
+    assert out.count("id q0") == 1  # left out of the English file, but not reported as missing from it as well
+    assert "en  2 usable questions" in out
+
+
+def test_check_as_json_and_strict(capsys, damaged):
+    assert main(["data", "check", str(damaged), "--json"]) == 1
+    value = json.loads(capsys.readouterr().out)
+    assert value["questions"] == {"en": 2, "de": 2}
+    assert {problem["reason"] for problem in value["problems"]} == {
+        "answer is not at answer_start", "id is missing in a parallel file",
+    }  # fmt: skip
+    assert main(["data", "check", str(damaged), "--strict"]) == 1
+    assert "toy.en.json" in capsys.readouterr().err
+
+
+def test_fetch_that_cannot_reach_its_address_says_what_else_to_do(capsys, empty_cache):
+    assert main(["data", "fetch", "xquad", "--languages", "en", "--url", "http://127.0.0.1:9"]) == 1
+    err = capsys.readouterr().err
+    assert "http://127.0.0.1:9/xquad.en.json" in err
+    assert "--url" in err
+    assert main(["data", "fetch", "xquad", "--languages", "fr"]) == 2
+
+
+def test_doctor_says_what_works(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "The main job runs here" in out
+    for name in ("torch", "transformers", "lens: cpu", "data: builtin", "cache"):
+        assert f"ok      {name}" in out
+
+
+def test_doctor_names_what_a_missing_piece_would_add(capsys, monkeypatch):
+    versions = doctor.versions
+    monkeypatch.setattr(doctor, "versions", lambda names: {**versions(names), "matplotlib": None})
+    assert main(["doctor"]) == 0
+    assert "matplotlib            not installed; adds figures: pip install 'xprobe[plot]'" in capsys.readouterr().out
+
+
+def test_doctor_fails_when_the_main_job_cannot_run(capsys, monkeypatch):
+    versions = doctor.versions
+    monkeypatch.setattr(doctor, "versions", lambda names: {**versions(names), "pyarrow": None})
+    assert main(["doctor", "--json"]) == 1
+    value = json.loads(capsys.readouterr().out)
+    assert value["works"] is False
+    assert next(check for check in value["checks"] if check["name"] == "pyarrow")["needed"]

@@ -1,0 +1,22 @@
+"""Fixtures that several tests share: a tiny saved model, and a cache folder of the session's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.families import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Folder of a tiny random Llama with a byte-level tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder that holds nothing."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XPROBE_CACHE", str(folder))
+    return folder

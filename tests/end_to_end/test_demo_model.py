@@ -1,0 +1,154 @@
+"""The real demo model: converted once, read right at every layer, run over real questions."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from xprobe_cli.main import main
+
+import xprobe
+from xprobe.capture.engine import capture_group
+from xprobe.capture.plan import group_prompts
+from xprobe.capture.readout import read_answers
+from xprobe.config import DEFAULT_MODEL
+from xprobe.errors import ModelError
+from xprobe.models import gguf, loading
+from xprobe.models.anatomy import inspect
+from xprobe.qa.parallel import load_data
+from xprobe.qa.prompts import build_prompts
+from xprobe.qa.templates import load_template
+
+XQUAD = os.environ.get("XPROBE_XQUAD_DIR")
+needs_xquad = pytest.mark.skipif(not XQUAD, reason="XPROBE_XQUAD_DIR is not set: no XQuAD here")
+
+
+@pytest.fixture(scope="module")
+def source():
+    try:
+        return loading.resolve(DEFAULT_MODEL)
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def loaded(source):
+    return loading.load(source, xprobe.StudyConfig())
+
+
+def test_lens_equals_transformers_own_modules_at_every_layer(loaded):
+    """Batched, hooked and tiled against one example at a time through the model's own norm and head, in fp32."""
+    examples = load_data("builtin", ["en", "th", "zh"]).examples(["en-x"], limit=1)
+    prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
+    model, anatomy = loaded.model, inspect(loaded.model)
+    (group,) = group_prompts(prompts)
+    captured = capture_group(model, anatomy, group, batch_tokens=4096)
+    values = read_answers(captured, anatomy.head)
+    for at, prompt in enumerate(prompts):
+        rows = slice(int(captured.offsets[at]), int(captured.offsets[at + 1]))
+        with torch.inference_mode():
+            out = model(torch.tensor([prompt.ids]), output_hidden_states=True)
+            positions = list(prompt.answer_positions)
+            layers = [model.lm_head(model.model.norm(state[0, positions])) for state in out.hidden_states[:-1]]
+            layers.append(out.logits[0, positions])  # the last entry of hidden_states is normed already
+        for layer, logits in enumerate(layers):
+            gold = torch.tensor(prompt.targets)[:, None]
+            log_p = torch.tensor(values.logit - values.logsumexp)[rows, layer]
+            wanted = logits.log_softmax(-1)
+            assert torch.allclose(log_p, wanted.gather(1, gold)[:, 0], rtol=0, atol=1e-3), layer
+            entropy = -(wanted.exp() * wanted).sum(-1)
+            assert torch.allclose(torch.tensor(values.entropy)[rows, layer], entropy, rtol=0, atol=1e-3), layer
+            rank = 1 + (logits > logits.gather(1, gold)).sum(-1)
+            assert torch.allclose(torch.tensor(values.rank)[rows, layer].double(), rank.double(), rtol=1e-3, atol=1), (
+                layer
+            )
+
+
+def test_weights_are_plain_fp32_and_converted_once(source, loaded):
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    folder = gguf.converted(Path(source.location))
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert gguf.converted(Path(source.location)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(source, empty_cache, monkeypatch):
+    def failing(path, folder):
+        (folder / "half").write_text("")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf, "_convert", failing)
+    with pytest.raises(ModelError, match=r"No space left on device.*XPROBE_CACHE"):
+        gguf.converted(Path(source.location))
+    assert list((empty_cache / "models").iterdir()) == []
+
+
+def test_a_cut_off_gguf_file_is_named(source, empty_cache, tmp_path):
+    path = tmp_path / "cut.gguf"
+    with open(source.location, "rb") as whole:
+        path.write_bytes(whole.read(100_000))
+    with pytest.raises(ModelError, match=r"cut\.gguf"):
+        loading.load(loading.resolve(str(path)), xprobe.StudyConfig())
+    assert list((empty_cache / "models").iterdir()) == []
+
+
+def test_the_model_answers_when_asked(loaded):
+    """The weights, the tokenizer and the chat template belong together: a question gets its answer."""
+    message = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = loaded.tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = loaded.model.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in loaded.tokenizer.decode(out[0])
+
+
+def test_the_main_job_on_the_built_in_set(source, tmp_path, capsys):
+    assert main(["run", "--languages", "en,zh", "--limit", "3", "--out", str(tmp_path / "run"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["parity_error"] < 1e-3
+    layers = result["layers"]
+    assert len(layers) == 31
+    # the gold answer is far more ready at the end than anywhere in the first half
+    assert layers[-1]["readiness"] > 0.6 > max(layer["readiness"] for layer in layers[:15])
+    assert 15 < result["boundary"]["value"] < 30
+
+
+@needs_xquad
+def test_the_main_job_on_real_xquad(source, tmp_path, capsys):
+    arguments = [
+        "run",
+        "--data",
+        XQUAD,
+        "--languages",
+        "en,th",
+        "--limit",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+        "--json",
+    ]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["counts"]["examples"] == 4
+    assert result["counts"]["bad_records"] == {}
+    assert result["parity_error"] < 1e-3
+
+
+@needs_xquad
+def test_every_prompt_of_xquad_has_verified_spans_in_both_settings(source, loaded):
+    examples = load_data("xquad").examples(["en-x", "x-x"])[::11]
+    prompts, skipped = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
+    assert skipped == []
+    assert len(prompts) == len(examples) > 1300
+
+
+@pytest.mark.slow
+@needs_xquad
+def test_twenty_xquad_questions_in_four_languages(source, tmp_path):
+    study = xprobe.run(data=str(XQUAD), languages=["en", "de", "zh", "th"], limit=20, out=tmp_path / "run")
+    assert study.manifest["counts"]["examples"] == 80
+    assert study.manifest["parity_error"] < 1e-3
+    assert study.stability["stability"].between(0, 1).all()

@@ -1,0 +1,157 @@
+"""A configuration is checked when it is made, never changes, and survives the way through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from xprobe.config import DTYPES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.errors import UsageError, XprobeError
+
+FULL = StudyConfig(
+    model="somewhere/model",
+    data="folder",
+    settings=("x-x", "en-x"),
+    languages=("en", "zh"),
+    limit=7,
+    template="plain",
+    dtype="bfloat16",
+    device="cpu",
+    strict=True,
+    seed=11,
+    bootstrap=50,
+    permutations=20,
+    store_rows=False,
+    batch_tokens=1,
+    backend="torch",
+    trust_remote_code=True,
+    allow_pickle=True,
+)
+
+
+def test_the_default_configuration_is_valid() -> None:
+    config = StudyConfig()
+    assert config.settings == ("en-x",)
+    assert config.languages is None
+    assert config.limit is None
+    assert not config.trust_remote_code
+    assert not config.allow_pickle
+
+
+def test_a_configuration_never_changes() -> None:
+    config = StudyConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del config.seed
+    assert config == StudyConfig()
+    assert hash(config) == hash(StudyConfig())
+
+
+# -- validation -----------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "unknown setting": ({"settings": ("x-en",)}, r"unknown setting 'x-en'; available: en-x, x-x"),
+    "one of two settings unknown": ({"settings": ("en-x", "all")}, r"unknown setting 'all'"),
+    "no setting": ({"settings": ()}, r"no setting given; available: en-x, x-x"),
+    "unknown signal": ({"signals": ("depth",)}, r"unknown signal 'depth'; available: readiness"),
+    "no signal": ({"signals": ()}, r"no signal given"),
+    "no language": ({"languages": ()}, r"languages is empty: name at least one, or leave it out"),
+    "unknown dtype": ({"dtype": "int8"}, r"unknown dtype 'int8'; available: auto, float32, bfloat16"),
+    "limit zero": ({"limit": 0}, r"limit must be a whole number of at least 1, got 0; leave it out"),
+    "limit negative": ({"limit": -3}, r"limit must be .* got -3"),
+    "limit a fraction": ({"limit": 2.5}, r"limit must be .* got 2\.5"),
+    "limit a bool": ({"limit": True}, r"limit must be .* got True"),
+    "limit a text": ({"limit": "5"}, r"limit must be .* got '5'"),
+    "no draws": ({"bootstrap": 0}, r"bootstrap must be a whole number of at least 1, got 0"),
+    "draws a float": ({"bootstrap": 100.0}, r"bootstrap must be .* got 100\.0"),
+    "too few permutations": ({"permutations": 19}, r"permutations must be a whole number of at least 20, got 19"),
+    "no tokens": ({"batch_tokens": 0}, r"batch_tokens must be a whole number of at least 1, got 0"),
+    "seed negative": ({"seed": -1}, r"seed must be a whole number of at least 0, got -1"),
+    "seed a bool": ({"seed": False}, r"seed must be .* got False"),
+    "seed missing": ({"seed": None}, r"seed must be .* got None"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_makes_no_sense_is_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        StudyConfig(**options)
+    assert isinstance(caught.value, XprobeError)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("signal", [name for name, ready in SIGNALS.items() if not ready])
+def test_a_signal_that_is_not_computed_yet_is_refused_with_those_that_are(signal: str) -> None:
+    with pytest.raises(UsageError, match=rf"signal '{signal}' is not computed by this version; available: readiness"):
+        StudyConfig(signals=("readiness", signal))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit": 1},
+        {"bootstrap": 1},
+        {"permutations": 20},
+        {"batch_tokens": 1},
+        {"seed": 0},
+        {"settings": tuple(SETTINGS)},
+    ]
+    + [{"dtype": dtype} for dtype in DTYPES],
+    ids=str,
+)
+def test_the_least_that_makes_sense_is_accepted(options: dict[str, Any]) -> None:
+    config = StudyConfig(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
+def test_one_name_stands_for_a_tuple_of_one() -> None:
+    config = StudyConfig(settings="x-x", languages="de", signals="readiness")  # type: ignore[arg-type]
+    assert (config.settings, config.languages, config.signals) == (("x-x",), ("de",), ("readiness",))
+
+
+def test_lists_become_tuples_and_repeats_are_dropped_in_order() -> None:
+    config = StudyConfig(settings=["x-x", "en-x", "x-x"], languages=["zh", "en", "zh"])  # type: ignore[arg-type]
+    assert (config.settings, config.languages) == (("x-x", "en-x"), ("zh", "en"))
+
+
+# -- to and from plain values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [StudyConfig(), FULL], ids=["default", "full"])
+def test_a_configuration_survives_the_way_through_json(config: StudyConfig) -> None:
+    values = config.to_dict()
+    assert list(values) == [field.name for field in dataclasses.fields(StudyConfig)]
+    assert json.loads(json.dumps(values)) == values
+    again = StudyConfig.from_dict(json.loads(json.dumps(values)))
+    assert again == config
+    assert again.to_dict() == values
+
+
+def test_every_field_of_the_full_example_differs_from_its_default() -> None:
+    same = [f.name for f in dataclasses.fields(StudyConfig) if getattr(FULL, f.name) == getattr(StudyConfig(), f.name)]
+    assert same == ["signals"]  # of which there is but one so far
+
+
+def test_missing_entries_take_their_defaults() -> None:
+    assert StudyConfig.from_dict({"seed": 4}) == StudyConfig(seed=4)
+    assert StudyConfig.from_dict({}) == StudyConfig()
+
+
+def test_unknown_entries_are_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"unknown entries \['colour', 'speed'\]; known: .*'seed'"):
+        StudyConfig.from_dict({"seed": 1, "speed": 2, "colour": 3})
+
+
+def test_entries_are_checked_as_arguments_are() -> None:
+    with pytest.raises(UsageError, match="limit must be"):
+        StudyConfig.from_dict({**StudyConfig().to_dict(), "limit": 0})
+
+
+def test_changing_the_plain_values_does_not_reach_back() -> None:
+    config = StudyConfig(languages=("en", "de"))
+    config.to_dict()["languages"].append("zh")
+    assert config.languages == ("en", "de")

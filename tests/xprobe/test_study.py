@@ -1,0 +1,257 @@
+"""A study end to end on a tiny model: results, files, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from support.families import save_tiny_model
+
+import xprobe
+from xprobe.capture import readout
+from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
+from xprobe.models import loading
+from xprobe.qa.parallel import load_data
+from xprobe.store import RunFolder
+
+SMALL = {"languages": ("en", "th", "zh"), "limit": 6}
+
+
+@pytest.fixture(scope="module")
+def study(tiny, tmp_path_factory):
+    return xprobe.run(str(tiny), setting=("en-x", "x-x"), out=tmp_path_factory.mktemp("study") / "run", **SMALL)
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_every_example_has_a_row_and_every_layer_its_figures(study):
+    assert len(study.examples) == 2 * 3 * 6 == study.manifest["counts"]["examples"]
+    assert study.settings == ("en-x", "x-x")
+    for setting in study.settings:
+        table = study.of(setting).stability
+        assert list(table.index) == [0, 1, 2, 3, 4]
+        assert table["readiness"].between(0, 1).all()
+        assert (table["rank"] >= 1).all()
+        assert table["kl"].iloc[-1] == pytest.approx(0, abs=1e-5)
+
+
+def test_tables_are_tidy_and_complete(study):
+    layers = pd.read_parquet(study.path / "layers.parquet")
+    assert list(layers.columns) == ["setting", "layer", "language", "signal", "value", "lo", "hi", "n"]
+    assert not layers.duplicated(["setting", "layer", "language", "signal"]).any()
+    assert set(layers["signal"]) == {
+        "stability", "agreement_en", "phase2", "readiness", "log_probability", "rank", "entropy", "kl",
+    }  # fmt: skip
+    assert set(layers["language"]) == {"all", "en", "th", "zh"}
+    bounded = layers.dropna(subset=["value", "lo", "hi"])
+    assert (bounded["lo"] <= bounded["value"] + 1e-9).all()
+    assert (bounded["value"] <= bounded["hi"] + 1e-9).all()
+
+
+def test_signals_equal_a_hand_written_logit_lens(study, tiny):
+    """One example, from text to numbers, with nothing but transformers."""
+    loaded = loading.load(loading.resolve(str(tiny)), xprobe.StudyConfig())
+    model, tokenizer = loaded.model, loaded.tokenizer
+    record = load_data("builtin", ["en"]).records["en"]["p01q1"]
+    prompt = (
+        "Read the text and answer the question with the exact words of the text, as short as possible.\n\n"
+        f"Text: {record.context}\n\nQuestion: {record.question}\nAnswer:"
+    )
+    ids, answer = tokenizer(prompt)["input_ids"], tokenizer(" " + record.answer)["input_ids"]
+    with torch.inference_mode():
+        out = model(torch.tensor([ids + answer]), output_hidden_states=True)
+        states = [*out.hidden_states[:-1]]
+        at = slice(len(ids) - 1, len(ids) + len(answer) - 1)
+        logits = [model.lm_head(model.model.norm(state[0, at])) for state in states] + [out.logits[0, at]]
+    gold = torch.tensor(answer)[:, None]
+    log_p = [float(z.log_softmax(-1).gather(1, gold).mean()) for z in logits]
+    ranks = [1 + (z > z.gather(1, gold)).sum(-1) for z in logits]
+    ready = [float((1 - rank.log2() / np.log2(model.config.vocab_size)).mean()) for rank in ranks]
+
+    row = study.examples.query("setting == 'en-x' and language == 'en' and question_id == 'p01q1'").iloc[0]
+    assert row["log_probability_last"] == pytest.approx(log_p[-1], abs=1e-4)
+    assert row["answer_tokens"] == len(answer)
+    arrays, metadata = RunFolder(study.path).read_shard("en-x.en.a000p000.safetensors")
+    place = next(i for i, e in enumerate(metadata["examples"]) if (e["language"], e["question_id"]) == ("en", "p01q1"))
+    rows = slice(*arrays["offsets"][place : place + 2])
+    assert (arrays["logit"] - arrays["logsumexp"])[rows].mean(0).tolist() == pytest.approx(log_p, abs=1e-4)
+    assert arrays["rank"][rows].T.tolist() == [rank.tolist() for rank in ranks]
+    assert row["readiness_last"] == pytest.approx(ready[-1], abs=1e-6)
+    assert arrays["targets"][rows].tolist() == answer
+    wanted = torch.stack([state[0, len(ids) - 1] for state in states]).numpy()
+    assert np.allclose(arrays["prompt_end"][place][:-1], wanted, atol=1e-5)
+
+
+def test_a_study_read_back_is_the_study(study):
+    again = xprobe.load_study(study.path)
+    assert again.manifest == study.manifest
+    assert again.to_dict() == study.to_dict()
+    pd.testing.assert_frame_equal(again.stability, study.stability)
+    assert "Study(" in repr(again)
+    assert "<table" in again._repr_html_()
+
+
+def test_the_json_object_has_the_promised_shape(study):
+    value = json.loads(json.dumps(study.to_dict(), allow_nan=False))
+    assert {"run_dir", "model", "settings", "phase_definition", "parity_error", "counts", "alpha", "boundary",
+            "timings", "layers"} <= set(value)  # fmt: skip
+    assert value["phase_definition"] == 1
+    assert set(value["boundary"]) == {"value", "lo", "hi"}
+    assert [layer["layer"] for layer in value["layers"]] == [0, 1, 2, 3, 4]
+    assert {"phase", "stability", "stability_lo", "stability_hi", "readiness", "log_probability", "rank",
+            "entropy"} <= set(value["layers"][0])  # fmt: skip
+    assert "encoding" not in value["layers"][0]
+    assert set(value["other_settings"]) == {"x-x"}
+
+
+def test_the_same_run_gives_the_same_bytes(study, tiny, tmp_path):
+    again = xprobe.run(str(tiny), setting=("en-x", "x-x"), out=tmp_path / "run", **SMALL)
+    mine, theirs = files(study.path), files(again.path)
+    assert set(mine) == set(theirs)
+    assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]  # times and places
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monkeypatch):
+    calls = []
+    real = readout.read_answers
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(readout, "read_answers", failing)
+    with pytest.raises(KeyboardInterrupt):
+        xprobe.run(str(tiny), setting=("en-x", "x-x"), out=out, **SMALL)
+    assert len(list((out / "shards").iterdir())) == 2
+    with pytest.raises(RunFolderError, match="not finished"):
+        xprobe.load_study(out)
+    resumed = xprobe.run(str(tiny), setting=("en-x", "x-x"), out=out, resume=True, **SMALL)
+    groups = len(list((out / "shards").iterdir()))
+    assert len(calls) == 3 + groups - 2  # the two finished groups were not computed again
+    mine, theirs = files(study.path), files(resumed.path)
+    assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]
+
+
+def test_a_damaged_shard_is_computed_again(study, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    xprobe.run(str(tiny), out=out, **SMALL)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    shard = sorted((out / "shards").iterdir())[0]
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    xprobe.run(str(tiny), out=out, resume=True, **SMALL)
+    assert shard.read_bytes() == good
+
+
+def test_resuming_a_finished_run_loads_no_model(study, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    first = xprobe.run(str(tiny), out=out, **SMALL)
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
+    second = xprobe.run(str(tiny), out=out, resume=True, **SMALL)
+    assert second.to_dict() == first.to_dict()
+
+
+def test_resume_with_another_configuration_names_the_difference(study, tiny, tmp_path):
+    with pytest.raises(UsageError, match=r"limit was 6 and is now 5"):
+        xprobe.run(
+            str(tiny), setting=("en-x", "x-x"), out=study.path, resume=True, languages=SMALL["languages"], limit=5
+        )
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(UsageError, match="other bytes"):
+        xprobe.run(str(other), setting=("en-x", "x-x"), out=study.path, resume=True, **SMALL)
+
+
+def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_path):
+    with pytest.raises(UsageError, match="not empty"):
+        xprobe.run(str(tiny), out=study.path, **SMALL)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="no run to resume"):
+        xprobe.run(str(tiny), out=tmp_path, resume=True, **SMALL)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_one_language_has_no_stability_and_says_so(tiny, tmp_path):
+    study = xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=4)
+    assert study.stability["stability"].isna().all()
+    assert study.alpha["value"] is None
+    assert study.to_dict()["layers"][0]["stability"] is None
+
+
+def test_examples_beyond_the_window_are_counted_and_the_rest_goes_on(tmp_path):
+    model = save_tiny_model(tmp_path / "short", window=600)
+    study = xprobe.run(str(model), out=tmp_path / "run", setting="x-x", languages=("en", "th"), limit=6)
+    counts = study.manifest["counts"]
+    assert counts["skipped"] == {"longer than the model's window": 12 - counts["examples"]}
+    assert 0 < counts["examples"] < 12
+    assert len(study.manifest["left_out"]["examples"]) == 12 - counts["examples"]
+
+
+def test_a_window_that_nothing_fits_is_an_error(tmp_path):
+    model = save_tiny_model(tmp_path / "short", window=32)
+    with pytest.raises(DataError, match="window"):
+        xprobe.run(str(model), out=tmp_path / "run", limit=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_can_be_left_out_of_the_shards(tiny, tmp_path):
+    study = xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, store_rows=False)
+    arrays, _ = RunFolder(study.path).read_shard("en-x.en.a000p000.safetensors")
+    assert set(arrays) == {"logit", "logsumexp", "rank", "entropy", "kl", "offsets", "targets"}
+
+
+def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
+    calls = []
+    real = readout.read_answers
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory: tried to allocate 1 TiB")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(readout, "read_answers", failing)
+    with pytest.raises(XprobeError, match=r"9 of 18 examples are kept .* --resume"):
+        xprobe.run(str(tiny), out=tmp_path / "run", **SMALL)
+
+
+def test_stages_are_reported_in_order(tiny, tmp_path):
+    seen = []
+    xprobe.run(str(tiny), out=tmp_path / "run", progress=lambda *event: seen.append(event), **SMALL)
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["loading the model", "building prompts", "forward and lens", "phases and tables"]
+    assert [done for stage, done, _ in seen if stage == "forward and lens"] == [0, 9, 18]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_and_passes_parity(tiny, tmp_path, dtype):
+    study = xprobe.run(str(tiny), out=tmp_path / "run", languages=("en", "de"), limit=2, dtype=dtype)
+    assert study.manifest["model"]["dtype"] == dtype
+    assert study.manifest["parity_error"] < 0.1
+    arrays, _ = RunFolder(study.path).read_shard("en-x.en.a000p000.safetensors")
+    assert np.isfinite(arrays["prompt_end"]).all()
+
+
+def test_pickled_weights_are_refused_unless_asked_for(tiny, tmp_path):
+    folder = tmp_path / "pickled"
+    loaded = loading.load(loading.resolve(str(tiny)), xprobe.StudyConfig())
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.model.config.save_pretrained(folder)
+    torch.save(loaded.model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="--allow-pickle"):
+        xprobe.run(str(folder), out=tmp_path / "run", limit=1)
+    study = xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1, allow_pickle=True)
+    assert study.manifest["parity_error"] < 1e-4
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(UsageError, match="limitt"):
+        xprobe.run("x", limitt=3)
