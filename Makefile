@@ -31,7 +31,7 @@ demo: $(READY)
 	@$(BIN)/xprobe run --out runs/demo --resume
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadscope
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# one thread per test process, several processes: tiny models gain nothing from threads, and threads that wait for one
+# another make everything slow on a busy machine. Must stand before torch is imported, here and in subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from support.families import save_tiny_model
 
 

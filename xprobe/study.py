@@ -120,6 +120,7 @@ class _Run:
         identity = self._identity(source, data)
         before = self._earlier(identity)
         if before.get("status") == "done":
+            self.progress(f"{self.out} holds the finished run: shown from its files", 0, 0)
             manifest, folder = before, RunFolder.open(self.out)
         else:
             manifest, folder = self._compute(source, data, examples, identity)

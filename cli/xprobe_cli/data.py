@@ -10,12 +10,14 @@ import click
 from xprobe.errors import XprobeError
 from xprobe.qa.fetch import XQUAD_URL, fetch_xquad
 from xprobe.qa.parallel import XQUAD_LANGUAGES, load_data
-from xprobe_cli.options import Names, common, echo_json
+from xprobe_cli.options import Names, common, echo_json, help_without_command
 
 
-@click.group("data")
-def command() -> None:
+@click.group("data", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
     """Question sets: list, check, fetch."""
+    help_without_command(context)
 
 
 @command.command("list")

@@ -9,6 +9,7 @@ from importlib import import_module
 import click
 
 from xprobe import XprobeError, __version__
+from xprobe_cli.options import help_without_command
 
 COMMANDS = {  # name -> (module, one line for --help)
     "run": ("xprobe_cli.run", "The main job: per-layer phase stability of a model over parallel questions."),
@@ -34,13 +35,17 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="xprobe")
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     """At which layer does a multilingual language model understand a question, and at which does it find the answer?
 
     `xprobe run` without arguments works on a small real model and a built-in question set.
     """
+    help_without_command(context)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,9 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = group.main(arguments, prog_name="xprobe", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
-        return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "xprobe"

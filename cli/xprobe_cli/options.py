@@ -31,6 +31,13 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
+def help_without_command(context: click.Context) -> None:
+    """A group called without a subcommand shows its help on stderr and exits with 2."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
+
+
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--json`` and ``--debug``."""
     return json_option(debug_option(command))

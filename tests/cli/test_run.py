@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support.families import COMMON, write_set
@@ -205,10 +206,20 @@ def test_control_c_keeps_what_is_done_and_says_how_to_go_on(tiny, tmp_path):
     assert main(["run", str(tiny), "--out", str(out), "--resume", "--batch-tokens", "4096", "--json"]) == 0
 
 
-def test_no_arguments_show_the_help():
-    result = subprocess.run([sys.executable, "-m", "xprobe_cli"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "Commands:" in result.stderr
+@pytest.mark.parametrize("arguments", [[], ["data"]])
+def test_a_group_without_a_command_shows_its_help(arguments, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Commands:" in err
+
+
+def test_it_runs_as_a_module_and_as_a_script():
+    script = Path(sys.executable).with_name("xprobe")
+    for command in ([sys.executable, "-m", "xprobe_cli"], [str(script)] if script.exists() else None):
+        if command is not None:  # a checkout that is not installed has no script
+            result = subprocess.run([*command, "--version"], capture_output=True, text=True)
+            assert result.stdout == f"xprobe, version {xprobe.__version__}\n"
 
 
 @pytest.mark.parametrize(

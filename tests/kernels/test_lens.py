@@ -186,7 +186,11 @@ def assert_top(truth: Truth, backend: str, readout: Readout, k: int) -> None:
 
 def same_bits(left: Readout, right: Readout, rows: Tensor | slice = slice(None)) -> bool:
     pairs = [(getattr(left, field.name), getattr(right, field.name)) for field in fields(Readout)]
-    return all(torch.equal(a[rows].nan_to_num(nan=-1.5), b[rows].nan_to_num(nan=-1.5)) for a, b in pairs if isinstance(a, Tensor))
+    return all(
+        torch.equal(a[rows].nan_to_num(nan=-1.5), b[rows].nan_to_num(nan=-1.5))
+        for a, b in pairs
+        if isinstance(a, Tensor)
+    )
 
 
 # ---- regimes ---------------------------------------------------------------------------------------------------------
@@ -360,7 +364,13 @@ def test_outputs_are_fp32_or_as_wide_as_the_rows(backend, dtype, regime) -> None
     case, readout = judge(regime, dtype).case, read(backend, regime, dtype)
     wide = torch.promote_types(case.hidden.dtype, torch.float32)
     rows, lookups, k = *case.lookup.shape, min(case.top_k, case.head.vocab_size)
-    shapes = {"logits": (rows, lookups), "logsumexp": (rows,), "entropy": (rows,), "kl": (rows,), "top_logits": (rows, k)}
+    shapes = {
+        "logits": (rows, lookups),
+        "logsumexp": (rows,),
+        "entropy": (rows,),
+        "kl": (rows,),
+        "top_logits": (rows, k),
+    }
     for name, shape in shapes.items():
         value = getattr(readout, name)
         assert (name, value.dtype, tuple(value.shape)) == (name, wide, shape)
@@ -372,7 +382,11 @@ def test_outputs_are_fp32_or_as_wide_as_the_rows(backend, dtype, regime) -> None
 @pytest.mark.parametrize("regime", ["rms norm with gamma", "everything at once", "scattered banned tokens"])
 def test_half_precision_rows_are_read_as_if_they_were_fp32(backend, dtype, regime) -> None:
     case = judge(regime, dtype).case
-    wide = {name: value.float() for name in ("weight", "gamma", "beta", "bias") if (value := getattr(case.head, name)) is not None}
+    wide = {
+        name: value.float()
+        for name in ("weight", "gamma", "beta", "bias")
+        if (value := getattr(case.head, name)) is not None
+    }
     wider = replace(case, hidden=case.hidden.float(), head=replace(case.head, **wide))
     assert same_bits(case.read(backend), wider.read(backend))
 
@@ -463,7 +477,13 @@ def test_duplicates_of_a_token_never_rank_above_it(backend, dtype, width, rows) 
 @each_backend
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 0.5}, {"softcap": 30.0}, {"scale": -3.0}, {"scale": 0.01}, {"norm": "layer", "gamma": True, "beta": True}],
+    [
+        {"softcap": 0.5},
+        {"softcap": 30.0},
+        {"scale": -3.0},
+        {"scale": 0.01},
+        {"norm": "layer", "gamma": True, "beta": True},
+    ],
     ids=str,
 )
 def test_duplicates_tie_under_every_option(backend, options) -> None:
@@ -476,7 +496,9 @@ def test_duplicates_tie_under_every_option(backend, options) -> None:
 def test_duplicates_tie_when_the_bias_dwarfs_the_projection(backend, offset) -> None:
     case, ranks = duplicated(torch.float32, 64, 2500, 500, bias=torch.full((11,), offset))
     z = raw_logits(case.hidden, case.head, torch.float64)
-    rounding = 2 * TIE_ULPS * torch.finfo(torch.float32).eps * (abs(offset) + 10)  # of the sum: distinct logits this close may tie
+    rounding = (
+        2 * TIE_ULPS * torch.finfo(torch.float32).eps * (abs(offset) + 10)
+    )  # of the sum: distinct logits this close may tie
     least = 1 + (z[:, None, :] > z.gather(1, case.lookup)[:, :, None] + rounding).sum(-1)
     rank = case.read(backend, top_k=0, final_rows=None).rank
     assert bool(((least <= rank) & (rank <= ranks)).all())
@@ -501,7 +523,9 @@ def test_equal_logits_rank_first_and_spread_evenly(backend, dtype) -> None:
 @each_backend
 def test_minus_zero_ties_with_zero(backend) -> None:
     weight = torch.tensor([-1.0, -0.0, 0.0, -0.0, -2.0] + [-3.0] * 35)[:, None]
-    case = Case(torch.ones(1, 1), Unembedding(weight, norm="none"), torch.tensor([[1, 2]]), torch.zeros(1, dtype=torch.int64))
+    case = Case(
+        torch.ones(1, 1), Unembedding(weight, norm="none"), torch.tensor([[1, 2]]), torch.zeros(1, dtype=torch.int64)
+    )
     readout = case.read(backend)
     assert readout.top_ids is not None
     assert readout.top_ids.tolist() == [[1, 2, 3, 0, 4]]
@@ -677,9 +701,7 @@ def test_no_rows_give_empty_outputs(backend, top_k, with_kl, shape) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     head = Unembedding(torch.ones(20, 8))
     lookup = torch.zeros(shape, dtype=torch.int64)
-    readout = lens(
-        torch.zeros(0, 8), head, lookup, top_k=top_k, final_rows=none if with_kl else None, backend=backend
-    )
+    readout = lens(torch.zeros(0, 8), head, lookup, top_k=top_k, final_rows=none if with_kl else None, backend=backend)
     assert readout.logits.shape == readout.rank.shape == (0, lookup[:, None].shape[-1] if lookup.ndim == 1 else 2)
     assert readout.logsumexp.shape == readout.entropy.shape == (0,)
     assert (readout.kl is not None) == with_kl
@@ -697,7 +719,9 @@ def test_divergence_is_never_negative_and_vanishes_in_the_final_row(backend, dty
     assert readout.kl is not None
     itself = truth.case.final_rows == torch.arange(len(truth.case.final_rows))
     assert bool((readout.kl >= 0).all())
-    assert float(readout.kl[itself].max()) <= truth.rounding(backend, truth.values["entropy"]) + truth.eps * float(truth.noise.max())
+    assert float(readout.kl[itself].max()) <= truth.rounding(backend, truth.values["entropy"]) + truth.eps * float(
+        truth.noise.max()
+    )
 
 
 @each_backend
@@ -707,7 +731,9 @@ def test_divergence_of_two_tokens_by_hand(backend) -> None:
     final_rows = torch.tensor([1, 1])
     readout = lens(odds, head, torch.tensor([0, 0]), final_rows=final_rows, backend=backend)
     assert readout.kl is not None
-    assert readout.kl.tolist() == pytest.approx([0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), 0.0], abs=1e-6)
+    assert readout.kl.tolist() == pytest.approx(
+        [0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), 0.0], abs=1e-6
+    )
     assert readout.entropy.tolist() == pytest.approx([-0.25 * math.log(0.25) - 0.75 * math.log(0.75), math.log(2)])
     assert readout.log_probability.flatten().tolist() == pytest.approx([math.log(0.25), math.log(0.5)])
 
@@ -746,7 +772,10 @@ def test_a_row_alone_reads_the_same_within_the_rule(backend) -> None:
     truth, together = Truth(case), case.read(backend)
     for row in range(9):
         alone = replace(
-            case, hidden=case.hidden[row : row + 1], lookup=case.lookup[row : row + 1], final_rows=torch.zeros(1, dtype=torch.int64)
+            case,
+            hidden=case.hidden[row : row + 1],
+            lookup=case.lookup[row : row + 1],
+            final_rows=torch.zeros(1, dtype=torch.int64),
         ).read(backend)
         for name in ("logits", "logsumexp", "entropy"):
             distance = worst(getattr(alone, name)[0], getattr(together, name)[row].double())

@@ -1,0 +1,46 @@
+"""The kernels need torch and nothing else of this project."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import xprobe_kernels
+
+KERNELS = Path(xprobe_kernels.__file__).parent.parent
+SCRIPT = """
+import sys, torch
+from xprobe_kernels import Unembedding, available_backends, capture, lens
+rows, out = torch.randn(2, 5, 8), torch.empty(2, 8)
+capture(rows, torch.tensor([[0, 4, 5], [1, 0, 5]]), out)
+head = Unembedding(torch.randn(100, 8), norm="layer", beta=torch.randn(8), softcap=30.0)
+for backend in available_backends():
+    readout = lens(out, head, torch.tensor([3, -1]), top_k=5, final_rows=torch.tensor([1, 1]), backend=backend)
+    assert readout.backend == backend and readout.rank[1, 0] == 0
+print(sorted(name for name in sys.modules if name.split(".")[0] in UNWANTED))
+"""
+UNWANTED = {"xprobe", "xprobe_cli", "transformers", "pandas", "sklearn"}
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the script prints with ``kernels`` as the only addition to the path, far from the repository."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.replace("UNWANTED", repr(UNWANTED))],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env=environment | {"PYTHONPATH": str(KERNELS)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_package_works_alone_and_pulls_in_nothing_of_the_project(printed) -> None:
+    assert printed.strip() == "[]"
