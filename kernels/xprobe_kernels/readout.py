@@ -31,12 +31,12 @@ class Readout:
     logsumexp : Tensor [R]
         Natural logarithm of the sum of exponentials over the vocabulary; ``logits - logsumexp`` is in nats.
     rank : Tensor [R, A], int64
-        1 + number of other tokens with a strictly larger logit. Logits closer than the rounding error of the
-        projection count as tied.
+        1 + number of other tokens with a strictly larger logit, compared before the soft-cap, which keeps the order.
+        Logits closer than the rounding error of the projection count as tied.
     entropy : Tensor [R]
         Of the lens distribution, in nats.
     top_ids, top_logits : Tensor [R, k]
-        The k largest logits, largest first; of equal ones the lowest id first. None if k = 0.
+        The k largest logits, largest first; of equal ones (before the soft-cap) the lowest id first. None if k = 0.
     kl : Tensor [R]
         KL(final layer || this row) in nats. None unless ``final_rows`` was given.
     backend, precision : str
@@ -118,7 +118,8 @@ def lens(
     if name not in usable:
         raise ValueError(f"backend must be 'auto' or one of {usable} on {hidden.device.type}, got {backend!r}")
     module, _ = BACKENDS[name]
-    fields = module.readout(hidden, head, lookup, top_k, final_rows, workspace_bytes)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        fields = module.readout(hidden, head, lookup, top_k, final_rows, workspace_bytes)
     return Readout(**fields, backend=name, precision=precision)
 
 

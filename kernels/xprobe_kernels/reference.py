@@ -9,10 +9,22 @@ from torch import Tensor
 
 from xprobe_kernels.unembedding import Unembedding
 
+TIE_ROUNDINGS = 4.0  # a dot product of h and w is off by less than this many eps * |h| * |w|
+
 
 def logits(hidden: Tensor, head: Unembedding, dtype: torch.dtype = torch.float64) -> Tensor:
     """All logits [R, V] of ``hidden`` [R, D], computed in ``dtype``."""
-    return head.finish(head.normalize(hidden.to(dtype)) @ head.weight.to(dtype).T)
+    return head.cap(head.bias_and_scale(head.normalize(hidden.to(dtype)) @ head.weight.to(dtype).T))
+
+
+def tie_threshold(normed: Tensor, weight: Tensor, logit: Tensor, scale: float) -> Tensor:
+    """What another token's logit must exceed to rank above a token's ``logit`` [R] (all before the soft-cap).
+
+    Equal tokens may come out of a matrix product a few roundings apart. ``weight`` [R, D] holds the token's row.
+    """
+    eps = torch.finfo(normed.dtype).eps
+    slack = TIE_ROUNDINGS * eps * abs(scale) * normed.norm(dim=-1) * weight.norm(dim=-1) + 2 * eps * logit.abs()
+    return torch.where(torch.isfinite(logit), logit + slack, logit)
 
 
 def readout(
@@ -26,7 +38,9 @@ def readout(
     """The fields of ``Readout``, by their definitions (docs/method.md); arguments as ``lens`` has checked them."""
     out = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     finite = torch.isfinite(hidden).all(-1)
-    z = logits(torch.where(finite[:, None], hidden, torch.zeros_like(hidden)), head)
+    normed = head.normalize(torch.where(finite[:, None], hidden, torch.zeros_like(hidden)).double())
+    before_cap = head.bias_and_scale(normed @ head.weight.double().T)
+    z = head.cap(before_cap.clone())
     log_p = torch.log_softmax(z, -1)
     p = log_p.exp()
     plogp = torch.where(p > 0, p * log_p, torch.zeros_like(p))
@@ -34,12 +48,16 @@ def readout(
     wanted = lookup >= 0
     known = wanted & finite[:, None]
     looked_up = z.gather(1, lookup.clamp(min=0))
-    rank = torch.stack([1 + (z > looked_up[:, a, None]).sum(-1) for a in range(lookup.shape[1])], 1)
+    rank = torch.ones_like(lookup)
+    for a, tokens in enumerate(lookup.clamp(min=0).unbind(1)):
+        logit = before_cap.gather(1, tokens[:, None])[:, 0]
+        threshold = tie_threshold(normed, head.weight[tokens].double(), logit, head.scale)
+        rank[:, a] += (before_cap > threshold[:, None]).sum(-1)
 
     top_ids = top_logits = kl = None
     if top_k:
-        top_logits, top_ids = z.sort(dim=-1, descending=True, stable=True)
-        top_logits = _blank(top_logits[:, :top_k].to(out), finite[:, None])
+        top_logits, top_ids = before_cap.sort(dim=-1, descending=True, stable=True)
+        top_logits = _blank(head.cap(top_logits[:, :top_k].clone()).to(out), finite[:, None])
         top_ids = torch.where(finite[:, None], top_ids[:, :top_k], -1)
     if final_rows is not None:
         p_final, log_p_final = p[final_rows], log_p[final_rows]

@@ -51,8 +51,9 @@ class Unembedding:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, Tensor) or self.weight.ndim != 2 or not self.weight.is_floating_point():
-            raise ValueError(f"weight must be a floating-point tensor of shape [V, D], got {describe(self.weight)}")
+        weight = self.weight
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
+            raise ValueError(f"weight must be a floating-point tensor of shape [V, D], got {describe(weight)}")
         if self.norm not in get_args(NormKind):
             raise ValueError(f"norm must be one of {', '.join(get_args(NormKind))}, got {self.norm!r}")
         vocabulary, width = self.weight.shape
@@ -91,8 +92,8 @@ class Unembedding:
             hidden = hidden + self.beta.to(hidden.dtype)
         return hidden
 
-    def finish(self, projected: Tensor, tokens: Tensor | slice = slice(None)) -> Tensor:
-        """Bias, scale and soft-cap on ``norm(h) @ weight[tokens].T``; changes ``projected`` in place and returns it.
+    def bias_and_scale(self, projected: Tensor, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """Bias and scale on ``norm(h) @ weight[tokens].T``; changes ``projected`` in place and returns it.
 
         ``tokens`` selects the vocabulary entries that the last dimension of ``projected`` stands for.
         """
@@ -100,9 +101,13 @@ class Unembedding:
             projected += self.bias[tokens].to(projected.dtype)
         if self.scale != 1.0:
             projected *= self.scale
-        if self.softcap is not None:
-            projected.div_(self.softcap).tanh_().mul_(self.softcap)
         return projected
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """The soft-cap, which keeps the order of logits; changes ``logits`` in place and returns it."""
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
     def fingerprint(self) -> str:
         """SHA-256 over every number of the head, in hexadecimal: equal heads, equal readouts."""

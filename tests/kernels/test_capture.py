@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,7 +60,6 @@ def test_a_single_position_takes_the_buffer_s_dtype(dtype, into) -> None:
 def test_a_longer_span_is_its_mean_rounded_once(dtype, into) -> None:
     hidden = block(dtype)
     out = captured(hidden, spans((0, 2, 9), (1, 0, 11), (2, 9, 11)), into).double()
-    truth = torch.stack([hidden[0, 2:9], hidden[1], hidden[2, 9:11]]) if False else None
     truth = torch.stack([part.double().mean(0) for part in (hidden[0, 2:9], hidden[1], hidden[2, 9:11])])
     fp32_sum = 4 * torch.finfo(torch.float32).eps * hidden.double().abs().max()
     assert bool(((out - truth).abs() <= fp32_sum + torch.finfo(into).eps / 2 * truth.abs() * 1.01 + 1e-7).all())
@@ -158,24 +159,24 @@ HIDDEN = torch.zeros(2, 5, 4)
 ONE = spans((0, 0, 1))
 
 
-@pytest.mark.parametrize(
-    ("call", "parts"),
-    [
-        (lambda: capture([[[1.0]]], ONE, torch.zeros(1, 4)), ("hidden", "[B, T, D]", "list")),
-        (lambda: capture(torch.zeros(5, 4), ONE, torch.zeros(1, 4)), ("hidden", "[B, T, D]", "[5, 4]")),
-        (lambda: capture(HIDDEN.long(), ONE, torch.zeros(1, 4)), ("hidden", "floating", "torch.int64")),
-        (lambda: capture(HIDDEN, [(0, 0, 1)], torch.zeros(1, 4)), ("spans", "[S, 3]", "list")),
-        (lambda: capture(HIDDEN, ONE[0], torch.zeros(1, 4)), ("spans", "[S, 3]", "[3]")),
-        (lambda: capture(HIDDEN, ONE[:, :2], torch.zeros(1, 4)), ("spans", "[S, 3]", "[1, 2]")),
-        (lambda: capture(HIDDEN, ONE.int(), torch.zeros(1, 4)), ("spans", "int64", "torch.int32")),
-        (lambda: capture(HIDDEN, ONE, [[0.0] * 4]), ("out", "[1, 4]", "list")),
-        (lambda: capture(HIDDEN, ONE, torch.zeros(2, 4)), ("out", "[1, 4]", "[2, 4]")),
-        (lambda: capture(HIDDEN, ONE, torch.zeros(1, 3)), ("out", "[1, 4]", "[1, 3]")),
-        (lambda: capture(HIDDEN, ONE, torch.zeros(4)), ("out", "[1, 4]", "[4]")),
-        (lambda: capture(HIDDEN, ONE, torch.zeros(1, 4, dtype=torch.int64)), ("out", "floating", "torch.int64")),
-        (lambda: capture(HIDDEN, ONE, torch.zeros(1, 4, device="meta")), ("out", "meta", "cpu")),
-    ],
-)
+REFUSALS: list[tuple[Callable[[], object], tuple[str, ...]]] = [
+    (lambda: capture([[[1.0]]], ONE, torch.zeros(1, 4)), ("hidden", "[B, T, D]", "list")),
+    (lambda: capture(torch.zeros(5, 4), ONE, torch.zeros(1, 4)), ("hidden", "[B, T, D]", "[5, 4]")),
+    (lambda: capture(HIDDEN.long(), ONE, torch.zeros(1, 4)), ("hidden", "floating", "torch.int64")),
+    (lambda: capture(HIDDEN, [(0, 0, 1)], torch.zeros(1, 4)), ("spans", "[S, 3]", "list")),
+    (lambda: capture(HIDDEN, ONE[0], torch.zeros(1, 4)), ("spans", "[S, 3]", "[3]")),
+    (lambda: capture(HIDDEN, ONE[:, :2], torch.zeros(1, 4)), ("spans", "[S, 3]", "[1, 2]")),
+    (lambda: capture(HIDDEN, ONE.int(), torch.zeros(1, 4)), ("spans", "int64", "torch.int32")),
+    (lambda: capture(HIDDEN, ONE, [[0.0] * 4]), ("out", "[1, 4]", "list")),
+    (lambda: capture(HIDDEN, ONE, torch.zeros(2, 4)), ("out", "[1, 4]", "[2, 4]")),
+    (lambda: capture(HIDDEN, ONE, torch.zeros(1, 3)), ("out", "[1, 4]", "[1, 3]")),
+    (lambda: capture(HIDDEN, ONE, torch.zeros(4)), ("out", "[1, 4]", "[4]")),
+    (lambda: capture(HIDDEN, ONE, torch.zeros(1, 4, dtype=torch.int64)), ("out", "floating", "torch.int64")),
+    (lambda: capture(HIDDEN, ONE, torch.zeros(1, 4, device="meta")), ("out", "meta", "cpu")),
+]
+
+
+@pytest.mark.parametrize(("call", "parts"), REFUSALS, ids=[" ".join(parts) for _, parts in REFUSALS])
 def test_capture_refuses(call, parts) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011  (the parts are the match)
         call()

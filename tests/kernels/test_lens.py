@@ -1,10 +1,10 @@
 """What ``lens`` returns, against fp64 arithmetic written here from the definitions.
 
-The rule: a backend may be no further from fp64 truth than plain torch in the rows' dtype is, plus a small slack. Both errors
-are the worst over the call. The slack is ``SLACK_ULPS`` units in the last place of the result and, for what rests on
-projections, one eps of |h| |w| in each logit: plain torch rounds a short call almost correctly by chance.
-Where only a few rows are averaged, plain torch may also get a statistic right by chance though its logits are off; it is then
-held to what its logits' errors can do to the statistic, to first order (``Truth.allowed``).
+The rule: a backend may be no further from fp64 truth than plain torch in the rows' dtype is, plus a small slack. Both
+errors are the worst over the call. The slack is ``SLACK_ULPS`` units in the last place of the result and one eps of
+|h| |w| in each logit, because plain torch may round the few logits of a short call almost correctly by chance. For the
+same reason it may get a statistic right though its logits are off: a statistic may be off by as much as those errors
+can move it, to first order (``Truth.sensitivity``). ``reference`` gets none of this: it must round the truth, once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def capped(raw: Tensor, head: Unembedding) -> Tensor:
 
 
 def raw_logits(hidden: Tensor, head: Unembedding, dtype: torch.dtype) -> Tensor:
-    """Logits [R, V] before the soft-cap, as a model in ``dtype`` has them: projection in ``dtype``, the rest at least fp32."""
+    """Logits [R, V] before the soft-cap as a model in ``dtype`` has them: projection in it, the rest at least fp32."""
     work = torch.promote_types(dtype, torch.float32)
     raw = (normed(hidden.to(work), head).to(dtype) @ head.weight.to(dtype).T).to(work)
     return head.scale * (raw if head.bias is None else raw + head.bias.to(work))
@@ -83,7 +83,7 @@ def statistics(z: Tensor, lookup: Tensor, final_rows: Tensor) -> dict[str, Tenso
 
 
 def worst(found: Tensor, truth: Tensor, dim: int | None = None) -> Tensor:
-    """Largest distance, infinite where only one of the two is a number; equal infinities and no numbers are at distance 0."""
+    """Largest distance, infinite where one of the two is no number; equal infinities and empty tensors are at 0."""
     if not found.numel():
         return torch.zeros(found.shape[:-1] if dim == -1 else (), dtype=torch.float64)
     distance = (found.double() - truth).abs()
@@ -208,7 +208,7 @@ def random_case(
     top_k: int = 5,
     **options: Any,
 ) -> Case:
-    """Gaussian rows and vocabulary; logits have standard deviation ``spread``. The last third of the rows are final rows."""
+    """Gaussian rows and vocabulary, logits of standard deviation ``spread``; the last third are final rows."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -426,7 +426,7 @@ def test_softmax_does_not_see_an_offset_common_to_all_logits(backend, dtype, off
 
 
 def whole_numbers(dtype: torch.dtype, rows: int, width: int, vocabulary: int, seed: int = 0) -> Case:
-    """Small whole numbers throughout: every logit is exact in every dtype and in any order of summation, and most tie."""
+    """Small whole numbers: every logit is exact in every dtype and in any order of summation, and most of them tie."""
     random = torch.Generator().manual_seed(seed)
 
     def whole(*shape: int) -> Tensor:
