@@ -201,7 +201,9 @@ def _as_torch(tensors: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    return {
-        name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach().cpu().contiguous()
-        for name, value in tensors.items()
-    }
+    def convert(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(np.ascontiguousarray(value))
+        return value.detach().cpu().contiguous()
+
+    return {name: convert(value) for name, value in tensors.items()}

@@ -33,8 +33,9 @@ def _layer_lines(study: Study, bars: bool) -> list[str]:
     def with_bar(value: float) -> str:
         return f"{_number(value, 3):>6}" + (f" {bar(value)}" if bars else "")
 
-    wide = 7 + BAR if bars else 6
-    header = f"layer  phase  {'stability':<{wide}}  {'95% interval':<14}  {'readiness':<{max(wide, 9)}}  {'log p':>7}  {'rank':>7}  {'entropy':>7}"
+    wide = 7 + BAR if bars else 9
+    header = f"layer  phase  {'stability':<{wide}}  {'95% interval':<14}  {'readiness':<{wide}}"
+    header += f"  {'log p':>7}  {'rank':>7}  {'entropy':>7}"
     lines = [header, "─" * len(header)]
     phase = 1
     for layer, row in study.stability.iterrows():
@@ -44,7 +45,7 @@ def _layer_lines(study: Study, bars: bool) -> list[str]:
         interval = f"[{_number(row['stability_lo'], 3)}, {_number(row['stability_hi'], 3)}]"
         lines.append(
             f"{layer:>5}  {int(row['phase']):>5}  {with_bar(row['stability']):<{wide}}  {interval:<14}  "
-            f"{with_bar(row['readiness']):<{max(wide, 9)}}  {_number(row['log_probability'], 2):>7}  "
+            f"{with_bar(row['readiness']):<{wide}}  {_number(row['log_probability'], 2):>7}  "
             f"{_number(row['rank'], 0):>7}  {_number(row['entropy'], 2):>7}"
         )
     return [line.rstrip() for line in lines]
@@ -55,6 +56,8 @@ def _summary_lines(study: Study, entry: dict[str, Any]) -> list[str]:
     languages = "  ".join(f"{name} {_number(v['boundary']['value'], 1)}" for name, v in entry["languages"].items())
     boundary = f"layer {_estimate(entry['boundary'], 1)} of {manifest['model']['n_blocks']}"
     phased = f"{100 * entry['phased_fraction']:.0f}% of examples phased"
+    if entry["phased_fraction"] < 0.5:
+        phased += " (too few to believe a boundary)"
     skipped = sum(counts["skipped"].values())
     why = "".join(f"; {n} {reason}" for reason, n in counts["skipped"].items())
     bad = sum(counts["bad_records"].values())

@@ -63,8 +63,8 @@ def _download(address: str, path: Path, language: str) -> None:
         try:
             usable = read_squad(temporary, language)[0]
         except DataError as error:
-            reason = str(error).replace(str(temporary), "what it sends")
-            raise DataError(f"{address} does not send SQuAD data: {reason}") from error
+            why = str(error).replace(str(temporary), "what it sends")
+            raise DataError(f"{address} does not send SQuAD data: {why}") from error
         if not usable:
             raise DataError(f"{address} holds no usable question")
         temporary.replace(path)

@@ -108,9 +108,7 @@ def _folder(folder: Path, spec: str) -> dict[str, Path]:
     return dict(sorted(files.items(), key=lambda entry: (entry[0] != "en", entry[0])))
 
 
-def _align(
-    records: dict[str, dict[str, Record]], files: dict[str, Path], known: Iterable[Problem]
-) -> list[Problem]:
+def _align(records: dict[str, dict[str, Record]], files: dict[str, Path], known: Iterable[Problem]) -> list[Problem]:
     """Reports ids that one language has and another lacks, and gives every paragraph one key in all languages.
 
     Paragraphs are matched by any question id that they share: the key is the paragraph's place in the first language

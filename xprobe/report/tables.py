@@ -78,7 +78,7 @@ def _block(signal: str, language: str, estimate: tuple[NDArray, ...]) -> pd.Data
 
 
 def summaries(examples: pd.DataFrame, n_blocks: int, draws: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Per setting, in plain values: alpha, boundary (median onset, in layers), phased fraction; the same by language."""
+    """Per setting, in plain values: alpha, boundary (median onset in layers), phased fraction; the same by language."""
     result: dict[str, dict[str, Any]] = {}
     for setting, part in examples.groupby("setting", sort=False):
         onset, languages = part["onset"].to_numpy(), part["language"].to_numpy()
