@@ -124,6 +124,10 @@ class RunFolder:
                 continue  # the last line of a run that was killed while writing it
         return [name for name, sha256 in entries.items() if _checksum(self.path / SHARDS / name) == sha256]
 
+    def holds(self, groups: list[str]) -> bool:
+        """Whether every one of ``groups`` has a finished shard."""
+        return {self.shard_name(group) for group in groups} <= set(self.finished_shards())
+
     def read_shard(self, name: str, keys: tuple[str, ...] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arrays (only ``keys`` if given; bf16 comes back as float32) and metadata of one shard."""
         from safetensors import safe_open

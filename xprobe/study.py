@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.config import DEFAULT_MODEL, StudyConfig
-from xprobe.errors import DataError, UsageError, XprobeError
+from xprobe.errors import DataError, ModelError, UsageError, XprobeError
 from xprobe.models import loading
 from xprobe.provenance import environment
 from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
-from xprobe.qa.templates import load_template
+from xprobe.qa.templates import Template, load_template
 from xprobe.results import Study
 from xprobe.store import EXAMPLES, FORMAT, LAYERS, RunFolder, check_writable
 
@@ -82,14 +83,15 @@ def run_config(
     config: StudyConfig, *, out: str | Path | None = None, resume: bool = False, progress: Progress | None = None
 ) -> Study:
     """``run`` with a configuration made beforehand."""
-    return _Run(config, Path(out) if out is not None else _default_out(config), resume, progress or _no_progress).go()
+    return _Run(config, Path(out) if out is not None else default_out(config), resume, progress or _no_progress).go()
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
-def _default_out(config: StudyConfig) -> Path:
+def default_out(config: StudyConfig) -> Path:
+    """A new folder under ``runs/``, named after model, settings and time."""
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.model).name) or "model"
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{stem}_{'+'.join(config.settings)}_{now}"
@@ -102,6 +104,7 @@ class _Run:
     resume: bool
     progress: Progress
     timings: dict[str, float] = field(default_factory=dict)
+    template: Template = field(init=False)
 
     def go(self) -> Study:
         started = time.perf_counter()
@@ -111,21 +114,23 @@ class _Run:
         if not self.resume and self.out.is_dir() and any(self.out.iterdir()):
             raise UsageError(f"{self.out} is not empty: choose another --out, or --resume the run in it")
         check_writable(self.out)
-        load_template(config.template)
-        data = load_data(config.data, config.languages, strict=config.strict, needed=("en",))
+        self.template = load_template(config.template)
+        needed = ("en",) if "en-x" in config.settings else ()
+        data = load_data(config.data, config.languages, strict=config.strict, needed=needed)
         examples = data.examples(config.settings, config.languages, config.limit)
         if not examples:
             raise DataError(f"{config.data} holds no question for {', '.join(config.settings)} in these languages")
         source = loading.resolve(config.model)
         identity = self._identity(source, data)
         before = self._earlier(identity)
-        if before.get("status") == "done":
+        finished = before.get("status") == "done" and RunFolder(self.out).holds(before["groups"])
+        if finished:
             self.progress(f"{self.out} holds the finished run: shown from its files", 0, 0)
             manifest, folder = before, RunFolder.open(self.out)
         else:
             manifest, folder = self._compute(source, data, examples, identity)
         manifest = self._analyse(manifest, folder)
-        if before.get("status") != "done":
+        if not finished:
             self.timings["total"] = time.perf_counter() - started
             manifest["timings"] = {name: round(seconds, 3) for name, seconds in self.timings.items()}
         manifest["status"] = "done"
@@ -147,6 +152,7 @@ class _Run:
             "config": self.config.to_dict(),
             "model": model,
             "data": {"name": data.name, "files": list(data.files), "files_sha256": data.fingerprint},
+            "template_sha256": hashlib.sha256(repr(self.template).encode()).hexdigest(),
         }
 
     def _earlier(self, identity: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +172,8 @@ class _Run:
                 differences.append(
                     f"{part} was {manifest[part]['name']!r} and is now {identity[part]['name']!r} (other bytes)"
                 )
+        if manifest["template_sha256"] != identity["template_sha256"]:
+            differences.append("the wording of the template is another one now")
         if differences:
             raise UsageError(f"cannot resume {self.out}: {'; '.join(differences)}. Choose another --out")
         return manifest
@@ -190,12 +198,17 @@ class _Run:
         with self._timed("load"):
             loaded = loading.load(source, config)
             anatomy = inspect(loaded.model)
-        template = load_template(config.template)
         self.progress("building prompts", 0, 0)
         with self._timed("prompts"):
-            prompts, skipped = build_prompts(examples, loaded.tokenizer, template, loaded.window)
+            prompts, skipped = build_prompts(examples, loaded.tokenizer, self.template, loaded.window)
         if not prompts:
             raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
+        largest = max(max(prompt.ids) for prompt in prompts)
+        if largest >= anatomy.head.vocab_size:
+            raise ModelError(
+                f"the tokenizer of {source.name} gives token id {largest}, the model knows {anatomy.head.vocab_size}: "
+                "the two do not belong together"
+            )
         with self._timed("parity"):
             parity = check_parity(loaded.model, anatomy, _shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
         groups = group_prompts(prompts)
@@ -221,7 +234,7 @@ class _Run:
             },
             "prompt": {
                 "template": config.template,
-                "chat": is_chat(template, loaded.tokenizer),
+                "chat": is_chat(self.template, loaded.tokenizer),
                 "example": loaded.tokenizer.decode(prompts[0].ids),
             },
             "parity_error": parity,

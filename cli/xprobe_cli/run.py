@@ -95,10 +95,10 @@ def command(
     if resume and out is None:
         raise click.UsageError("--resume needs --out: the folder of the run to continue")
     config = StudyConfig(model=model, settings=settings, **options)
-    from xprobe.study import _default_out, run_config
+    from xprobe.study import default_out, run_config
     from xprobe_cli.tables import study_report
 
-    folder = out if out is not None else _default_out(config)
+    folder = out if out is not None else default_out(config)
     with Progress() as progress:
         try:
             study = run_config(config, out=folder, resume=resume, progress=progress)

@@ -140,11 +140,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monk
     assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]
 
 
-def test_a_damaged_shard_is_computed_again(study, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("status", ["running", "done"])
+def test_a_damaged_shard_is_computed_again(tiny, tmp_path, status):
     out = tmp_path / "run"
     xprobe.run(str(tiny), out=out, **SMALL)
-    manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    if status == "running":
+        manifest = json.loads((out / "manifest.json").read_text())
+        (out / "manifest.json").write_text(json.dumps({**manifest, "status": status}))
     shard = sorted((out / "shards").iterdir())[0]
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -168,6 +170,26 @@ def test_resume_with_another_configuration_names_the_difference(study, tiny, tmp
     other = save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(UsageError, match="other bytes"):
         xprobe.run(str(other), setting=("en-x", "x-x"), out=study.path, resume=True, **SMALL)
+
+
+def test_resume_with_another_wording_of_the_same_template_file_is_refused(tiny, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('prompt = "{context}\\n{question}"')
+    xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, template=str(path))
+    path.write_text('prompt = "{context}\\n\\n{question}"')
+    with pytest.raises(UsageError, match="wording of the template"):
+        xprobe.run(str(tiny), out=tmp_path / "run", resume=True, languages="en", limit=1, template=str(path))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
+    from support.families import tiny_tokenizer
+
+    folder = tmp_path / "mixed"
+    loaded = loading.load(loading.resolve(str(tiny)), xprobe.StudyConfig())
+    loaded.model.save_pretrained(folder)
+    tiny_tokenizer("byte_bpe_large").save_pretrained(folder)
+    with pytest.raises(ModelError, match="do not belong together"):
+        xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1)
 
 
 def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_path):
