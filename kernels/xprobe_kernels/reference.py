@@ -9,7 +9,9 @@ from torch import Tensor
 
 from xprobe_kernels.unembedding import Unembedding
 
-TIE_ROUNDINGS = 4.0  # a dot product of h and w is off by less than this many eps * |h| * |w|
+# A dot product of h and w is off by less than this many eps * |h| * |w|, unless its addends are so alike that all of
+# them round one way (thousands of equal numbers): then equal tokens may still rank apart.
+TIE_ROUNDINGS = 4.0
 
 
 def logits(hidden: Tensor, head: Unembedding, dtype: torch.dtype = torch.float64) -> Tensor:
