@@ -132,7 +132,7 @@ def load_study(path: str | Path) -> Study:
         The run is not finished, or its files cannot be read.
     """
     folder = RunFolder.open(Path(path))
-    manifest = folder.read_manifest()
+    manifest = folder.read_run()
     if manifest.get("status") != "done":
         raise RunFolderError(f"the run in {path} is not finished ({manifest.get('status')}): continue it with --resume")
     return Study(folder.path, manifest, folder.read_table(LAYERS), folder.read_table(EXAMPLES))

@@ -18,6 +18,8 @@ from xprobe.errors import RunFolderError, UsageError
 
 FORMAT = 1  # of the run folder; raised when older readers would misread it
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
+_NEEDED = {"status", "config", "model", "data", "template_sha256", "groups", "counts", "parity_error"}
+_NEEDED_DONE = {"results", "phase_definition", "timings"}
 LAYERS, EXAMPLES = "layers.parquet", "examples.parquet"
 
 
@@ -78,6 +80,15 @@ class RunFolder:
                 f"{path} is of run format {manifest.get('format')}, this version of xprobe reads format {FORMAT}: "
                 "use the version that wrote it, or start the run in a new folder"
             )
+        return manifest
+
+    def read_run(self) -> dict[str, Any]:
+        """The manifest of a run that was started, checked for the entries that every reader relies on."""
+        manifest = self.read_manifest()
+        missing = sorted((_NEEDED | (_NEEDED_DONE if manifest.get("status") == "done" else set())) - set(manifest))
+        if missing:
+            lacks = f"{self.path / MANIFEST} lacks {', '.join(missing)}"
+            raise RunFolderError(f"{lacks}: the run cannot be used; start it in a new folder")
         return manifest
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -190,7 +201,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFolderError(
-            f"cannot write {path}: {error.strerror or error}; choose another --out or make room"
+            f"cannot write {error.filename or path}: {error.strerror or error}; choose another --out or make room"
         ) from error
 
 

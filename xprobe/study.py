@@ -20,7 +20,7 @@ from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
 from xprobe.qa.templates import Template, load_template
 from xprobe.results import Study
-from xprobe.store import EXAMPLES, FORMAT, LAYERS, RunFolder, check_writable
+from xprobe.store import EXAMPLES, FORMAT, LAYERS, MANIFEST, RunFolder, check_writable
 
 if TYPE_CHECKING:
     from xprobe.capture.plan import Group
@@ -159,15 +159,17 @@ class _Run:
         """Manifest of the run to continue, or {}. Refuses a run that was made of something else, naming what."""
         if not self.resume:
             return {}
-        manifest = RunFolder.create(self.out, resume=True).read_manifest()
-        if not manifest:
+        folder = RunFolder.create(self.out, resume=True)
+        if not (folder.path / MANIFEST).is_file():
             return {}
+        manifest = folder.read_run()
         differences = [
             f"{name} was {manifest['config'].get(name)!r} and is now {value!r}"
             for name, value in identity["config"].items()
             if name not in ("batch_tokens", "model", "data") and manifest["config"].get(name) != value
         ]
-        for part in ("model", "data"):
+        selected = any(d.startswith(("languages was", "settings was")) for d in differences)
+        for part in ("model",) if selected else ("model", "data"):  # the data's bytes are those of the languages read
             if manifest[part]["files_sha256"] != identity[part]["files_sha256"]:
                 differences.append(
                     f"{part} was {manifest[part]['name']!r} and is now {identity[part]['name']!r} (other bytes)"
@@ -248,6 +250,8 @@ class _Run:
         return manifest, folder
 
     def _compute_groups(self, loaded: Any, anatomy: Any, groups: list[Group], folder: RunFolder) -> None:
+        import numpy as np
+
         from xprobe.capture.engine import capture_group
         from xprobe.capture.readout import FIELDS, read_answers
 
@@ -263,6 +267,8 @@ class _Run:
                     captured = capture_group(loaded.model, anatomy, group, config.batch_tokens)
                 with self._timed("lens"):
                     values = read_answers(captured, anatomy.head, config.backend)
+                if not np.isfinite(values.logsumexp).all():
+                    raise RuntimeError("hidden states hold NaN or infinity; try --dtype float32")
             except (MemoryError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise XprobeError(

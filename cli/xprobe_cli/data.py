@@ -69,7 +69,7 @@ def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: b
 
 
 @command.command("fetch")
-@click.argument("name", type=click.Choice(["xquad"]))
+@click.argument("name", type=click.Choice(["xquad"]), metavar="xquad")
 @click.option("--languages", type=Names(), default=XQUAD_LANGUAGES, help="Only these. [default: all 12]")
 @click.option("--url", default=XQUAD_URL, show_default=True, help="Where the xquad.<lang>.json files lie.")
 @click.option("--force", is_flag=True, help="Download again what is already there.")

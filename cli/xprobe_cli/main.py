@@ -53,8 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
     # forward pass took 8.5 s so and 25 s the other way (medians of 8). Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a letter that the terminal lacks must not cost the result
     try:
         result = group.main(arguments, prog_name="xprobe", standalone_mode=False)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
@@ -71,6 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: say no more
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        _say(f"{error.strerror or error}{where} (a run that had finished is safe in its folder)")
         return 1
     except Exception as error:
         if debug:

@@ -9,8 +9,10 @@ from types import TracebackType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from xprobe.config import DEFAULT_MODEL, DTYPES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.store import MANIFEST, RunFolder
 from xprobe_cli.options import Names, common, echo_json
 
 
@@ -43,7 +45,11 @@ from xprobe_cli.options import Names, common, echo_json
     f"{', '.join(name for name, ready in SIGNALS.items() if ready)}.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: a new one under runs/]")
-@click.option("--resume", is_flag=True, help="Continue the run in --out; what it holds is not computed again.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --out, with its options where none are given; what it holds is not computed again.",
+)
 @click.option(
     "--template",
     default="auto",
@@ -80,9 +86,8 @@ from xprobe_cli.options import Names, common, echo_json
 @click.option("--trust-remote-code", is_flag=True, help="Let the model run its own code.")
 @click.option("--allow-pickle", is_flag=True, help="Load weights from a pickle, which can run code.")
 @common
-def command(
-    model: str, settings: tuple[str, ...], out: Path | None, resume: bool, as_json: bool, **options: Any
-) -> int:  # fmt: skip
+@click.pass_context
+def command(context: click.Context, out: Path | None, resume: bool, as_json: bool, **options: Any) -> int:
     """Per-layer phase stability of MODEL over parallel questions.
 
     MODEL is a Hugging Face id, a local folder, a .gguf file, or smollm2-135m (the default: a small real model).
@@ -94,7 +99,9 @@ def command(
     """
     if resume and out is None:
         raise click.UsageError("--resume needs --out: the folder of the run to continue")
-    config = StudyConfig(model=model, settings=settings, **options)
+    if resume and out is not None:
+        options |= _as_before(context, out, options)
+    config = StudyConfig(**options)
     from xprobe.study import default_out, run_config
     from xprobe_cli.tables import study_report
 
@@ -115,6 +122,16 @@ def command(
     for line in left_out(study.manifest):
         click.echo(line, err=True)
     return 0
+
+
+def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    """For what the command line leaves open, the values of the run in ``out``; {} if there is none."""
+    if not (out / MANIFEST).is_file():
+        return {}
+    config = RunFolder.open(out).read_run()["config"]
+    left_open = (name for name in chosen if context.get_parameter_source(name) is ParameterSource.DEFAULT)
+    before = {name: config[name] for name in left_open if name in config}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
 
 
 def left_out(manifest: dict[str, Any]) -> list[str]:

@@ -92,3 +92,39 @@ def test_doctor_fails_when_the_main_job_cannot_run(capsys, monkeypatch):
     value = json.loads(capsys.readouterr().out)
     assert value["works"] is False
     assert next(check for check in value["checks"] if check["name"] == "pyarrow")["needed"]
+
+
+def test_files_with_other_names_and_codes_with_subtags(tmp_path, capsys):
+    folder = write_set(tmp_path / "set", {"en": [("A b c.", "What?", "b")], "zh-Hans-CN": [("A b c.", "What?", "b")]})
+    (folder / "notes.json").write_text("{}")
+    (folder / "toy.DE.json").write_text("{}")
+    assert main(["data", "check", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "zh-Hans-CN  1 usable questions" in out
+    assert "toy.DE.json: file: name is not toy.<language>.json" in out
+    assert "notes.json" not in out
+
+
+def test_a_language_cannot_be_called_all(tmp_path, capsys):
+    folder = write_set(tmp_path / "set", {"en": [("A b c.", "What?", "b")], "all": [("A b c.", "What?", "b")]})
+    assert main(["data", "check", str(folder)]) == 2
+    assert "'all'" in capsys.readouterr().err
+
+
+def test_ids_cannot_write_to_the_terminal(tmp_path, capsys):
+    folder = write_set(tmp_path / "set", {"en": [("A b c.", "What?", "b"), ("D e f.", "Which?", "e")]})
+    path = folder / "toy.en.json"
+    path.write_text(
+        path.read_text().replace('"q0"', '"a\\nb\\u001b[31mred"').replace('"answer_start": 2', '"answer_start": 1', 1)
+    )
+    assert main(["data", "check", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "a\\nb\\x1b[31mred" in out
+
+
+def test_an_empty_cache_folder_still_says_how_to_fetch(empty_cache, capsys, monkeypatch):
+    monkeypatch.delenv("XPROBE_XQUAD_DIR", raising=False)
+    (empty_cache / "data" / "xquad").mkdir(parents=True)
+    assert main(["data", "check", "xquad"]) == 2
+    assert "xprobe data fetch xquad" in capsys.readouterr().err

@@ -137,6 +137,8 @@ def bad_calls(tmp_path, tiny):
         "resume of no run": ([model, "--out", str(tmp_path / "full"), "--resume"], 2, "no run to resume"),
         "missing template": ([model, "--template", "no.toml"], 2, "no.toml"),
         "chat without a chat template": ([model, "--template", "chat", *out], 1, "--template plain"),
+        "empty model": ([""], 2, "empty"),
+        "meta device": ([model, "--device", "meta", *out], 2, "meta"),
         "unknown device": ([model, "--device", "tpu9", *out], 2, "tpu9"),
         "unknown backend": ([model, "--backend", "abacus", *out], 2, "abacus"),
     }  # fmt: skip
@@ -220,6 +222,37 @@ def test_it_runs_as_a_module_and_as_a_script():
         if command is not None:  # a checkout that is not installed has no script
             result = subprocess.run([*command, "--version"], capture_output=True, text=True)
             assert result.stdout == f"xprobe, version {xprobe.__version__}\n"
+
+
+def test_resume_takes_the_options_of_the_run_where_none_are_given(finished, capsys):
+    assert main(["run", "--out", str(finished), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == xprobe.load_study(finished).to_dict()
+    assert main(["run", "--out", str(finished), "--resume", "--limit", "3"]) == 2
+    assert capsys.readouterr().err == (
+        f"xprobe: error: cannot resume {finished}: limit was 4 and is now 3. Choose another --out\n"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_these_letters_still_gets_the_numbers(finished, encoding):
+    result = subprocess.run(
+        [sys.executable, "-m", "xprobe_cli", "run", "--out", str(finished), "--resume"],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "120"}, check=True,
+    )  # fmt: skip
+    assert b"boundary  layer" in result.stdout
+    assert b"#" in result.stdout
+
+
+def test_a_full_disk_behind_stdout_is_no_fault_of_xprobe():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "xprobe_cli", "data", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 1
+    assert "No space left on device" in result.stderr
+    assert "fault in xprobe" not in result.stderr
 
 
 @pytest.mark.parametrize(

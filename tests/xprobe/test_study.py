@@ -192,6 +192,37 @@ def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
         xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1)
 
 
+def test_damaged_weights_are_refused(tiny, tmp_path):
+    folder = tmp_path / "damaged"
+    loaded = loading.load(loading.resolve(str(tiny)), xprobe.StudyConfig())
+    with torch.no_grad():
+        loaded.model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="NaN or infinity at layer 2: its weights are damaged"):
+        xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1)
+
+
+def test_values_that_are_not_finite_never_reach_a_shard(tiny, tmp_path, monkeypatch):
+    real = readout.read_answers
+
+    def broken(*args, **kwargs):
+        values = real(*args, **kwargs)
+        values.logsumexp[0, 1] = np.nan
+        return values
+
+    monkeypatch.setattr(readout, "read_answers", broken)
+    with pytest.raises(XprobeError, match="NaN or infinity"):
+        xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1)
+    assert not any((tmp_path / "run" / "shards").iterdir())
+
+
+def test_a_manifest_that_lacks_entries_is_named(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": 1, "status": "done"}')
+    with pytest.raises(RunFolderError, match=r"lacks config, .*results"):
+        xprobe.load_study(tmp_path)
+
+
 def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_path):
     with pytest.raises(UsageError, match="not empty"):
         xprobe.run(str(tiny), out=study.path, **SMALL)

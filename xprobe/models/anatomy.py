@@ -139,6 +139,13 @@ def _watch(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[_Call],
         logits = model(input_ids=ids, use_cache=False).logits
     if states[-1].ndim != 3 or len(states) != len(blocks) + 1:
         raise ModelError(f"{type(model).__name__}: the blocks do not hand on one hidden state [batch, tokens, width]")
+    broken = [layer for layer, state in enumerate(states) if not bool(torch.isfinite(state).all())]
+    if broken or bool(logits.isnan().any()):
+        where = f"at layer {broken[0]}" if broken else "in its logits"
+        raise ModelError(
+            f"{type(model).__name__} gives NaN or infinity {where}: its weights are damaged, or {model.dtype} is too "
+            "narrow for it (try --dtype float32)"
+        )
     return calls, states, logits[0]
 
 

@@ -106,7 +106,10 @@ def _convert(path: Path, folder: Path) -> None:
     except ImportError as error:
         raise ModelError(f"reading {path.name} needs the gguf extra: pip install 'xprobe[gguf]' ({error})") from error
     except Exception as error:  # a broken file ends in many kinds of errors inside the reader
-        raise ModelError(f"cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"cannot read {path}: cut off, or of a kind that transformers cannot read ({reason})"
+        ) from error
     packed = [name for name, value in model.named_parameters() if not value.is_floating_point()]
     if packed:
         raise ModelError(

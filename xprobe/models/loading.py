@@ -65,6 +65,8 @@ def resolve(name: str) -> Source:
     ModelError
         The alias is known and its package is not installed; or a folder without config.json.
     """
+    if not name.strip():
+        raise UsageError("the name of the model is empty; `xprobe run` without one takes the demo model")
     if name in gguf.ALIASES:
         return Source(name, "gguf", str(gguf.find_alias(name)))
     path = Path(name).expanduser()
@@ -137,6 +139,8 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]

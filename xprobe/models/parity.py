@@ -42,9 +42,14 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: s
     own = logits[rows, positions].double()[:, : anatomy.head.vocab_size]
     wanted = own.log_softmax(-1)
     defined = reference.logits(hidden, anatomy.head).log_softmax(-1)
+    gold = lens(hidden, anatomy.head, targets, backend=backend).log_probability[:, 0]
+    if any(bool(values.isnan().any()) for values in (wanted, defined, gold)):
+        raise ParityError(
+            f"{type(model).__name__} gives NaN at answer positions: its weights are damaged, or {model.dtype} is too "
+            "narrow for it (try --dtype float32)"
+        )
     finite = torch.isfinite(wanted)
     error = float((defined - wanted)[finite].abs().max())
-    gold = lens(hidden, anatomy.head, targets, backend=backend).log_probability[:, 0]
     error = max(error, float((gold - wanted.gather(1, targets[:, None])[:, 0]).abs().max()))
     allowed = max(FLOOR, 16 * torch.finfo(logits.dtype).eps * float(own[torch.isfinite(own)].abs().max()))
     if not error <= allowed:

@@ -16,7 +16,7 @@ from xprobe.qa.squad import read_squad
 
 BUILTIN_DIR = Path(__file__).with_name("builtin")
 XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
-_FILE_NAME = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3}(?:[-_][A-Za-z0-9]+)?)\.json$")
+_FILE_NAME = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3}(?:[-_][A-Za-z0-9]+)*)\.json$")
 
 
 def load_data(
@@ -43,6 +43,7 @@ def load_data(
         A file is not JSON or not SQuAD, no usable record is left, or (``strict``) a record is bad.
     """
     files = find_files(spec)
+    misnamed = _misnamed(files)
     if languages is not None:
         asked = tuple(languages)
         for language in asked:
@@ -50,7 +51,7 @@ def load_data(
                 raise UsageError(f"language {language!r} is not in {spec}; available: {', '.join(files)}")
         files = {language: path for language, path in files.items() if language in {*asked, *needed}}
     records: dict[str, dict[str, Record]] = {}
-    problems: list[Problem] = []
+    problems = misnamed
     digest = hashlib.sha256()
     for language, path in files.items():
         records[language], found, checksum = read_squad(path, language)
@@ -88,8 +89,8 @@ def xquad_dir() -> Path:
     """Where XQuAD lies: ``$XPROBE_XQUAD_DIR`` if set, else the cache that ``xprobe data fetch xquad`` fills."""
     named = os.environ.get("XPROBE_XQUAD_DIR")
     folder = Path(named).expanduser() if named else cache_dir() / "data" / "xquad"
-    if not folder.is_dir():
-        where = f"$XPROBE_XQUAD_DIR is {folder}, which is not a folder" if named else f"{folder} does not exist"
+    if not folder.is_dir() or not any(folder.glob("*.json")):
+        where = f"$XPROBE_XQUAD_DIR is {folder}" if named else f"nothing in {folder}"
         raise UsageError(f"XQuAD is not here ({where}): run `xprobe data fetch xquad`, or give its folder with --data")
     return folder
 
@@ -105,7 +106,22 @@ def _folder(folder: Path, spec: str) -> dict[str, Path]:
     if len(found) > 1:
         raise UsageError(f"{folder} holds several sets ({', '.join(sorted(found))}): keep one set per folder")
     (files,) = found.values()
+    if "all" in files:
+        raise UsageError(f"{files['all']}: 'all' stands for all languages together, it cannot be the name of one")
     return dict(sorted(files.items(), key=lambda entry: (entry[0] != "en", entry[0])))
+
+
+def _misnamed(files: dict[str, Path]) -> list[Problem]:
+    """Files that begin like the set's but whose language code is none: left out, and said so."""
+    first = next(iter(files.values()))
+    match = _FILE_NAME.match(first.name)
+    stem = match["name"] if match else first.stem
+    beside = sorted(first.parent.glob("*.json")) if len(files) > 1 else []
+    return [
+        Problem(path.name, "file", f"name is not {stem}.<language>.json")
+        for path in beside
+        if path.name.startswith(f"{stem}.") and path not in files.values()
+    ]
 
 
 def _align(records: dict[str, dict[str, Record]], files: dict[str, Path], known: Iterable[Problem]) -> list[Problem]:

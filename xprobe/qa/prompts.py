@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xprobe.errors import ModelError, PromptError
-from xprobe.qa.records import Example
+from xprobe.qa.records import Example, printable
 from xprobe.qa.templates import Template
 
 TOO_LONG = "longer than the model's window"
@@ -62,7 +62,7 @@ class Skipped:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.example.id}: {self.reason} ({self.detail})"
+        return printable(f"{self.example.id}: {self.reason} ({self.detail})")
 
 
 def is_chat(template: Template, tokenizer: Any) -> bool:

@@ -31,7 +31,7 @@ class Problem:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return printable(f"{self.file}: {self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Dataset:
             if setting == "en-x" and "en" not in self.records:
                 raise UsageError(
                     f"setting en-x needs English contexts, and {self.name} holds only {', '.join(self.languages)}: "
-                    f"add its .en.json file, or use --setting x-x"
+                    f"give a folder with its .en.json file as well, or use --setting x-x"
                 )
             for id_ in self._selected(setting, languages, limit):
                 for language in languages:
@@ -114,6 +114,11 @@ class Dataset:
             and (setting == "x-x" or id_ in self.records["en"])
         ]
         return present[:limit]
+
+
+def printable(text: str) -> str:
+    """``text`` with line breaks, terminal codes and the like escaped: ids come from other people's files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _join(setting: str, asked: Record, told: Record) -> Example:

@@ -54,6 +54,8 @@ def read_squad(path: Path, language: str) -> tuple[dict[str, Record], list[Probl
 
 def _parse(raw: bytes, path: Path) -> list[Any]:
     """The list under ``data``. Bytes that are not UTF-8 survive as lone surrogates, to be reported record by record."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} is UTF-16: save it as UTF-8")
     text = raw.decode("utf-8-sig", errors="surrogateescape")
     try:
         document = json.loads(text)

@@ -131,6 +131,16 @@ def test_parity_fails_when_the_head_is_not_the_models(family):
         check_parity(model, type(anatomy)(anatomy.blocks, other.head, anatomy.names), [prompt(9, 3, 0)])
 
 
+def test_parity_refuses_nan_that_only_some_prompts_meet():
+    model = tiny_model("llama")
+    anatomy = inspect(model)
+    item = prompt(9, 3, 0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[item.ids[9]] = float("nan")
+    with pytest.raises(ParityError, match="NaN at answer positions"):
+        check_parity(model, anatomy, [item])
+
+
 def test_nothing_is_left_on_the_model(family):
     model = tiny_model(family)
     inspect(model)

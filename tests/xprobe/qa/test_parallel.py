@@ -95,7 +95,7 @@ def test_xquad_that_is_not_here_says_how_to_get_it(tmp_path: Path, monkeypatch: 
     with pytest.raises(UsageError, match=r"XQuAD is not here .*xprobe data fetch xquad"):
         load_data("xquad")
     monkeypatch.setenv("XPROBE_XQUAD_DIR", str(tmp_path / "gone"))
-    with pytest.raises(UsageError, match=r"\$XPROBE_XQUAD_DIR is .*gone, which is not a folder"):
+    with pytest.raises(UsageError, match=r"\$XPROBE_XQUAD_DIR is .*gone.*--data"):
         load_data("xquad")
 
 
