@@ -202,8 +202,8 @@ def _merge_top(z: Tensor, start: int, logits: Tensor, ids: Tensor, *, fresh: boo
     k = logits.shape[1]
     if z.shape[1] > 4 * k and z.dtype == torch.float32:
         # one sortable integer per entry: order-preserving bits of the value above, inverted column below
-        bits = (z + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
-        ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+        bits = z.view(torch.int32).long()
+        ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))  # -0.0 becomes 0, as 0.0 is
         columns = torch.arange(z.shape[1] - 1, -1, -1, device=z.device)
         order = z.shape[1] - 1 - ((ordered << 32) + columns).topk(k, -1).values.bitwise_and(0xFFFFFFFF)
     else:

@@ -113,6 +113,18 @@ def test_no_token_ranks_behind_itself_though_equal_addends_all_round_one_way(bac
         )
 
 
+@each_tiled_backend
+@pytest.mark.xfail(strict=True, reason="equal addends all round one way, which the bound on ties does not cover")
+def test_duplicates_tie_though_equal_addends_all_round_one_way(backend) -> None:
+    for width in (576, 1024, 4096):
+        for number in (0.1, 0.3, 1 / 3, 0.7, 1.1):
+            hidden, weight = torch.full((16, width), number), torch.full((100, width), number)
+            for rows in (1, 16):
+                lookup = torch.full((rows,), 50)
+                readout = lens(hidden[:rows], Unembedding(weight, norm="none"), lookup, backend=backend)
+                assert bool((readout.rank == 1).all())
+
+
 @each_backend
 @each_dtype
 def test_equal_logits_rank_first_and_spread_evenly(backend, dtype) -> None:
