@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from importlib import import_module, util
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from xprobe_kernels import cpu, reference
 from xprobe_kernels.unembedding import Unembedding, describe
 
 MAX_TOP_K = 32
 MIB = 1 << 20
 
-# name -> (module with a `readout` function, device types it serves). `auto` takes the first that serves the device.
-BACKENDS = {"cpu": (cpu, ("cpu", "cuda")), "reference": (reference, ("cpu", "cuda"))}
+# name -> (module and function, device types it serves). `auto` takes the first that serves device and dtype.
+BACKENDS = {
+    "triton": ("triton_lens:readout", ("cuda",)),
+    "workspace": ("workspace:readout", ("cuda",)),
+    "cpu": ("cpu:readout", ("cpu", "cuda")),
+    "reference": ("reference:readout", ("cpu", "cuda")),
+}
+KERNELS = ("triton", "workspace")  # need Triton; on a CPU only its interpreter runs them
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +72,15 @@ class Readout:
 def available_backends(device: str | torch.device = "cpu") -> list[str]:
     """Backends that can serve ``device`` here, the one that ``auto`` takes first."""
     kind = torch.device(device).type
-    return [name for name, (_, kinds) in BACKENDS.items() if kind in kinds]
+    found = [name for name, (_, kinds) in BACKENDS.items() if kind in kinds]
+    if kind == "cpu" and interpreted():
+        found += KERNELS
+    return [name for name in found if name not in KERNELS or util.find_spec("triton")]
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter (``TRITON_INTERPRET=1``): slow, on any machine."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
 
 
 def lens(
@@ -113,14 +131,38 @@ def lens(
         raise ValueError(f"workspace_bytes must be a whole number of at least {MIB} (1 MiB), got {workspace_bytes!r}")
     if final_rows is not None:
         _check_indices("final_rows", final_rows, hidden, (hidden.shape[0],), low=0, high=hidden.shape[0])
-    usable = available_backends(hidden.device)
-    name = usable[0] if backend == "auto" else backend
-    if name not in usable:
-        raise ValueError(f"backend must be 'auto' or one of {usable} on {hidden.device.type}, got {backend!r}")
-    module, _ = BACKENDS[name]
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        fields = module.readout(hidden, head, lookup, top_k, final_rows, workspace_bytes)
+    name = _backend(backend, hidden, head)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), _on(hidden.device):
+        fields = _function(name)(hidden, head, lookup, top_k, final_rows, workspace_bytes, precision)
     return Readout(**fields, backend=name, precision=precision)
+
+
+def _backend(asked: str, hidden: Tensor, head: Unembedding) -> str:
+    """The backend's name; "auto" skips what cannot take the dtypes."""
+    usable = available_backends(hidden.device)
+    if asked != "auto" and asked not in usable:
+        raise ValueError(f"backend must be 'auto' or one of {usable} on {hidden.device.type}, got {asked!r}")
+    for name in usable if asked == "auto" else [asked]:
+        if name not in KERNELS:
+            return name
+        narrow = (torch.float32, torch.float16) + (() if interpreted() else (torch.bfloat16,))
+        wrong = [dtype for dtype in (hidden.dtype, head.weight.dtype) if dtype not in narrow]
+        if not wrong:
+            return name
+        if asked == name:
+            raise ValueError(f"backend {name!r} takes {', '.join(map(str, narrow))} here, got {wrong[0]}")
+    raise AssertionError("some backend takes every dtype")
+
+
+@cache
+def _function(name: str) -> Callable[..., dict[str, Any]]:
+    module, function = BACKENDS[name][0].split(":")
+    return getattr(import_module(f"xprobe_kernels.{module}"), function)
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Kernels are launched on the current device: make it the rows' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _checked_lookup(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def readout(
     top_k: int,
     final_rows: Tensor | None,
     workspace_bytes: int,
+    precision: str = "ieee",
 ) -> dict[str, Any]:
     """The fields of ``Readout``, by their definitions (docs/method.md); arguments as ``lens`` has checked them."""
     out = torch.float64 if hidden.dtype == torch.float64 else torch.float32

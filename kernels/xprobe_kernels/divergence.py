@@ -1,0 +1,89 @@
+"""KL(final layer || row) without a second set of logits.
+
+With p the distribution of the final row and z the logits of another, KL = sum p log p - sum p z + logsumexp(z), and the
+only sum over z is linear in the row: sum p z = scale * (h . (W^T p) + p . bias). So one pass over the few final rows
+gives the expected unembedding W^T p, and every other row costs one dot product. A soft-cap breaks the linearity: there
+the rows' logits are made once more, in a bounded workspace, tile by tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xprobe_kernels.precision import matmul_precision, product
+from xprobe_kernels.unembedding import Unembedding
+
+
+def kl(
+    normed: Tensor,  # [R, D] in the operands' dtype
+    finite: Tensor,  # [R]
+    head: Unembedding,
+    logsumexp: Tensor,  # [R]
+    final_rows: Tensor,  # [R]
+    workspace_bytes: int,
+    precision: str,
+) -> Tensor:
+    """KL(final || row) [R] in nats; NaN where one of the two rows is not finite."""
+    finals, of = torch.unique(final_rows, return_inverse=True)
+    lse = torch.where(finite, logsumexp, 0.0)
+    with matmul_precision(precision):
+        if head.softcap is None:
+            gain = _expected_logits(normed, finals, of, head, lse, workspace_bytes)
+        else:
+            gain = _capped_logits(normed, finals, of, head, lse, workspace_bytes)
+    # gain [R]: what the final row's distribution expects of this row's logits; the final row's own is among them
+    divergence = (gain[final_rows] - lse[final_rows]) - (gain - lse)
+    known = finite & finite[final_rows]
+    return torch.where(known, divergence.clamp(min=0), torch.full_like(divergence, float("nan")))
+
+
+def _expected_logits(
+    normed: Tensor, finals: Tensor, of: Tensor, head: Unembedding, lse: Tensor, workspace_bytes: int
+) -> Tensor:
+    """sum_v p_final(v) z(v) per row [R], through the expected unembedding."""
+    rows = normed[finals]
+    unembedding = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    bias = torch.zeros(len(finals), device=rows.device)
+    mass = torch.zeros_like(bias)
+    lift = 1024.0 if rows.dtype == torch.float16 else 1.0  # fp16 knows no number below 6e-8, and most p are
+    step = max(1, workspace_bytes // (4 * (4 * max(len(finals), 1) + head.width)))
+    for start in range(0, head.vocab_size, step):
+        tokens = slice(start, start + step)
+        weight = head.weight[tokens].to(rows.dtype)
+        z = head.bias_and_scale(product(rows, weight), tokens)
+        p = z.sub_(lse[finals, None]).exp_().mul_(lift).to(rows.dtype)
+        unembedding += product(p, weight.T)
+        wide = p.float()
+        mass += wide.sum(-1)  # of the rounded probabilities: what is divided by must be what was summed
+        if head.bias is not None:
+            given = head.bias[tokens].float()
+            bias += wide @ torch.where(torch.isfinite(given), given, 0.0)
+    unembedding /= mass[:, None]
+    bias /= mass
+    gain = torch.empty(len(normed), device=rows.device)
+    block = max(1, workspace_bytes // (12 * head.width))
+    for start in range(0, len(normed), block):
+        part = slice(start, start + block)
+        gain[part] = torch.linalg.vecdot(normed[part].float(), unembedding[of[part]]) + bias[of[part]]
+    return gain * head.scale
+
+
+def _capped_logits(
+    normed: Tensor, finals: Tensor, of: Tensor, head: Unembedding, lse: Tensor, workspace_bytes: int
+) -> Tensor:
+    """sum_v p_final(v) z(v) per row [R] with the soft-cap in z: all logits once more, a tile at a time."""
+    gain = torch.zeros(len(normed), dtype=torch.float64, device=normed.device)
+    mass = torch.zeros(len(finals), dtype=torch.float64, device=normed.device)
+    step = max(1, min(8192, workspace_bytes // (8 * max(len(finals), 1)), workspace_bytes // (8 * head.width)))
+    block = max(1, workspace_bytes // (16 * step))
+    for start in range(0, head.vocab_size, step):
+        tokens = slice(start, start + step)
+        weight = head.weight[tokens].to(normed.dtype)
+        p = head.cap(head.bias_and_scale(product(normed[finals], weight), tokens)).sub_(lse[finals, None]).exp_()
+        mass += p.sum(-1, dtype=torch.float64)
+        for begin in range(0, len(normed), block):
+            part = slice(begin, begin + block)
+            z = head.cap(head.bias_and_scale(product(normed[part], weight), tokens))
+            gain[part] += torch.linalg.vecdot(p[of[part]], z).double()
+    return (gain / mass[of]).float()

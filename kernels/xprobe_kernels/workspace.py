@@ -1,0 +1,110 @@
+"""The lens by the library's matrix product: logits of some rows at a time in a bounded workspace, read once.
+
+The honest rival of the fused kernel: it has the library's product, and pays by writing and reading every logit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xprobe_kernels import divergence
+from xprobe_kernels.precision import matmul_precision, product
+from xprobe_kernels.triton_fold import fold, scaled, start, store
+from xprobe_kernels.triton_rows import Partials, merge, prepare
+from xprobe_kernels.unembedding import Unembedding
+
+
+@triton.jit
+def row_kernel(
+    products_ptr,  # [r, v] of the workspace, contiguous
+    bias_ptr,  # [V]
+    tokens_ptr,
+    thresholds_ptr,  # [R, A]
+    sums_ptr,  # [S, 3, R]
+    above_ptr,  # [S, R, A]
+    top_ptr,
+    top_ids_ptr,  # [S, R, K]
+    first_row,
+    count,  # R
+    first_token,
+    tokens,  # v
+    vocabulary,  # V
+    part,
+    lookups,  # A
+    scale,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    LOOKUPS: tl.constexpr,
+    K: tl.constexpr,
+    PLACES: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Reads one row of products once, front to back."""
+    at = tl.program_id(0).to(tl.int64)
+    rows = (first_row + at + tl.arange(0, 1)).to(tl.int64)
+    peak, total, moment, above, top, top_ids = start(vocabulary, 1, LOOKUPS, K, PLACES)
+    end = first_token + tokens
+    for offset in range(0, tokens, BN):
+        columns = first_token + offset + tl.arange(0, BN)
+        inside = columns < end
+        z = tl.load(products_ptr + at * tokens + offset + tl.arange(0, BN), mask=inside, other=0.0)
+        z = scaled(z[None, :], columns, bias_ptr, vocabulary, scale, HAS_BIAS)
+        peak, total, moment, above, top, top_ids = fold(
+            z, columns, rows, peak, total, moment, above, top, top_ids,
+            tokens_ptr, thresholds_ptr, lookups, end, cap, HAS_CAP, LOOKUPS, K,
+        )  # fmt: skip
+    store(
+        peak, total, moment, above, top, top_ids, rows, count, part, lookups,
+        sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES,
+    )  # fmt: skip
+
+
+def readout(
+    hidden: Tensor,
+    head: Unembedding,
+    lookup: Tensor,
+    top_k: int,
+    final_rows: Tensor | None,
+    workspace_bytes: int,
+    precision: str,
+) -> dict[str, Any]:
+    """The fields of ``Readout``; arguments as ``lens`` has checked them."""
+    lookup = lookup.contiguous()
+    prepared = prepare(hidden, head, lookup)
+    rows, dtype = len(hidden), prepared.normed.dtype
+    converted = 4 * head.width if head.weight.dtype != dtype else 0  # bytes per token of a weight of another dtype
+    columns = max(1, min(head.vocab_size, workspace_bytes // (4 + converted)))
+    step = max(1, min(rows, (workspace_bytes - converted * columns) // (4 * columns)))
+    parts = triton.cdiv(head.vocab_size, columns)
+    partials = Partials.empty(parts, rows, lookup.shape[1], top_k, hidden.device)
+    logits = torch.empty(step * columns, device=hidden.device)
+    with matmul_precision(precision):
+        for part in range(parts):
+            first, end = part * columns, min((part + 1) * columns, head.vocab_size)
+            weight = head.weight[first:end].to(dtype)
+            for at in range(0, rows, step):
+                some = prepared.normed[at : at + step]
+                out = logits[: len(some) * (end - first)].view(len(some), end - first)
+                row_kernel[(len(some),)](
+                    product(some, weight, out=out), head.bias, lookup, prepared.thresholds,
+                    partials.sums, partials.above, partials.top, partials.top_ids,
+                    at, rows, first, end - first, head.vocab_size, part, lookup.shape[1],
+                    float(head.scale), float(head.softcap or 0.0),
+                    HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
+                    LOOKUPS=triton.next_power_of_2(max(lookup.shape[1], 1)), K=top_k,
+                    PLACES=triton.next_power_of_2(max(top_k, 1)), BN=min(triton.next_power_of_2(end - first), 4096),
+                    num_warps=8,
+                )  # fmt: skip
+    fields: dict[str, Any] = merge(partials, prepared, head, lookup)
+    fields["kl"] = None
+    if final_rows is not None:
+        fields["kl"] = divergence.kl(
+            prepared.normed, prepared.finite.bool(), head, fields["logsumexp"], final_rows, workspace_bytes, precision
+        )
+    return fields
