@@ -1,4 +1,7 @@
-"""The lens tile by tile over the vocabulary, in plain torch: bounded memory on any machine.
+"""The lens tile by tile over the vocabulary: bounded memory on any machine.
+
+A matrix product gives a tile of raw logits. All the rest is one pass of compiled code over it (fp32 on the CPU, where
+there is a C compiler) or, anywhere, a dozen passes of plain torch (``_EagerPass``), which define what happens.
 
 Each tile of logits is read while it is small and then forgotten. What is carried from tile to tile is a running
 maximum and a few sums per row, in fp64 and relative to that maximum, so that neither the number of rows in the call
@@ -7,17 +10,20 @@ nor an offset common to all logits costs digits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xprobe_kernels import compiled
 from xprobe_kernels.reference import tie_threshold
 from xprobe_kernels.unembedding import Unembedding
 
-TILE = 2048  # vocabulary entries at a time
-ROWS = 512  # rows at a time: a [512, 2048] fp32 tile stays near the caches
+TILE = 1024  # vocabulary entries at a time
+ROWS = 512  # rows at a time: a [512, 1024] fp32 tile is 2 MiB, half the memory of [512, 2048] and no slower
 
 
 @dataclass
@@ -62,27 +68,82 @@ class _Sums:
 class _Divergence:
     """KL(final || row) for R rows: carries sum over v of e^(z_final - m_final) * (z_row - m_row)."""
 
-    def __init__(self, final_rows: Tensor) -> None:
+    def __init__(self, final_rows: Tensor, tile: int, dtype: torch.dtype) -> None:
         self.rows, self.of = torch.unique(final_rows, return_inverse=True)
         self.sums = _Sums(self.rows.numel(), final_rows.device)
         self.cross = torch.zeros(final_rows.shape[0], dtype=torch.float64, device=final_rows.device)
+        self.rescale = torch.zeros_like(self.sums.exp)  # by how much the tile at hand moved the sums
+        self.space = torch.empty(self.rows.numel() * tile, dtype=dtype, device=final_rows.device)
 
-    def start_tile(self, projections: list[tuple[slice, Tensor]]) -> None:
-        """Reads the final rows' tile, part by part, before any row is read against it."""
+    def start_tile(self, width: int) -> None:
+        """The final rows' tile is read, part by part into ``weights`` [f, v], before any row is read against it."""
         self.before = self.sums.exp.clone()
-        tiles = [self.sums.add(part, z) for part, z in projections]
-        self.weights = torch.cat([tile.weights for tile in tiles])
-        self.rescale = torch.cat([tile.rescale for tile in tiles])
-
-    def add(self, part: slice, tile: _Tile) -> None:
-        of = self.of[part]
-        carried = self.cross[part] + tile.move * self.before[of]
-        self.cross[part] = self.rescale[of] * carried + _weighted_sum(self.weights[of], tile.shifted)
+        self.weights = self.space[: self.rows.numel() * width].view(-1, width)
 
     def result(self, sums: _Sums) -> Tensor:
         own = self.sums.exp_z / self.sums.exp - self.sums.exp.log()
         cross = self.cross / self.sums.exp[self.of] - sums.exp.log()
         return (own[self.of] - cross).clamp(min=0)
+
+
+@dataclass
+class _Carried:
+    """What is known of R rows after some tiles; a pass over the next tile adds to it."""
+
+    head: Unembedding
+    lookup: Tensor  # [R, A]
+    threshold: Tensor  # [R, A], before the soft-cap
+    above: Tensor  # [R, A]
+    top_logits: Tensor  # [R, k], before the soft-cap
+    top_ids: Tensor  # [R, k]
+    sums: _Sums
+    divergence: _Divergence | None
+
+
+class _EagerPass(_Carried):
+    """Reads tiles [r, v] of raw logits in plain torch; overwrites them."""
+
+    def read_finals(self, part: slice, z: Tensor, tokens: slice) -> None:
+        """``z``: this part of the final rows' weights to be."""
+        assert self.divergence is not None
+        tile = self.divergence.sums.add(part, self.head.cap(self.head.bias_and_scale(z, tokens)))
+        self.divergence.rescale[part] = tile.rescale
+        z.copy_(tile.weights)
+
+    def read(self, part: slice, z: Tensor, tokens: slice) -> None:
+        self.head.bias_and_scale(z, tokens)
+        self.above[part] += _count_above(z, self.lookup[part], self.threshold[part], tokens.start)
+        if self.top_ids.shape[1]:
+            _merge_top(z, tokens.start, self.top_logits[part], self.top_ids[part])
+        tile, other = self.sums.add(part, self.head.cap(z)), self.divergence
+        if other is not None:
+            of = other.of[part]
+            carried = other.cross[part] + tile.move * other.before[of]
+            other.cross[part] = other.rescale[of] * carried + _weighted_sum(other.weights[of], tile.shifted)
+
+
+class _CompiledPass(_Carried):
+    """The same in one pass of compiled code over fp32 logits in the CPU's memory."""
+
+    def read_finals(self, part: slice, z: Tensor, tokens: slice) -> None:
+        assert self.divergence is not None
+        self._run(part, z, tokens, self.divergence.sums, rescale=self.divergence.rescale[part])
+
+    def read(self, part: slice, z: Tensor, tokens: slice) -> None:
+        fields = {name: getattr(self, name)[part] for name in ("lookup", "threshold", "above", "top_logits", "top_ids")}
+        other = self.divergence
+        if other is not None:
+            fields |= {"final_of": other.of[part], "final_weights": other.weights, "final_rescale": other.rescale}
+            fields |= {"final_before": other.before, "cross": other.cross[part]}
+        k, lookups = self.top_ids.shape[1], self.lookup.shape[1]
+        self._run(part, z, tokens, self.sums, start=tokens.start, lookups=lookups, top_k=k, **fields)
+
+    def _run(self, part: slice, z: Tensor, tokens: slice, sums: _Sums, **fields: Tensor | float) -> None:
+        head, row_pass = self.head, compiled.row_pass()
+        assert row_pass is not None
+        bias = None if head.bias is None else head.bias[tokens].to(z.dtype).contiguous()
+        fields |= {"peak": sums.peak[part], "exp": sums.exp[part], "exp_z": sums.exp_z[part]}
+        compiled.run(row_pass, z, bias=bias, scale=head.scale, softcap=head.softcap, **fields)
 
 
 def readout(
@@ -92,51 +153,83 @@ def readout(
     top_k: int,
     final_rows: Tensor | None,
     workspace_bytes: int,
+    precision: str = "ieee",
+    *,
+    eager: bool = False,
 ) -> dict[str, Any]:
     """The fields of ``Readout``; arguments as ``lens`` has checked them. Arithmetic in fp32, in fp64 for fp64 rows."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows, device = hidden.shape[0], hidden.device
-    sums = _Sums(rows, device)
-    divergence = None if final_rows is None else _Divergence(final_rows)
-    finals = 0 if divergence is None else divergence.rows.numel()
+    rows, device, lookup = hidden.shape[0], hidden.device, lookup.contiguous()
+    finals = 0 if final_rows is None else int(torch.unique(final_rows).numel())
     step, tile = _partition(head.width, finals, top_k, dtype, workspace_bytes)
     parts, final_parts = _parts(rows, step), _parts(finals, step)
+    normed = _Normed(hidden, head, dtype, parts, keep=rows * head.width * dtype.itemsize <= workspace_bytes // 6)
 
-    finite = torch.cat([torch.isfinite(hidden[part]).all(-1) for part in parts]) if parts else lookup.new_ones(0).bool()
-    looked_up, threshold = _look_up(hidden, finite, head, lookup, parts, dtype)
-    above = torch.zeros_like(lookup)
-    top_logits = torch.full((rows, top_k), -torch.inf, dtype=dtype, device=device)
-    top_ids = torch.full((rows, top_k), -1, dtype=torch.int64, device=device)
+    looked_up, threshold = _look_up(normed, head, lookup, parts, dtype)
+    fast = not eager and dtype == torch.float32 and device.type == "cpu" and compiled.row_pass() is not None
+    carried = (_CompiledPass if fast else _EagerPass)(
+        head,
+        lookup,
+        threshold,
+        above=torch.zeros_like(lookup),
+        top_logits=torch.full((rows, top_k), -torch.inf, dtype=dtype, device=device),
+        top_ids=torch.full((rows, top_k), -1, dtype=torch.int64, device=device),
+        sums=_Sums(rows, device),
+        divergence=None if final_rows is None else _Divergence(final_rows, min(tile, head.vocab_size), dtype),
+    )
+    sums, divergence = carried.sums, carried.divergence
+    space = torch.empty(min(rows, step) * min(tile, head.vocab_size), dtype=dtype, device=device)
 
-    for start in range(0, head.vocab_size, tile):
-        tokens = slice(start, min(start + tile, head.vocab_size))
-        weight = head.weight[tokens].to(dtype)
-        if divergence is not None and finals:
-            picked = ((part, divergence.rows[part]) for part in final_parts)
-            divergence.start_tile([
-                (part, head.cap(head.bias_and_scale(_normed(hidden[at], finite[at], head, dtype) @ weight.T, tokens)))
-                for part, at in picked
-            ])  # fmt: skip
-        for part in parts:
-            z = head.bias_and_scale(_normed(hidden[part], finite[part], head, dtype) @ weight.T, tokens)
-            above[part] += _count_above(z, lookup[part], threshold[part], start)
-            if top_k:
-                _merge_top(z, start, top_logits[part], top_ids[part], fresh=start == 0)
-            added = sums.add(part, head.cap(z))
+    with _ieee_products():
+        for start in range(0, head.vocab_size, tile):
+            tokens = slice(start, min(start + tile, head.vocab_size))
+            weight, width = head.weight[tokens].to(dtype), tokens.stop - start
             if divergence is not None:
-                divergence.add(part, added)
+                divergence.start_tile(width)
+                for part in final_parts:
+                    z = torch.mm(normed[divergence.rows[part]], weight.T, out=divergence.weights[part])
+                    carried.read_finals(part, z, tokens)
+            for part in parts:
+                z = space[: (part.stop - part.start) * width].view(-1, width)
+                carried.read(part, torch.mm(normed[part], weight.T, out=z), tokens)
 
+    finite = normed.finite
     known = (lookup >= 0) & finite[:, None]
     both = finite if final_rows is None else finite & finite[final_rows]
+    top_logits, top_ids = carried.top_logits, carried.top_ids
     return {
         "logits": _blank(looked_up, known),
         "logsumexp": _blank(sums.logsumexp().to(dtype), finite),
-        "rank": torch.where(known, above + 1, 0),
+        "rank": torch.where(known, carried.above + 1, 0),
         "entropy": _blank(sums.entropy().clamp(min=0).to(dtype), finite),
         "top_ids": torch.where(finite[:, None], top_ids, -1) if top_k else None,
         "top_logits": _blank(head.cap(top_logits), finite[:, None]) if top_k else None,
         "kl": None if divergence is None else _blank(divergence.result(sums).to(dtype), both),
     }
+
+
+def readout_eager(*arguments: Any) -> dict[str, Any]:
+    """``readout`` without compiled code."""
+    return readout(*arguments, eager=True)
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    """fp32 products on the CPU keep their operands, whatever torch.set_float32_matmul_precision was told.
+
+    The setting is the process's: another thread's products run at it while this one is inside. It is touched only where
+    it differs.
+    """
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if before in ("none", "ieee"):
+        yield
+        return
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _partition(width: int, finals: int, top_k: int, dtype: torch.dtype, workspace_bytes: int) -> tuple[int, int]:
@@ -156,24 +249,46 @@ def _parts(rows: int, step: int) -> list[slice]:
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 
-def _normed(hidden: Tensor, finite: Tensor, head: Unembedding, dtype: torch.dtype) -> Tensor:
-    """Normed rows; rows that are not finite become zeros, so that nothing of them spreads."""
-    return head.normalize(torch.where(finite[:, None], hidden, 0.0).to(dtype))
+class _Normed:
+    """Normed rows, computed once where all of them may be kept, else at each use.
+
+    Rows that are not finite become zeros, so that nothing of them spreads. bf16 rows are normed and multiplied in fp32:
+    rounding them to bf16 after the norm, as a model does, would let matrix units multiply them, and costs ranks.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Unembedding, dtype: torch.dtype, parts: list[slice], *, keep: bool
+    ) -> None:
+        self.hidden, self.head, self.dtype = hidden, head, dtype
+        self.finite = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for part in parts:
+            self.finite[part] = torch.isfinite(hidden[part]).all(-1)
+        self.kept: Tensor | None = None
+        if keep:
+            kept = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+            for part in parts:
+                kept[part] = self[part]
+            self.kept = kept
+
+    def __getitem__(self, at: slice | Tensor) -> Tensor:
+        if self.kept is not None:
+            return self.kept[at]
+        return self.head.normalize(torch.where(self.finite[at][:, None], self.hidden[at], 0.0).to(self.dtype))
 
 
 def _look_up(
-    hidden: Tensor, finite: Tensor, head: Unembedding, lookup: Tensor, parts: list[slice], dtype: torch.dtype
+    normed: _Normed, head: Unembedding, lookup: Tensor, parts: list[slice], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Logits [R, A] of the looked-up tokens, and the value (before the soft-cap) that others must exceed."""
-    logits = torch.empty(lookup.shape, dtype=dtype, device=hidden.device)
+    logits = torch.empty(lookup.shape, dtype=dtype, device=lookup.device)
     threshold = torch.empty_like(logits)
     for part in parts:
-        normed = _normed(hidden[part], finite[part], head, dtype)
+        rows = normed[part]
         for a in range(lookup.shape[1]):
             tokens = lookup[part, a].clamp(min=0)
             weight = head.weight[tokens].to(dtype)
-            logits[part, a] = head.bias_and_scale(torch.linalg.vecdot(normed, weight), tokens)
-            threshold[part, a] = tie_threshold(normed, weight, logits[part, a], head.scale)
+            logits[part, a] = head.bias_and_scale(torch.linalg.vecdot(rows, weight), tokens)
+            threshold[part, a] = tie_threshold(rows, weight, logits[part, a], head.scale)
     return head.cap(logits), threshold
 
 
@@ -197,24 +312,37 @@ def _weighted_sum(weights: Tensor, z: Tensor) -> Tensor:
     return total.double()
 
 
-def _merge_top(z: Tensor, start: int, logits: Tensor, ids: Tensor, *, fresh: bool) -> None:
+def _merge_top(z: Tensor, start: int, logits: Tensor, ids: Tensor) -> None:
     """Merges a tile [r, v] into the running top-k [r, k], in place: largest first, the lowest id first among equals."""
     k = logits.shape[1]
-    if z.shape[1] > 4 * k and z.dtype == torch.float32:
-        # one sortable integer per entry: order-preserving bits of the value above, inverted column below
-        bits = z.view(torch.int32).long()
-        ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))  # -0.0 becomes 0, as 0.0 is
-        columns = torch.arange(z.shape[1] - 1, -1, -1, device=z.device)
-        order = z.shape[1] - 1 - ((ordered << 32) + columns).topk(k, -1).values.bitwise_and(0xFFFFFFFF)
+    filled = min(start, k)
+    if filled == k:  # few rows have anything to merge, once some tiles are read
+        better = (z.amax(-1) > logits[:, -1]).nonzero()[:, 0]
+        if not better.numel():
+            return
+        z, chosen = z[better], better
     else:
-        order = z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    values, found = z.gather(1, order), order + start
-    if not fresh:  # the ids so far are lower: first, and a stable sort keeps them first
-        values, found = torch.cat([logits, values], 1), torch.cat([ids, found], 1)
-        best = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        values, found = values.gather(1, best), found.gather(1, best)
-    logits[:, : values.shape[1]] = values
-    ids[:, : values.shape[1]] = found
+        chosen = torch.arange(z.shape[0], device=z.device)
+    values, order = _top(z, k)
+    # the ids so far are lower: first, and a stable sort keeps them first
+    values, found = torch.cat([logits[chosen, :filled], values], 1), torch.cat([ids[chosen, :filled], order + start], 1)
+    best = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    logits[chosen, : best.shape[1]] = values.gather(1, best)
+    ids[chosen, : best.shape[1]] = found.gather(1, best)
+
+
+def _top(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row (all, if there are fewer) and their columns, the lowest first among equals."""
+    if z.shape[1] <= k:
+        top = z.sort(dim=-1, descending=True, stable=True)
+        return top.values, top.indices
+    values, order = z.topk(k + 1, -1)
+    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]  # topk takes any of them, in any order
+    values, order = values[:, :k], order[:, :k]
+    if tied.numel():
+        order[tied] = z[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        values = z.gather(1, order)
+    return values, order
 
 
 def _blank(values: Tensor, keep: Tensor) -> Tensor:

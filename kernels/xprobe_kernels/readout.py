@@ -23,6 +23,7 @@ BACKENDS = {
     "triton": ("triton_lens:readout", ("cuda",)),
     "workspace": ("workspace:readout", ("cuda",)),
     "cpu": ("cpu:readout", ("cpu", "cuda")),
+    "cpu-eager": ("cpu:readout_eager", ("cpu", "cuda")),
     "reference": ("reference:readout", ("cpu", "cuda")),
 }
 KERNELS = ("triton", "workspace")  # need Triton; on a CPU only its interpreter runs them
