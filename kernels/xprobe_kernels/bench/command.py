@@ -1,0 +1,169 @@
+"""What to measure, checked, and the measuring of it; the command lines stand on this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from xprobe_kernels.bench import capture_speed, lens_speed, table
+from xprobe_kernels.bench.baselines import DTYPES
+from xprobe_kernels.bench.environment import environment
+from xprobe_kernels.bench.measure import clock
+from xprobe_kernels.bench.shapes import CPU, GPU, HEADS, QUICK, REGIMES, SMALL, Head, Work, work
+from xprobe_kernels.readout import available_backends
+
+SCHEMA = 1
+LENS, CAPTURE, ALL = "lens", "capture", "all"
+KERNELS = (LENS, CAPTURE)
+SECONDS = {"cpu": 8.0, "cuda": 4.0}  # of timing per work, when the number of rounds is left open
+
+
+class SettingsError(ValueError):
+    """A setting is wrong: nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. ``None`` leaves the choice to the device."""
+
+    kernel: str = LENS
+    shape: str | None = None  # a name of HEADS, or all
+    rows: str = ALL  # many, few or all
+    rounds: int | None = None
+    dtype: str = "bfloat16"
+    backends: tuple[str, ...] = ()  # none: all but the reference
+    device: str = "auto"
+    threads: int | None = None
+    quick: bool = False
+    kl: bool = False
+
+    def check(self) -> None:
+        """Raises ``SettingsError`` naming the setting, its value and what was expected."""
+        if self.kernel == "run":
+            raise SettingsError("kernel run is not there yet: choose lens, capture or all")
+        _one_of("kernel", self.kernel, (*KERNELS, ALL))
+        if self.shape is not None:
+            _one_of("shape", self.shape, (*HEADS, ALL))
+        _one_of("rows", self.rows, (*REGIMES, ALL))
+        _one_of("dtype", self.dtype, tuple(DTYPES))
+        for name in ("rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} must be at least 1, got {value}")
+        device = self.torch_device()
+        usable = [name for name in available_backends(device) if name != "reference"]
+        for name in self.backends:
+            _one_of("backend", name, tuple(usable))
+
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise SettingsError(f"device must be a torch device such as cpu or cuda, got {self.device!r}") from error
+        if device.type not in ("cpu", "cuda"):
+            raise SettingsError(f"device must be cpu or cuda, got {self.device!r}")
+        if device.type == "cuda" and not (
+            torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+        ):
+            raise SettingsError(f"device {self.device!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
+        return device
+
+    def heads(self) -> list[Head]:
+        if self.shape is not None and self.shape != ALL:
+            return [HEADS[self.shape]]
+        small = self.shape is None and self.torch_device().type == "cpu"
+        return [head for head in HEADS.values() if not small or head.name in SMALL]
+
+    def works(self) -> list[Work]:
+        device, regimes = self.torch_device(), REGIMES if self.rows == ALL else (self.rows,)
+        limits = QUICK if self.quick else CPU if device.type == "cpu" else GPU
+        itemsize = getattr(torch, self.dtype).itemsize
+        free = clock(device).free()
+        return [work(head, regime, limits, free, itemsize) for head in self.heads() for regime in regimes]
+
+
+def measure(settings: Settings, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Everything asked for, as one JSON-ready dictionary. ``say`` gets the text of each part when it is done.
+
+    Raises
+    ------
+    SettingsError
+        Names the setting, its value and what was expected.
+    """
+    settings.check()
+    say = say or (lambda text: None)
+    before = torch.get_num_threads()
+    try:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        with torch.inference_mode():
+            return _measure(settings, say)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    device = settings.torch_device()
+    result: dict[str, Any] = {
+        "benchmark": "xprobe bench",
+        "schema": SCHEMA,
+        "environment": environment(device),
+        "settings": asdict(settings),
+        "lens": [],
+        "capture": [],
+    }
+    say(table.head_text(result["environment"]))
+    if settings.kernel in (LENS, ALL):
+        for part in _lens(settings, device):
+            result["lens"].append(part)
+            say("\n" + table.lens_text(part))
+        say("\n" + table.LENS_LEGEND)
+    if settings.kernel in (CAPTURE, ALL):
+        for part in _capture(settings, device):
+            result["capture"].append(part)
+            say("\n" + table.capture_text(part))
+        say("\n" + table.CAPTURE_LEGEND)
+    return result
+
+
+def _seconds(settings: Settings, device: torch.device) -> float:
+    return 0.5 if settings.quick else SECONDS[device.type]
+
+
+def _lens(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
+    usable = [name for name in available_backends(device) if name != "reference"]
+    for each in settings.works():
+        yield lens_speed.compare(
+            each,
+            device=device,
+            dtype=getattr(torch, settings.dtype),
+            backends=list(settings.backends) or usable,
+            rounds=settings.rounds,
+            seconds=_seconds(settings, device),
+            kl=settings.kl,
+            quick=settings.quick,
+        )
+
+
+def _capture(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
+    for head in settings.heads():
+        for case in (capture_speed.POSITIONS, capture_speed.SPANS):
+            yield capture_speed.compare(
+                head,
+                case,
+                device=device,
+                dtype=getattr(torch, settings.dtype),
+                rounds=settings.rounds,
+                seconds=min(_seconds(settings, device), 1.0),
+                quick=settings.quick,
+            )
+
+
+def _one_of(name: str, value: str, expected: tuple[str, ...]) -> None:
+    if value not in expected:
+        raise SettingsError(f"{name} must be one of {', '.join(expected)}, got {value!r}")

@@ -1,0 +1,117 @@
+"""The roofline: achieved operations per second against arithmetic intensity, under the measured ceilings."""
+
+from __future__ import annotations
+
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from xprobe_kernels.bench.command import CAPTURE, SettingsError
+
+COLOURS = {"naive": "#9a9a9a", "compiled": "#b07aa1", "product": "#e0a030", "backend": "#2f6fb0"}
+SHADES = ("#1b5e9b", "#d1495b", "#2a9d5c", "#7b52ab", "#00a0b0")  # of the lens backends, in their order
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def check(target: str, kernel: str) -> None:
+    """Raises ``SettingsError`` if no figure can be drawn to ``target``: better before measuring than after."""
+    if util.find_spec("matplotlib") is None:
+        raise SettingsError("the figure needs matplotlib, which is not installed: pip install 'xprobe[plot]'")
+    if Path(target).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise SettingsError(f"figure must end in .png, .svg or .pdf, got {target!r}")
+    if not Path(target).resolve().parent.is_dir():
+        raise SettingsError(f"figure cannot be written: {Path(target).resolve().parent} is not a folder")
+    if kernel == CAPTURE:
+        raise SettingsError("figure shows the lens: choose kernel lens or all")
+
+
+def roofline(result: dict[str, Any], target: str) -> None:
+    """Draws the lens part of a benchmark's result into a file. One marker per variant and shape."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    parts = [part for part in result["lens"] if part.get("ceilings")]
+    if not parts:
+        raise SettingsError("figure: nothing was measured that could be drawn")
+    figure = Figure(figsize=(11.5, 6.6), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    scale, unit = (1e12, "TFLOP/s") if result["environment"]["cuda"] else (1e9, "GFLOP/s")
+    names = list(dict.fromkeys(entry["name"] for part in parts for entry in part["variants"]))
+    kinds = {entry["name"]: entry["kind"] for part in parts for entry in part["variants"]}
+    style = _styles(names, kinds)
+    lowest = float("inf")
+    intensity = [part["operations"] / part["least_bytes"] for part in parts]
+    for name in names:
+        points = [
+            (at, entry["operations_per_second"] / scale)
+            for at, part in zip(intensity, parts, strict=True)
+            for entry in part["variants"]
+            if entry["name"] == name and entry["status"] == "ok"
+        ]
+        if points:
+            ours = kinds[name] == "backend"
+            horizontal, vertical = zip(*points, strict=True)
+            axes.scatter(
+                horizontal, vertical, label=name, marker=style[name][1], color=style[name][0],
+                s=75 if ours else 45, zorder=4 if ours else 3, edgecolor="white", linewidth=0.7,
+            )  # fmt: skip
+            lowest = min(lowest, *vertical)
+    bandwidth = max(part["ceilings"]["bytes_per_second"] for part in parts)
+    peak = max(part["ceilings"]["operations_per_second"] for part in parts)
+    left, right = min(intensity) / 3, max(*intensity, peak / bandwidth) * 3
+    ridge = peak / bandwidth
+    roof = [left, ridge, right]
+    axes.plot(roof, [min(at * bandwidth, peak) / scale for at in roof], color="#333333", linewidth=1.4, zorder=2)
+    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    axes.set_ylim(lowest / 2, peak / scale * 5)
+    text = f"matrix product: {_digits(peak / scale)} {unit}"
+    axes.annotate(text, (right, peak / scale), (-6, 5), textcoords="offset points", ha="right", fontsize=9)
+    _along(axes, f"copy: {_digits(bandwidth / 1e9)} GB/s", left, bandwidth / scale)
+    _label_shapes(axes, parts, intensity)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.set_xlabel("arithmetic intensity: operations 2RVD per byte that must be read, (V + R)D numbers")
+    axes.set_ylabel(f"achieved {unit}")
+    environment = result["environment"]
+    cut = " (cut shapes)" if any(part["cut"] for part in parts) else ""
+    axes.set_title(
+        f"The fused lens under its roofline{cut}\n{environment['device']}, {parts[0]['dtype']}, "
+        f"torch {environment['torch']}, {environment['date'][:10]}",
+        fontsize=11,
+    )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(target)
+
+
+def _styles(names: list[str], kinds: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every variant: the lens in colours of its own, rivals muted."""
+    shades = iter(SHADES * len(names))
+    return {
+        name: (next(shades) if kinds[name] == "backend" else COLOURS[kinds[name]], MARKS[number % len(MARKS)])
+        for number, name in enumerate(names)
+    }
+
+
+def _along(axes: Any, text: str, left: float, slope: float) -> None:
+    """Writes on the rising part of the roof, near its lower end and turned with it."""
+    low = max(left * 1.3, axes.get_ylim()[0] * 1.4 / slope)
+    axes.text(
+        low, low * slope, text, rotation=45, transform_rotates_text=True, rotation_mode="anchor", va="bottom",
+        fontsize=9,
+    )  # fmt: skip
+
+
+def _label_shapes(axes: Any, parts: list[dict[str, Any]], intensity: list[float]) -> None:
+    """Names every shape above its column of markers, upright, side by side where columns are close."""
+    top = axes.get_ylim()[1]
+    for at, part in zip(intensity, parts, strict=True):
+        axes.axvline(at, color="#bbbbbb", linewidth=0.7, linestyle=":", zorder=1)
+        axes.text(
+            at, top * 0.93, f"{part['model']} {part['regime']} ", rotation=90, ha="right", va="top", fontsize=8,
+            color="#444444",
+        )  # fmt: skip
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

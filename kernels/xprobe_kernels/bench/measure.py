@@ -1,0 +1,191 @@
+"""Time by turns and memory of calls, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+SHORT = 2e-3  # seconds; a shorter call is repeated within one measurement until it takes about this long
+Call = Callable[[int], object]  # takes the turn, by which it picks one of several equal inputs
+
+
+@dataclass
+class Sample:
+    """What was measured of one call."""
+
+    seconds: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None  # most held during a call beyond what was held before it, outputs included
+    kept_bytes: int | None = None  # what the first call left behind: copies, caches, compiled code
+    message: str | None = None  # why it failed
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float | None:
+        """Interquartile range over the median; None with fewer than three rounds."""
+        if len(self.seconds) < 3:
+            return None
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+class Clock:
+    """Wall clock and resident memory of this process."""
+
+    device = torch.device("cpu")
+
+    def time(self, call: Call, turn: int, repeats: int = 1) -> float:
+        """Seconds per call over ``repeats`` calls in a row."""
+        start = time.perf_counter()
+        for repeat in range(repeats):
+            call(turn + repeat)
+        return (time.perf_counter() - start) / repeats
+
+    def held(self) -> int | None:
+        """Bytes held now, what was freed given back first; None where the system does not say."""
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        return _status("VmRSS")
+
+    def forget_peak(self) -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+        except OSError:
+            return False
+        return True
+
+    def peak(self) -> int | None:
+        return _status("VmHWM")
+
+    def free(self) -> int:
+        """Bytes there are for a call."""
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+        return 4 << 30
+
+
+class CudaClock(Clock):
+    """Events on the current stream and the caching allocator's own counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def time(self, call: Call, turn: int, repeats: int = 1) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        start.record()
+        for repeat in range(repeats):
+            call(turn + repeat)
+        stop.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(stop) / 1e3 / repeats
+
+    def held(self) -> int:
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def forget_peak(self) -> bool:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return True
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def free(self) -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
+def clock(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else Clock()
+
+
+def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, name): every name once a round, in the opposite order every other round."""
+    for number in range(rounds):
+        for name in reversed(names) if number % 2 else names:
+            yield number, name
+
+
+def first_call(call: Call, clock: Clock, sample: Sample, check: Callable[[object], None]) -> float:
+    """Warms up, hands the result to ``check``, then measures memory over a second call; returns its seconds."""
+    before = clock.held()
+    result = call(0)
+    check(result)
+    del result
+    settled = clock.held()
+    known = clock.forget_peak()
+    seconds = clock.time(call, 1)
+    peak = clock.peak()
+    if known and before is not None and settled is not None and peak is not None:
+        sample.kept_bytes, sample.extra_bytes = max(settled - before, 0), max(peak - settled, 0)
+    return seconds
+
+
+def by_turns(
+    calls: dict[str, Call],
+    clock: Clock,
+    checks: dict[str, Callable[[object], None]],
+    *,
+    rounds: int | None,
+    seconds: float,
+    fewest: int = 3,
+    most: int = 50,
+) -> dict[str, Sample]:
+    """Runs every call by turns; what fails, at whatever time, is said in its sample and left out from then on.
+
+    ``rounds`` None: as many as fit in ``seconds``, within ``fewest`` and ``most``. A check that raises fails its call.
+    """
+    samples = {name: Sample() for name in calls}
+    repeats: dict[str, int] = {}
+    expected = 0.0
+    for name, call in calls.items():
+        with _failing_into(samples[name]):
+            once = first_call(call, clock, samples[name], checks.get(name, _accept))
+            repeats[name] = max(1, round(SHORT / max(once, 1e-7)))
+            expected += max(once, SHORT)
+    if rounds is None:
+        rounds = min(max(int(seconds / max(expected, 1e-9)), fewest), most)
+    for number, name in turns(list(repeats), rounds):
+        if samples[name].message is None:
+            with _failing_into(samples[name]):
+                samples[name].seconds.append(clock.time(calls[name], number * repeats[name], repeats[name]))
+    return samples
+
+
+@contextlib.contextmanager
+def _failing_into(sample: Sample) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        sample.message = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        error.__traceback__ = None  # frames hold tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _accept(result: object) -> None:
+    pass
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)

@@ -1,0 +1,99 @@
+"""The figures as text: ratios first, the times after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+MIB = 1 << 20
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _compact(value: float) -> str:
+    """Three digits at any size."""
+    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:#.3g}"
+
+
+def _scaled(factor: float) -> Callable[[float | None], str]:
+    return lambda value: "-" if value is None else _compact(value * factor)
+
+
+# heading, how an entry's cell reads
+LENS_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("x naive", lambda entry: _number(entry["times_naive"])),
+    ("of product", lambda entry: _number(entry["share_of_product"])),
+    ("x floor", lambda entry: _number(entry["times_floor"])),
+    ("TFLOP/s", lambda entry: _scaled(1e-12)(entry["operations_per_second"])),
+    ("GB/s", lambda entry: _scaled(1e-9)(entry["bytes_per_second"])),
+    ("ms", lambda entry: _scaled(1e3)(entry["seconds"])),
+    ("spread", lambda entry: _number(entry["spread"], ".0%")),
+    ("MiB more", lambda entry: _scaled(1 / MIB)(entry["extra_bytes"])),
+    ("error", lambda entry: _number((entry["errors"] or {}).get("log_probability"), ".1e")),
+    ("ranks", lambda entry: _number((entry["errors"] or {}).get("rank_agreement"), ".0%")),
+]
+CAPTURE_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("x whole", lambda entry: _number(entry["times_whole"])),
+    ("x indexing", lambda entry: _number(entry["times_plain"])),
+    ("GB/s", lambda entry: _scaled(1e-9)(entry["bytes_per_second"])),
+    ("us", lambda entry: _scaled(1e6)(entry["seconds"])),
+    ("spread", lambda entry: _number(entry["spread"], ".0%")),
+    ("MiB more", lambda entry: _scaled(1 / MIB)(entry["extra_bytes"])),
+]
+LENS_LEGEND = (
+    "x naive: times as fast as the naive fp32 lens. of product: share of the bare matrix product's throughput.\n"
+    "x floor: time over the larger of two floors, 2RVD operations and (V + R)D numbers read at the measured ceilings.\n"
+    "spread: interquartile range over median. MiB more: peak during a call beyond its inputs, outputs included.\n"
+    "error: largest error of a log-probability (nats), ranks: share that agree, both against fp64 on sampled rows."
+)
+CAPTURE_LEGEND = (
+    "x whole: times as fast as keeping the whole block output in fp32. x indexing: times as fast as plain indexing."
+)
+
+
+def head_text(environment: dict[str, Any]) -> str:
+    """The machine in two lines."""
+    found = environment
+    versions = [
+        f"{name} {found[name]}" for name in ("driver", "cuda", "hip", "torch", "triton", "python") if found[name]
+    ]
+    threads = f"{found['threads']} threads on {found['cores']} cores"
+    commit = (
+        f", commit {found['commit'][:10]}{' with changes' if found['commit_changed'] else ''}"
+        if found["commit"]
+        else ""
+    )
+    return f"{found['device']}, {threads}, {found['date']}{commit}\n{', '.join(versions)}"
+
+
+def lens_text(part: dict[str, Any]) -> str:
+    lines = [f"{part['text']}, {part['dtype']}{', with KL' if part['kl'] else ''}"]
+    if part["message"]:
+        return "\n".join([*lines, f"  NOT MEASURED: {part['message']}"])
+    if part["ceilings"]:
+        speed, arithmetic = part["ceilings"]["bytes_per_second"], part["ceilings"]["operations_per_second"]
+        lines.append(f"  ceilings measured: {_compact(arithmetic / 1e12)} TFLOP/s, {_compact(speed / 1e9)} GB/s")
+    return "\n".join([*lines, *_rows(part["variants"], LENS_COLUMNS)])
+
+
+def capture_text(part: dict[str, Any]) -> str:
+    return "\n".join([f"{part['text']}, {part['dtype']}", *_rows(part["variants"], CAPTURE_COLUMNS)])
+
+
+def _rows(entries: list[dict[str, Any]], columns: list[tuple[str, Callable[[dict[str, Any]], str]]]) -> list[str]:
+    cells = [[heading for heading, _ in columns]]
+    for entry in entries:
+        if entry["status"] == "ok":
+            cells.append([read(entry) for _, read in columns])
+    widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
+    formatted = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines, measured = [formatted[0]], iter(formatted[1:])
+    for entry in entries:
+        if entry["status"] == "ok":
+            chunk = f" ({entry['rows_at_once']} rows at once)" if entry.get("rows_at_once") else ""
+            lines.append(f"{next(measured)}  {entry['name']}{chunk}")
+        else:
+            lines.append(f"  {entry['status'].upper()}: {entry['name']}: {entry['message']}")
+    return lines
