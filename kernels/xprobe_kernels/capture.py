@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from importlib import util
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from xprobe_kernels.unembedding import describe
+from xprobe_kernels.readout import interpreted
+from xprobe_kernels.unembedding import Unembedding, describe
 
 
-def capture(hidden: Tensor, spans: Tensor, out: Tensor) -> None:
+def capture(
+    hidden: Tensor,
+    spans: Tensor,
+    out: Tensor,
+    head: Unembedding | None = None,
+    *,
+    check: bool = True,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+) -> None:
     """Writes the mean of ``hidden[batch, start:stop]`` for every span into ``out``; keeps no view of ``hidden``.
 
     Parameters
@@ -17,9 +29,17 @@ def capture(hidden: Tensor, spans: Tensor, out: Tensor) -> None:
         Output of one block.
     spans : Tensor [S, 3], int64
         (batch, start, stop) with ``0 <= batch < B`` and ``0 <= start < stop <= T``. One position: ``stop = start + 1``,
-        copied bit for bit; a longer span is averaged in fp32 (fp64 for fp64 rows).
+        copied bit for bit; a longer span is averaged in fp32 (fp64 for fp64 rows). On any device; on that of ``hidden``
+        no copy is made.
     out : Tensor [S, D]
         Written in place, in its own dtype.
+    head : Unembedding, optional
+        Applies its final norm (statistics, gamma, beta) to the rows before they are cast: they are then rows for
+        ``lens`` with ``head.without_norm()``. None: rows as the model left them.
+    check : bool
+        False: ``spans`` passed the check in an earlier call with the same [B, T]; saves a wait for the device.
+    backend : "auto", "triton" or "torch"
+        "auto": the kernel (one launch) where Triton and a GPU are at hand, plain torch elsewhere.
 
     Raises
     ------
@@ -36,6 +56,22 @@ def capture(hidden: Tensor, spans: Tensor, out: Tensor) -> None:
         raise ValueError(f"out must be a floating-point tensor of shape {list(shape)}, got {describe(out)}")
     if out.device != hidden.device:
         raise ValueError(f"out is on {out.device}, hidden is on {hidden.device}: move one of them")
+    if head is not None and (head.width != width or head.weight.device != hidden.device):
+        raise ValueError(
+            f"head has width {head.width} on {head.weight.device}, hidden has width {width} on {hidden.device}"
+        )
+    if check:
+        _check_spans(spans, batch, length)
+    with torch.no_grad():
+        if _use_kernel(backend, hidden, out):
+            from xprobe_kernels.triton_capture import capture_rows
+
+            capture_rows(hidden, spans.to(hidden.device, non_blocking=True), out, head)
+        else:
+            _gather(hidden, spans, out, head)
+
+
+def _check_spans(spans: Tensor, batch: int, length: int) -> None:
     rows, starts, stops = spans.unbind(1)
     bad = (rows < 0) | (rows >= batch) | (starts < 0) | (starts >= stops) | (stops > length)
     if bool(bad.any()):
@@ -44,12 +80,31 @@ def capture(hidden: Tensor, spans: Tensor, out: Tensor) -> None:
             f"spans[{where}] = {spans[where].tolist()} is not (batch, start, stop) within [{batch}, {length}]"
         )
 
+
+def _use_kernel(backend: str, hidden: Tensor, out: Tensor) -> bool:
+    narrow = (torch.float32, torch.float16) + (() if interpreted() else (torch.bfloat16,))
+    fits = hidden.dtype in narrow and out.dtype in narrow and (out.shape[1] <= 1 or out.stride(1) == 1)
+    here = (hidden.device.type == "cuda" or interpreted()) and util.find_spec("triton") is not None
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
+    if backend == "triton" and not (fits and here):
+        raise ValueError(
+            f"backend 'triton' needs Triton and a GPU, {', '.join(map(str, narrow))} and dense rows; "
+            f"got hidden {describe(hidden)}, out {describe(out)}"
+        )
+    return backend == "triton" or (backend == "auto" and fits and here and hidden.device.type == "cuda")
+
+
+def _gather(hidden: Tensor, spans: Tensor, out: Tensor, head: Unembedding | None) -> None:
+    rows, starts, stops = spans.unbind(1)
     single = stops - starts == 1
-    with torch.no_grad():
-        places = single.nonzero().flatten().to(hidden.device)
-        picked = hidden[rows[single].to(hidden.device), starts[single].to(hidden.device)]
-        out[places] = picked.to(out.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        for index in (~single).nonzero().flatten().tolist():
-            row, start, stop = spans[index].tolist()
-            out[index] = hidden[row, start:stop].to(wide).mean(0).to(out.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+
+    def finish(values: Tensor) -> Tensor:
+        return (values if head is None else head.normalize(values.to(wide))).to(out.dtype)
+
+    places = single.nonzero().flatten().to(hidden.device)
+    out[places] = finish(hidden[rows[single].to(hidden.device), starts[single].to(hidden.device)])
+    for index in (~single).nonzero().flatten().tolist():
+        row, start, stop = spans[index].tolist()
+        out[index] = finish(hidden[row, start:stop].to(wide).mean(0))

@@ -78,18 +78,15 @@ class Config:
 # (architecture, bytes per operand) -> (many rows, few rows). 4: fp32, which at "ieee" runs without matrix units.
 MANY, FEW = 0, 1
 CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
-    ("sm_80", 2): (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 4, resident=2)),
-    ("sm_90", 2): (
-        Config(128, 128, 64, 8, 3, resident=2),
-        Config(128, 64, 128, 4, 3, resident=1),
-    ),
-    ("sm_100", 2): (Config(128, 128, 64, 8, 3, resident=2), Config(128, 64, 128, 4, 3)),
-    ("gfx942", 2): (Config(128, 128, 32, 8, 2), Config(64, 64, 64, 4, 2)),
-    ("interpreter", 2): (Config(32, 512, 64, 4, 1), Config(32, 512, 64, 4, 1)),
+    ("sm_80", 2): (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 4)),
+    ("sm_90", 2): (Config(128, 128, 64, 8, 4), Config(128, 64, 128, 8, 3)),
+    ("sm_100", 2): (Config(128, 128, 64, 8, 4, halves=2), Config(128, 64, 128, 8, 3)),
+    ("gfx942", 2): (Config(128, 64, 64, 8, 2), Config(64, 64, 64, 4, 2)),
     ("sm_80", 4): (Config(64, 64, 32, 8, 3), Config(32, 64, 32, 4, 3)),
     ("sm_90", 4): (Config(64, 64, 32, 8, 3), Config(32, 64, 32, 4, 3)),
     ("sm_100", 4): (Config(64, 64, 32, 8, 3), Config(32, 64, 32, 4, 3)),
-    ("gfx942", 4): (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 4, 2)),
+    ("gfx942", 4): (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 8, 2)),
+    ("interpreter", 2): (Config(32, 512, 64, 4, 1), Config(32, 512, 64, 4, 1)),
     ("interpreter", 4): (Config(32, 512, 64, 4, 1), Config(32, 512, 64, 4, 1)),
 }
 SAFE = Config(32, 64, 32, 4, 2)  # fits everywhere
@@ -116,7 +113,7 @@ def _nearest(architecture: str) -> str:
 
 
 def choose_splits(row_tiles: int, tiles: int, slots: int, row_tile_bytes: int = 0, level2: int = 0) -> int:
-    """Into how many parts to split the vocabulary's ``tiles``, so that parts times ``row_tiles`` fill ``slots`` programs.
+    """Into how many parts to split the ``tiles`` of the vocabulary: parts x ``row_tiles`` programs run on ``slots``.
 
     Least idle time first (programs of the last wave, tiles of the last part), then the fewest parts: each part writes
     sums of its own. ``level2``: rows of the programs that run at once take at most half of that cache.
@@ -136,3 +133,25 @@ def choose_splits(row_tiles: int, tiles: int, slots: int, row_tile_bytes: int = 
         if cost < best_cost * 0.995:
             best, best_cost = parts, cost
     return best
+
+
+def candidates(architecture: str, itemsize: int) -> list[Config]:
+    """What is worth measuring on ``architecture``: every combination that fits, the plain ones first."""
+    limits = ARCHITECTURES.get(architecture, SMALLEST)
+    shapes = [  # block_m, block_n, warps, resident, halves
+        (128, 128, 8, 1, 1), (128, 128, 4, 1, 1), (128, 256, 8, 1, 1), (128, 256, 8, 1, 2), (256, 128, 8, 1, 1),
+        (256, 128, 8, 1, 2), (64, 256, 4, 1, 1), (64, 256, 8, 1, 1), (64, 128, 4, 2, 1), (128, 64, 4, 2, 1),
+        (128, 64, 8, 1, 1), (64, 64, 4, 2, 1),
+    ]  # fmt: skip
+    ways = [{}, {"flatten": True}]
+    if limits.descriptors:
+        ways += [{"descriptors": True}, {"descriptors": True, "flatten": True}]
+        ways += [{"descriptors": True, "specialize": True}]
+    found = []
+    for way in ways:
+        for m, n, warps, resident, halves in shapes:
+            for block_k, stages in ((64, 4), (64, 3), (32, 4), (128, 3), (128, 2)):
+                config = Config(m, n, block_k, warps, stages, resident, halves, **way)
+                if config.fits(limits, itemsize):
+                    found.append(config)
+    return found

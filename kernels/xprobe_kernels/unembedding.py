@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -91,6 +91,10 @@ class Unembedding:
         if self.beta is not None:
             hidden = hidden + self.beta.to(hidden.dtype)
         return hidden
+
+    def without_norm(self) -> Unembedding:
+        """The same head for rows that ``capture`` has normed already."""
+        return replace(self, norm="none", gamma=None, beta=None)
 
     def bias_and_scale(self, projected: Tensor, tokens: Tensor | slice = slice(None)) -> Tensor:
         """Bias and scale on ``norm(h) @ weight[tokens].T``; changes ``projected`` in place and returns it.

@@ -1,0 +1,284 @@
+"""Compiles every kernel for named targets on a machine without a GPU and reports what the compiler made of it.
+
+    python -m xprobe_kernels.aot [--targets sm_90,gfx942] [--json FILE] [--all]
+
+Per kernel and target: registers per thread, spilled bytes (stack and local memory), shared memory and the matrix
+instruction of the product. Exit code 1 if a kernel does not build, spills in the product's loop, or does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, Config
+
+TARGETS = {  # backend, architecture, threads per warp
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+# what the product's matrix instruction is called in each target's assembly, best first
+MATRIX = {"ptx": ("wgmma.mma_async", "tcgen05.mma", "mma.sync"), "amdgcn": ("v_mfma",)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its compile-time arguments."""
+
+    kernel: str
+    label: str
+    types: dict[str, str]  # argument -> Triton type
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compilation gave. Sizes in bytes; None where the target does not tell."""
+
+    kernel: str
+    label: str
+    target: str
+    registers: int | None = None
+    spilled: int | None = None
+    loop_spills: int | None = None  # instructions on local memory within the product's loop
+    shared: int | None = None
+    matrix: str | None = None
+    error: str | None = None
+
+    @property
+    def good(self) -> bool:
+        limit = ARCHITECTURES[self.target].shared
+        return self.error is None and not self.loop_spills and (self.shared or 0) <= limit
+
+
+def lens_variant(
+    config: Config, dtype: str, *, top_k: int = 5, lookups: int = 1, full: bool = True, tf32: bool = False
+) -> Variant:
+    """The fused pass; ``full``: with bias and soft-cap."""
+    block = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    flags = [name for name in ("descriptors", "flatten", "specialize") if getattr(config, name)]
+    flags += ["halves"] if config.halves == 2 else []
+    flags += ["plain"] if not full else []
+    flags += [f"top {top_k}"] if top_k != 5 else []
+    flags += ["tf32"] if tf32 else []
+    label = " ".join([dtype, block, f"{config.warps} warps", f"{config.stages} stages", *flags])
+    rows, weight = f"*{dtype}", f"*{dtype}"
+    if config.descriptors:
+        rows = f"tensordesc<{dtype}[{config.block_m}, {config.block_k}]>"
+        weight = f"tensordesc<{dtype}[{config.block_n}, {config.block_k}]>"
+    types = {
+        "normed": rows, "weight": weight, "weight_stride": "i64:16", "bias_ptr": f"*{dtype}", "tokens_ptr": "*i64",
+        "thresholds_ptr": "*fp32", "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
+        "count": "i32", "vocabulary": "i32", "width": "i32:16", "lookups": "i32", "splits": "i32",
+        "scale": "fp32", "cap": "fp32",
+    }  # fmt: skip
+    constants = {
+        "HAS_BIAS": full, "HAS_CAP": full, "LOOKUPS": lookups, "K": top_k,
+        "PLACES": 1 << (max(top_k, 1) - 1).bit_length(), "PRECISION": "tf32" if tf32 else "ieee", "EVEN": True, "GROUP": 16,
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "HALVES": config.halves,
+        "DESCRIPTORS": config.descriptors, "FLATTEN": config.flatten, "SPECIALIZE": config.specialize,
+    }  # fmt: skip
+    return Variant("lens_kernel", label, types, constants, config.warps, config.stages)
+
+
+def small_variants() -> Iterator[Variant]:
+    """The kernels around the pass."""
+    flags = {"NORM": 2, "GAMMA": True, "BETA": True, "HAS_BIAS": True, "HAS_CAP": True}
+    yield Variant(
+        "prepare_kernel", "bf16 layer norm, D 4096",
+        {
+            "hidden_ptr": "*bf16", "hidden_stride": "i64:16", "gamma_ptr": "*bf16", "beta_ptr": "*bf16", "eps": "fp32",
+            "weight_ptr": "*bf16", "weight_stride": "i64:16", "bias_ptr": "*bf16", "scale": "fp32", "cap": "fp32",
+            "tokens_ptr": "*i64", "lookups": "i32", "normed_ptr": "*bf16", "finite_ptr": "*i8", "logits_ptr": "*fp32",
+            "thresholds_ptr": "*fp32", "width": "i32:16",
+        },
+        {**flags, "BD": 4096}, 8,
+    )  # fmt: skip
+    yield Variant(
+        "merge_kernel", "top 5 of 264 parts",
+        {
+            "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32", "tokens_ptr": "*i64",
+            "finite_ptr": "*i8", "cap": "fp32", "splits": "i32", "count": "i32", "lookups": "i32",
+            "logsumexp_ptr": "*fp32", "entropy_ptr": "*fp32", "rank_ptr": "*i64", "out_ptr": "*fp32",
+            "out_ids_ptr": "*i64",
+        },
+        {"HAS_CAP": True, "K": 5, "BS": 512, "BC": 2048}, 4,
+    )  # fmt: skip
+    yield Variant(
+        "row_kernel", "top 5",
+        {
+            "products_ptr": "*fp32", "bias_ptr": "*bf16", "tokens_ptr": "*i64", "thresholds_ptr": "*fp32",
+            "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32", "first_row": "i32",
+            "count": "i32", "first_token": "i32", "tokens": "i32:16", "vocabulary": "i32", "part": "i32",
+            "lookups": "i32", "scale": "fp32", "cap": "fp32",
+        },
+        {"HAS_BIAS": True, "HAS_CAP": True, "LOOKUPS": 1, "K": 5, "PLACES": 8, "BN": 4096}, 8,
+    )  # fmt: skip
+
+    yield Variant(
+        "capture_kernel", "bf16 layer norm, D 4096",
+        {
+            "hidden_ptr": "*bf16", "batch_stride": "i64:16", "time_stride": "i64:16",
+            "spans_ptr": "*i64", "gamma_ptr": "*bf16", "beta_ptr": "*bf16", "eps": "fp32", "out_ptr": "*bf16",
+            "out_stride": "i64:16", "width": "i32:16",
+        },
+        {"width_stride": 1, "NORM": 2, "GAMMA": True, "BETA": True, "BD": 4096}, 8,
+    )  # fmt: skip
+
+
+def variants(target: str, every: bool = False) -> Iterator[Variant]:
+    """What runs on ``target``: its configurations in both regimes; ``every``: candidates for tuning as well."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        for config in dict.fromkeys(CONFIGS[target, ITEMSIZE[dtype]]):
+            yield lens_variant(config, dtype)
+            if dtype == "bf16":
+                yield lens_variant(config, dtype, full=False, top_k=0)
+                yield lens_variant(config, dtype, top_k=32, lookups=4)
+            if dtype == "fp32":
+                yield lens_variant(config, dtype, tf32=True)
+    yield from small_variants()
+    if every:
+        from xprobe_kernels.configs import candidates
+
+        for config in candidates(target, 2):
+            yield lens_variant(config, "bf16")
+
+
+def compile_for(variant: Variant, target: str) -> Report:
+    """Compiles one variant; what goes wrong is in the report."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = _kernel(variant.kernel)
+    signature = {name: variant.types.get(name, "constexpr").partition(":")[0] for name in kernel.arg_names}
+    aligned = {}
+    for index, name in enumerate(kernel.arg_names):
+        kind = variant.types.get(name, "")
+        if kind.endswith(":16") or kind.startswith("*"):
+            aligned[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, constexprs=dict(variant.constants), signature=signature, attrs=aligned)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    try:
+        built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    except Exception as error:  # the compiler raises many kinds; each is a finding
+        last = str(error).strip().splitlines() or [type(error).__name__]
+        return Report(variant.kernel, variant.label, target, error=last[-1][:200])
+    found = _nvidia(built) if target.startswith("sm_") else _amd(built)
+    return Report(variant.kernel, variant.label, target, shared=built.metadata.shared, **found)
+
+
+def _kernel(name: str) -> Any:
+    from xprobe_kernels import triton_capture, triton_lens, triton_rows, workspace
+
+    for module in (triton_lens, triton_rows, triton_capture, workspace):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise KeyError(name)
+
+
+def _nvidia(built: Any) -> dict[str, Any]:
+    tools = Path(__import__("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    matrix = next((name for name in MATRIX["ptx"] if name in built.asm["ptx"]), None)
+    return {
+        "registers": numbers.get("REG"),
+        "spilled": numbers.get("STACK", 0) + numbers.get("LOCAL", 0),
+        "loop_spills": loop_spills(code),
+        "matrix": matrix,
+    }
+
+
+def loop_spills(code: str) -> int:
+    """Loads and stores of local memory in the innermost loops that hold a product (SASS as nvdisasm prints it)."""
+    lines = code.splitlines()
+    labels = {line.strip()[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line.strip())}
+    loops = []
+    for at, line in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if jump and labels.get(jump.group(1), at) < at:
+            loops.append((labels[jump.group(1)], at))
+    product = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b")
+    inner = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
+        and any(product.search(line) for line in lines[start:end])
+    ]
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for start, end in inner for line in lines[start:end])
+
+
+def _amd(built: Any) -> dict[str, Any]:
+    code = built.asm["amdgcn"]
+
+    def number(name: str) -> int | None:
+        found = re.search(rf"\.{name}:\s*(\d+)", code)
+        return int(found.group(1)) if found else None
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("private_segment_fixed_size"),
+        "matrix": next((name for name in MATRIX["amdgcn"] if name in code), None),
+    }
+
+
+def _output(tool: Path, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def table(reports: list[Report]) -> str:
+    """The reports as text."""
+    lines = [f"{'target':<8}{'kernel':<16}{'variant':<52}{'regs':>5}{'spilled':>9}{'in loop':>9}{'shared':>9}  matrix"]
+    for report in reports:
+        head = f"{report.target:<8}{report.kernel:<16}{report.label:<52}"
+        if report.error:
+            lines.append(f"{head}  FAILED: {report.error}")
+            continue
+        cells = [report.registers, report.spilled, report.loop_spills, report.shared]
+        shown = ["-" if cell is None else str(cell) for cell in cells]
+        lines.append(f"{head}{shown[0]:>5}{shown[1]:>9}{shown[2]:>9}{shown[3]:>9}  {report.matrix or '-'}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m xprobe_kernels.aot", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of " + ", ".join(TARGETS))
+    parser.add_argument("--all", action="store_true", help="the candidates for tuning as well")
+    parser.add_argument("--json", help="write the reports to this file")
+    options = parser.parse_args(arguments)
+    wanted = options.targets.split(",")
+    unknown = [name for name in wanted if name not in TARGETS]
+    if unknown:
+        parser.error(f"--targets: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
+    reports = []
+    for target in wanted:
+        for variant in variants(target, options.all):
+            reports.append(compile_for(variant, target))
+            print(table(reports).splitlines()[0 if len(reports) == 1 else -1], flush=True)
+            if len(reports) == 1:
+                print(table(reports).splitlines()[-1], flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    return 0 if all(report.good for report in reports) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
