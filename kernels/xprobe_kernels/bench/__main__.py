@@ -40,7 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
         elif target:
             Path(target).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if figure:
-            drawing.roofline(result, figure)
+            try:
+                drawing.roofline(result, figure)
+            except drawing.NothingToDrawError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

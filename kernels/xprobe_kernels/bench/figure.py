@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import util
+from math import atan2, degrees, log10
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from xprobe_kernels.bench.command import CAPTURE, SettingsError
 
 COLOURS = {"naive": "#9a9a9a", "compiled": "#b07aa1", "product": "#e0a030", "backend": "#2f6fb0"}
 SHADES = ("#1b5e9b", "#d1495b", "#2a9d5c", "#7b52ab", "#00a0b0")  # of the lens backends, in their order
+ROOM = 0.55  # height above the roof, for the names of the shapes, against the height below it
+LINE = 0.13  # inches between two upright names
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+class NothingToDrawError(Exception):
+    """No variant of any shape was measured."""
 
 
 def check(target: str, kernel: str) -> None:
@@ -30,9 +37,13 @@ def roofline(result: dict[str, Any], target: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    parts = [part for part in result["lens"] if part.get("ceilings")]
+    parts = [
+        part
+        for part in result["lens"]
+        if part.get("ceilings") and any(entry["status"] == "ok" for entry in part["variants"])
+    ]
     if not parts:
-        raise SettingsError("figure: nothing was measured that could be drawn")
+        raise NothingToDrawError("no figure: nothing was measured that could be drawn")
     figure = Figure(figsize=(11.5, 6.6), layout="constrained", dpi=150)
     axes = figure.subplots()
     scale, unit = (1e12, "TFLOP/s") if result["environment"]["cuda"] else (1e9, "GFLOP/s")
@@ -63,11 +74,12 @@ def roofline(result: dict[str, Any], target: str) -> None:
     roof = [left, ridge, right]
     axes.plot(roof, [min(at * bandwidth, peak) / scale for at in roof], color="#333333", linewidth=1.4, zorder=2)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
-    axes.set_ylim(lowest / 2, peak / scale * 5)
+    axes.set_ylim(lowest / 1.6, peak / scale * (1.6 * peak / scale / lowest) ** ROOM)
     text = f"matrix product: {_digits(peak / scale)} {unit}"
-    axes.annotate(text, (right, peak / scale), (-6, 5), textcoords="offset points", ha="right", fontsize=9)
-    _along(axes, f"copy: {_digits(bandwidth / 1e9)} GB/s", left, bandwidth / scale)
-    _label_shapes(axes, parts, intensity)
+    axes.annotate(
+        text, (right, peak / scale), (-6, 6), textcoords="offset points", ha="right", fontsize=9, zorder=5,
+        bbox={"color": "white", "pad": 1},
+    )  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
@@ -81,6 +93,10 @@ def roofline(result: dict[str, Any], target: str) -> None:
         fontsize=11,
     )
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.draw_without_rendering()  # places the axes: angles and distances below are in inches
+    figure.set_layout_engine("none")
+    _along(axes, f"copy: {_digits(bandwidth / 1e9)} GB/s", left, bandwidth / scale)
+    _label_shapes(axes, parts, intensity, peak / scale)
     figure.savefig(target)
 
 
@@ -95,22 +111,44 @@ def _styles(names: list[str], kinds: dict[str, str]) -> dict[str, tuple[str, str
 
 def _along(axes: Any, text: str, left: float, slope: float) -> None:
     """Writes on the rising part of the roof, near its lower end and turned with it."""
-    low = max(left * 1.3, axes.get_ylim()[0] * 1.4 / slope)
-    axes.text(
-        low, low * slope, text, rotation=45, transform_rotates_text=True, rotation_mode="anchor", va="bottom",
-        fontsize=9,
+    start = max(left * 1.15, axes.get_ylim()[0] * 1.4 / slope)
+    (x0, y0), (x1, y1) = axes.transData.transform([(start, start * slope), (2 * start, 2 * start * slope)])
+    angle = degrees(atan2(y1 - y0, x1 - x0))
+    axes.annotate(
+        text, (start, start * slope), (-4, 4), textcoords="offset points", rotation=angle, rotation_mode="anchor",
+        va="bottom", fontsize=9,
     )  # fmt: skip
 
 
-def _label_shapes(axes: Any, parts: list[dict[str, Any]], intensity: list[float]) -> None:
-    """Names every shape above its column of markers, upright, side by side where columns are close."""
-    top = axes.get_ylim()[1]
-    for at, part in zip(intensity, parts, strict=True):
-        axes.axvline(at, color="#bbbbbb", linewidth=0.7, linestyle=":", zorder=1)
-        axes.text(
-            at, top * 0.93, f"{part['model']} {part['regime']} ", rotation=90, ha="right", va="top", fontsize=8,
-            color="#444444",
+def _label_shapes(axes: Any, parts: list[dict[str, Any]], intensity: list[float], roof: float) -> None:
+    """Names every shape above its column of markers, upright; names that would touch are moved apart."""
+    bottom, top = axes.get_ylim()
+    left, right = axes.get_xlim()
+    step = LINE / axes.get_window_extent().width * axes.figure.dpi * log10(right / left)
+    order = sorted(range(len(parts)), key=intensity.__getitem__)
+    for at, place in zip(order, spread([log10(intensity[at]) for at in order], step), strict=True):
+        column = intensity[at]
+        axes.plot([column, column], [bottom, roof], color="#bbbbbb", linewidth=0.7, linestyle=":", zorder=1)
+        name = f"{parts[at]['model']}, {parts[at]['regime']} rows"
+        axes.annotate(
+            name, (column, roof), (10**place, roof * (top / roof) ** 0.2),
+            rotation=90, ha="center", va="bottom", fontsize=8, color="#444444",
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
         )  # fmt: skip
+
+
+def spread(places: list[float], step: float) -> list[float]:
+    """Ascending places moved as little as needed to be ``step`` apart, close groups around their own middle."""
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and _first(groups[-1], step) < _first(groups[-2], step) + step * len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_first(group, step) + step * number for group in groups for number in range(len(group))]
+
+
+def _first(group: list[float], step: float) -> float:
+    return sum(group) / len(group) - step * (len(group) - 1) / 2
 
 
 def _digits(value: float) -> str:
