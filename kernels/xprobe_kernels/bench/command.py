@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from xprobe_kernels import readout
 from xprobe_kernels.bench import capture_speed, lens_speed, table
 from xprobe_kernels.bench.baselines import DTYPES
 from xprobe_kernels.bench.environment import environment
 from xprobe_kernels.bench.measure import clock
 from xprobe_kernels.bench.shapes import CPU, GPU, HEADS, QUICK, REGIMES, SMALL, Head, Work, work
-from xprobe_kernels.readout import available_backends
 
 SCHEMA = 1
 LENS, CAPTURE, ALL = "lens", "capture", "all"
@@ -54,9 +54,8 @@ class Settings:
             if value is not None and value < 1:
                 raise SettingsError(f"{name} must be at least 1, got {value}")
         device = self.torch_device()
-        usable = [name for name in available_backends(device) if name != "reference"]
         for name in self.backends:
-            _one_of("backend", name, tuple(usable))
+            _one_of("backend", name, tuple(measured_backends(device)))
 
     def torch_device(self) -> torch.device:
         if self.device == "auto":
@@ -136,13 +135,12 @@ def _seconds(settings: Settings, device: torch.device) -> float:
 
 
 def _lens(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
-    usable = [name for name in available_backends(device) if name != "reference"]
     for each in settings.works():
         yield lens_speed.compare(
             each,
             device=device,
             dtype=getattr(torch, settings.dtype),
-            backends=list(settings.backends) or usable,
+            backends=list(settings.backends) or measured_backends(device),
             rounds=settings.rounds,
             seconds=_seconds(settings, device),
             kl=settings.kl,
@@ -162,6 +160,12 @@ def _capture(settings: Settings, device: torch.device) -> Iterator[dict[str, Any
                 seconds=min(_seconds(settings, device), 1.0),
                 quick=settings.quick,
             )
+
+
+def measured_backends(device: torch.device) -> list[str]:
+    """All but the definition, which is no rival, and kernels that would run in an interpreter, which says nothing."""
+    left_out = {"reference", *(readout.KERNELS if device.type == "cpu" else ())}
+    return [name for name in readout.available_backends(device) if name not in left_out]
 
 
 def _one_of(name: str, value: str, expected: tuple[str, ...]) -> None:

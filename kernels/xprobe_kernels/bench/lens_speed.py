@@ -102,7 +102,8 @@ def compare(
     report["ceilings"] = None if ceilings is None else vars(ceilings)
     del tasks, calls, checks, judge, found, run
     gc.collect()
-    torch.compiler.reset()  # every work compiles anew, for its own shape
+    if not quick:
+        torch.compiler.reset()  # every work compiles anew, for its own shape
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +52,6 @@ class Clock:
 
     def held(self) -> int | None:
         """Bytes held now, what was freed given back first; None where the system does not say."""
-        gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         return _status("VmRSS")
@@ -93,7 +91,6 @@ class CudaClock(Clock):
         return start.elapsed_time(stop) / 1e3 / repeats
 
     def held(self) -> int:
-        gc.collect()
         torch.cuda.synchronize(self.device)
         return torch.cuda.memory_allocated(self.device)
 

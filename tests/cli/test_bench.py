@@ -1,0 +1,100 @@
+"""`xprobe bench`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from xprobe_cli.main import main
+
+from xprobe import bench
+
+SMALL = ["bench", "--shape", "smollm2-135m", "--rows", "few", "--rounds", "1", "--quick", "--backend", "cpu-eager"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What the command asks to be measured; nothing is."""
+    asked = []
+
+    def measure(say, *, figure, **settings):
+        asked.append(settings)
+        if say is not None:
+            say("the table")
+        return {"lens": []}
+
+    monkeypatch.setattr("xprobe_cli.bench.measure", measure)
+    return asked
+
+
+def test_help_names_the_options(capsys):
+    assert main(["bench", "--help"]) == 0
+    out = capsys.readouterr().out
+    for option in ("--kernel", "--shape", "--rows", "--rounds", "--json", "--figure", "--backend", "--quick"):
+        assert option in out
+
+
+def test_a_quick_run_prints_the_table_and_writes_json_and_figure(capsys, tmp_path):
+    target, figure = tmp_path / "bench.json", tmp_path / "roofline.png"
+    assert main([*SMALL, "--json", str(target), "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "SmolLM2-135M, few rows" in out
+    assert "CUT" in out
+    assert "x naive" in out
+    (part,) = json.loads(target.read_text())["lens"]
+    assert {entry["status"] for entry in part["variants"]} == {"ok", "skipped"}
+    assert figure.stat().st_size > 10_000
+
+
+def test_json_without_a_file_is_all_that_stdout_gets(capsys, measured):
+    assert main(["bench", "--json", "--quick"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"lens": []}
+    assert measured[0]["quick"] is True
+
+
+def test_options_arrive(capsys, measured):
+    line = (
+        "bench --kernel all --shape all --rows few --rounds 7 --dtype float32 --backend a --backend b --threads 2 --kl"
+    )
+    assert main(line.split()) == 0
+    assert measured == [{
+        "kernel": "all", "shape": "all", "rows": "few", "rounds": 7, "dtype": "float32", "backends": ("a", "b"),
+        "device": "auto", "threads": 2, "quick": False, "kl": True,
+    }]  # fmt: skip
+    assert capsys.readouterr().out == "the table\n"
+
+
+def test_a_figure_of_nothing_fails_after_the_json_is_safe(capsys, measured, tmp_path):
+    target = tmp_path / "bench.json"
+    assert main(["bench", "--json", str(target), "--figure", str(tmp_path / "x.png")]) == 1
+    assert "nothing was measured" in capsys.readouterr().err
+    assert json.loads(target.read_text()) == {"lens": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kernel", "run"], "not there yet"),
+        (["--kernel", "nope"], "kernel must be one of"),
+        (["--shape", "nope"], "shape must be one of smollm2-135m"),
+        (["--backend", "nope"], "backend must be one of"),
+        (["--rounds", "0"], "--rounds"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--figure", "x.txt"], "figure must end in"),
+        (["--figure", "/nowhere/x.png"], "not a folder"),
+        (["--json", "/nowhere/x.json"], "not a folder"),
+        (["--kernel", "capture", "--figure", "x.png"], "figure shows the lens"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(capsys, arguments, said):
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_the_library_refuses_settings_in_its_own_error():
+    with pytest.raises(bench.UsageError, match="not there yet"):
+        bench.measure(kernel="run")
