@@ -6,6 +6,7 @@ Without one, or where it fails, ``row_pass()`` is None and the tiles are read in
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -104,7 +105,8 @@ def _build(compiler: str) -> RowPass:
         key.update(part.encode() + b"\0")
     path = cache_folder() / f"rowpass-{key.hexdigest()[:24]}.so"
     if _is_whole(path):
-        return _load(path)
+        with contextlib.suppress(OSError, AttributeError):  # made on another machine that shares the folder
+            return _load(path)
     with tempfile.TemporaryDirectory(prefix="xprobe-") as folder:
         made = Path(folder, "rowpass.so")
         command = [compiler, *FLAGS, threads, "-o", str(made), str(SOURCE), "-lm"]
