@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +13,12 @@ import pytest
 import torch
 from xprobe_kernels import lens
 from xprobe_kernels.bench import __main__ as program
-from xprobe_kernels.bench import baselines, capture_speed, command, figure, shapes, table
+from xprobe_kernels.bench import baselines, capture_speed, command, figure, table
 from xprobe_kernels.bench.accuracy import truth
-from xprobe_kernels.bench.command import Settings, SettingsError, measure
-from xprobe_kernels.bench.lens_speed import COPY, SQUARE, Large
-from xprobe_kernels.bench.measure import Clock, Sample, by_turns, turns
-from xprobe_kernels.bench.metrics import Ceilings, figures
-from xprobe_kernels.bench.shapes import CPU, FEW, GPU, HEADS, MANY, Head, Limits, work
+from xprobe_kernels.bench.command import Settings, measure
+from xprobe_kernels.bench.lens_speed import Large
+from xprobe_kernels.bench.measure import Clock, by_turns, turns
+from xprobe_kernels.bench.shapes import GPU, MANY, Head, work
 
 TINY = Head("tiny", "Tiny", layers=3, width=32, vocabulary=700, softcap=30.0, positions=8)
 FIRST = command.measured_backends(torch.device("cpu"))[0]
@@ -44,69 +42,6 @@ def entry(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 def ours(result: dict[str, Any]) -> dict[str, Any]:
     return entry(result, f"lens {FIRST}")
-
-
-# shapes
-
-
-@pytest.mark.parametrize(
-    ("name", "rows"), [("llama-3-8b", 33 * 512), ("llama-3-70b", 81 * 512), ("smollm2-135m", 31 * 64)]
-)
-def test_a_gpu_does_every_shape_whole(name, rows) -> None:
-    many, few = (work(HEADS[name], regime, GPU) for regime in (MANY, FEW))
-    assert (many.rows, few.rows) == (rows, 3 * (HEADS[name].layers + 1))
-    assert many.cut is few.cut is None
-    assert "full size" in str(many)
-
-
-def test_a_cpu_does_the_small_model_whole_and_says_what_it_cuts_of_a_large_one() -> None:
-    assert work(HEADS["smollm2-135m"], MANY, CPU).cut is None
-    large = work(HEADS["llama-3-8b"], MANY, CPU)
-    assert large.operations <= CPU.scaled
-    assert large.rows == 33
-    assert "CUT" in str(large)
-    assert "33 of 16896 rows" in str(large)
-
-
-def test_the_vocabulary_is_cut_to_the_memory() -> None:
-    cut = work(HEADS["llama-3-8b"], MANY, CPU, free_bytes=2 * 6 * 4096 * 1000)
-    assert cut.vocabulary == 960  # 1000 entries fit; a multiple of 64
-    assert "960 of 128256 vocabulary entries" in str(cut)
-
-
-def test_rows_are_cut_to_whole_blocks() -> None:
-    cut = work(TINY, MANY, Limits(whole=0, scaled=2 * 700 * 32 * 7))
-    assert (cut.blocks, cut.positions) == (4, 1)
-    assert work(TINY, MANY, Limits(whole=0, scaled=2 * 700 * 32 * 3)).rows == 3  # fewer than the blocks
-
-
-# metrics
-
-
-def test_figures_of_known_numbers() -> None:
-    each = work(Head("x", "X", layers=0, width=10, vocabulary=100, positions=50), MANY, GPU)
-    assert (each.operations, each.least_bytes(2)) == (2 * 50 * 100 * 10, 3000)
-    found = figures(each, 2, 0.5, naive=2.0, product=0.25, ceilings=Ceilings(3000.0, 1e6))
-    assert found == {
-        "times_naive": 4.0, "share_of_product": 0.5, "times_floor": 0.5, "seconds": 0.5,
-        "operations_per_second": 200_000.0, "bytes_per_second": 6000.0,
-    }  # fmt: skip
-    # the floor is the larger of the two: arithmetic takes 0.1 s, memory 1 s; with a slow product 10 s
-    assert figures(each, 2, 20.0, naive=None, product=None, ceilings=Ceilings(3000.0, 1e4))["times_floor"] == 2.0
-
-
-def test_ceilings_take_the_faster_product() -> None:
-    large, each = Large(10, 500), work(TINY, MANY, GPU)
-    samples = {COPY: Sample([0.5]), SQUARE: Sample([0.001])}
-    assert large.ceilings(samples, each, None) == Ceilings(2000.0, 2e6)
-    assert large.ceilings(samples, each, each.operations / 5e6) == Ceilings(2000.0, 5e6)
-    assert large.ceilings(samples | {COPY: Sample(message="no")}, each, None) is None
-
-
-def test_median_and_spread() -> None:
-    sample = Sample([4.0, 1.0, 2.0, 3.0, 100.0])
-    assert (sample.median, sample.spread) == (3.0, 2 / 3)
-    assert Sample([1.0, 2.0]).spread is None
 
 
 # turns
@@ -317,6 +252,7 @@ def test_a_tiny_run_end_to_end(tiny) -> None:
                 assert each["seconds"] == sorted(each["rounds"])[1]
                 assert each["operations_per_second"] == pytest.approx(part["operations"] / each["seconds"])
     text = "\n".join(said)
+    assert f"load {environment['load']:.1f} before" in text
     heading = next(line for line in text.splitlines() if "x naive" in line)
     assert heading.index("x naive") < heading.index("of product") < heading.index(" ms ")
     assert [each["status"] for part in result["capture"] for each in part["variants"]] == ["ok"] * 6
@@ -368,46 +304,7 @@ def test_a_figure_of_nothing_is_refused(tmp_path) -> None:
         figure.roofline({"lens": []}, str(tmp_path / "x.png"))
 
 
-def test_without_matplotlib_the_figure_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setattr(figure.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="pip install"):
-        figure.check("x.png", "lens")
-
-
-def test_names_in_a_figure_keep_their_distance() -> None:
-    assert figure.spread([0.0, 1.0, 5.0], 0.5) == [0.0, 1.0, 5.0]
-    assert figure.spread([1.0, 1.0, 1.0], 1.0) == [0.0, 1.0, 2.0]
-    places = figure.spread([0.0, 0.1, 0.9, 1.0], 0.5)
-    assert all(after - before >= 0.5 - 1e-9 for before, after in pairwise(places))
-
-
-# settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"kernel": "run"}, "not there yet"),
-        ({"kernel": "nope"}, "kernel must be one of lens, capture, all, got 'nope'"),
-        ({"shape": "gpt"}, "shape must be one of smollm2-135m"),
-        ({"rows": "some"}, "rows must be one of"),
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"threads": -1}, "threads must be at least 1"),
-        ({"dtype": "int8"}, "dtype must be one of"),
-        ({"backends": ("reference",)}, "backend must be one of"),
-        ({"device": "nonsense"}, "device must be a torch device"),
-        ({"device": "meta"}, "device must be cpu or cuda"),
-        ({"device": "cuda:99"}, "is not there"),
-    ],
-)
-def test_wrong_settings_are_named(settings, said) -> None:
-    with pytest.raises(SettingsError, match=said):
-        Settings(**settings).check()
-
-
-def test_a_cpu_measures_two_heads_unless_told() -> None:
-    assert [head.name for head in Settings(device="cpu").heads()] == list(shapes.SMALL)
-    assert [head.name for head in Settings(device="cpu", shape="all").heads()] == list(HEADS)
+# the program
 
 
 def test_the_program_writes_json_and_answers_bad_usage_in_one_line(tiny, tmp_path, capsys) -> None:

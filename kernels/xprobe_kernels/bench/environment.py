@@ -20,6 +20,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     changed = _output("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(device),
+        "device_type": device.type,
         "driver": _driver() if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
@@ -30,6 +31,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the machine, before anything ran
+        "fp32_products": torch.get_float32_matmul_precision(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,

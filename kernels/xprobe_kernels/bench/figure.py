@@ -46,7 +46,7 @@ def roofline(result: dict[str, Any], target: str) -> None:
         raise NothingToDrawError("no figure: nothing was measured that could be drawn")
     figure = Figure(figsize=(11.5, 6.6), layout="constrained", dpi=150)
     axes = figure.subplots()
-    scale, unit = (1e12, "TFLOP/s") if result["environment"]["cuda"] else (1e9, "GFLOP/s")
+    scale, unit = (1e12, "TFLOP/s") if result["environment"]["device_type"] == "cuda" else (1e9, "GFLOP/s")
     names = list(dict.fromkeys(entry["name"] for part in parts for entry in part["variants"]))
     kinds = {entry["name"]: entry["kind"] for part in parts for entry in part["variants"]}
     style = _styles(names, kinds)

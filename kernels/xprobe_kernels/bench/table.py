@@ -59,7 +59,8 @@ def head_text(environment: dict[str, Any]) -> str:
     versions = [
         f"{name} {found[name]}" for name in ("driver", "cuda", "hip", "torch", "triton", "python") if found[name]
     ]
-    threads = f"{found['threads']} threads on {found['cores']} cores"
+    load = "" if found["load"] is None else f" (load {found['load']:.1f} before)"
+    threads = f"{found['threads']} threads on {found['cores']} cores{load}"
     commit = (
         f", commit {found['commit'][:10]}{' with changes' if found['commit_changed'] else ''}"
         if found["commit"]
