@@ -11,6 +11,12 @@ import pytest
 # another make everything slow on a busy machine. Must stand before torch is imported, here and in subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Triton's kernels run in its interpreter where there is no GPU; the choice is made when they are first imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from support.families import save_tiny_model
 
 

@@ -87,7 +87,8 @@ def lens_variant(
     }  # fmt: skip
     constants = {
         "HAS_BIAS": full, "HAS_CAP": full, "LOOKUPS": lookups, "K": top_k,
-        "PLACES": 1 << (max(top_k, 1) - 1).bit_length(), "PRECISION": "tf32" if tf32 else "ieee", "EVEN": True, "GROUP": 16,
+        "PLACES": 1 << (max(top_k, 1) - 1).bit_length(), "PRECISION": "tf32" if tf32 else "ieee",
+        "EVEN": True, "GROUP": 16,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "HALVES": config.halves,
         "DESCRIPTORS": config.descriptors, "FLATTEN": config.flatten, "SPECIALIZE": config.specialize,
     }  # fmt: skip

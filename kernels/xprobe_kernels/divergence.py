@@ -29,19 +29,18 @@ def kl(
     lse = torch.where(finite, logsumexp, 0.0)
     with matmul_precision(precision):
         if head.softcap is None:
-            gain = _expected_logits(normed, finals, of, head, lse, workspace_bytes)
+            gain, own = _expected_logits(normed, finals, of, head, lse, workspace_bytes)
         else:
-            gain = _capped_logits(normed, finals, of, head, lse, workspace_bytes)
-    # gain [R]: what the final row's distribution expects of this row's logits; the final row's own is among them
-    divergence = (gain[final_rows] - lse[final_rows]) - (gain - lse)
+            gain, own = _capped_logits(normed, finals, of, head, lse, workspace_bytes)
+    divergence = (own - lse[finals])[of] - (gain - lse)
     known = finite & finite[final_rows]
     return torch.where(known, divergence.clamp(min=0), torch.full_like(divergence, float("nan")))
 
 
 def _expected_logits(
     normed: Tensor, finals: Tensor, of: Tensor, head: Unembedding, lse: Tensor, workspace_bytes: int
-) -> Tensor:
-    """sum_v p_final(v) z(v) per row [R], through the expected unembedding."""
+) -> tuple[Tensor, Tensor]:
+    """sum_v p_final(v) z(v) of every row's logits [R] and of the final rows' own [P], by the expected unembedding."""
     rows = normed[finals]
     unembedding = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
     bias = torch.zeros(len(finals), device=rows.device)
@@ -66,24 +65,27 @@ def _expected_logits(
     for start in range(0, len(normed), block):
         part = slice(start, start + block)
         gain[part] = torch.linalg.vecdot(normed[part].float(), unembedding[of[part]]) + bias[of[part]]
-    return gain * head.scale
+    own = torch.linalg.vecdot(rows.float(), unembedding) + bias
+    return gain * head.scale, own * head.scale
 
 
 def _capped_logits(
     normed: Tensor, finals: Tensor, of: Tensor, head: Unembedding, lse: Tensor, workspace_bytes: int
-) -> Tensor:
-    """sum_v p_final(v) z(v) per row [R] with the soft-cap in z: all logits once more, a tile at a time."""
+) -> tuple[Tensor, Tensor]:
+    """The same sums with the soft-cap in z: all logits once more, a tile at a time."""
     gain = torch.zeros(len(normed), dtype=torch.float64, device=normed.device)
-    mass = torch.zeros(len(finals), dtype=torch.float64, device=normed.device)
-    step = max(1, min(8192, workspace_bytes // (8 * max(len(finals), 1)), workspace_bytes // (8 * head.width)))
+    own, mass = torch.zeros(2, len(finals), dtype=torch.float64, device=normed.device).unbind(0)
+    step = max(1, min(8192, workspace_bytes // (12 * max(len(finals), 1)), workspace_bytes // (8 * head.width)))
     block = max(1, workspace_bytes // (16 * step))
     for start in range(0, head.vocab_size, step):
         tokens = slice(start, start + step)
         weight = head.weight[tokens].to(normed.dtype)
-        p = head.cap(head.bias_and_scale(product(normed[finals], weight), tokens)).sub_(lse[finals, None]).exp_()
+        z = head.cap(head.bias_and_scale(product(normed[finals], weight), tokens))
+        p = (z - lse[finals, None]).exp_()
+        own += torch.linalg.vecdot(p, z).double()
         mass += p.sum(-1, dtype=torch.float64)
         for begin in range(0, len(normed), block):
             part = slice(begin, begin + block)
             z = head.cap(head.bias_and_scale(product(normed[part], weight), tokens))
             gain[part] += torch.linalg.vecdot(p[of[part]], z).double()
-    return (gain / mass[of]).float()
+    return (gain / mass[of]).float(), (own / mass).float()

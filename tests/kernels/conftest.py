@@ -1,0 +1,43 @@
+"""Which tests Triton's kernels run: all on a GPU; under the interpreter, which is slow, those that tell the most.
+
+The rest is marked slow there. Left out altogether is what the kernels do not take: fp64, and bf16 under the interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from xprobe_kernels.readout import KERNELS, interpreted
+
+LARGE = ("1025 rows", "vocabulary of 50257", "vocabulary of 151936")
+FP16 = ("17 rows of width 576", "everything at once", "peaked rows", "logits in the thousands", "scattered banned tokens")
+SLOW_MODULES = ("test_lens_properties",)  # test_triton.py has its own, with shapes that split and tile
+SLOW_TESTS = ()
+
+
+def _impossible(given: dict[str, object]) -> bool:
+    refused = {torch.float64, torch.bfloat16} if interpreted() else {torch.float64}
+    return given.get("dtype") in refused or ("bf16" in str(given.get("regime")) and torch.bfloat16 in refused)
+
+
+def _takes_long(item: pytest.Item, given: dict[str, object]) -> bool:
+    name = getattr(item, "originalname", item.name)
+    if item.path.stem in SLOW_MODULES or name in SLOW_TESTS or given.get("regime") in LARGE:
+        return True
+    return given.get("dtype") == torch.float16 and given.get("regime") not in FP16
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = []
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if given.get("backend") not in KERNELS:
+            continue
+        if _impossible(given) or (item.path.stem in SLOW_MODULES and interpreted()):
+            left_out.append(item)
+        elif interpreted() and _takes_long(item, given):
+            item.add_marker(pytest.mark.slow)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
