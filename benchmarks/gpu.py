@@ -1,0 +1,364 @@
+"""Everything that needs a GPU, in one command straight from the checkout: tests, benchmark, tuning, sanitizer, profile.
+
+    python benchmarks/gpu.py OUT [--minutes 10] [--steps env,tests,bench,tune,sanitize,profile,aot] [--commit HASH]
+
+Every step is a process with a time limit of its own; one that fails or runs out of time stops no other, and what a
+step does not use goes to those after it. OUT gets eight files, each written as results come: environment.json,
+tests.log, bench.json, roofline.png, tune.json, profile.txt, log.txt (what all other steps print) and summary.json.
+Exit code 0 only if every step succeeded. Clocks and other settings of the card are read, never changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+OK, FAILED, LATE, SKIPPED, RUNNING = "ok", "failed", "out of time", "skipped", "running"
+# steps in order of worth, and how they share the time
+WEIGHTS = {"env": 6, "tests": 32, "bench": 26, "tune": 32, "sanitize": 12, "profile": 5, "aot": 4}
+RESERVE = 8.0  # seconds kept for stopping a step and for the table
+GRACE = 5.0  # seconds between asking a process to end and ending it
+LARGEST = 8 << 20  # bytes of a log; of a longer one the beginning and the end are kept
+FIRST_SHAPE = "llama-3-8b"
+QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
+SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy")
+ONE_LAUNCH = """
+import torch
+from xprobe_kernels.bench import baselines, shapes
+job = shapes.work(shapes.HEADS["llama-3-8b"], "many", shapes.GPU)
+with torch.inference_mode():
+    task = baselines.make(job, torch.device("cuda"), torch.bfloat16)
+    for _ in range(3):
+        baselines.backend("triton")(task)
+torch.cuda.synchronize()
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of a step. ``then`` looks at what it left behind, whatever became of it, and names what is wrong."""
+
+    command: list[str]
+    log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    then: Callable[[], str | None] = lambda: None
+
+
+@dataclass
+class Result:
+    """A line of summary.json."""
+
+    name: str
+    status: str = RUNNING
+    seconds: float = 0.0
+    limit: float = 0.0
+    exit_code: int | None = None
+    log: str | None = None
+    message: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def good(self) -> bool:
+        return self.status in (OK, SKIPPED)
+
+
+class Steps:
+    """The steps as processes; each returns its parts for ``limit`` seconds, or raises ``SkippedError``."""
+
+    def __init__(self, out: Path, scratch: Path, commit: str | None) -> None:
+        self.out, self.scratch, self.commit, self.log = out, scratch, commit, out / "log.txt"
+
+    def env(self, limit: float, result: Result) -> Iterator[Part]:
+        command = [sys.executable, __file__, str(self.out), "--environment"]
+        yield Part(command + (["--commit", self.commit] if self.commit else []), self.log)
+
+    def tests(self, limit: float, result: Result) -> Iterator[Part]:
+        found = self.scratch / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "not slow or gpu", "-n", "8"]
+        command += ["--dist", "loadscope", "-q", "-p", "no:cacheprovider", f"--junit-xml={found}"]
+        yield Part(command, self.out / "tests.log", then=lambda: read_tests(found, result.details))
+
+    def bench(self, limit: float, result: Result) -> Iterator[Part]:
+        from xprobe_kernels.bench.shapes import HEADS
+
+        for name in sorted(HEADS, key=lambda name: name != FIRST_SHAPE):
+            file = self.scratch / f"{name}.json"
+            command = [sys.executable, "-m", "xprobe_kernels.bench", "--kernel", "all", "--shape", name]
+            yield Part([*command, "--json", str(file)], self.log, then=lambda file=file: merge(file, self.out))
+
+    def tune(self, limit: float, result: Result) -> Iterator[Part]:
+        command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), str(self.out / "tune.json")]
+        yield Part([*command, "--seconds", f"{max(limit - 15, 5):.0f}"], self.log, then=lambda: self._paste(result))
+
+    def _paste(self, result: Result) -> str | None:
+        for unfinished in self.out.glob("*.part"):
+            unfinished.unlink()
+        if not (self.out / "tune.json").exists():
+            return "nothing was measured"
+        result.details["paste"] = json.loads((self.out / "tune.json").read_text(encoding="utf-8"))["paste"]
+        return None
+
+    def sanitize(self, limit: float, result: Result) -> Iterator[Part]:
+        script = [sys.executable, str(ROOT / "benchmarks" / "sanitize.py")]
+        yield Part(script, self.log)  # without the tool first: compiles all, and says what is wrong already
+        tool = found_tool("compute-sanitizer")
+        if tool is None:
+            raise MissingToolError("compute-sanitizer is not there: the kernels ran without it only")
+        options = ["--error-exitcode", "9", "--print-limit", "20"]
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        yield Part([tool, "--tool", "memcheck", *options, *script], self.log, uncached)
+        yield Part([tool, "--tool", "racecheck", *options, *script, "--own"], self.log)
+
+    def profile(self, limit: float, result: Result) -> Iterator[Part]:
+        tool = found_tool("ncu")
+        if tool is None:
+            raise SkippedError("ncu is not there")
+        command = [tool, "--clock-control", "none", "--kernel-name", "lens_kernel", "--print-details", "all"]
+        command += ["--launch-skip", "2", "--launch-count", "1"]
+        for section in SECTIONS:
+            command += ["--section", section]
+        yield Part([*command, sys.executable, "-c", ONE_LAUNCH], self.out / "profile.txt")
+
+    def aot(self, limit: float, result: Result) -> Iterator[Part]:
+        found = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        target = f"sm_{found.splitlines()[0].strip().replace('.', '')}" if found else "gfx942"
+        yield Part([sys.executable, "-m", "xprobe_kernels.aot", "--targets", target], self.log)
+
+
+class SkippedError(Exception):
+    """The step is optional and cannot run here."""
+
+
+class MissingToolError(Exception):
+    """Part of the step cannot run here."""
+
+
+def run_step(
+    name: str, parts: Callable[[float, Result], Iterator[Part]], limit: float, result: Result | None = None
+) -> Result:
+    """Runs the parts one after the other until the time is over; the first that fails gives the exit code."""
+    result = result or Result(name)
+    result.limit = round(limit, 1)
+    begun = time.monotonic()
+    troubles = []
+    try:
+        for part in parts(limit, result):
+            left = limit - (time.monotonic() - begun)
+            code = run(part, left) if left > 1 else None
+            result.log = part.log.name
+            problem = part.then()
+            if code is None:
+                result.status = LATE
+                troubles.append(problem or f"stopped after {limit:.0f} s")
+                break
+            result.exit_code = result.exit_code or code
+            if code or problem:
+                troubles.append(problem or f"exit code {code}: {' '.join(part.command[:6])} ...")
+    except SkippedError as error:
+        result.status, result.message = SKIPPED, str(error)
+    except Exception as error:
+        troubles.append(str(error) if isinstance(error, MissingToolError) else f"{type(error).__name__}: {error}")
+    if result.status == RUNNING:
+        result.status = FAILED if troubles else OK
+    if troubles:
+        result.message = "; ".join(dict.fromkeys(troubles))
+    result.seconds = round(time.monotonic() - begun, 1)
+    return result
+
+
+def run(part: Part, limit: float) -> int | None:
+    """The exit code of a part; None if it was stopped at ``limit`` seconds, with all that it had started."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cli"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    with part.log.open("a", encoding="utf-8") as log:
+        log.write(f"\n$ {' '.join(part.command)}\n")
+        log.flush()
+        try:
+            child = subprocess.Popen(
+                part.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
+                env=environment | part.environment, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            log.write(f"{error}\n")
+            return 127
+        try:
+            code: int | None = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+            log.write(f"\nstopped after {limit:.0f} s\n")
+        finally:
+            stop(child)
+    shorten(part.log)
+    return code
+
+
+def stop(child: subprocess.Popen[Any]) -> None:
+    """Ends a process and its group, politely first: a supervisor then ends its own workers."""
+    if child.poll() is None:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def shorten(log: Path) -> None:
+    size = log.stat().st_size
+    if size > LARGEST:
+        content = log.read_bytes()
+        cut = b"\n[... %d bytes left out ...]\n" % (size - LARGEST)
+        log.write_bytes(content[: LARGEST // 8] + cut + content[-(LARGEST - LARGEST // 8) :])
+
+
+def read_tests(found: Path, details: dict[str, Any]) -> str | None:
+    """Counts and failures of the tests into ``details``; complains if none of them ran a Triton kernel."""
+    if not found.exists():
+        return "the tests did not come to their end"
+    cases = list(ElementTree.parse(found).getroot().iter("testcase"))
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    kernels = [case for case in cases if "triton" in case.get("name", "") and case not in skipped]
+    details |= {"tests": len(cases), "failed": len(bad), "skipped": len(skipped), "of_the_triton_backend": len(kernels)}
+    details["failures"] = []
+    for case in bad[:50]:
+        what = case.find("failure") if case.find("failure") is not None else case.find("error")
+        message = "" if what is None else (what.get("message") or "").strip().splitlines()[:1]
+        details["failures"].append(f"{case.get('classname')}::{case.get('name')}: {' '.join(message)[:200]}")
+    if bad:
+        return f"{len(bad)} of {len(cases)} tests failed"
+    return None if kernels else f"{len(cases)} tests passed, but none of them ran the triton backend"
+
+
+def merge(file: Path, out: Path) -> str | None:
+    """Adds one shape's figures to bench.json and draws the figure anew."""
+    if not file.exists():
+        return f"no figures of {file.stem}"
+    result, whole = json.loads(file.read_text(encoding="utf-8")), out / "bench.json"
+    if whole.exists():
+        before = json.loads(whole.read_text(encoding="utf-8"))
+        result = before | {kernel: before[kernel] + result[kernel] for kernel in ("lens", "capture")}
+    result["settings"]["shape"] = ", ".join(dict.fromkeys(part["name"].partition("/")[0] for part in result["lens"]))
+    write(whole, result)
+    try:
+        from xprobe_kernels.bench import figure
+
+        figure.roofline(result, str(out / "roofline.png"))
+    except Exception as error:  # a figure is welcome, no more
+        return f"no figure: {type(error).__name__}: {error}"
+    bad = [v["name"] for part in result["lens"] for v in part["variants"] if v["status"] in ("wrong", "failed")]
+    return f"wrong or failed: {', '.join(dict.fromkeys(bad))}" if bad else None
+
+
+def write_environment(out: Path, commit: str | None) -> None:
+    import torch
+    from xprobe_kernels.bench.environment import environment
+
+    found = environment(torch.device("cuda"))
+    properties = torch.cuda.get_device_properties(0)
+    names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+    found["properties"] = {name: getattr(properties, name, None) for name in names}
+    found["shared_memory_per_program"] = getattr(properties, "shared_memory_per_block_optin", None)
+    found["nvidia_smi"] = output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv")
+    found["commit"] = found["commit"] or commit
+    found["tools"] = {name: found_tool(name) for name in ("compute-sanitizer", "ncu", "nvcc", "gcc")}
+    write(out / "environment.json", found)
+
+
+def write(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    fresh = path.with_name(path.name + ".part")
+    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def found_tool(name: str) -> str | None:
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or shutil.which(name, path=f"{cuda}/bin:/opt/nvidia/nsight-compute")
+
+
+def output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def run_all(steps: Any, names: list[str], seconds: float, out: Path, command: list[str]) -> list[Result]:
+    """Every step within its share of what is left; summary.json is rewritten before and after each."""
+    end = time.monotonic() + seconds - RESERVE
+    results: list[Result] = []
+
+    def save() -> None:
+        write(out / "summary.json", {"command": command, "steps": [asdict(result) for result in results]})
+
+    for at, name in enumerate(names):
+        left = end - time.monotonic()
+        share = WEIGHTS[name] / sum(WEIGHTS[later] for later in names[at:])
+        results.append(Result(name))
+        save()
+        if left <= 1:
+            results[-1].status, results[-1].message = LATE, "not reached"
+        else:
+            run_step(name, getattr(steps, name), left * share, results[-1])
+        save()
+    return results
+
+
+def table(results: list[Result]) -> str:
+    lines = [f"{'step':<10}{'status':<13}{'seconds':>8}{'limit':>7}{'code':>6}  log"]
+    for each in results:
+        code = "-" if each.exit_code is None else each.exit_code
+        line = f"{each.name:<10}{each.status:<13}{each.seconds:>8.1f}{each.limit:>7.0f}{code:>6}  {each.log or '-'}"
+        lines.append(f"{line}  {(each.message or '')[:160]}".rstrip())
+    pasted = [each.details["paste"] for each in results if each.details.get("paste")]
+    return "\n".join([*pasted, *lines])
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything (default: 10)")
+    parser.add_argument("--steps", default=",".join(WEIGHTS), help=f"of {','.join(WEIGHTS)} (default: all)")
+    parser.add_argument("--commit", help="what is being measured, where git cannot tell")
+    parser.add_argument("--environment", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    wanted = options.steps.split(",")
+    if unknown := [name for name in wanted if name not in WEIGHTS]:
+        parser.error(f"--steps: {unknown[0]!r} is not one of {', '.join(WEIGHTS)}")
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu.py needs a GPU, and torch sees none", file=sys.stderr)
+        return 1
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.environment:
+        write_environment(options.out, options.commit)
+        return 0
+    command = [sys.executable, *sys.argv]
+    with tempfile.TemporaryDirectory() as scratch:
+        steps = Steps(options.out.resolve(), Path(scratch), options.commit)
+        names = [name for name in WEIGHTS if name in wanted]
+        results = run_all(steps, names, options.minutes * 60, options.out, command)
+    print(table(results))
+    return 0 if all(result.good for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Every kernel once on small shapes, against a fp64 lens on the CPU; meant to run under ``compute-sanitizer`` too.
+
+    python benchmarks/sanitize.py [--own]
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitize.py --own
+
+``--own``: only calls that launch no product of the library. Exit code 1 if an answer is wrong or a call fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from xprobe_kernels import Unembedding, capture, lens
+from xprobe_kernels.configs import Config
+from xprobe_kernels.readout import MIB
+
+Case = tuple[str, bool, Callable[[], float]]  # name, whether it keeps to our own kernels, error over its bound
+DESCRIBED = Config(64, 64, 64, 4, 3, descriptors=True)
+DEVICE, SHORT = "cuda", torch.bfloat16
+HALVED = Config(64, 64, 32, 4, 3, halves=2)
+
+
+def inputs(
+    rows: int, width: int, vocabulary: int, lookups: int, dtype: torch.dtype, norm: str = "rms", **options: Any
+) -> tuple[Tensor, Unembedding, Tensor]:
+    """On the CPU. True options become random vectors; the last look-up of a row is -1 where there are several."""
+    random = torch.Generator().manual_seed(rows * width + vocabulary)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    for name, size in (("gamma", width), ("beta", width), ("bias", vocabulary)):
+        wanted = options.pop(name, False)
+        options[name] = (normal(size) * 0.5 + (name == "gamma")).to(dtype) if wanted else None
+    head = Unembedding((normal(vocabulary, width) * 3 / width**0.5).to(dtype), norm=norm, **options)  # type: ignore[arg-type]
+    lookup = torch.randint(0, vocabulary, (rows, lookups), generator=random)
+    if lookups > 1:
+        lookup[:, -1] = -1
+    return normal(rows, width).to(dtype), head, lookup
+
+
+def moved(head: Unembedding, dtype: torch.dtype | None, device: str) -> Unembedding:
+    """The same head elsewhere or in another dtype."""
+    fields = {name: getattr(head, name) for name in ("weight", "gamma", "beta", "bias")}
+    fields = {name: value if value is None else value.to(device, dtype) for name, value in fields.items()}
+    return Unembedding(**fields, norm=head.norm, eps=head.eps, scale=head.scale, softcap=head.softcap)
+
+
+def lens_error(
+    rows: int, width: int, vocabulary: int, *, backend: str, top_k: int = 5, lookups: int = 1, kl: bool = False,
+    dtype: torch.dtype | None = None, config: Config | None = None, splits: int | None = None, **options: Any,
+) -> float:  # fmt: skip
+    """Largest error over its bound; bounds are generous: what is looked for are wrong addresses and races."""
+    dtype = dtype or SHORT
+    hidden, head, lookup = inputs(rows, width, vocabulary, lookups, dtype, **options)
+    finals = rows - 1 - torch.arange(rows) % max(1, rows // 3) if kl else None
+    # the kernels round normed rows to the operands' dtype: so must the truth, or its bound would hide everything
+    normed = head.normalize(hidden.float()).to(dtype).double()
+    plain = moved(head.without_norm(), torch.float64, "cpu")
+    plain = Unembedding(plain.weight, norm="none", bias=plain.bias, scale=plain.scale, softcap=plain.softcap)
+    truth = lens(normed, plain, lookup, top_k=top_k, final_rows=finals, backend="reference")
+    where, on, tokens = hidden.to(DEVICE), moved(head, None, DEVICE), lookup.to(DEVICE)
+    finals = None if finals is None else finals.to(DEVICE)
+    if config is None:
+        found = vars(lens(where, on, tokens, top_k=top_k, final_rows=finals, backend=backend))
+    else:
+        from xprobe_kernels import triton_lens
+
+        found = triton_lens.readout(where, on, tokens, top_k, finals, MIB, "ieee", config, splits)
+    worst = 0.0
+    for name, bound in (("logits", 1e-2), ("logsumexp", 1e-2), ("entropy", 2e-2), ("top_logits", 1e-2), ("kl", 2e-2)):
+        if getattr(truth, name) is not None:
+            known, got = getattr(truth, name), found[name].cpu().double()
+            off = torch.where(known.isnan() & got.isnan(), 0.0, (got - known).abs()).nan_to_num(nan=float("inf"))
+            worst = max(worst, float((off / known.abs().clamp(min=1).nan_to_num(nan=1.0)).max()) / bound)
+    off = (found["rank"].cpu() - truth.rank).abs().double()
+    return max(worst, float((off / (2 + 0.02 * vocabulary)).max()))
+
+
+def capture_error(norm: str | None, strided: bool) -> float:
+    hidden = torch.randn(3, 17, 200, generator=torch.Generator().manual_seed(1)).to(SHORT)
+    spans = torch.tensor([[0, 0, 1], [2, 16, 17], [1, 3, 9], [0, 0, 17]])
+    head = None
+    if norm is not None:
+        head = inputs(1, 200, 3, 1, SHORT, norm=norm, gamma=True, beta=norm == "layer")[1]
+    known = torch.empty(4, 200)
+    capture(hidden.float(), spans, known, None if head is None else moved(head, torch.float32, "cpu"), backend="torch")
+    where = hidden.to(DEVICE)
+    where = where.transpose(0, 1).contiguous().transpose(0, 1) if strided else where
+    guarded = torch.full((6, 200), float("nan"), dtype=SHORT, device=DEVICE)
+    head = None if head is None else moved(head, None, DEVICE)
+    capture(where, spans.to(DEVICE), guarded[1:5], head, backend="triton")
+    if not bool(guarded[[0, 5]].isnan().all()):
+        return float("inf")  # wrote beside its output
+    off = (guarded[1:5].cpu().float() - known).abs() / known.abs().clamp(min=1)
+    return float(off.nan_to_num(nan=float("inf")).max()) / 2e-2
+
+
+def cases() -> Iterator[Case]:
+    def pass_(name: str, *shape: int, own: bool = True, backend: str = "triton", **options: Any) -> Case:
+        return name, own, lambda: lens_error(*shape, backend=backend, **options)
+
+    everything = {"norm": "layer", "gamma": True, "beta": True, "bias": True, "softcap": 7.0, "scale": 0.5}
+    yield pass_("lens, default configuration, few rows", 33, 256, 2049)
+    yield pass_("lens, default configuration, many rows", 257, 128, 2100, gamma=True)
+    yield pass_("lens, layer norm, bias, cap, scale, 3 look-ups", 37, 200, 1031, lookups=3, **everything)
+    yield pass_("lens, odd width and vocabulary, no top-k", 19, 33, 517, top_k=0, norm="none")
+    yield pass_("lens, one row, one split", 1, 64, 300, config=HALVED, splits=1)
+    yield pass_("lens, descriptors", 70, 192, 1000, config=DESCRIBED, splits=3)
+    yield pass_("lens, descriptors, width that no block divides", 70, 200, 1000, config=DESCRIBED, splits=5)
+    yield pass_("lens, halves, flatten", 70, 200, 1000, config=Config(64, 64, 32, 4, 3, halves=2, flatten=True))
+    yield pass_("lens, fp32", 19, 100, 700, dtype=torch.float32, top_k=32)
+    yield pass_("lens, KL", 19, 128, 700, own=False, kl=True)
+    yield pass_("workspace", 37, 200, 1031, own=False, backend="workspace", lookups=3, kl=True, **everything)
+    for norm in (None, "rms", "layer"):
+        for strided in (False, True):
+            name = f"capture, {norm or 'no'} norm{', strided' if strided else ''}"
+            yield name, True, lambda n=norm, s=strided: capture_error(n, s)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/sanitize.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--own", action="store_true", help="only calls that launch no product of the library")
+    own = parser.parse_args().own
+    if not torch.cuda.is_available():
+        print("sanitize.py needs a GPU, and torch sees none", file=sys.stderr)
+        return 1
+    failed = 0
+    for name, keeps, error in cases():
+        if own and not keeps:
+            continue
+        try:
+            found = error()
+        except Exception as problem:
+            print(f"FAILED  {name}: {type(problem).__name__}: {' '.join(str(problem).split())[:300]}", flush=True)
+            failed += 1
+            continue
+        failed += not found <= 1
+        print(f"{'ok' if found <= 1 else 'WRONG':<6}  {name}: {found:.3f} of its bound", flush=True)
+    print("all right" if not failed else f"{failed} wrong or failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

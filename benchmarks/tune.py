@@ -1,0 +1,366 @@
+"""Measures launch configurations of the fused lens on the GPU at hand and says what belongs in ``configs.py``.
+
+    python benchmarks/tune.py OUT.json [--seconds 180] [--shape llama-3-8b] [--rows many,few]
+
+Every candidate is compared with the workspace backend before it is timed, and timed in turns with a bare library
+product of the same shape: shares of that product are what is ranked. Successive halving: three rounds for all, in
+order of promise; twenty for the best quarter; then other numbers of splits around the best; fifty for the last five.
+OUT.json is rewritten after every candidate. A candidate that hangs or kills the process is noted, and a fresh process
+goes on behind it. The measuring itself is in tune_card.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, MANY, SMALLEST, Config, candidates, choose_splits
+
+WAITING, TRYING, OK, WRONG, FAILED, DIED = "waiting", "trying", "ok", "wrong", "failed", "died"
+PRODUCT = "bare product"
+ROUNDS = (3, 20, 50)
+SHARES = (0.6, 0.85, 1.0)  # of the time, by when the first round, the second and the last are over
+MOST = 16  # of the candidates that get the second round
+LAST = 5  # of them the last one
+NEIGHBOURS = 3  # so many of the best are tried with other splits
+HOPELESS = 0.5  # of the best share so far: no more than one launch
+GAIN = 1.01  # by which a candidate must beat the current configuration to replace it
+STALL = 90.0  # seconds without a sign of life after which a measuring process is stopped
+RESTARTS = 8
+
+
+class WrongAnswerError(ArithmeticError):
+    """A candidate disagrees with the workspace backend."""
+
+
+@dataclass
+class Trial:
+    """A configuration on the scale: what was tried and what came of it."""
+
+    config: Config
+    splits: int | None = None  # None: what configs.choose_splits says
+    status: str = WAITING
+    message: str | None = None
+    rung: int = 0  # the last round it took part in
+    share: float | None = None  # of the bare product's throughput, medians of the same rounds
+    seconds: float | None = None  # median of the last round
+    spread: float | None = None  # interquartile range over median
+    launches: int = 0  # in the last round
+    about: dict[str, Any] = field(default_factory=dict)  # what the compiler and the shape say
+
+    @property
+    def name(self) -> str:
+        return text(self.config) + (f" x {self.splits} splits" if self.splits else "")
+
+    def record(self) -> dict[str, Any]:
+        return {"name": self.name} | asdict(self)
+
+    @staticmethod
+    def of(record: dict[str, Any]) -> Trial:
+        known = {key: value for key, value in record.items() if key != "name"}
+        return Trial(**known | {"config": Config(**record["config"])})
+
+
+class Card(Protocol):
+    """What a GPU does; the tests have one of their own."""
+
+    def check(self, trial: Trial) -> None:
+        """Compiles and runs the trial once; raises if it fails or is wrong."""
+
+    def time(self, trials: list[Trial]) -> dict[str, float]:
+        """Seconds of one launch of each and of the bare product, in turns."""
+
+
+def text(config: Config) -> str:
+    """The configuration as ``configs.py`` writes it."""
+    first = [str(getattr(config, each.name)) for each in fields(config)[:5]]
+    rest = [
+        f"{each.name}={getattr(config, each.name)}"
+        for each in fields(config)[5:]
+        if getattr(config, each.name) != each.default
+    ]
+    return f"Config({', '.join([*first, *rest])})"
+
+
+def promise(config: Config) -> float:
+    """Smaller is more likely to win: large tiles, loads by the copy engine, no spilling, deep pipelines first."""
+    shapes = [(128, 128, 8, 1), (128, 256, 8, 2), (256, 128, 8, 2), (64, 256, 8, 1), (128, 64, 4, 1), (64, 128, 4, 1),
+              (64, 256, 4, 1), (128, 64, 8, 1), (128, 128, 4, 1), (64, 64, 4, 1)]  # fmt: skip
+    shape = (config.block_m, config.block_n, config.warps, config.halves)
+    rank = float(shapes.index(shape)) if shape in shapes else 12.0  # whole 128x256 tiles spill: last
+    rank += {(64, 4): 0, (64, 3): 1, (128, 2): 2, (128, 3): 2, (32, 4): 8}.get((config.block_k, config.stages), 4)
+    return rank + (0 if config.descriptors else 1) + (1 if config.flatten else 0) + (3 if config.specialize else 0)
+
+
+def line_up(default: Config, found: Iterable[Config], rows: int) -> list[Trial]:
+    """The current configuration, then the candidates as ``rows`` rows leave them, each once."""
+    ordered = sorted((config.for_rows(rows) for config in found), key=promise)
+    return [Trial(config) for config in dict.fromkeys([default.for_rows(rows), *ordered])]
+
+
+def neighbours(trial: Trial, architecture: str, itemsize: int, rows: int, vocabulary: int, slots: int) -> list[Trial]:
+    """The same tile with other numbers of splits, hence of row tiles that share the weight, and of residents."""
+    limits = ARCHITECTURES.get(architecture, SMALLEST)
+    row_tiles, tiles = -(-rows // trial.config.block_m), -(-vocabulary // trial.config.block_n)
+    own = trial.splits or choose_splits(row_tiles, tiles, slots * trial.config.resident)
+    wanted = {own // 4, own // 2, 2 * own, 4 * own, slots * trial.config.resident // row_tiles, slots}
+    splits = {-(-tiles // -(-tiles // each)) for each in wanted if 1 <= each <= tiles} - {own}
+    found = [Trial(trial.config, each) for each in sorted(splits)]
+    for resident in {1, 2} - {trial.config.resident}:
+        config = replace(trial.config, resident=resident)
+        if config.fits(limits, itemsize):
+            found.append(Trial(config))
+    return found
+
+
+class Halving:
+    """Successive halving over trials, the first of which is the current configuration and stays to the end."""
+
+    def __init__(
+        self,
+        card: Card,
+        trials: list[Trial],
+        *,
+        seconds: float,
+        around: Callable[[Trial], list[Trial]],
+        save: Callable[[], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.card, self.trials, self.around, self.save, self.now = card, trials, around, save, now
+        self.begun, self.seconds = now(), seconds
+        self.product: list[float] = []  # seconds of the bare product in the last round
+
+    def run(self) -> Trial | None:
+        """The best of all; None if nothing could be measured."""
+        self.first(self.trials, SHARES[0])
+        second = self.best(max(1, min(MOST, -(-len(self.trials) // 4))), self.trials)
+        self.turns(second, 1)
+        near = [other for trial in self.best(NEIGHBOURS, second) for other in self.around(trial)]
+        known = {trial.name for trial in self.trials}
+        near = list({trial.name: trial for trial in near if trial.name not in known}.values())
+        self.trials += near
+        self.first(near, SHARES[1])
+        last = self.best(LAST, second + near)
+        self.turns(last, 2)
+        best = self.best(1, last)
+        return best[0] if best else None
+
+    def late(self, share: float) -> bool:
+        return self.now() - self.begun >= share * self.seconds
+
+    def best(self, count: int, among: list[Trial]) -> list[Trial]:
+        """The fastest of ``among``, which took part in the same rounds: three launches do not beat fifty."""
+        done = [trial for trial in among if trial.status == OK and trial.share is not None]
+        return sorted(done, key=lambda trial: -(trial.share or 0.0))[:count]
+
+    def first(self, trials: list[Trial], share: float) -> None:
+        for trial in trials:
+            if self.late(share):
+                break
+            if trial.status == WAITING:
+                self.attempt(trial)
+
+    def attempt(self, trial: Trial) -> None:
+        trial.status = TRYING
+        self.save()
+        try:
+            self.card.check(trial)
+            times = [self.card.time([trial])]
+            leader = max((other.share or 0.0 for other in self.trials if other.status == OK), default=0.0)
+            if times[0][PRODUCT] / times[0][trial.name] > HOPELESS * leader:
+                times += [self.card.time([trial]) for _ in range(ROUNDS[0] - 1)]
+            self.note(trial, times, 0)
+            trial.status = OK
+        except WrongAnswerError as error:
+            trial.status, trial.message = WRONG, str(error)[:300]
+        except Exception as error:  # of the compiler, the driver or torch: all of them are findings
+            trial.status, trial.message = FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            error.__traceback__ = None  # frames hold tensors
+            if fatal(trial.message):
+                self.save()
+                raise
+        self.save()
+
+    def turns(self, trials: list[Trial], rung: int) -> None:
+        """The trials and the current configuration by turns, until the rounds or the time are over."""
+        taking = trials + [first for first in self.trials[:1] if first.status == OK and first not in trials]
+        times: list[dict[str, float]] = []
+        for number in range(ROUNDS[rung] if taking else 0):
+            if self.late(SHARES[rung]) and number >= ROUNDS[0]:
+                break
+            times.append(self.card.time(taking[:: -1 if number % 2 else 1]))
+            if number >= ROUNDS[0] - 1:
+                for trial in taking:
+                    self.note(trial, times, rung)
+                self.save()
+
+    def note(self, trial: Trial, times: list[dict[str, float]], rung: int) -> None:
+        self.product = [each[PRODUCT] for each in times]
+        own = [each[trial.name] for each in times]
+        trial.seconds, trial.rung, trial.launches = statistics.median(own), rung, len(own)
+        trial.share = statistics.median(self.product) / trial.seconds
+        if len(own) >= 3:
+            low, _, high = statistics.quantiles(own, n=4, method="inclusive")
+            trial.spread = (high - low) / trial.seconds
+
+
+def fatal(message: str) -> bool:
+    """Whether the process cannot use its GPU any more."""
+    return any(sign in message for sign in ("illegal memory access", "unspecified launch failure", "AcceleratorError"))
+
+
+def chosen(trials: list[Trial], best: Trial | None) -> Trial:
+    """The best one if it beats the current configuration, the first, by more than noise."""
+    current = trials[0]
+    if best is None or (current.status == OK and (best.share or 0.0) < GAIN * (current.share or 0.0)):
+        return current
+    return best
+
+
+def paste(architecture: str, itemsize: int, winners: dict[int, Trial], device: str, date: str) -> str:
+    """The entry for ``configs.CONFIGS``; a regime that was not measured keeps what it has."""
+    kept = CONFIGS.get((architecture, itemsize))
+    notes, entries = [f"    # {device}, {date[:10]}"], []
+    for regime, name in enumerate(("many rows", "few rows")):
+        trial = winners.get(regime)
+        if trial is not None and trial.share is not None:
+            note = f"{trial.share:.2f} of a bare product's throughput over {trial.launches} launches"
+            if trial.splits:
+                note += f", with {trial.splits} splits, which choose_splits does not choose"
+            notes.append(f"    # {name}: {note}")
+            entries.append(text(trial.config))
+        elif kept is not None:
+            notes.append(f"    # {name}: not measured")
+            entries.append(text(kept[regime]))
+    if len(entries) < 2:
+        return "\n".join([*notes, "    # one regime is missing: no entry"])
+    body = f'    ("{architecture}", {itemsize}): ({entries[0]}, {entries[1]}),'
+    if len(body) > 120:
+        body = f'    ("{architecture}", {itemsize}): (\n        {entries[0]},\n        {entries[1]},\n    ),'
+    return "\n".join([*notes, body])
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Whole or not at all: a reader or a kill never finds half a file."""
+    fresh = path.with_name(path.name + ".part")
+    fresh.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def earlier(path: Path) -> dict[str, list[Trial]]:
+    """What a process before this one tried, by regime; what it was trying is what it died of."""
+    if not path.exists():
+        return {}
+    found = {}
+    for shape in json.loads(path.read_text(encoding="utf-8"))["shapes"]:
+        found[shape["regime"]] = trials = [Trial.of(record) for record in shape["trials"]]
+        for trial in trials:
+            if trial.status == TRYING:
+                trial.status, trial.message = DIED, "the process hung or died on it"
+    return found
+
+
+def supervise(command: list[str], out: Path, seconds: float, *, stall: float = STALL, poll: float = 0.2) -> int:
+    """Runs measuring processes, one after the other, until one ends well or the time is over."""
+    end = time.monotonic() + seconds
+    out.unlink(missing_ok=True)
+    code = 1
+    for _ in range(RESTARTS):
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        before = _tried(out)
+        worker = subprocess.Popen([*command, "--seconds", f"{left:.1f}"], start_new_session=True)
+        started = time.time()
+        try:
+            while worker.poll() is None:
+                time.sleep(poll)
+                alive = max(started, out.stat().st_mtime if out.exists() else 0.0)
+                if time.time() - alive > stall or time.monotonic() > end + stall:
+                    break
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+        code = worker.wait()
+        if code == 0 or _tried(out) == before:  # done, or no farther than the one before it
+            break
+    return 1 if code else 0
+
+
+def _tried(out: Path) -> int:
+    trials = [trial for found in earlier(out).values() for trial in found]
+    return sum(trial.status != WAITING for trial in trials)
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks/tune.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--seconds", type=float, default=180.0, help="for all of it (default: 180)")
+    parser.add_argument("--shape", default="llama-3-8b", help="a model's name, as for xprobe bench")
+    parser.add_argument("--rows", default="many,few", help="many, few or both (default: many,few)")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("tune.py needs a GPU, and torch sees none", file=sys.stderr)
+        return 1
+    if options.worker:
+        from tune_card import measure  # a script's own folder is on its path
+
+        return measure(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    command = [sys.executable, __file__, str(options.out), "--worker", "--shape", options.shape]
+    command += ["--rows", options.rows, "--dtype", options.dtype]
+    code = supervise(command, options.out, options.seconds)
+    if options.out.exists():
+        print(summary(json.loads(options.out.read_text(encoding="utf-8"))))
+    return code
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The best of every shape, and what to paste."""
+    lines = []
+    for shape in report["shapes"]:
+        done = sorted((t for t in shape["trials"] if t["status"] == OK), key=lambda t: -t["share"])
+        counts = {status: sum(t["status"] == status for t in shape["trials"]) for status in (WRONG, FAILED, DIED)}
+        counts["not reached"] = sum(t["status"] == WAITING for t in shape["trials"])
+        lines.append(f"{shape['text']}: {len(done)} measured, " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+        for t in done[:5]:
+            lines.append(
+                f"  {t['share']:.3f} of product  {t['seconds'] * 1e3:8.3f} ms  {t['launches']:3d}  {t['name']}"
+            )
+        current = shape["trials"][0]
+        if current["status"] == OK:
+            lines.append(f"  {current['share']:.3f} of product  {current['seconds'] * 1e3:8.3f} ms  current")
+        else:
+            lines.append(f"  current configuration {current['status']}: {current['message']}")
+    return "\n".join([*lines, report.get("paste") or ""])
+
+
+def regime_index(name: str) -> int:
+    return MANY if name == "many" else 1 - MANY
+
+
+def trials_for(architecture: str, itemsize: int, default: Config, rows: int) -> list[Trial]:
+    return line_up(default, candidates(architecture, itemsize), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""The measuring part of tune.py: compiles candidates in processes of their own, checks and times them on the GPU."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from tune import (
+    OK,
+    PRODUCT,
+    Trial,
+    WrongAnswerError,
+    chosen,
+    earlier,
+    neighbours,
+    paste,
+    regime_index,
+    trials_for,
+    write,
+)
+from tune import Halving as SuccessiveHalving
+from xprobe_kernels import triton_lens, workspace
+from xprobe_kernels.bench import baselines
+from xprobe_kernels.bench.accuracy import truth
+from xprobe_kernels.bench.environment import environment
+from xprobe_kernels.bench.shapes import GPU, HEADS, Work, work
+from xprobe_kernels.configs import choose
+from xprobe_kernels.readout import MIB, Readout
+from xprobe_kernels.triton_rows import Prepared
+from xprobe_kernels.unembedding import Unembedding
+
+SHORT = 2e-3  # seconds; a shorter launch is repeated within one measurement until it takes about this long
+CACHES = 4  # the inputs that take turns are this many times the size of the GPU's cache
+CLOSE = 4e-5  # relative: both sum in fp32, and one tile of 64 tokens left out would cost ten times as much
+COMPILERS = 12  # processes at most, each with a context of its own on the GPU
+
+
+class Watched:
+    """Stands in for a Triton kernel: compiles only, or notes what was launched."""
+
+    def __init__(self, kernel: Any, *, launch: bool) -> None:
+        self.kernel, self.launch, self.built = kernel, launch, None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            run = self.kernel[grid] if self.launch else lambda *a, **o: self.kernel.warmup(*a, grid=grid, **o)
+            self.built = run(*args, **options)
+            return self.built
+
+        return call
+
+
+@contextmanager
+def watching(*, launch: bool) -> Iterator[Watched]:
+    kernel = triton_lens.lens_kernel
+    triton_lens.lens_kernel = Watched(kernel, launch=launch)
+    try:
+        yield triton_lens.lens_kernel
+    finally:
+        triton_lens.lens_kernel = kernel
+
+
+_ROOM: dict[tuple[int, int, int, torch.dtype], tuple[Prepared, Unembedding, Tensor]] = {}
+
+
+def compile_only(trial: Trial, shape: tuple[int, int, int], dtype: torch.dtype) -> float:
+    """Fills Triton's cache on disk with what a launch of this shape takes; returns seconds. In a process of its own."""
+    rows, width, vocabulary = shape
+    if (*shape, dtype) not in _ROOM:
+        _ROOM.clear()
+        lookup = torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
+        each = torch.empty(rows, 1, device="cuda")
+        prepared = Prepared(torch.empty(rows, width, dtype=dtype, device="cuda"), each, each, each)
+        weight = torch.empty(vocabulary, width, dtype=dtype, device="cuda")
+        _ROOM[*shape, dtype] = (prepared, Unembedding(weight), lookup)
+    start = perf_counter()
+    with watching(launch=False):
+        triton_lens.launch(*_ROOM[*shape, dtype], baselines.TOP_K, "ieee", trial.config, trial.splits)
+    return perf_counter() - start
+
+
+class CudaCard:
+    """Inputs on the GPU, the answers they have, and graphs of the calls to be timed."""
+
+    def __init__(self, job: Work, dtype: torch.dtype, pool: ProcessPoolExecutor | None) -> None:
+        self.job, self.dtype, self.pool = job, dtype, pool
+        device = torch.device("cuda")
+        self.tasks = [baselines.make(job, device, dtype)]
+        size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        copies = -(-CACHES * size // job.least_bytes(dtype.itemsize))
+        self.tasks += [self.tasks[0].clone() for _ in range(1, copies)]
+        self.judge = truth(self.tasks[0])
+        self.out = torch.empty(job.rows, job.vocabulary, dtype=dtype, device=device)
+        self.expected = self._read(workspace.readout)
+        reading = baselines.read_lens(Readout(**self.expected, backend="workspace", precision="ieee"))
+        fault = self.judge.judge(reading)[1]
+        if fault is not None:
+            raise WrongAnswerError(f"the workspace backend, by which candidates are judged, is wrong: {fault}")
+        self.futures: dict[str, Future[float]] = {}
+        self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+
+    def announce(self, trials: list[Trial]) -> None:
+        """Has them compiled ahead, in this order."""
+        shape = (self.job.rows, self.job.head.width, self.job.vocabulary)
+        for trial in trials if self.pool else []:
+            if trial.name not in self.futures:
+                try:
+                    self.futures[trial.name] = self.pool.submit(compile_only, trial, shape, self.dtype)
+                except (BrokenProcessPool, RuntimeError):
+                    self.pool = None
+                    return
+
+    def check(self, trial: Trial) -> None:
+        future = self.futures.pop(trial.name, None)
+        if future is not None:
+            try:
+                trial.about["compile_seconds"] = future.result()
+            except BrokenProcessPool:  # some candidate killed its compiler: from here on compile in this process
+                self.pool, self.futures = None, {}
+        with watching(launch=True) as watched, poisoned():
+            found = self._read(triton_lens.readout, trial.config, trial.splits)
+            torch.cuda.synchronize()
+        built = watched.built
+        trial.about |= {"registers": getattr(built, "n_regs", None), "spills": getattr(built, "n_spills", None)}
+        trial.about["shared"] = getattr(getattr(built, "metadata", None), "shared", None)
+        self._compare(found)
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        """Against all rows of the workspace backend, and against fp64 on a sample of them."""
+        for name in ("logits", "logsumexp", "entropy", "top_logits"):
+            known = self.expected[name]
+            off = ((found[name] - known).abs() / known.abs().clamp(min=1)).nan_to_num(nan=float("inf")).max()
+            if not float(off) <= CLOSE:
+                raise WrongAnswerError(f"{name} off by {float(off):.2g} of itself")
+        ranks, known = found["rank"], self.expected["rank"]
+        if bool(((ranks - known).abs() > 2 + 0.0005 * known).any()) or float((ranks == known).float().mean()) < 0.7:
+            raise WrongAnswerError(f"ranks: {float((ranks == known).float().mean()):.1%} agree")
+        same = (found["top_ids"] == self.expected["top_ids"]).float().mean()
+        if float(same) < 0.99:  # what differs has equal logits within the bound above
+            raise WrongAnswerError(f"top ids: {float(same):.1%} agree")
+        reading = baselines.read_lens(Readout(**found, backend="triton", precision="ieee"))
+        fault = self.judge.judge(reading)[1]
+        if fault is not None:
+            raise WrongAnswerError(fault)
+
+    def _read(self, readout: Any, *options: Any, at: int = 0) -> dict[str, Any]:
+        task = self.tasks[at]
+        return readout(task.hidden, task.head, task.lookup[:, None], baselines.TOP_K, None, 256 * MIB, "ieee", *options)
+
+    def time(self, trials: list[Trial]) -> dict[str, float]:
+        wanted = {PRODUCT, *(trial.name for trial in trials)}
+        self.graphs = {name: graph for name, graph in self.graphs.items() if name in wanted}
+        self._graph(PRODUCT, lambda at: torch.mm(self.tasks[at].normed, self.tasks[at].head.weight.T, out=self.out))
+        for trial in trials:
+            self._graph(trial.name, lambda at, t=trial: self._read(triton_lens.readout, t.config, t.splits, at=at))
+        return {name: self._seconds(name) for name in (PRODUCT, *(trial.name for trial in trials))}
+
+    def _graph(self, name: str, call: Any) -> None:
+        """One call for each copy of the inputs, as a graph: no launch gaps in what is timed."""
+        if name in self.graphs:
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the library picks its workspace and algorithm before the capture
+            call(0)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for at in range(len(self.tasks)):
+                call(at)
+        self.graphs[name] = (graph, 1)
+        once = self._seconds(name)
+        self.graphs[name] = (graph, max(1, round(SHORT / max(once * len(self.tasks), 1e-7))))
+
+    def _seconds(self, name: str) -> float:
+        graph, repeats = self.graphs[name]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3 / repeats / len(self.tasks)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """New tensors hold NaN, or the largest integer, until they are written."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def measure(options: argparse.Namespace) -> int:
+    """All shapes, one after the other; what a process before this one measured is not measured again."""
+    end = monotonic() + options.seconds
+    dtype = getattr(torch, options.dtype)
+    device = torch.device("cuda")
+    architecture, slots = triton_lens.device_limits(device)
+    before, finished = earlier(options.out), {}
+    if options.out.exists():
+        old = json.loads(options.out.read_text(encoding="utf-8"))["shapes"]
+        finished = {shape["regime"]: shape for shape in old if shape["done"]}
+    report: dict[str, Any] = {"schema": 1, "environment": environment(device), "architecture": architecture}
+    report |= {"dtype": options.dtype, "top_k": baselines.TOP_K, "shapes": [], "paste": None}
+    pool = _pool()
+    winners: dict[int, Trial] = {}
+    regimes = options.rows.split(",")
+    with torch.inference_mode():
+        for number, regime in enumerate(regimes):
+            if regime in finished:
+                report["shapes"].append(finished[regime])
+                done = [trial for trial in before[regime] if trial.name == finished[regime]["chosen"]]
+                winners |= {regime_index(regime): trial for trial in done}
+                continue
+            job = work(HEADS[options.shape], regime, GPU, torch.cuda.mem_get_info()[0], dtype.itemsize)
+            left = end - monotonic()
+            share = 1.0 if number == len(regimes) - 1 else 0.6
+            best = _regime(job, dtype, architecture, slots, before.get(regime), pool, left * share, report, options.out)
+            if best is not None:
+                winners[regime_index(regime)] = best
+            found = report["environment"]
+            report["paste"] = paste(architecture, dtype.itemsize, winners, found["device"], found["date"])
+            write(options.out, report)
+            gc.collect()
+            torch.cuda.empty_cache()
+    if pool is not None:
+        pool.shutdown(wait=False, cancel_futures=True)
+    os._exit(0 if len(winners) == len(regimes) else 1)  # compilers that are at work are not waited for
+
+
+def _regime(
+    job: Work,
+    dtype: torch.dtype,
+    architecture: str,
+    slots: int,
+    before: list[Trial] | None,
+    pool: ProcessPoolExecutor | None,
+    seconds: float,
+    report: dict[str, Any],
+    out: Path,
+) -> Trial | None:
+    trials = before or trials_for(architecture, dtype.itemsize, choose(architecture, dtype, job.rows), job.rows)
+    shape: dict[str, Any] = {"name": job.name, "regime": job.regime, "text": str(job), "chosen": None, "done": False}
+    shape |= {"rows": job.rows, "width": job.head.width, "vocabulary": job.vocabulary, "operations": job.operations}
+    shape |= {"least_bytes": job.least_bytes(dtype.itemsize), "trials": []}
+    report["shapes"].append(shape)
+    begun = monotonic()
+    card = CudaCard(job, dtype, pool)
+    card.announce(trials)
+
+    def save() -> None:
+        records = []
+        for trial in trials:
+            record = trial.record()
+            if trial.seconds:
+                record["operations_per_second"] = job.operations / trial.seconds
+                record["bytes_per_second"] = shape["least_bytes"] / trial.seconds
+            records.append(record)
+        shape["trials"] = records
+        if halving.product:
+            shape["product_seconds"] = statistics.median(halving.product)
+        write(out, report)
+
+    def around(trial: Trial) -> list[Trial]:
+        near = neighbours(trial, architecture, dtype.itemsize, job.rows, job.vocabulary, slots)
+        card.announce(near)
+        return near
+
+    halving = SuccessiveHalving(
+        card, trials, seconds=max(seconds - (monotonic() - begun), 1.0), around=around, save=save
+    )
+    best = halving.run()
+    winner = chosen(trials, best)
+    shape |= {"chosen": winner.name if winner.status == OK else None, "done": True}
+    for future in card.futures.values():
+        future.cancel()
+    save()
+    return winner if winner.status == OK else None
+
+
+def _pool() -> ProcessPoolExecutor | None:
+    count = min(COMPILERS, (os.cpu_count() or 1) - 2)
+    if count < 2:
+        return None
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
