@@ -4,6 +4,9 @@ With p the distribution of the final row and z the logits of another, KL = sum p
 only sum over z is linear in the row: sum p z = scale * (h . (W^T p) + p . bias). So one pass over the few final rows
 gives the expected unembedding W^T p, and every other row costs one dot product. A soft-cap breaks the linearity: there
 the rows' logits are made once more, in a bounded workspace, tile by tile.
+
+What the identity costs: an error that all logits of a row share (a large common bias, say) cancels in a direct sum, and
+here it does not. It stays within the rounding of one logit of each of the two rows.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ def kl(
             gain, own = _expected_logits(normed, finals, of, head, lse, workspace_bytes)
         else:
             gain, own = _capped_logits(normed, finals, of, head, lse, workspace_bytes)
-    divergence = (own - lse[finals])[of] - (gain - lse)
+    divergence = ((own - lse[finals])[of] - (gain - lse)).float()
     known = finite & finite[final_rows]
     return torch.where(known, divergence.clamp(min=0), torch.full_like(divergence, float("nan")))
 
@@ -42,11 +45,12 @@ def _expected_logits(
 ) -> tuple[Tensor, Tensor]:
     """sum_v p_final(v) z(v) of every row's logits [R] and of the final rows' own [P], by the expected unembedding."""
     rows = normed[finals]
-    unembedding = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-    bias = torch.zeros(len(finals), device=rows.device)
-    mass = torch.zeros_like(bias)
+    unembedding = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
+    bias, mass = torch.zeros(2, len(finals), dtype=torch.float64, device=rows.device).unbind(0)
     lift = 1024.0 if rows.dtype == torch.float16 else 1.0  # fp16 knows no number below 6e-8, and most p are
-    step = max(1, workspace_bytes // (4 * (4 * max(len(finals), 1) + head.width)))
+    # fp32 sums run over this many tokens, and then on in fp64; 16-bit operands have no digits that this would save
+    step = 1024 if rows.dtype == torch.float32 else 16384
+    step = max(1, min(step, workspace_bytes // (4 * (4 * max(len(finals), 1) + head.width))))
     for start in range(0, head.vocab_size, step):
         tokens = slice(start, start + step)
         weight = head.weight[tokens].to(rows.dtype)
@@ -54,18 +58,18 @@ def _expected_logits(
         p = z.sub_(lse[finals, None]).exp_().mul_(lift).to(rows.dtype)
         unembedding += product(p, weight.T)
         wide = p.float()
-        mass += wide.sum(-1)  # of the rounded probabilities: what is divided by must be what was summed
+        mass += wide.sum(-1, dtype=torch.float64)  # of the rounded probabilities: what is divided by must be what was summed
         if head.bias is not None:
             given = head.bias[tokens].float()
-            bias += wide @ torch.where(torch.isfinite(given), given, 0.0)
+            bias += (wide * torch.where(torch.isfinite(given), given, 0.0)).sum(-1, dtype=torch.float64)
     unembedding /= mass[:, None]
     bias /= mass
-    gain = torch.empty(len(normed), device=rows.device)
-    block = max(1, workspace_bytes // (12 * head.width))
+    gain = torch.empty(len(normed), dtype=torch.float64, device=rows.device)
+    block = max(1, workspace_bytes // (32 * head.width))
     for start in range(0, len(normed), block):
         part = slice(start, start + block)
-        gain[part] = torch.linalg.vecdot(normed[part].float(), unembedding[of[part]]) + bias[of[part]]
-    own = torch.linalg.vecdot(rows.float(), unembedding) + bias
+        gain[part] = torch.linalg.vecdot(normed[part].double(), unembedding[of[part]]) + bias[of[part]]
+    own = torch.linalg.vecdot(rows.double(), unembedding) + bias
     return gain * head.scale, own * head.scale
 
 
@@ -88,4 +92,4 @@ def _capped_logits(
             part = slice(begin, begin + block)
             z = head.cap(head.bias_and_scale(product(normed[part], weight), tokens))
             gain[part] += torch.linalg.vecdot(p[of[part]], z).double()
-    return (gain / mass[of]).float(), (own / mass).float()
+    return gain / mass[of], own / mass

@@ -18,7 +18,7 @@ from torch import Tensor
 from xprobe_kernels import divergence
 from xprobe_kernels.configs import ARCHITECTURES, SMALLEST, Config, choose, choose_splits
 from xprobe_kernels.triton_fold import fold, scaled, start, store
-from xprobe_kernels.triton_rows import Partials, Prepared, merge, prepare
+from xprobe_kernels.triton_rows import Partials, Prepared, dense, merge, prepare
 from xprobe_kernels.unembedding import Unembedding
 
 
@@ -121,7 +121,7 @@ def readout(
     splits: int | None = None,
 ) -> dict[str, Any]:
     """The fields of ``Readout``; arguments as ``lens`` has checked them. ``config`` and ``splits``: for tuning."""
-    lookup = lookup.contiguous()
+    head, lookup = dense(head), lookup.contiguous()
     prepared = prepare(hidden, head, lookup)
     partials = launch(prepared, head, lookup, top_k, precision, config, splits)
     fields = merge(partials, prepared, head, lookup)
@@ -145,7 +145,7 @@ def launch(
     """Runs the pass over prepared rows."""
     normed = prepared.normed
     rows, width = normed.shape
-    weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
+    weight = head.weight
     architecture, processors = device_limits(normed.device)
     config = config or choose(architecture, normed.dtype, rows)
     row_tiles, tiles = triton.cdiv(rows, config.block_m), triton.cdiv(head.vocab_size, config.block_n)

@@ -5,7 +5,7 @@ One program per row. Both are bounded by memory and take about one per cent of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -203,7 +203,16 @@ def operand_dtype(hidden: Tensor, head: Unembedding) -> torch.dtype:
     return torch.promote_types(hidden.dtype, head.weight.dtype)
 
 
+def dense(head: Unembedding) -> Unembedding:
+    """The head with its numbers side by side as the kernels read them; copies what is not so already."""
+    parts = {name: getattr(head, name) for name in ("gamma", "beta", "bias")}
+    parts = {name: value.contiguous() for name, value in parts.items() if value is not None}
+    weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
+    return replace(head, weight=weight, **parts)
+
+
 def prepare(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Prepared:
+    """``head`` and ``lookup`` as ``dense`` and ``contiguous`` left them."""
     rows, width = hidden.shape
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
@@ -234,9 +243,9 @@ def merge(partials: Partials, prepared: Prepared, head: Unembedding, lookup: Ten
     splits, _, rows = partials.sums.shape
     top_k = partials.top.shape[2]
     device = lookup.device
-    logsumexp, entropy = torch.empty(2, rows, device=device).unbind(0)
+    logsumexp, entropy = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
     rank = torch.empty_like(lookup)
-    top = torch.empty(rows, top_k, device=device)
+    top = torch.empty(rows, top_k, dtype=torch.float32, device=device)
     top_ids = torch.empty(rows, top_k, dtype=torch.int64, device=device)
     if rows:
         candidates = triton.next_power_of_2(max(splits * top_k, 1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from xprobe_kernels import divergence
 from xprobe_kernels.precision import matmul_precision, product
 from xprobe_kernels.triton_fold import fold, scaled, start, store
-from xprobe_kernels.triton_rows import Partials, merge, prepare
+from xprobe_kernels.triton_rows import Partials, dense, merge, prepare
 from xprobe_kernels.unembedding import Unembedding
 
 
@@ -75,7 +75,7 @@ def readout(
     precision: str,
 ) -> dict[str, Any]:
     """The fields of ``Readout``; arguments as ``lens`` has checked them."""
-    lookup = lookup.contiguous()
+    head, lookup = dense(head), lookup.contiguous()
     prepared = prepare(hidden, head, lookup)
     rows, dtype = len(hidden), prepared.normed.dtype
     converted = 4 * head.width if head.weight.dtype != dtype else 0  # bytes per token of a weight of another dtype
@@ -83,7 +83,7 @@ def readout(
     step = max(1, min(rows, (workspace_bytes - converted * columns) // (4 * columns)))
     parts = triton.cdiv(head.vocab_size, columns)
     partials = Partials.empty(parts, rows, lookup.shape[1], top_k, hidden.device)
-    logits = torch.empty(step * columns, device=hidden.device)
+    logits = torch.empty(step * columns, dtype=torch.float32, device=hidden.device)
     with matmul_precision(precision):
         for part in range(parts):
             first, end = part * columns, min((part + 1) * columns, head.vocab_size)

@@ -1,6 +1,6 @@
 """Which tests Triton's kernels run: all on a GPU; under the interpreter, which is slow, those that tell the most.
 
-The rest is marked slow there. Left out altogether is what the kernels do not take: fp64, and bf16 under the interpreter.
+The rest is marked slow there. What the kernels do not take is left out: fp64, and bf16 under the interpreter.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import torch
 from xprobe_kernels.readout import KERNELS, interpreted
 
 LARGE = ("1025 rows", "vocabulary of 50257", "vocabulary of 151936")
-FP16 = ("17 rows of width 576", "everything at once", "peaked rows", "logits in the thousands", "scattered banned tokens")
+FP16 = ("17 rows of width 576", "everything at once", "peaked rows", "logits in the thousands", "bias")
 SLOW_MODULES = ("test_lens_properties",)  # test_triton.py has its own, with shapes that split and tile
-SLOW_TESTS = ()
 
 
 def _impossible(given: dict[str, object]) -> bool:
@@ -21,8 +20,7 @@ def _impossible(given: dict[str, object]) -> bool:
 
 
 def _takes_long(item: pytest.Item, given: dict[str, object]) -> bool:
-    name = getattr(item, "originalname", item.name)
-    if item.path.stem in SLOW_MODULES or name in SLOW_TESTS or given.get("regime") in LARGE:
+    if item.path.stem in SLOW_MODULES or given.get("regime") in LARGE:
         return True
     return given.get("dtype") == torch.float16 and given.get("regime") not in FP16
 

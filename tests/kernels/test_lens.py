@@ -23,6 +23,7 @@ from support.lens_truth import (
     worst,
 )
 from xprobe_kernels import Unembedding, cpu, lens
+from xprobe_kernels.readout import KERNELS
 
 # -- the rule --------------------------------------------------------------------------------------------
 
@@ -112,7 +113,8 @@ def test_softmax_does_not_see_an_offset_common_to_all_logits(backend, dtype, off
     truth, readout = Truth(replace(case, head=replace(case.head, bias=bias - offset))), case.read(backend)
     for name in ("entropy", "kl"):
         found, known = getattr(readout, name), truth.values[name]
-        assert float(worst(found, known)) <= truth.error[name] + truth.rounding(backend, known)
+        lost = 2 * truth.eps * abs(offset) if name == "kl" and backend in KERNELS else 0.0  # two logits' rounding there
+        assert float(worst(found, known)) <= truth.error[name] + truth.rounding(backend, known) + lost
 
 
 # -- divergence from the final layer ---------------------------------------------------------------------

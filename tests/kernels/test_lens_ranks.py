@@ -20,6 +20,7 @@ from support.lens_cases import (
 from support.lens_truth import INF, TIE_ULPS, Case, raw_logits, same_bits
 from torch import Tensor
 from xprobe_kernels import Unembedding, lens
+from xprobe_kernels.readout import KERNELS
 
 # -- ties ------------------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ def test_no_token_ranks_behind_itself_though_equal_addends_all_round_one_way(bac
         )
 
 
-@each_tiled_backend
+@pytest.mark.parametrize("backend", ["cpu", "cpu-eager"])
 @pytest.mark.xfail(strict=True, reason="equal addends all round one way, which the bound on ties does not cover")
 def test_duplicates_tie_though_equal_addends_all_round_one_way(backend) -> None:
     for width in (576, 1024, 4096):
@@ -184,7 +185,7 @@ def test_a_shorter_list_is_the_beginning_of_a_longer_one(backend, vocabulary) ->
     longest = case.read(backend, top_k=32)
     assert longest.top_ids is not None
     assert longest.top_logits is not None
-    for k in range(1, 33):
+    for k in (1, 2, 5, 31) if backend in KERNELS else range(1, 33):  # each k is a kernel of its own
         readout = case.read(backend, top_k=k)
         assert readout.top_ids is not None
         assert readout.top_logits is not None
