@@ -28,6 +28,7 @@ from typing import Any, Protocol
 from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, MANY, SMALLEST, Config, candidates, choose_splits
 
 WAITING, TRYING, OK, WRONG, FAILED, DIED = "waiting", "trying", "ok", "wrong", "failed", "died"
+SAME = "same code"  # as an earlier candidate's: an option that the compiler makes nothing of here
 PRODUCT = "bare product"
 ROUNDS = (3, 20, 50)
 SHARES = (0.6, 0.85, 1.0)  # of the time, by when the first round, the second and the last are over
@@ -42,6 +43,10 @@ RESTARTS = 8
 
 class WrongAnswerError(ArithmeticError):
     """A candidate disagrees with the workspace backend."""
+
+
+class SameCodeError(Exception):
+    """The compiler made of a candidate what it made of an earlier one."""
 
 
 @dataclass
@@ -94,11 +99,11 @@ def text(config: Config) -> str:
 
 
 def promise(config: Config) -> float:
-    """Smaller is more likely to win: large tiles, loads by the copy engine, no spilling, deep pipelines first."""
-    shapes = [(128, 128, 8, 1), (128, 256, 8, 2), (256, 128, 8, 2), (64, 256, 8, 1), (128, 64, 4, 1), (64, 128, 4, 1),
-              (64, 256, 4, 1), (128, 64, 8, 1), (128, 128, 4, 1), (64, 64, 4, 1)]  # fmt: skip
+    """Smaller is more likely to win: large tiles, which read least from the cache, the copy engine, deep pipelines."""
+    shapes = [(128, 256, 8, 2), (128, 128, 8, 1), (256, 128, 8, 2), (128, 256, 8, 1), (64, 256, 8, 1), (128, 64, 4, 1),
+              (64, 128, 4, 1), (64, 256, 4, 1), (128, 64, 8, 1), (128, 128, 4, 1), (64, 64, 4, 1)]  # fmt: skip
     shape = (config.block_m, config.block_n, config.warps, config.halves)
-    rank = float(shapes.index(shape)) if shape in shapes else 12.0  # whole 128x256 tiles spill: last
+    rank = float(shapes.index(shape)) if shape in shapes else 12.0
     rank += {(64, 4): 0, (64, 3): 1, (128, 2): 2, (128, 3): 2, (32, 4): 8}.get((config.block_k, config.stages), 4)
     return rank + (0 if config.descriptors else 1) + (1 if config.flatten else 0) + (3 if config.specialize else 0)
 
@@ -182,6 +187,8 @@ class Halving:
                 times += [self.card.time([trial]) for _ in range(ROUNDS[0] - 1)]
             self.note(trial, times, 0)
             trial.status = OK
+        except SameCodeError as error:
+            trial.status, trial.message = SAME, str(error)
         except WrongAnswerError as error:
             trial.status, trial.message = WRONG, str(error)[:300]
         except Exception as error:  # of the compiler, the driver or torch: all of them are findings
@@ -339,7 +346,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = []
     for shape in report["shapes"]:
         done = sorted((t for t in shape["trials"] if t["status"] == OK), key=lambda t: -t["share"])
-        counts = {status: sum(t["status"] == status for t in shape["trials"]) for status in (WRONG, FAILED, DIED)}
+        counts = {status: sum(t["status"] == status for t in shape["trials"]) for status in (SAME, WRONG, FAILED, DIED)}
         counts["not reached"] = sum(t["status"] == WAITING for t in shape["trials"])
         lines.append(f"{shape['text']}: {len(done)} measured, " + ", ".join(f"{n} {s}" for s, n in counts.items()))
         for t in done[:5]:

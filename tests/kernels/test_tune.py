@@ -94,6 +94,22 @@ def test_wrong_and_failing_candidates_are_noted_and_never_timed() -> None:
     assert not any(found[at].name in names for at in (2, 4) for names in card.calls)
 
 
+def test_the_same_code_is_not_timed_twice() -> None:
+    found = trials()[:5]
+    card = FakeCard({})
+    plain = card.check
+
+    def check(trial: Trial) -> None:
+        plain(trial)
+        if trial is found[3]:
+            raise tune.SameCodeError(f"as {found[1].name}")
+
+    card.check = check
+    halving(card, found).run()
+    assert (found[3].status, found[3].message) == (tune.SAME, f"as {found[1].name}")
+    assert found[3].seconds is None
+
+
 def test_a_current_configuration_that_fails_is_replaced() -> None:
     found = trials()
     best = halving(FakeCard({}, broken=found[0].name), found).run()
