@@ -5,6 +5,7 @@ No autotuning at import. ``benchmarks/tune.py`` measures candidates on a card an
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,22 +95,31 @@ FEW_ROWS = 256  # up to here the pass is bounded by reading the weights
 
 
 def choose(architecture: str, dtype: torch.dtype, rows: int) -> Config:
-    """The configuration for ``rows`` rows in ``dtype``; an unknown architecture gets that of the nearest older one."""
-    base = ARCHITECTURES.get(architecture, SMALLEST)
-    name = architecture
-    if (name, dtype.itemsize) not in CONFIGS:
-        name = _nearest(architecture)
-    regime = FEW if rows <= FEW_ROWS else MANY
-    config = CONFIGS[name, dtype.itemsize][regime].for_rows(rows)
-    return config if config.fits(base, dtype.itemsize) else SAFE
+    """The configuration for ``rows`` rows in ``dtype``: the architecture's own, else the newest older one that fits."""
+    limits, itemsize = limits_of(architecture), dtype.itemsize
+    for name in _older(architecture):
+        if (name, itemsize) in CONFIGS:
+            config = CONFIGS[name, itemsize][FEW if rows <= FEW_ROWS else MANY].for_rows(rows)
+            if config.fits(limits, itemsize):
+                return config
+    return SAFE.for_rows(rows)
 
 
-def _nearest(architecture: str) -> str:
-    if not architecture.startswith("sm_"):
-        return "gfx942"
-    number = int(architecture.removeprefix("sm_"))
-    older = [int(name[3:]) for name, _ in CONFIGS if name.startswith("sm_") and int(name[3:]) <= number]
-    return f"sm_{max(older, default=80)}"
+def limits_of(architecture: str) -> Architecture:
+    """What bounds a configuration there; an unknown architecture has the limits of the newest older one of its kind."""
+    return next((ARCHITECTURES[name] for name in _older(architecture)), SMALLEST)
+
+
+def _older(architecture: str) -> list[str]:
+    """Known architectures of the same kind, none newer, the newest first."""
+    found = re.fullmatch(r"(sm_|gfx)([0-9a-f]+)", architecture)
+    if not found:
+        return [architecture] if architecture in ARCHITECTURES else []
+    kind, base = found.group(1), 10 if found.group(1) == "sm_" else 16
+    known = [name for name in ARCHITECTURES if name.startswith(kind)]
+    ages = {name: int(name.removeprefix(kind), base) for name in known}
+    own = int(found.group(2), base)
+    return sorted((name for name in known if ages[name] <= own), key=lambda name: -ages[name])
 
 
 def choose_splits(row_tiles: int, tiles: int, slots: int, row_tile_bytes: int = 0, level2: int = 0) -> int:
@@ -137,7 +147,7 @@ def choose_splits(row_tiles: int, tiles: int, slots: int, row_tile_bytes: int = 
 
 def candidates(architecture: str, itemsize: int) -> list[Config]:
     """What is worth measuring on ``architecture``: every combination that fits, the plain ones first."""
-    limits = ARCHITECTURES.get(architecture, SMALLEST)
+    limits = limits_of(architecture)
     shapes = [  # block_m, block_n, warps, resident, halves
         (128, 128, 8, 1, 1), (128, 128, 4, 1, 1), (128, 256, 8, 1, 1), (128, 256, 8, 1, 2), (256, 128, 8, 1, 1),
         (256, 128, 8, 1, 2), (64, 256, 4, 1, 1), (64, 256, 8, 1, 1), (64, 128, 4, 2, 1), (128, 64, 4, 2, 1),

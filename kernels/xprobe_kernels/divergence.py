@@ -58,7 +58,7 @@ def _expected_logits(
         p = z.sub_(lse[finals, None]).exp_().mul_(lift).to(rows.dtype)
         unembedding += product(p, weight.T)
         wide = p.float()
-        mass += wide.sum(-1, dtype=torch.float64)  # of the rounded probabilities: what is divided by must be what was summed
+        mass += wide.sum(-1, dtype=torch.float64)  # of the rounded p, which were summed
         if head.bias is not None:
             given = head.bias[tokens].float()
             bias += (wide * torch.where(torch.isfinite(given), given, 0.0)).sum(-1, dtype=torch.float64)

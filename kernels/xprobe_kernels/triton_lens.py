@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xprobe_kernels import divergence
-from xprobe_kernels.configs import ARCHITECTURES, SMALLEST, Config, choose, choose_splits
+from xprobe_kernels.configs import Config, choose, choose_splits, limits_of
 from xprobe_kernels.triton_fold import fold, scaled, start, store
 from xprobe_kernels.triton_rows import Partials, Prepared, dense, merge, prepare
 from xprobe_kernels.unembedding import Unembedding
@@ -151,8 +151,8 @@ def launch(
     row_tiles, tiles = triton.cdiv(rows, config.block_m), triton.cdiv(head.vocab_size, config.block_n)
     slots = processors * config.resident
     if splits is None:
-        level2 = ARCHITECTURES.get(architecture, SMALLEST).level2
-        splits = choose_splits(row_tiles, tiles, slots, config.block_m * width * normed.itemsize, level2)
+        row_bytes = config.block_m * width * normed.itemsize
+        splits = choose_splits(row_tiles, tiles, slots, row_bytes, limits_of(architecture).level2)
     partials = Partials.empty(splits, rows, lookup.shape[1], top_k, normed.device)
     if not rows:
         return partials

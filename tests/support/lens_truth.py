@@ -10,7 +10,7 @@ can move it, to first order (``Truth.sensitivity``). ``reference`` gets none of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.nn import functional
 from xprobe_kernels import Readout, Unembedding, available_backends, lens
 from xprobe_kernels.readout import KERNELS
 
-BACKENDS = available_backends("cpu")
+GPU = torch.cuda.is_available()
+BACKENDS = [*available_backends("cpu"), *(KERNELS if GPU else ())]  # with a GPU, kernels run on it and nowhere else
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STATISTICS = ["logits", "logsumexp", "entropy", "kl"]
 INF, NAN = math.inf, math.nan
@@ -38,7 +39,19 @@ class Case:
 
     def read(self, backend: str, **changes: Any) -> Readout:
         options = {"top_k": min(self.top_k, self.head.vocab_size), "final_rows": self.final_rows, "backend": backend}
-        return lens(self.hidden, self.head, self.lookup, **(options | changes))
+        options |= changes
+        if not (GPU and backend in KERNELS):
+            return lens(self.hidden, self.head, self.lookup, **options)
+        if options["final_rows"] is not None:
+            options["final_rows"] = options["final_rows"].cuda()
+        readout = lens(self.hidden.cuda(), on_gpu(self.head), self.lookup.cuda(), **options)
+        return replace(
+            readout, **{name: value.cpu() for name, value in vars(readout).items() if isinstance(value, Tensor)}
+        )
+
+
+def on_gpu(head: Unembedding) -> Unembedding:
+    return replace(head, **{name: value.cuda() for name, value in vars(head).items() if isinstance(value, Tensor)})
 
 
 def normed(hidden: Tensor, head: Unembedding) -> Tensor:

@@ -114,7 +114,7 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
             model_config = transformers.AutoConfig.from_pretrained(location, **options)
             _check_decoder(model_config, source.name)
             tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 location,
                 config=model_config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
