@@ -54,21 +54,24 @@ def moved(head: Unembedding, dtype: torch.dtype | None, device: str) -> Unembedd
 
 def lens_error(
     rows: int, width: int, vocabulary: int, *, backend: str, top_k: int = 5, lookups: int = 1, kl: bool = False,
-    dtype: torch.dtype | None = None, config: Config | None = None, splits: int | None = None, **options: Any,
+    dtype: torch.dtype | None = None, rows_dtype: torch.dtype | None = None, config: Config | None = None,
+    splits: int | None = None, **options: Any,
 ) -> float:  # fmt: skip
     """Largest error over its bound; bounds are generous: what is looked for are wrong addresses and races."""
     dtype = dtype or SHORT
     hidden, head, lookup = inputs(rows, width, vocabulary, lookups, dtype, **options)
+    hidden = hidden.to(rows_dtype or dtype)
     finals = rows - 1 - torch.arange(rows) % max(1, rows // 3) if kl else None
     # the kernels round normed rows to the operands' dtype: so must the truth, or its bound would hide everything
-    normed = head.normalize(hidden.float()).to(dtype).double()
+    normed = head.normalize(hidden.float()).to(hidden.dtype).double()
     plain = moved(head.without_norm(), torch.float64, "cpu")
     plain = Unembedding(plain.weight, norm="none", bias=plain.bias, scale=plain.scale, softcap=plain.softcap)
     truth = lens(normed, plain, lookup, top_k=top_k, final_rows=finals, backend="reference")
     where, on, tokens = hidden.to(DEVICE), moved(head, None, DEVICE), lookup.to(DEVICE)
     finals = None if finals is None else finals.to(DEVICE)
+    options = {"top_k": top_k, "final_rows": finals, "backend": backend, "workspace_bytes": MIB}
     if config is None:
-        found = vars(lens(where, on, tokens, top_k=top_k, final_rows=finals, backend=backend))
+        found = vars(lens(where, on, tokens, **options))
     else:
         from xprobe_kernels import triton_lens
 
@@ -118,6 +121,8 @@ def cases() -> Iterator[Case]:
     yield pass_("lens, fp32", 19, 100, 700, dtype=torch.float32, top_k=32)
     yield pass_("lens, KL", 19, 128, 700, own=False, kl=True)
     yield pass_("workspace", 37, 200, 1031, own=False, backend="workspace", lookups=3, kl=True, **everything)
+    name = "workspace, fp32 rows and 16-bit weight, several parts"
+    yield pass_(name, 19, 200, 4001, own=False, backend="workspace", rows_dtype=torch.float32)
     for norm in (None, "rms", "layer"):
         for strided in (False, True):
             name = f"capture, {norm or 'no'} norm{', strided' if strided else ''}"
