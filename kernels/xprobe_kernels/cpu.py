@@ -163,7 +163,9 @@ def readout(
     finals = 0 if final_rows is None else int(torch.unique(final_rows).numel())
     step, tile = _partition(head.width, finals, top_k, dtype, workspace_bytes)
     parts, final_parts = _parts(rows, step), _parts(finals, step)
-    normed = _Normed(hidden, head, dtype, parts, keep=rows * head.width * dtype.itemsize <= workspace_bytes // 6)
+    narrow = device.type == "cpu" and hidden.dtype == head.weight.dtype == torch.bfloat16 and matrix_units()
+    keep = rows * head.width * dtype.itemsize <= workspace_bytes // 6
+    normed = _Normed(hidden, head, dtype, parts, keep=keep, rounded=narrow)
 
     looked_up, threshold = _look_up(normed, head, lookup, parts, dtype)
     fast = not eager and dtype == torch.float32 and device.type == "cpu" and compiled.row_pass() is not None
@@ -180,7 +182,7 @@ def readout(
     sums, divergence = carried.sums, carried.divergence
     space = torch.empty(min(rows, step) * min(tile, head.vocab_size), dtype=dtype, device=device)
 
-    with _ieee_products():
+    with _products("bf16" if narrow else "ieee"):
         for start in range(0, head.vocab_size, tile):
             tokens = slice(start, min(start + tile, head.vocab_size))
             weight, width = head.weight[tokens].to(dtype), tokens.stop - start
@@ -213,19 +215,25 @@ def readout_eager(*arguments: Any) -> dict[str, Any]:
     return readout(*arguments, eager=True)
 
 
-@contextmanager
-def _ieee_products() -> Iterator[None]:
-    """fp32 products on the CPU keep their operands, whatever torch.set_float32_matmul_precision was told.
+def matrix_units() -> bool:
+    """Whether the processor has units that multiply bf16 matrices (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
-    The setting is the process's: another thread's products run at it while this one is inside. It is touched only where
-    it differs.
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """How fp32 products are made on the CPU, whatever torch.set_float32_matmul_precision was told.
+
+    "ieee" keeps their operands. "bf16" lets them be rounded: where they hold bf16 numbers that costs nothing, the sums
+    and the result are fp32, and matrix units do the work. The setting is the process's: another thread's products run
+    at it while this one is inside. It is touched only where it differs.
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    if before in ("none", "ieee"):
+    if before == precision or (before == "none" and precision == "ieee"):
         yield
         return
-    settings.fp32_precision = "ieee"
+    settings.fp32_precision = precision
     try:
         yield
     finally:
@@ -252,14 +260,14 @@ def _parts(rows: int, step: int) -> list[slice]:
 class _Normed:
     """Normed rows, computed once where all of them may be kept, else at each use.
 
-    Rows that are not finite become zeros, so that nothing of them spreads. bf16 rows are normed and multiplied in fp32:
-    rounding them to bf16 after the norm, as a model does, would let matrix units multiply them, and costs ranks.
+    Rows that are not finite become zeros, so that nothing of them spreads. bf16 rows are normed and multiplied in fp32,
+    but ``rounded`` to bf16 after the norm, as models themselves do, where matrix units are there to multiply them.
     """
 
     def __init__(
-        self, hidden: Tensor, head: Unembedding, dtype: torch.dtype, parts: list[slice], *, keep: bool
+        self, hidden: Tensor, head: Unembedding, dtype: torch.dtype, parts: list[slice], *, keep: bool, rounded: bool
     ) -> None:
-        self.hidden, self.head, self.dtype = hidden, head, dtype
+        self.hidden, self.head, self.dtype, self.rounded = hidden, head, dtype, rounded
         self.finite = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         for part in parts:
             self.finite[part] = torch.isfinite(hidden[part]).all(-1)
@@ -273,7 +281,8 @@ class _Normed:
     def __getitem__(self, at: slice | Tensor) -> Tensor:
         if self.kept is not None:
             return self.kept[at]
-        return self.head.normalize(torch.where(self.finite[at][:, None], self.hidden[at], 0.0).to(self.dtype))
+        normed = self.head.normalize(torch.where(self.finite[at][:, None], self.hidden[at], 0.0).to(self.dtype))
+        return normed.bfloat16().to(self.dtype) if self.rounded else normed
 
 
 def _look_up(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.lens_cases import each_backend, each_dtype, each_regime, judge, random_case, read, whole_numbers
+from support.lens_cases import REGIMES, each_backend, each_dtype, each_regime, judge, random_case, read, whole_numbers
 from support.lens_truth import (
     BACKENDS,
     INF,
@@ -71,6 +71,25 @@ def test_outputs_are_fp32_or_as_wide_as_the_rows(backend, dtype, regime) -> None
     assert (readout.backend, readout.precision) == (backend, "ieee")
 
 
+@pytest.mark.parametrize("regime", [name for name in REGIMES if "row" in name or "norm" in name or "cap" in name])
+@pytest.mark.parametrize("backend", ["cpu", "cpu-eager"])
+def test_rows_rounded_for_matrix_units_obey_the_rule(monkeypatch, backend, regime) -> None:
+    """What a processor with bf16 matrix units does; one without makes the same products in fp32."""
+    truth = judge(regime, torch.bfloat16)
+    plain = truth.case.read(backend)
+    monkeypatch.setattr(cpu, "matrix_units", lambda: True)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    readout = truth.case.read(backend)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    for name in STATISTICS:
+        assert_statistic(truth, backend, readout, name)
+    assert_ranks(truth, backend, readout)
+    assert_top(truth, backend, readout, plain.top_ids.shape[1])
+    if regime == "rms norm with gamma":
+        assert not same_bits(readout, plain)
+
+
+@pytest.mark.skipif(cpu.matrix_units(), reason="matrix units take bf16 rows rounded after the norm")
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("regime", ["rms norm with gamma", "everything at once", "scattered banned tokens"])
