@@ -59,8 +59,6 @@ def duplicated(dtype: torch.dtype, width: int, vocabulary: int, rows: int, **opt
 @pytest.mark.parametrize("rows", [1, 33])
 def test_duplicates_of_a_token_never_rank_above_it(backend, dtype, width, rows) -> None:
     exact = dtype.itemsize > 2 and width > 1  # 16-bit rows may be rounded after a norm: near tokens change places
-        dtype.itemsize > 2 and width > 1
-    )  # 16-bit operands may be rounded after a norm, and near tokens change places
     case, ranks = duplicated(dtype, width, 2500, rows, norm="rms" if exact else "none")
     assert case.read(backend, top_k=0, final_rows=None).rank.equal(ranks)
 
