@@ -117,7 +117,7 @@ def cases() -> Iterator[Case]:
     yield pass_("lens, one row, one split", 1, 64, 300, config=HALVED, splits=1)
     yield pass_("lens, descriptors", 70, 192, 1000, config=DESCRIBED, splits=3)
     yield pass_("lens, descriptors, width that no block divides", 70, 200, 1000, config=DESCRIBED, splits=5)
-    yield pass_("lens, halves, flatten", 70, 200, 1000, config=Config(64, 64, 32, 4, 3, halves=2, flatten=True))
+    yield pass_("lens, halves, flat", 70, 200, 1000, config=Config(64, 64, 32, 4, 3, halves=2, flat=True))
     yield pass_("lens, fp32", 19, 100, 700, dtype=torch.float32, top_k=32)
     yield pass_("lens, KL", 19, 128, 700, own=False, kl=True)
     yield pass_("workspace", 37, 200, 1031, own=False, backend="workspace", lookups=3, kl=True, **everything)

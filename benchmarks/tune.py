@@ -105,7 +105,7 @@ def promise(config: Config) -> float:
     shape = (config.block_m, config.block_n, config.warps, config.halves)
     rank = float(shapes.index(shape)) if shape in shapes else 12.0
     rank += {(64, 4): 0, (64, 3): 1, (128, 2): 2, (128, 3): 2, (32, 4): 8}.get((config.block_k, config.stages), 4)
-    return rank + (0 if config.descriptors else 1) + (1 if config.flatten else 0) + (3 if config.specialize else 0)
+    return rank + (0 if config.descriptors else 1) + (1 if config.flat else 0)
 
 
 def line_up(default: Config, found: Iterable[Config], rows: int) -> list[Trial]:

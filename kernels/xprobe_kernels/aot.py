@@ -69,7 +69,7 @@ def lens_variant(
 ) -> Variant:
     """The fused pass; ``full``: with bias and soft-cap."""
     block = f"{config.block_m}x{config.block_n}x{config.block_k}"
-    flags = [name for name in ("descriptors", "flatten", "specialize") if getattr(config, name)]
+    flags = [name for name in ("descriptors", "flat") if getattr(config, name)]
     flags += ["halves"] if config.halves == 2 else []
     flags += ["plain"] if not full else []
     flags += [f"top {top_k}"] if top_k != 5 else []
@@ -82,15 +82,17 @@ def lens_variant(
     types = {
         "normed": rows, "weight": weight, "weight_stride": "i64:16", "bias_ptr": f"*{dtype}", "tokens_ptr": "*i64",
         "thresholds_ptr": "*fp32", "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
-        "count": "i32", "vocabulary": "i32", "width": "i32:16", "lookups": "i32", "splits": "i32",
+        "count": "i32", "vocabulary": "i32", "width": "i32:16", "splits": "i32", "group": "i32",
         "scale": "fp32", "cap": "fp32",
     }  # fmt: skip
-    constants = {
+    constants = {"lookups": 1} if lookups == 1 else {}  # as a launch has it: the number 1 is compiled in
+    types |= {} if lookups == 1 else {"lookups": "i32"}
+    constants |= {
         "HAS_BIAS": full, "HAS_CAP": full, "LOOKUPS": lookups, "K": top_k,
         "PLACES": 1 << (max(top_k, 1) - 1).bit_length(), "PRECISION": "tf32" if tf32 else "ieee",
-        "EVEN": True, "GROUP": 16,
+        "EVEN": True,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "HALVES": config.halves,
-        "DESCRIPTORS": config.descriptors, "FLATTEN": config.flatten, "SPECIALIZE": config.specialize,
+        "DESCRIPTORS": config.descriptors, "FLAT": config.flat,
     }  # fmt: skip
     return Variant("lens_kernel", label, types, constants, config.warps, config.stages)
 
@@ -104,7 +106,7 @@ def small_variants() -> Iterator[Variant]:
             "hidden_ptr": "*bf16", "hidden_stride": "i64:16", "gamma_ptr": "*bf16", "beta_ptr": "*bf16", "eps": "fp32",
             "weight_ptr": "*bf16", "weight_stride": "i64:16", "bias_ptr": "*bf16", "scale": "fp32", "cap": "fp32",
             "tokens_ptr": "*i64", "lookups": "i32", "normed_ptr": "*bf16", "finite_ptr": "*i8", "logits_ptr": "*fp32",
-            "thresholds_ptr": "*fp32", "width": "i32:16",
+            "thresholds_ptr": "*fp32", "width": "i32:16", "vocabulary": "i32",
         },
         {**flags, "BD": 4096}, 8,
     )  # fmt: skip
@@ -116,17 +118,17 @@ def small_variants() -> Iterator[Variant]:
             "logsumexp_ptr": "*fp32", "entropy_ptr": "*fp32", "rank_ptr": "*i64", "out_ptr": "*fp32",
             "out_ids_ptr": "*i64",
         },
-        {"HAS_CAP": True, "K": 5, "BS": 512, "BC": 2048}, 4,
+        {"HAS_CAP": True, "K": 5, "BS": 512, "BC": 2048}, 8,
     )  # fmt: skip
     yield Variant(
         "row_kernel", "top 5",
         {
             "products_ptr": "*fp32", "bias_ptr": "*bf16", "tokens_ptr": "*i64", "thresholds_ptr": "*fp32",
             "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32", "first_row": "i32",
-            "count": "i32", "first_token": "i32", "tokens": "i32:16", "vocabulary": "i32", "part": "i32",
-            "lookups": "i32", "scale": "fp32", "cap": "fp32",
+            "count": "i32", "first_token": "i32", "tokens": "i32:16", "vocabulary": "i32", "scale": "fp32",
+            "cap": "fp32",
         },
-        {"HAS_BIAS": True, "HAS_CAP": True, "LOOKUPS": 1, "K": 5, "PLACES": 8, "BN": 4096}, 8,
+        {"part": 1, "lookups": 1, "HAS_BIAS": True, "HAS_CAP": True, "LOOKUPS": 1, "K": 5, "PLACES": 8, "BN": 4096}, 8,
     )  # fmt: skip
 
     yield Variant(
@@ -176,9 +178,11 @@ def compile_for(variant: Variant, target: str) -> Report:
     try:
         built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     except Exception as error:  # the compiler raises many kinds; each is a finding
-        last = str(error).strip().splitlines() or [type(error).__name__]
-        return Report(variant.kernel, variant.label, target, error=last[-1][:200])
+        said = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [type(error).__name__]
+        return Report(variant.kernel, variant.label, target, error=" | ".join(said[-2:])[:300])
     found = _nvidia(built) if target.startswith("sm_") else _amd(built)
+    if variant.kernel != "lens_kernel":
+        found |= {"loop_spills": None, "matrix": None}  # no product in it
     return Report(variant.kernel, variant.label, target, shared=built.metadata.shared, **found)
 
 

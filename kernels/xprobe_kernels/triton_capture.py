@@ -56,7 +56,7 @@ def capture_rows(hidden: Tensor, spans: Tensor, out: Tensor, head: Unembedding |
         return
     capture_kernel[(len(spans), triton.cdiv(width, block))](
         hidden, *hidden.stride(), spans.contiguous(),
-        head.gamma if head else None, head.beta if head else None, head.eps if head else 0.0,
+        head.gamma if head else None, head.beta if head else None, float(head.eps) if head else 0.0,
         out, out.stride(0), width,
         NORM=NORMS[head.norm] if head else 0,
         GAMMA=head is not None and head.gamma is not None, BETA=head is not None and head.beta is not None,

@@ -132,7 +132,7 @@ def store(
 ):
     """Writes the state of one split."""
     valid = rows < count
-    part = part.to(tl.int64)
+    part = tl.cast(part, tl.int64)  # a plain number where the caller gave 1
     base = sums_ptr + part * 3 * count + rows
     tl.store(base, peak, mask=valid)
     tl.store(base + count, total, mask=valid)

@@ -23,6 +23,85 @@ from xprobe_kernels.unembedding import Unembedding
 
 
 @triton.jit
+def operands(
+    normed,
+    weight,
+    weight_stride,
+    rows,  # [BM] int64, inside R
+    row_tile,
+    tile,
+    at,  # where along the width
+    vocabulary,
+    width,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """The next blocks [BM, BK] and [BN, BK] of the product."""
+    if DESCRIPTORS:
+        a = normed.load([row_tile * BM, at])
+        b = weight.load([tile * BN, at])
+    else:
+        k = at + tl.arange(0, BK)
+        tokens = tl.minimum(tile * BN + tl.arange(0, BN), vocabulary - 1).to(tl.int64)
+        left = normed + rows[:, None] * width + k[None, :]
+        right = weight + tokens[:, None] * weight_stride + k[None, :]
+        if EVEN:
+            a, b = tl.load(left), tl.load(right)
+        else:
+            held = (k < width)[None, :]
+            a, b = tl.load(left, mask=held, other=0.0), tl.load(right, mask=held, other=0.0)
+    return a, b
+
+
+@triton.jit
+def fold_tile(
+    z,  # [BM, BN] product
+    tile,
+    rows,
+    peak,
+    total,
+    moment,
+    above,
+    top,
+    top_ids,
+    tokens_ptr,
+    thresholds_ptr,
+    bias_ptr,
+    lookups,
+    vocabulary,
+    scale,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    LOOKUPS: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """Reads a tile, whole or in two halves of its columns: half of the registers then do."""
+    columns = tile * BN + tl.arange(0, BN // HALVES)
+    if HALVES == 2:
+        z, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+    z = scaled(z, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
+    peak, total, moment, above, top, top_ids = fold(
+        z, columns, rows, peak, total, moment, above, top, top_ids,
+        tokens_ptr, thresholds_ptr, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K,
+    )  # fmt: skip
+    if HALVES == 2:
+        columns += BN // 2
+        z = scaled(right, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
+        peak, total, moment, above, top, top_ids = fold(
+            z, columns, rows, peak, total, moment, above, top, top_ids,
+            tokens_ptr, thresholds_ptr, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K,
+        )  # fmt: skip
+    return peak, total, moment, above, top, top_ids
+
+
+@triton.jit(do_not_specialize=["count", "splits", "group"])
 def lens_kernel(
     normed,  # [R, D], contiguous: a pointer, or a descriptor of [BM, BK] blocks
     weight,  # [V, D], rows weight_stride apart: a pointer, or a descriptor of [BN, BK] blocks
@@ -39,6 +118,7 @@ def lens_kernel(
     width,  # D
     lookups,  # A
     splits,  # S
+    group,  # row tiles that run together and share what they read of the weight
     scale,
     cap,
     HAS_BIAS: tl.constexpr,
@@ -48,21 +128,19 @@ def lens_kernel(
     PLACES: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,  # BK divides D
-    GROUP: tl.constexpr,  # row tiles that run together and share what they read of the weight
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     HALVES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     row_tiles = tl.cdiv(count, BM)
     tiles = tl.cdiv(vocabulary, BN)
-    group = tl.program_id(0) // (GROUP * splits)
-    inner = tl.program_id(0) % (GROUP * splits)
-    group_size = tl.minimum(row_tiles - group * GROUP, GROUP)
-    row_tile = group * GROUP + inner % group_size
+    first_tile = tl.program_id(0) // (group * splits) * group
+    inner = tl.program_id(0) % (group * splits)
+    group_size = tl.minimum(row_tiles - first_tile, group)
+    row_tile = first_tile + inner % group_size
     part = inner // group_size
     each = tl.cdiv(tiles, splits)
     first = part * each
@@ -70,39 +148,39 @@ def lens_kernel(
 
     offsets = row_tile * BM + tl.arange(0, BM)
     rows = tl.minimum(offsets, count - 1).to(tl.int64)
-    k = tl.arange(0, BK)
     peak, total, moment, above, top, top_ids = start(vocabulary, BM, LOOKUPS, K, PLACES)
-    for tile in tl.range(first, last, flatten=FLATTEN, warp_specialize=SPECIALIZE):
-        columns = tile * BN + tl.arange(0, BN)
-        tokens = tl.minimum(columns, vocabulary - 1).to(tl.int64)
+    if FLAT:  # one loop over tiles and steps: loads of the next tile run while this one is folded
+        steps = tl.cdiv(width, BK)
         z = tl.zeros([BM, BN], tl.float32)
-        for at in range(0, width, BK):
-            if DESCRIPTORS:
-                a = normed.load([row_tile * BM, at])
-                b = weight.load([tile * BN, at])
-            elif EVEN:
-                a = tl.load(normed + rows[:, None] * width + (at + k)[None, :])
-                b = tl.load(weight + tokens[:, None] * weight_stride + (at + k)[None, :])
-            else:
-                held = at + k < width
-                a = tl.load(normed + rows[:, None] * width + (at + k)[None, :], mask=held[None, :], other=0.0)
-                b = tl.load(weight + tokens[:, None] * weight_stride + (at + k)[None, :], mask=held[None, :], other=0.0)
-            z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
-        if HALVES == 2:
-            left, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-            columns = tile * BN + tl.arange(0, BN // 2)
-            left = scaled(left, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-            peak, total, moment, above, top, top_ids = fold(
-                left, columns, rows, peak, total, moment, above, top, top_ids,
-                tokens_ptr, thresholds_ptr, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K,
+        for i in range((last - first) * steps):
+            tile = first + i // steps
+            at = i % steps * BK
+            a, b = operands(
+                normed, weight, weight_stride, rows, row_tile, tile, at, vocabulary, width,
+                EVEN, BM, BN, BK, DESCRIPTORS,
             )  # fmt: skip
-            columns += BN // 2
-            z = right
-        z = scaled(z, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-        peak, total, moment, above, top, top_ids = fold(
-            z, columns, rows, peak, total, moment, above, top, top_ids,
-            tokens_ptr, thresholds_ptr, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K,
-        )  # fmt: skip
+            z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
+            if at + BK >= width:
+                peak, total, moment, above, top, top_ids = fold_tile(
+                    z, tile, rows, peak, total, moment, above, top, top_ids,
+                    tokens_ptr, thresholds_ptr, bias_ptr, lookups, vocabulary, scale, cap,
+                    HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
+                )  # fmt: skip
+                z = tl.zeros([BM, BN], tl.float32)
+    else:
+        for tile in range(first, last):
+            z = tl.zeros([BM, BN], tl.float32)
+            for at in range(0, width, BK):
+                a, b = operands(
+                    normed, weight, weight_stride, rows, row_tile, tile, at, vocabulary, width,
+                    EVEN, BM, BN, BK, DESCRIPTORS,
+                )  # fmt: skip
+                z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
+            peak, total, moment, above, top, top_ids = fold_tile(
+                z, tile, rows, peak, total, moment, above, top, top_ids,
+                tokens_ptr, thresholds_ptr, bias_ptr, lookups, vocabulary, scale, cap,
+                HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
+            )  # fmt: skip
     store(
         peak, total, moment, above, top, top_ids, offsets.to(tl.int64), count, part, lookups,
         sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES,
@@ -163,13 +241,14 @@ def launch(
     lens_kernel[(row_tiles * splits,)](
         *operands, weight.stride(0), head.bias, lookup, prepared.thresholds,
         partials.sums, partials.above, partials.top, partials.top_ids,
-        rows, head.vocab_size, width, lookup.shape[1], splits, float(head.scale), float(head.softcap or 0.0),
+        rows, head.vocab_size, width, lookup.shape[1], splits,
+        max(1, min(slots // splits, row_tiles)), float(head.scale), float(head.softcap or 0.0),
         HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
         LOOKUPS=triton.next_power_of_2(max(lookup.shape[1], 1)), K=top_k, PLACES=triton.next_power_of_2(max(top_k, 1)),
         PRECISION=precision if normed.dtype == torch.float32 else "ieee",
-        EVEN=width % config.block_k == 0, GROUP=max(1, min(slots // splits, row_tiles)),
+        EVEN=width % config.block_k == 0,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, HALVES=config.halves,
-        DESCRIPTORS=described, FLATTEN=config.flatten, SPECIALIZE=config.specialize,
+        DESCRIPTORS=described, FLAT=config.flat,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return partials

@@ -67,6 +67,7 @@ def prepare_kernel(
     logits_ptr,
     thresholds_ptr,  # [R, A]
     width,  # D
+    vocabulary,  # V
     NORM: tl.constexpr,
     GAMMA: tl.constexpr,
     BETA: tl.constexpr,
@@ -91,7 +92,7 @@ def prepare_kernel(
     for a in range(lookups):
         token = tl.load(tokens_ptr + at * lookups + a)
         known = (token >= 0) & (broken == 0)
-        token = tl.maximum(token, 0)
+        token = tl.minimum(tl.maximum(token, 0), vocabulary - 1)
         weight = tl.load(weight_ptr + token * weight_stride + d, mask=inside, other=0.0).to(tl.float32)
         z = tl.sum(row * weight, 0)
         if HAS_BIAS:
@@ -228,9 +229,10 @@ def prepare(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Prepared:
     if rows:
         block = triton.next_power_of_2(width)
         prepare_kernel[(rows,)](
-            hidden, hidden.stride(0), head.gamma, head.beta, head.eps,
-            head.weight, head.weight.stride(0), head.bias, head.scale, head.softcap or 0.0,
-            lookup, lookup.shape[1], prepared.normed, prepared.finite, prepared.logits, prepared.thresholds, width,
+            hidden, hidden.stride(0), head.gamma, head.beta, float(head.eps),
+            head.weight, head.weight.stride(0), head.bias, float(head.scale), float(head.softcap or 0.0),
+            lookup, lookup.shape[1], prepared.normed, prepared.finite, prepared.logits, prepared.thresholds,
+            width, head.vocab_size,
             NORM=NORMS[head.norm], GAMMA=head.gamma is not None, BETA=head.beta is not None,
             HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, BD=block,
             num_warps=min(max(block // 512, 1), 16),
@@ -250,10 +252,11 @@ def merge(partials: Partials, prepared: Prepared, head: Unembedding, lookup: Ten
     if rows:
         candidates = triton.next_power_of_2(max(splits * top_k, 1))
         merge_kernel[(rows,)](
-            partials.sums, partials.above, partials.top, partials.top_ids, lookup, prepared.finite, head.softcap or 0.0,
+            partials.sums, partials.above, partials.top, partials.top_ids, lookup, prepared.finite,
+            float(head.softcap or 0.0),
             splits, rows, lookup.shape[1], logsumexp, entropy, rank, top, top_ids,
             HAS_CAP=head.softcap is not None, K=top_k, BS=triton.next_power_of_2(splits), BC=candidates,
-            num_warps=min(max(candidates // 512, 1), 8),
+            num_warps=min(max(candidates // 256, 1), 8),
         )  # fmt: skip
     return {
         "logits": prepared.logits,

@@ -66,7 +66,8 @@ def test_any_number_of_parts_merges_to_the_same_readout(splits) -> None:
         replace(SMALL, block_m=64, block_n=128, block_k=64),
         replace(SMALL, descriptors=True),
         replace(SMALL, descriptors=True, halves=2, block_n=128),
-        replace(SMALL, flatten=True),
+        replace(SMALL, flat=True),
+        replace(SMALL, flat=True, descriptors=True, halves=2),
     ],
     ids=str,
 )
