@@ -85,7 +85,7 @@ def lens_variant(
         "count": "i32", "vocabulary": "i32", "width": "i32:16", "splits": "i32", "group": "i32",
         "scale": "fp32", "cap": "fp32",
     }  # fmt: skip
-    constants = {"lookups": 1} if lookups == 1 else {}  # as a launch has it: the number 1 is compiled in
+    constants: dict[str, Any] = {"lookups": 1} if lookups == 1 else {}  # launches compile the 1 in
     types |= {} if lookups == 1 else {"lookups": "i32"}
     constants |= {
         "HAS_BIAS": full, "HAS_CAP": full, "LOOKUPS": lookups, "K": top_k,
