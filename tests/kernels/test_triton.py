@@ -188,6 +188,22 @@ def test_rows_of_a_call_do_not_depend_on_their_company() -> None:
     assert launched(tail, SMALL, 3).logsumexp.equal(whole.logsumexp[16:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "share"), [("triton", 500), ("workspace", 20)])
+def test_on_a_gpu_little_memory_is_taken_beside_the_rows(backend, share) -> None:
+    """Against the fp32 logits of the naive lens; the workspace may be 256 MiB."""
+    rows, width, vocabulary = 16896, 1024, 128256
+    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16)
+    lookup = torch.randint(0, vocabulary, (rows,), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    lens(hidden, Unembedding(weight), lookup, top_k=5, backend=backend)
+    own_copy = rows * width * 2  # normed rows
+    assert torch.cuda.max_memory_allocated() - before - own_copy < 4 * rows * vocabulary / share
+
+
 # -- launch choices --------------------------------------------------------------------------------------
 
 
