@@ -105,7 +105,7 @@ def _backends() -> list[Check]:
         checks.append(Check(f"lens: {name}", error < 1e-3, f"off the fp64 definition by {error:.1e} nats", needed=True))
     fast = compiled.row_pass() is not None
     without = "no C compiler (gcc or clang) served; with one the lens is twice as fast"
-    found = f"kept in {compiled.cache_folder()}" if fast else without
+    found = "each tile of logits is read in one pass" if fast else without
     return [*checks, Check("lens: cpu, compiled", fast, found)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, Config
+from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, PLAIN, Config
 
 TARGETS = {  # backend, architecture, threads per warp
     "sm_80": ("cuda", 80, 32),
@@ -65,7 +66,14 @@ class Report:
 
 
 def lens_variant(
-    config: Config, dtype: str, *, top_k: int = 5, lookups: int = 1, full: bool = True, tf32: bool = False
+    config: Config,
+    dtype: str,
+    *,
+    top_k: int = 5,
+    lookups: int = 1,
+    full: bool = True,
+    tf32: bool = False,
+    even: bool = True,
 ) -> Variant:
     """The fused pass; ``full``: with bias and soft-cap."""
     block = f"{config.block_m}x{config.block_n}x{config.block_k}"
@@ -74,6 +82,7 @@ def lens_variant(
     flags += ["plain"] if not full else []
     flags += [f"top {top_k}"] if top_k != 5 else []
     flags += ["tf32"] if tf32 else []
+    flags += [] if even else ["any width"]
     label = " ".join([dtype, block, f"{config.warps} warps", f"{config.stages} stages", *flags])
     rows, weight = f"*{dtype}", f"*{dtype}"
     if config.descriptors:
@@ -85,12 +94,14 @@ def lens_variant(
         "count": "i32", "vocabulary": "i32", "width": "i32:16", "splits": "i32", "group": "i32",
         "scale": "fp32", "cap": "fp32",
     }  # fmt: skip
+    if not even:
+        types |= {"width": "i32", "weight_stride": "i64"}
     constants: dict[str, Any] = {"lookups": 1} if lookups == 1 else {}  # launches compile the 1 in
     types |= {} if lookups == 1 else {"lookups": "i32"}
     constants |= {
         "HAS_BIAS": full, "HAS_CAP": full, "LOOKUPS": lookups, "K": top_k,
         "PLACES": 1 << (max(top_k, 1) - 1).bit_length(), "PRECISION": "tf32" if tf32 else "ieee",
-        "EVEN": True,
+        "EVEN": even,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "HALVES": config.halves,
         "DESCRIPTORS": config.descriptors, "FLAT": config.flat,
     }  # fmt: skip
@@ -108,7 +119,7 @@ def small_variants() -> Iterator[Variant]:
             "tokens_ptr": "*i64", "lookups": "i32", "normed_ptr": "*bf16", "finite_ptr": "*i8", "logits_ptr": "*fp32",
             "thresholds_ptr": "*fp32", "width": "i32:16", "vocabulary": "i32",
         },
-        {**flags, "BD": 4096}, 8,
+        {**flags, "STORE": True, "BD": 4096}, 8,
     )  # fmt: skip
     yield Variant(
         "merge_kernel", "top 5 of 264 parts",
@@ -152,6 +163,7 @@ def variants(target: str, every: bool = False) -> Iterator[Variant]:
                 yield lens_variant(config, dtype, top_k=32, lookups=4)
             if dtype == "fp32":
                 yield lens_variant(config, dtype, tf32=True)
+    yield lens_variant(PLAIN, "bf16", even=False)
     yield from small_variants()
     if every:
         from xprobe_kernels.configs import candidates
@@ -275,6 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in TARGETS]
     if unknown:
         parser.error(f"--targets: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: Triton interprets and does not compile; unset it")
     reports = []
     for target in wanted:
         for variant in variants(target, options.all):

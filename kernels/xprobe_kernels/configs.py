@@ -94,6 +94,7 @@ CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
     ("interpreter", 4): (Config(32, 512, 64, 4, 1), Config(32, 512, 64, 4, 1)),
 }
 SAFE = Config(32, 64, 32, 4, 2)  # fits everywhere
+PLAIN = Config(64, 64, 32, 4, 2)  # for rows that tensor descriptors cannot describe; spills nowhere
 FEW_ROWS = 256  # up to here the pass is bounded by reading the weights
 
 

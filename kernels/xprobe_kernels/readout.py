@@ -116,7 +116,8 @@ def lens(
     precision : "ieee" or "tf32"
         "tf32" lets a GPU round fp32 operands of the projection to 10 mantissa bits.
     workspace_bytes : int
-        Bound on temporary memory, in bytes.
+        Bound on temporary memory, in bytes. The GPU kernels take a normed copy of the rows beside it, unless the rows
+        need neither norm nor cast (``capture`` with a head).
     check : bool
         False: ids and row indices are known to be in range. On a GPU that saves waiting for it before the first launch.
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xprobe_kernels import divergence
-from xprobe_kernels.configs import Config, choose, choose_splits, limits_of
+from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
 from xprobe_kernels.triton_fold import fold, scaled, start, store
 from xprobe_kernels.triton_rows import Partials, Prepared, dense, merge, prepare
 from xprobe_kernels.unembedding import Unembedding
@@ -225,7 +225,11 @@ def launch(
     rows, width = normed.shape
     weight = head.weight
     architecture, processors = device_limits(normed.device)
-    config = config or choose(architecture, normed.dtype, rows)
+    describable = _describable(normed) and _describable(weight) and normed.dtype == weight.dtype
+    if config is None:
+        config = choose(architecture, normed.dtype, rows)
+        if config.descriptors and not describable:
+            config = PLAIN.for_rows(rows)
     row_tiles, tiles = triton.cdiv(rows, config.block_m), triton.cdiv(head.vocab_size, config.block_n)
     slots = processors * config.resident
     if splits is None:
@@ -235,7 +239,7 @@ def launch(
     if not rows:
         return partials
     operands: tuple[Any, Any] = (normed, weight)
-    described = config.descriptors and _describable(normed) and _describable(weight) and normed.dtype == weight.dtype
+    described = config.descriptors and describable
     if described:
         operands = _descriptors(normed, weight, config)
     lens_kernel[(row_tiles * splits,)](

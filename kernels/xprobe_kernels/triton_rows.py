@@ -73,6 +73,7 @@ def prepare_kernel(
     BETA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    STORE: tl.constexpr,  # False: the rows are as the pass takes them already
     BD: tl.constexpr,
 ):
     """Normed rows in the operands' dtype; the looked-up tokens' logits, and what others must exceed to rank above."""
@@ -81,13 +82,15 @@ def prepare_kernel(
     inside = d < width
     row = tl.load(hidden_ptr + at * hidden_stride + d, mask=inside, other=0.0).to(tl.float32)
     broken = tl.max(((row != row) | (tl.abs(row) == INFINITY)).to(tl.int32), 0)
-    row = tl.where(broken > 0, 0.0, row)  # nothing of a broken row spreads
     row = normed_row(row, inside, gamma_ptr, beta_ptr, eps, width, NORM, GAMMA, BETA)
-    rounded = row.to(normed_ptr.dtype.element_ty)
-    tl.store(normed_ptr + at * width + d, rounded, mask=inside)
+    row = row.to(normed_ptr.dtype.element_ty).to(tl.float32)
+    # what overflows in the operands' dtype is no row either
+    broken = tl.maximum(broken, tl.max(((row != row) | (tl.abs(row) == INFINITY)).to(tl.int32), 0))
+    row = tl.where(broken > 0, 0.0, row)  # nothing of a broken row spreads
+    if STORE:
+        tl.store(normed_ptr + at * width + d, row.to(normed_ptr.dtype.element_ty), mask=inside)
     tl.store(finite_ptr + at, (1 - broken).to(tl.int8))
 
-    row = rounded.to(tl.float32)
     size = tl.sqrt(tl.sum(row * row, 0))
     for a in range(lookups):
         token = tl.load(tokens_ptr + at * lookups + a)
@@ -213,15 +216,19 @@ def dense(head: Unembedding) -> Unembedding:
 
 
 def prepare(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Prepared:
-    """``head`` and ``lookup`` as ``dense`` and ``contiguous`` left them."""
+    """``head`` and ``lookup`` as ``dense`` and ``contiguous`` left them. Rows that need no norm and no cast (those that
+    ``capture`` has normed) are taken as they are, without a copy."""
     rows, width = hidden.shape
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
+    dtype = operand_dtype(hidden, head)
+    plain = head.norm == "none" and head.gamma is None and head.beta is None
+    as_they_are = plain and hidden.dtype == dtype and hidden.is_contiguous()
     prepared = Prepared(
-        normed=new(rows, width, dtype=operand_dtype(hidden, head)),
+        normed=hidden if as_they_are else new(rows, width, dtype=dtype),
         finite=new(rows, dtype=torch.int8),
         logits=new(*lookup.shape),
         thresholds=new(*lookup.shape),
@@ -234,7 +241,7 @@ def prepare(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Prepared:
             lookup, lookup.shape[1], prepared.normed, prepared.finite, prepared.logits, prepared.thresholds,
             width, head.vocab_size,
             NORM=NORMS[head.norm], GAMMA=head.gamma is not None, BETA=head.beta is not None,
-            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, BD=block,
+            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, STORE=not as_they_are, BD=block,
             num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return prepared

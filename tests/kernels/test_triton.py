@@ -125,6 +125,39 @@ def test_equal_logits_in_different_parts_list_the_lowest_id_first() -> None:
     assert readout.rank.flatten().tolist() == [1, 1, 5]
 
 
+def test_the_token_itself_never_counts_though_its_own_logit_exceeds_the_threshold() -> None:
+    case = moved(random_case(torch.float32, 19, 33, 700, lookups=3))
+    prepared = triton_rows.prepare(case.hidden, case.head, case.lookup)
+    lowered = replace(prepared, thresholds=prepared.thresholds - 1.5)
+    partials = triton_lens.launch(lowered, case.head, case.lookup, 0, "ieee", SMALL, 3)
+    z = case.head.normalize(case.hidden) @ case.head.weight.T
+    others = torch.arange(700, device=DEVICE) != case.lookup[:, :, None]
+    expected = ((z[:, None, :] > lowered.thresholds[:, :, None]) & others).sum(-1)
+    assert partials.above.sum(0).tolist() == expected.tolist()
+
+
+@each_kernel
+def test_a_finite_row_that_overflows_in_its_operands_dtype_reads_nan(backend) -> None:
+    case = moved(random_case(torch.float16, 3, 16, 50))
+    loud = replace(case.head, gamma=torch.full((16,), 6e4, device=DEVICE, dtype=torch.float32))
+    readout = lens(case.hidden, loud, case.lookup, top_k=3, backend=backend)
+    assert readout.top_ids is not None
+    assert bool(readout.logsumexp.isnan().all())
+    assert bool((readout.rank == 0).all() and (readout.top_ids == -1).all())
+
+
+def test_rows_that_need_no_norm_are_not_copied() -> None:
+    case = moved(random_case(torch.float32, 5, 16, 50, norm="none"))
+    assert triton_rows.prepare(case.hidden, case.head, case.lookup).normed is case.hidden
+    hidden = case.hidden.clone()
+    hidden[2, 3] = torch.nan
+    there = replace(case, hidden=hidden, final_rows=torch.arange(5, device=DEVICE))
+    broken, whole = launched(there, SMALL, 2), launched(replace(there, hidden=case.hidden), SMALL, 2)
+    assert broken.logsumexp.isnan().tolist() == [False, False, True, False, False]
+    for name in ("logits", "logsumexp", "rank", "entropy", "top_ids", "kl"):
+        assert getattr(broken, name)[[0, 1, 3, 4]].equal(getattr(whole, name)[[0, 1, 3, 4]])
+
+
 # -- memory ----------------------------------------------------------------------------------------------
 
 
