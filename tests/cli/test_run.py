@@ -193,7 +193,14 @@ def test_a_fault_of_our_own_is_one_line_too(tiny, monkeypatch, capsys):
 def test_control_c_keeps_what_is_done_and_says_how_to_go_on(tiny, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "xprobe_cli", "run", str(tiny), "--out", str(out), "--batch-tokens", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts its background jobs with SIGINT ignored, and their children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (out / "shards").is_dir() or not any((out / "shards").glob("*.safetensors")):
         assert process.poll() is None, process.stderr.read()
