@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xprobe_kernels import divergence
 from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
 from xprobe_kernels.triton_fold import fold, scaled, start, store
-from xprobe_kernels.triton_rows import Partials, Prepared, dense, merge, prepare
+from xprobe_kernels.triton_rows import Partials, Prepared, dense, finish, prepare
 from xprobe_kernels.unembedding import Unembedding
 
 
@@ -202,13 +201,7 @@ def readout(
     head, lookup = dense(head), lookup.contiguous()
     prepared = prepare(hidden, head, lookup)
     partials = launch(prepared, head, lookup, top_k, precision, config, splits)
-    fields = merge(partials, prepared, head, lookup)
-    fields["kl"] = None
-    if final_rows is not None:
-        fields["kl"] = divergence.kl(
-            prepared.normed, prepared.finite.bool(), head, fields["logsumexp"], final_rows, workspace_bytes, precision
-        )
-    return fields
+    return finish(partials, prepared, head, lookup, final_rows, workspace_bytes, precision)
 
 
 def launch(

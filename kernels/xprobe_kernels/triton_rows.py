@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xprobe_kernels import divergence
 from xprobe_kernels.reference import TIE_ROUNDINGS
 from xprobe_kernels.triton_fold import INFINITY, LOWEST, NO_ID, softcapped
 from xprobe_kernels.unembedding import Unembedding
@@ -273,3 +274,21 @@ def merge(partials: Partials, prepared: Prepared, head: Unembedding, lookup: Ten
         "top_ids": top_ids if top_k else None,
         "top_logits": top if top_k else None,
     }
+
+
+def finish(
+    partials: Partials,
+    prepared: Prepared,
+    head: Unembedding,
+    lookup: Tensor,
+    final_rows: Tensor | None,
+    workspace_bytes: int,
+    precision: str,
+) -> dict[str, Any]:
+    """All fields of ``Readout`` from what the pass found."""
+    fields = merge(partials, prepared, head, lookup)
+    kl = None
+    if final_rows is not None:
+        finite = prepared.finite.bool()
+        kl = divergence.kl(prepared.normed, finite, head, fields["logsumexp"], final_rows, workspace_bytes, precision)
+    return fields | {"kl": kl}

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xprobe_kernels import divergence
 from xprobe_kernels.precision import matmul_precision, product
 from xprobe_kernels.triton_fold import fold, scaled, start, store
-from xprobe_kernels.triton_rows import Partials, dense, merge, prepare
+from xprobe_kernels.triton_rows import Partials, dense, finish, prepare
 from xprobe_kernels.unembedding import Unembedding
 
 
@@ -101,10 +100,4 @@ def readout(
                     PLACES=triton.next_power_of_2(max(top_k, 1)), BN=min(triton.next_power_of_2(end - first), 4096),
                     num_warps=8,
                 )  # fmt: skip
-    fields: dict[str, Any] = merge(partials, prepared, head, lookup)
-    fields["kl"] = None
-    if final_rows is not None:
-        fields["kl"] = divergence.kl(
-            prepared.normed, prepared.finite.bool(), head, fields["logsumexp"], final_rows, workspace_bytes, precision
-        )
-    return fields
+    return finish(partials, prepared, head, lookup, final_rows, workspace_bytes, precision)
