@@ -54,6 +54,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**COMMON, "num_local_experts": 4}),
     "stablelm": ("stablelm", COMMON),
     "smollm3": ("smollm3", COMMON),
+    "gemma": ("gemma", {**COMMON, "head_dim": 8}),
+    "glm4": ("glm4", {**COMMON, "head_dim": 8}),
+    "gpt_oss": ("gpt_oss", {**COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                            "sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "exaone4": ("exaone4", {**COMMON, "sliding_window": 8, "sliding_window_pattern": 4}),
+    "cohere2": ("cohere2", {**COMMON, "logit_scale": 0.0625, "sliding_window": 8}),
+    "qwen3_moe": ("qwen3_moe", {**COMMON, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                                "moe_intermediate_size": 16}),
+    "internlm3": ("internlm3", COMMON),
+    "deepseek_v3": ("deepseek_v3", {**COMMON, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+                                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1,
+                                    "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                                    "moe_intermediate_size": 16, "first_k_dense_replace": 2}),
+    "lfm2": ("lfm2", {**COMMON, "block_ff_dim": 48, "block_multiple_of": 8, "full_attn_idxs": [1, 3]}),
 }  # fmt: skip
 
 
