@@ -70,7 +70,7 @@ class StudyConfig:
     bootstrap: int = 1000
     permutations: int = 200
     store_rows: bool = True
-    batch_tokens: int = 2048
+    batch_tokens: int = 4096
     backend: str = "auto"
     trust_remote_code: bool = False
     allow_pickle: bool = False

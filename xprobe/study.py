@@ -23,7 +23,8 @@ from xprobe.results import Study
 from xprobe.store import EXAMPLES, FORMAT, LAYERS, MANIFEST, RunFolder, check_writable
 
 if TYPE_CHECKING:
-    from xprobe.capture.plan import Group
+    from xprobe.capture.engine import Engine
+    from xprobe.capture.plan import Group, Plan
     from xprobe.qa.prompts import Skipped
 
 # progress(stage, done, total): called from the thread of `run`; a total of 0 means "not known"
@@ -187,7 +188,8 @@ class _Run:
     ) -> tuple[dict[str, Any], RunFolder]:
         from xprobe_kernels import available_backends
 
-        from xprobe.capture.plan import group_prompts
+        from xprobe.capture.engine import Engine
+        from xprobe.capture.plan import group_prompts, make_plan
         from xprobe.models.anatomy import inspect
         from xprobe.models.parity import check_parity
         from xprobe.qa.prompts import build_prompts, is_chat
@@ -214,6 +216,11 @@ class _Run:
         with self._timed("parity"):
             parity = check_parity(loaded.model, anatomy, _shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
         groups = group_prompts(prompts)
+        engine = Engine(loaded.model, anatomy, config.batch_tokens, self._say)
+        with self._timed("check of sharing"):
+            engine.settle(_sample(groups))
+        plan = make_plan(groups, config.batch_tokens, engine.way)
+        self._say(f"shared beginnings save {plan.saved:.0%} of the tokens")
         folder = RunFolder.create(self.out, resume=self.resume)
         device = loaded.model.device
         manifest = {
@@ -243,58 +250,63 @@ class _Run:
             "counts": _counts(prompts, skipped, data),
             "left_out": {"records": [str(p) for p in data.problems], "examples": [str(s) for s in skipped]},
             "groups": [group.key for group in groups],
+            "plan": plan.to_dict(),
             "environment": environment(),
         }
         folder.write_manifest(manifest)
-        self._compute_groups(loaded, anatomy, groups, folder)
+        self._compute_waves(engine, plan, folder)
         return manifest, folder
 
-    def _compute_groups(self, loaded: Any, anatomy: Any, groups: list[Group], folder: RunFolder) -> None:
-        import numpy as np
-
-        from xprobe.capture.engine import capture_group
-        from xprobe.capture.readout import FIELDS, read_answers
+    def _compute_waves(self, engine: Engine, plan: Plan, folder: RunFolder) -> None:
+        from xprobe.capture.readout import read_answers
+        from xprobe.shards import write_group
 
         config = self.config
         have = set(folder.finished_shards())
-        todo = [group for group in groups if folder.shard_name(group.key) not in have]
-        total = sum(len(group.prompts) for group in groups)
-        done = total - sum(len(group.prompts) for group in todo)
+        missing = [g for wave in plan.waves for g in wave.groups if folder.shard_name(g.key) not in have]
+        total = sum(len(wave.prompts) for wave in plan.waves)
+        done = total - sum(len(group.prompts) for group in missing)
         self.progress("forward and lens", done, total)
-        for group in todo:
+        engine.space.reserve(*plan.largest_wave)
+        for wave in plan.waves:
+            if not any(group in missing for group in wave.groups):
+                continue
             try:
                 with self._timed("forward"):
-                    captured = capture_group(loaded.model, anatomy, group, config.batch_tokens)
+                    captured = engine.capture(wave.prompts)
                 with self._timed("lens"):
-                    values = read_answers(captured, anatomy.head, config.backend)
-                if not np.isfinite(values.logsumexp).all():
+                    values = read_answers(captured, engine.anatomy.head, config.backend)
+                if not values.finite:
                     raise RuntimeError("hidden states hold NaN or infinity; try --dtype float32")
             except (MemoryError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise XprobeError(
-                    f"group {group.key} failed: {reason}. {done} of {total} examples are kept in {self.out}; "
-                    "if memory ran out, add --resume and a smaller --batch-tokens"
+                    f"group {', '.join(g.key for g in wave.groups)} failed: {reason}. {done} of {total} examples are "
+                    f"kept in {self.out}; if memory ran out, add --resume and a smaller --batch-tokens"
                 ) from error
-            tensors = {name: getattr(values, name) for name in FIELDS}
-            tensors |= {"offsets": captured.offsets, "targets": captured.targets}
-            if config.store_rows:
-                tensors["prompt_end"] = captured.prompt_ends.transpose(0, 1)
-                tensors["question_mean"] = captured.questions.transpose(0, 1)
-            with self._timed("write"):
-                folder.write_shard(group.key, tensors, {"examples": [_describe(prompt) for prompt in group.prompts]})
-            done += len(group.prompts)
-            self.progress("forward and lens", done, total)
+            at = 0
+            for group in wave.groups:
+                rows = captured.part(at, at + len(group.prompts))
+                at += len(group.prompts)
+                if group not in missing:  # computed again with the others of its wave, to give them the same bits
+                    continue
+                first, last = captured.offsets[[at - len(group.prompts), at]].tolist()
+                with self._timed("write"):
+                    write_group(folder, group, rows, values.part(first, last), store_rows=config.store_rows)
+                done += len(group.prompts)
+                self.progress("forward and lens", done, total)
 
     # -- phases and tables -----------------------------------------------------------------------------------
 
     def _analyse(self, manifest: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
         from xprobe.phases.segmentation import PHASE_DEFINITION
         from xprobe.report.tables import example_table, layer_table, summaries
+        from xprobe.shards import read_signals
 
         config = self.config
         self.progress("phases and tables", 0, 0)
         with self._timed("phases"):
-            frame, signals = _read_signals(folder, manifest)
+            frame, signals = read_signals(folder, manifest)
             examples = example_table(frame, signals, config.permutations, config.seed)
             layers = layer_table(examples, signals, config.bootstrap, config.seed)
             results = summaries(examples, manifest["model"]["n_blocks"], config.bootstrap, config.seed)
@@ -305,6 +317,9 @@ class _Run:
             "phase_definition": PHASE_DEFINITION,
             "results": {s: results[s] for s in config.settings if s in results},
         }
+
+    def _say(self, message: str) -> None:
+        self.progress(message, 0, 0)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -321,6 +336,15 @@ def _shortest_and_longest(prompts: list[Any], count: int) -> list[Any]:
     return by_length if len(by_length) <= count else [*by_length[: count // 2], *by_length[-(count - count // 2) :]]
 
 
+def _sample(groups: list[Group]) -> list[Any]:
+    """A few prompts with a common beginning, the longest of all among them, and one of another group."""
+    longest = max(groups, key=lambda group: max(len(prompt.ids) for prompt in group.prompts))
+    by_length = sorted(longest.prompts, key=lambda prompt: len(prompt.ids))
+    chosen = {0: by_length[0], 1: by_length[len(by_length) // 2], 2: by_length[-1]}
+    others = [group for group in groups if group is not longest]
+    return [*{id(p): p for p in chosen.values()}.values(), *(other.prompts[0] for other in others[:1])]
+
+
 def _counts(prompts: list[Any], skipped: list[Skipped], data: Dataset) -> dict[str, Any]:
     return {
         "examples": len(prompts),
@@ -330,37 +354,3 @@ def _counts(prompts: list[Any], skipped: list[Skipped], data: Dataset) -> dict[s
         "skipped": dict(Counter(item.reason for item in skipped)),
         "bad_records": dict(Counter(problem.reason for problem in data.problems)),
     }
-
-
-def _describe(prompt: Any) -> dict[str, Any]:
-    """What a shard keeps of an example: enough to analyse it without data or model."""
-    example = prompt.example
-    return {
-        "setting": example.setting,
-        "language": example.language,
-        "question_id": example.question_id,
-        "paragraph": example.paragraph,
-        "context_language": example.context_language,
-        "prompt_tokens": prompt.length,
-        "answer_tokens": len(prompt.targets),
-        "spans": {name: list(span) for name, span in prompt.spans.items()},
-    }
-
-
-def _read_signals(folder: RunFolder, manifest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Example rows (a data frame) and signals [N, L + 1], in the order of the plan, from the shards alone."""
-    import numpy as np
-    import pandas as pd
-
-    from xprobe.capture.readout import FIELDS, AnswerReadout
-    from xprobe.phases.signals import example_signals
-
-    rows: list[dict[str, Any]] = []
-    signals: dict[str, list[Any]] = {}
-    for key in manifest["groups"]:
-        arrays, metadata = folder.read_shard(folder.shard_name(key), (*FIELDS, "offsets"))
-        values = AnswerReadout(**{name: arrays[name] for name in FIELDS})
-        rows += [{k: v for k, v in row.items() if k != "spans"} for row in metadata["examples"]]
-        for name, table in example_signals(values, arrays["offsets"], manifest["model"]["vocab_size"]).items():
-            signals.setdefault(name, []).append(table)
-    return pd.DataFrame(rows), {name: np.concatenate(tables) for name, tables in signals.items()}

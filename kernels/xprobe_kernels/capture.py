@@ -103,8 +103,15 @@ def _gather(hidden: Tensor, spans: Tensor, out: Tensor, head: Unembedding | None
     def finish(values: Tensor) -> Tensor:
         return (values if head is None else head.normalize(values.to(wide))).to(out.dtype)
 
-    places = single.nonzero().flatten().to(hidden.device)
-    out[places] = finish(hidden[rows[single].to(hidden.device), starts[single].to(hidden.device)])
-    for index in (~single).nonzero().flatten().tolist():
-        row, start, stop = spans[index].tolist()
-        out[index] = finish(hidden[row, start:stop].to(wide).mean(0))
+    device, flat = hidden.device, hidden.reshape(-1, hidden.shape[-1])
+    first = rows * hidden.shape[1] + starts
+    if bool(single.all()):
+        out.copy_(finish(flat[first.to(device)]))
+        return
+    lengths = torch.where(single, 0, stops - starts)
+    within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths).cpu()
+    tokens = flat[(first.repeat_interleave(lengths) + within.to(first.device)).to(device)].to(wide)
+    lengths = lengths[~single].to(device)
+    sums = torch.segment_reduce(tokens, "sum", lengths=lengths, axis=0)
+    out[(~single).to(device)] = finish(sums / lengths[:, None])
+    out[single.to(device)] = finish(flat[first[single].to(device)])

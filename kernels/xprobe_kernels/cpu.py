@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xprobe_kernels import compiled
+from xprobe_kernels.precision import cpu_product
 from xprobe_kernels.reference import tie_threshold
 from xprobe_kernels.unembedding import Unembedding
 
@@ -189,11 +190,11 @@ def readout(
             if divergence is not None:
                 divergence.start_tile(width)
                 for part in final_parts:
-                    z = torch.mm(normed[divergence.rows[part]], weight.T, out=divergence.weights[part])
-                    carried.read_finals(part, z, tokens)
+                    z = divergence.weights[part]
+                    carried.read_finals(part, z.copy_(cpu_product(normed[divergence.rows[part]], weight, z)), tokens)
             for part in parts:
                 z = space[: (part.stop - part.start) * width].view(-1, width)
-                carried.read(part, torch.mm(normed[part], weight.T, out=z), tokens)
+                carried.read(part, cpu_product(normed[part], weight, z), tokens)
 
     finite = normed.finite
     known = (lookup >= 0) & finite[:, None]

@@ -11,7 +11,7 @@ import torch
 from xprobe_cli.main import main
 
 import xprobe
-from xprobe.capture.engine import capture_group
+from xprobe.capture.engine import Engine
 from xprobe.capture.plan import group_prompts
 from xprobe.capture.readout import read_answers
 from xprobe.config import DEFAULT_MODEL
@@ -45,7 +45,7 @@ def test_lens_equals_transformers_own_modules_at_every_layer(loaded):
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     model, anatomy = loaded.model, inspect(loaded.model)
     (group,) = group_prompts(prompts)
-    captured = capture_group(model, anatomy, group, batch_tokens=4096)
+    captured = Engine(model, anatomy, batch_tokens=4096).capture(group.prompts)
     values = read_answers(captured, anatomy.head)
     for at, prompt in enumerate(prompts):
         rows = slice(int(captured.offsets[at]), int(captured.offsets[at + 1]))

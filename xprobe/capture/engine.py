@@ -1,90 +1,164 @@
-"""Forward passes with hooks on the blocks: chosen rows of every layer land in one preallocated buffer."""
+"""The capture engine: forward passes over waves of prompts that leave chosen rows of every layer in one buffer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from xprobe_kernels import capture
 
-from xprobe.capture.plan import Group, batch_by_length
+from xprobe.capture.cascade import Layout, packed_attention
+from xprobe.capture.memory import is_out_of_memory, release_memory
+from xprobe.capture.passes import Pass
+from xprobe.capture.plan import WAYS, Way, part_tokens, prefix_length, split
+from xprobe.capture.prefix import shared_cache
+from xprobe.capture.products import fast_products
+from xprobe.capture.rows import Captured, Receiver, RowSpace
+from xprobe.capture.tree import grow
 from xprobe.models.anatomy import Anatomy, watch_states
 from xprobe.qa.prompts import Prompt
 
+# Largest difference of a row made another way, relative to the row's largest entry, that is still rounding
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
-@dataclass(frozen=True, eq=False)
-class Captured:
-    """Hidden rows of a group, before the final norm, in the model's dtype and on its device.
+Notify = Callable[[str], None]
 
-    Attributes
+
+class Engine:
+    """Runs a decoder over prompts and keeps the rows that the lens and the probes need.
+
+    Parameters
     ----------
-    answers : Tensor [L + 1, P, D]
-        Rows at the answer positions of all examples, one example after the other.
-    offsets : Tensor [N + 1], int64
-        Example i owns rows ``offsets[i]:offsets[i + 1]`` of the P; its first one is the last prompt token.
-    questions : Tensor [L + 1, N, D]
-        Mean over the question's own tokens.
-    targets : Tensor [P], int64
-        The gold token that follows each answer position.
+    model, anatomy
+        The decoder, and where its blocks are.
+    batch_tokens : int
+        Most tokens in one forward pass. Halved when memory runs out; what fits is remembered in ``batch_tokens``.
+    notify : callable (message), optional
+        Told of a fallback or a smaller batch.
     """
 
-    answers: Tensor
-    offsets: Tensor
-    questions: Tensor
-    targets: Tensor
+    def __init__(self, model: Any, anatomy: Anatomy, batch_tokens: int, notify: Notify | None = None) -> None:
+        self.model, self.anatomy, self.batch_tokens = model, anatomy, batch_tokens
+        self.notify = notify or (lambda message: None)
+        self.way: Way = "tree"
+        self.space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
 
-    @property
-    def prompt_ends(self) -> Tensor:
-        """Rows at the last prompt token [L + 1, N, D]."""
-        return self.answers[:, self.offsets[:-1]]
+    def settle(self, sample: Sequence[Prompt]) -> Way:
+        """Finds the way of sharing that gives this model the rows of its own plain runs, and keeps to it.
+
+        Told from numbers: ``sample`` (a few prompts with a common beginning) is run one by one, then each way.
+        """
+        prompts = list(sample)
+        wanted = self.space.take(prompts)
+        for i in range(len(prompts)):
+            self._run(prompts, [i], wanted, "plain")
+        wanted = Captured(wanted.answers.clone(), wanted.offsets, wanted.questions.clone(), wanted.targets)
+        for way in ("tree", "prefix"):
+            try:
+                found = self.space.take(prompts)
+                for part in split(prompts, range(len(prompts)), self.batch_tokens, way):
+                    self._run(prompts, part, found, way)
+                reason = _disagreement(found, wanted)
+            except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
+                if is_out_of_memory(error):
+                    raise
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            if reason is None:
+                self.way = way
+                return way
+            self.notify(f"{type(self.model).__name__} cannot be run with {WAYS[way]} ({reason})")
+        self.way = "plain"
+        self.notify(f"it is run with {WAYS['plain']}")
+        return self.way
+
+    def capture(self, prompts: Sequence[Prompt]) -> Captured:
+        """Rows of ``prompts``, valid until the next call.
+
+        Raises
+        ------
+        RuntimeError, MemoryError
+            Memory runs out even for one prompt at a time, or the model fails.
+        """
+        captured = self.space.take(prompts)
+        waiting = split(prompts, range(len(prompts)), self.batch_tokens, self.way)
+        while waiting:
+            try:
+                self._run(prompts, waiting[0], captured, self.way)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or len(waiting[0]) == 1:
+                    raise
+            else:
+                waiting.pop(0)
+                continue
+            # outside of the handler: the error's traceback holds the tensors of the pass that failed
+            release_memory()
+            self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(prompts, waiting[0], self.way)) // 2)
+            self.notify(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
+            left = [i for part in waiting for i in part]
+            waiting = split(prompts, left, self.batch_tokens, self.way)
+        return captured
+
+    def _run(self, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> None:
+        with torch.inference_mode(), fast_products(self.model):
+            if way == "prefix":
+                self._run_on_prefix(prompts, part, into)
+            else:
+                run_pass(self.model, self.anatomy, make_pass(self.model, prompts, part, into, way))
+
+    def _run_on_prefix(self, prompts: Sequence[Prompt], part: Sequence[int], into: Captured) -> None:
+        shared = prefix_length([prompts[i] for i in part])
+        if shared == 0:
+            run_pass(self.model, self.anatomy, make_pass(self.model, prompts, part, into, "plain"))
+            return
+        cache = shared_cache(self.model, list(prompts[part[0]].ids[:shared]))
+        ids = pad([prompts[i].ids[shared:-1] for i in part], self.model.device)
+        receiver = Receiver(prompts, part, lambda place, start, stop: [(place, start - shared, stop - shared)], into)
+        with watch_states(self.anatomy.blocks, receiver):
+            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
 
 
-def capture_group(model: Any, anatomy: Anatomy, group: Group, batch_tokens: int) -> Captured:
-    """Runs the decoder (without its head) over a group's prompts and keeps the rows that the lens and probes need."""
-    decoder = model.base_model
-    layers, width, device = anatomy.n_layers, anatomy.head.width, model.device
-    counts = torch.tensor([len(prompt.targets) for prompt in group.prompts])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    answers = torch.empty(layers, int(offsets[-1]), width, dtype=model.dtype, device=device)
-    questions = torch.empty(layers, len(group.prompts), width, dtype=model.dtype, device=device)
-    for batch in batch_by_length(group.prompts, batch_tokens):
-        members = [group.prompts[i] for i in batch]
-        rows = torch.cat([torch.arange(int(offsets[i]), int(offsets[i + 1])) for i in batch]).to(device)
-        places = torch.tensor(batch, device=device)
-        spans, n_answer = _spans(members)
-        ids = pad(members, device)
-        buffer = torch.empty(spans.shape[0], width, dtype=model.dtype, device=device)
-
-        def receive(
-            layer: int, hidden: Tensor, spans: Tensor = spans, buffer: Tensor = buffer,
-            rows: Tensor = rows, places: Tensor = places, n_answer: int = n_answer,
-        ) -> None:  # fmt: skip
-            capture(hidden, spans, buffer)
-            answers[layer, rows] = buffer[:n_answer]
-            questions[layer, places] = buffer[n_answer:]
-
-        with torch.inference_mode(), watch_states(anatomy.blocks, receive):
-            decoder(input_ids=ids, use_cache=False)
-    targets = torch.tensor([token for prompt in group.prompts for token in prompt.targets], device=device)
-    return Captured(answers, offsets, questions, targets)
+def make_pass(model: Any, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> Pass:
+    """The forward pass over ``part`` of ``prompts``, ``tree`` or ``plain``, that leaves its rows in ``into``."""
+    if way == "plain":
+        ids = pad([prompts[i].ids[:-1] for i in part], model.device)
+        return Pass({"input_ids": ids}, Receiver(prompts, part, lambda i, start, stop: [(i, start, stop)], into))
+    tree = grow([prompts[i].ids[:-1] for i in part])
+    layout = Layout.of(tree, model.device)
+    receiver = Receiver(
+        prompts, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into
+    )
+    inputs = {"input_ids": torch.tensor([tree.ids], device=model.device), "position_ids": layout.positions[None]}
+    return Pass(inputs, receiver, partial(packed_attention, model, layout))
 
 
-def pad(prompts: list[Prompt], device: torch.device) -> Tensor:
+def run_pass(model: Any, anatomy: Anatomy, one: Pass) -> None:
+    """One forward pass of the decoder without its head."""
+    with torch.inference_mode(), watch_states(anatomy.blocks, one.receive), one.active():
+        model.base_model(**one.inputs, use_cache=False)
+
+
+def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Token ids [B, T], padded on the right with id 0, to be run *without* an attention mask.
 
     A causal model's states at real positions cannot see what comes later, so no mask is needed; and a mask can hurt:
     rows that it leaves with nothing to attend to become NaN in some attention implementations, and spread.
     """
-    ids = torch.zeros(len(prompts), max(len(prompt.ids) for prompt in prompts), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
     return ids.to(device)
 
 
-def _spans(prompts: list[Prompt]) -> tuple[Tensor, int]:
-    """(batch, start, stop) of every answer position, then of every question; and how many answer positions."""
-    answers = [(row, at, at + 1) for row, prompt in enumerate(prompts) for at in prompt.answer_positions]
-    questions = [(row, *prompt.spans["question"]) for row, prompt in enumerate(prompts)]
-    return torch.tensor(answers + questions), len(answers)
+def _disagreement(found: Captured, wanted: Captured) -> str | None:
+    """In words, how far rows are from those they should equal; None if only by rounding."""
+    for name in ("answers", "questions"):
+        ours, theirs = (getattr(c, name).float() for c in (found, wanted))
+        if not bool(torch.isfinite(ours).all()):
+            return "NaN or infinity"
+        error = ((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1).clamp(min=1e-30)).amax(-1)
+        far = (error > TOLERANCE[wanted.answers.dtype]).nonzero()
+        if len(far):
+            return f"its rows differ by {float(error.max()):.1e} from layer {int(far[0])} on"
+    return None

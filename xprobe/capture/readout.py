@@ -1,4 +1,4 @@
-"""The lens over a captured group: one call for all layers' rows at all answer positions."""
+"""The lens over captured rows: all layers' rows at all answer positions, as many positions at a time as fit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from xprobe_kernels import Unembedding, lens
 
-from xprobe.capture.engine import Captured
+from xprobe.capture.memory import is_out_of_memory, release_memory
+from xprobe.capture.rows import Captured
 
 FIELDS = ("logit", "logsumexp", "rank", "entropy", "kl")
+ROW_BYTES = 256 << 20  # of rows that the lens is given at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +29,47 @@ class AnswerReadout:
     entropy: NDArray[np.float32]
     kl: NDArray[np.float32]
 
+    @property
+    def finite(self) -> bool:
+        """Whether every row was a number."""
+        return bool(np.isfinite(self.logsumexp).all())
+
+    def part(self, start: int, stop: int) -> AnswerReadout:
+        """Positions ``start:stop`` alone."""
+        return AnswerReadout(**{name: getattr(self, name)[start:stop] for name in FIELDS})
+
 
 def read_answers(captured: Captured, head: Unembedding, backend: str = "auto") -> AnswerReadout:
-    """Reads every layer's rows at the answer positions with the model's own norm and head."""
+    """Reads every layer's rows at the answer positions with the model's own norm and head.
+
+    Where memory runs out it goes on with half as many positions at a time; what a position gives does not depend on
+    how many there are.
+    """
     layers, positions, width = captured.answers.shape
-    device = captured.answers.device
-    final = torch.arange(positions, device=device) + (layers - 1) * positions
+    step = max(1, ROW_BYTES // (layers * width * 4))
+    parts: list[AnswerReadout] = []
+    at = 0
+    while at < positions:
+        try:
+            parts.append(_read(captured, slice(at, min(at + step, positions)), head, backend))
+            at += step
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or step == 1:
+                raise
+        release_memory()
+        step = max(1, step // 2)
+    return AnswerReadout(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS})
+
+
+def _read(captured: Captured, some: slice, head: Unembedding, backend: str) -> AnswerReadout:
+    rows = captured.answers[:, some]
+    layers, positions, width = rows.shape
+    final = torch.arange(positions, device=rows.device) + (layers - 1) * positions
     values = lens(
-        captured.answers.reshape(layers * positions, width),
+        rows.reshape(layers * positions, width),
         head,
-        captured.targets.repeat(layers),
+        captured.targets[some].repeat(layers),
         final_rows=final.repeat(layers),
         backend=backend,
     )

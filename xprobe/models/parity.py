@@ -32,7 +32,7 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: s
         if layer == anatomy.n_layers - 1:
             last.append(hidden)
 
-    ids = pad(prompts, model.device)
+    ids = pad([prompt.ids[:-1] for prompt in prompts], model.device)
     with torch.inference_mode(), watch_states(anatomy.blocks, receive):
         logits = model(input_ids=ids, use_cache=False).logits
     places = [(row, at) for row, prompt in enumerate(prompts) for at in prompt.answer_positions]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.families import FAMILIES, random_ids, tiny_model
+from support.prompts import prompt
 from xprobe_kernels import lens
 
-from xprobe.capture.engine import capture_group
-from xprobe.capture.plan import Group
 from xprobe.errors import ModelError, ParityError
 from xprobe.models.anatomy import inspect, watch_states
 from xprobe.models.parity import check_parity
@@ -26,18 +23,6 @@ def double(family):
     """(model, anatomy) of the family in fp64."""
     model = tiny_model(family, dtype=torch.float64)
     return model, inspect(model)
-
-
-def prompt(length: int, answer: int, seed: int) -> SimpleNamespace:
-    """The parts of a Prompt that capture and parity use."""
-    ids = random_ids(1, length + answer, seed)[0].tolist()
-    return SimpleNamespace(
-        ids=tuple(ids),
-        length=length,
-        targets=tuple(ids[length:]),
-        answer_positions=range(length - 1, len(ids) - 1),
-        spans={"question": (2, 5)},
-    )
 
 
 def own_lens(model, anatomy, hidden: torch.Tensor) -> torch.Tensor:
@@ -92,28 +77,6 @@ def test_hooks_see_what_output_hidden_states_shows_below_the_last_layer(double):
     assert len(shown) == len(states)
     for own, theirs in zip(states[:-1], shown[:-1], strict=True):
         assert torch.equal(own, theirs)
-
-
-def test_captured_rows_of_a_padded_batch_equal_single_runs(double):
-    model, anatomy = double
-    prompts = tuple(prompt(length, answer, seed) for seed, (length, answer) in enumerate([(9, 3), (20, 1), (14, 5)]))
-    captured = capture_group(model, anatomy, Group("g", prompts), batch_tokens=1000)
-    for at, item in enumerate(prompts):
-        states = states_of(model, anatomy, torch.tensor([item.ids]))
-        rows = slice(int(captured.offsets[at]), int(captured.offsets[at + 1]))
-        for layer, state in enumerate(states):
-            wanted = state[0, list(item.answer_positions)]
-            assert torch.allclose(captured.answers[layer, rows], wanted, rtol=1e-5, atol=1e-5)
-            assert torch.allclose(captured.questions[layer, at].double(), state[0, 2:5].mean(0), rtol=1e-5, atol=1e-5)
-    assert captured.targets.tolist() == [token for item in prompts for token in item.targets]
-
-
-def test_batches_of_any_size_capture_the_same_rows(double):
-    model, anatomy = double
-    group = Group("g", tuple(prompt(8 + seed, 1 + seed % 3, seed) for seed in range(6)))
-    together = capture_group(model, anatomy, group, batch_tokens=1000)
-    alone = capture_group(model, anatomy, group, batch_tokens=1)
-    assert torch.allclose(together.answers, alone.answers, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

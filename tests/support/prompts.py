@@ -1,0 +1,48 @@
+"""Prompts of random tokens, alone or with common beginnings, for tests of capture and parity."""
+
+from __future__ import annotations
+
+import random
+
+from support.families import random_ids
+from xprobe.qa.prompts import Prompt
+from xprobe.qa.records import Example
+
+
+def example(group: int = 0, number: int = 0) -> Example:
+    return Example("en-x", "en", f"q{number}", f"p{group}", "en", "context", "question", "answer", 0)
+
+
+def of_ids(ids: list[int], length: int, question: tuple[int, int], group: int = 0, number: int = 0) -> Prompt:
+    return Prompt(example(group, number), tuple(ids), length, {"question": question})
+
+
+def prompt(length: int, answer: int, seed: int) -> Prompt:
+    """A prompt of its own, with its question at tokens 2 to 4."""
+    return of_ids(random_ids(1, length + answer, seed)[0].tolist(), length, (2, 5))
+
+
+def family_of_prompts(groups: int = 2, each: int = 4, seed: int = 0, vocab: int = 160) -> list[Prompt]:
+    """Prompts as a study has them: one instruction, a context per group, then questions of different lengths.
+
+    Some questions begin alike, one equals another, and one begins inside the context, so that its tokens are spread
+    over shared and own parts. The longest has 52 tokens.
+    """
+    draw = random.Random(seed)
+
+    def some(count: int) -> list[int]:
+        return [draw.randrange(10, vocab) for _ in range(count)]
+
+    instruction, prompts = some(9), []
+    for group in range(groups):
+        context = instruction + some(14 + group)
+        alike = some(10)
+        for number in range(each):
+            question = (alike[: draw.randrange(10)] if number % 2 else []) + some(draw.randrange(1, 10))
+            start = len(context) - (3 if number == 1 else 0)
+            ids = context + question + some(2)
+            answer = some(draw.randrange(1, 5))
+            stop = len(context) + len(question)
+            prompts.append(of_ids(ids + answer, len(ids), (start, stop), group, number))
+        prompts.append(prompts[-1])
+    return prompts

@@ -1,0 +1,249 @@
+"""Rows made by sharing equal those of one example at a time, in every family; memory that runs out loses nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.families import FAMILIES, tiny_model
+from support.prompts import family_of_prompts, prompt
+
+from xprobe.capture.engine import Engine
+from xprobe.capture.rows import Captured
+from xprobe.models.anatomy import inspect, watch_states
+
+PROMPTS = family_of_prompts()
+# those whose own attention code takes no other; the rest is run as a tree
+PREFIX = {"gptj", "gpt_neo", "falcon", "bloom", "mpt"}
+PLAIN = {"lfm2"}  # its convolutions carry a state from token to token
+SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
+
+
+def way_of(family: str) -> str:
+    return "prefix" if family in PREFIX else "plain" if family in PLAIN else "tree"
+
+
+def one_by_one(model, anatomy, prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answer rows [L + 1, P, D] and question means [L + 1, N, D] from a run of the whole model per prompt."""
+    answers, questions = [], []
+    for item in prompts:
+        states: list[torch.Tensor] = []
+        with (
+            torch.inference_mode(),
+            watch_states(anatomy.blocks, lambda layer, hidden, to=states: to.append(hidden[0])),
+        ):
+            model(input_ids=torch.tensor([item.ids]), use_cache=False)
+        stacked = torch.stack(states)
+        answers.append(stacked[:, list(item.answer_positions)])
+        questions.append(stacked[:, slice(*item.spans["question"])].mean(1))
+    return torch.cat(answers, 1), torch.stack(questions, 1)
+
+
+def farthest(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def double(family):
+    model = tiny_model(family, dtype=torch.float64)
+    anatomy = inspect(model)
+    return model, anatomy, *one_by_one(model, anatomy, PROMPTS)
+
+
+def test_each_family_is_run_the_best_way_it_can_be(family, double):
+    model, anatomy, *_ = double
+    said: list[str] = []
+    assert Engine(model, anatomy, 1000, said.append).settle(SAMPLE) == way_of(family)
+    assert len(said) == {"tree": 0, "prefix": 1, "plain": 3}[way_of(family)]
+
+
+@pytest.mark.parametrize("budget", [10_000, 70, 1])
+def test_rows_equal_those_of_one_example_at_a_time(family, double, budget):
+    model, anatomy, answers, questions = double
+    engine = Engine(model, anatomy, budget)
+    for way in dict.fromkeys([way_of(family), "plain"]):
+        engine.way = way
+        captured = engine.capture(PROMPTS)
+        assert captured.answers.shape == answers.shape
+        assert captured.questions.shape == questions.shape
+        assert farthest(captured.answers, answers) < 1e-5  # many models compute norms in fp32 even so
+        assert farthest(captured.questions, questions) < 1e-5
+        assert captured.targets.tolist() == [token for item in PROMPTS for token in item.targets]
+
+
+def test_rows_in_single_precision_and_bf16_are_as_near_as_their_dtype_allows(family):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, None)):
+        model = tiny_model(family, dtype=dtype)
+        anatomy = inspect(model)
+        engine = Engine(model, anatomy, 10_000)
+        engine.way = way_of(family)
+        found = engine.capture(PROMPTS).answers
+        wanted, _ = one_by_one(model, anatomy, PROMPTS)
+        if tolerance is None:
+            exact = tiny_model(family, dtype=torch.float64)
+            truth, _ = one_by_one(exact, inspect(exact), PROMPTS)
+            # no farther from the exact model than a run of its own in the same dtype; by the median over rows, since
+            # a router of experts that falls the other way changes a row altogether
+            errors = [(rows.double() - truth).norm(dim=-1) / truth.norm(dim=-1) for rows in (found, wanted)]
+            ours, theirs = (error.flatten(1).median(-1).values for error in errors)
+            assert (ours <= 1.5 * theirs + 2e-3).all()
+        else:
+            assert farthest(found, wanted) < tolerance
+
+
+def test_long_prompts_that_sliding_windows_cut_off():
+    """Windows of 8 in prompts of 50: keys far above a token in the tree are out of its reach, others are not."""
+    assert max(len(item.ids) for item in PROMPTS) > 5 * 8
+    assert {"mistral", "gemma2", "gemma3", "gpt_oss", "exaone4", "cohere2"} <= set(FAMILIES)
+    for family in ("mistral", "gemma2", "gpt_oss"):
+        assert FAMILIES[family][1]["sliding_window"] == 8
+
+
+def test_nothing_is_left_on_the_model(family, double):
+    model, anatomy, *_ = double
+    before = model.config._attn_implementation
+    Engine(model, anatomy, 1000).settle(SAMPLE)
+    assert model.config._attn_implementation == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# -- one small model from here on ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = tiny_model("llama")
+    return model, inspect(model)
+
+
+def test_question_means_of_a_bf16_model_are_taken_in_single_precision():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    anatomy = inspect(model)
+    item = prompt(30, 2, 0)
+    item.spans["question"] = (2, 25)
+    states: list[torch.Tensor] = []
+    with torch.inference_mode(), watch_states(anatomy.blocks, lambda layer, hidden: states.append(hidden[0].clone())):
+        model.base_model(input_ids=torch.tensor([item.ids[:-1]]), use_cache=False)
+    engine = Engine(model, anatomy, 1000)
+    engine.way = "plain"
+    found = engine.capture([item]).questions[:, 0]
+    assert torch.equal(found, torch.stack(states)[:, 2:25].float().mean(1).to(torch.bfloat16))
+
+
+def test_a_model_that_no_way_of_sharing_suits_is_run_plainly_and_it_is_said(small):
+    model, anatomy = small
+    said: list[str] = []
+
+    class Counting(torch.nn.Module):
+        """Its states change with the number of tokens in the pass: neither packed nor cached runs give the same."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            out = self.inner(*args, **kwargs)
+            return out * (1 + args[0].shape[1] / 100 if args else 1)
+
+    mlp = model.model.layers[0].mlp
+    model.model.layers[0].mlp = Counting(mlp)
+    try:
+        engine = Engine(model, anatomy, 1000, said.append)
+        assert engine.settle(SAMPLE) == "plain"
+        assert "tree" in said[0]
+        assert "rows differ by" in said[0]
+        assert "padded batches of whole prompts" in said[-1]
+    finally:
+        model.model.layers[0].mlp = mlp
+
+
+class Full:
+    """Raises as a device does whose memory holds a pass of ``limit`` tokens; counts the passes that were finished."""
+
+    def __init__(self, model, limit: int, error: Exception):
+        self.limit, self.error, self.sizes, self.failed = limit, error, [], 0
+        self.hook = model.base_model.layers[1].register_forward_pre_hook(self.enter, with_kwargs=True)
+
+    def enter(self, module, args, kwargs):
+        tokens = (args[0] if args else kwargs["hidden_states"]).shape[:2].numel()
+        if tokens > self.limit:
+            self.failed += 1
+            raise self.error
+        self.sizes.append(tokens)
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["device", "cpu", "python"])
+@pytest.mark.parametrize("way", ["tree", "prefix", "plain"])
+def test_out_of_memory_halves_the_batch_and_neither_loses_nor_repeats_a_row(small, way, error):
+    model, anatomy = small
+    wanted, questions = one_by_one(model, anatomy, PROMPTS)
+    said: list[str] = []
+    engine = Engine(model, anatomy, 10_000, said.append)
+    engine.way = way
+    full = Full(model, 90, error)
+    try:
+        captured = engine.capture(PROMPTS)
+        assert torch.allclose(captured.answers, wanted, rtol=0, atol=1e-4)
+        assert torch.allclose(captured.questions, questions, rtol=0, atol=1e-4)
+        assert full.failed
+        assert len(said) == full.failed
+        assert f"at most {engine.batch_tokens} tokens" in said[-1]
+        again = full.failed
+        assert torch.equal(engine.capture(PROMPTS).answers, captured.answers)
+        assert full.failed == again  # the size that fits is remembered
+    finally:
+        full.hook.remove()
+
+
+def test_memory_too_small_for_one_prompt_is_an_error(small):
+    model, anatomy = small
+    engine = Engine(model, anatomy, 10_000)
+    full = Full(model, 5, ERRORS[0])
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.capture(PROMPTS)
+    finally:
+        full.hook.remove()
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(small):
+    model, anatomy = small
+    engine = Engine(model, anatomy, 10_000)
+    full = Full(model, 5, RuntimeError("shapes do not match"))
+    try:
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            engine.capture(PROMPTS)
+        assert full.failed == 1
+    finally:
+        full.hook.remove()
+
+
+def test_the_row_buffer_is_taken_once(small):
+    model, anatomy = small
+    engine = Engine(model, anatomy, 10_000)
+    engine.space.reserve(sum(len(item.targets) for item in PROMPTS), len(PROMPTS))
+    place = engine.capture(PROMPTS).answers.data_ptr()
+    for some in (PROMPTS[:3], PROMPTS[2:], PROMPTS):
+        assert engine.capture(some).answers.data_ptr() == place
+
+
+def test_a_part_of_what_was_captured(small):
+    model, anatomy = small
+    whole = Engine(model, anatomy, 10_000).capture(PROMPTS)
+    part: Captured = whole.part(2, 5)
+    first, last = whole.offsets[2], whole.offsets[5]
+    assert torch.equal(part.answers, whole.answers[:, first:last])
+    assert torch.equal(part.targets, whole.targets[first:last])
+    assert torch.equal(part.questions, whole.questions[:, 2:5])
+    assert torch.equal(part.prompt_ends, whole.prompt_ends[:, 2:5])

@@ -1,0 +1,212 @@
+"""Attention over a packed tree: every segment on itself, then on each segment above it, merged exactly.
+
+Softmax attention over a set of keys can be put together from parts of the set: each part gives its own output and the
+logarithm of its own normaliser, and the whole is their average weighted by the normalisers. So a segment that many
+others continue is attended by all of them in one product without a mask and without copies of its keys, and the model
+runs over the packed sequence as over any other. (The identity is the one behind FlashAttention's tiles and
+cascade inference: https://flashinfer.ai/2024/02/02/cascade-inference.html)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xprobe.capture.tree import Segment, Tree
+
+NAME = "xprobe_tree"
+SCORES_BYTES = 64 << 20  # of attention scores at a time, where they have to be written out
+PADDING = 1.25  # segments attend to themselves in batches that hold at most this many times their own tokens
+_HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position"}
+
+_ACTIVE: ContextVar[Layout | None] = ContextVar("xprobe_tree", default=None)
+
+
+class NotShareable(Exception):
+    """The model's attention does what packed attention cannot."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Segments that attend to themselves together. ``places`` [B, T] repeats a segment's last token as padding;
+    ``real`` picks the others out of B * T, ``targets`` says where they belong."""
+
+    places: Tensor
+    real: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A tree made ready for one device."""
+
+    positions: Tensor  # [N]
+    batches: tuple[Batch, ...]
+    shared: tuple[tuple[Segment, int], ...]  # those with something below, and how deep that reaches
+
+    @classmethod
+    def of(cls, tree: Tree, device: torch.device) -> Layout:
+        batches = tuple(_batch(group, device) for group in _similar(tree.segments))
+        below = ((s, tree.positions[s.stop : s.end]) for s in tree.segments)
+        shared = tuple((segment, max(positions)) for segment, positions in below if positions)
+        return cls(torch.tensor(tree.positions, device=device), batches, shared)
+
+
+@contextmanager
+def packed_attention(model: Any, layout: Layout) -> Iterator[None]:
+    """Lets the model's attention layers work on the packed sequence of ``layout``; undone on exit."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    configs = {id(c): c for c in (model.config, model.base_model.config, model.config.get_text_config(decoder=True))}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    token = _ACTIVE.set(layout)
+    try:
+        for config, _ in before:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        _ACTIVE.reset(token)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention [1, H, N, d] -> [1, N, H, d] in the manner of transformers' attention functions.
+
+    Raises
+    ------
+    NotShareable
+        An argument asks for something that is not known here: a mask, a bias, a batch.
+    """
+    layout = _ACTIVE.get()
+    unknown = [k for k, v in others.items() if k not in _HARMLESS and isinstance(v, Tensor)]
+    if layout is None or attention_mask is not None or unknown or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise NotShareable(f"attention with {', '.join(unknown) or 'a mask, a batch or a cache'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = _Rule(scale, sliding_window or None, softcap or None)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    heads, tokens, width = query.shape[1], query.shape[2], value.shape[-1]
+    out = torch.empty(heads, tokens, width, dtype=wide, device=query.device)
+    norms = torch.empty(heads, tokens, dtype=wide, device=query.device)  # log of the softmax's denominator
+    for batch in layout.batches:
+        q, k, v = (t[0][:, batch.places].transpose(0, 1) for t in (query, key, value))
+        longest = batch.places.shape[1]
+        if rule.plain(longest - 1):
+            part, norm = _fused(q, k, v, rule.scale, causal=True)
+        else:
+            at = torch.arange(longest, device=query.device)
+            part, norm = rule.explicit(q, k, v, at, at)
+        out[:, batch.targets] = part.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
+        norms[:, batch.targets] = norm.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
+    for segment, deepest in layout.shared:
+        own, below = slice(segment.start, segment.stop), slice(segment.stop, segment.end)
+        q, k, v = query[:, :, below], key[:, :, own], value[:, :, own]
+        if rule.plain(deepest - segment.depth):
+            part, norm = _fused(q, k, v, rule.scale, causal=False)
+        else:
+            part, norm = rule.explicit(q, k, v, layout.positions[below], layout.positions[own])
+        weight = torch.sigmoid(norms[:, below] - norm[0])
+        out[:, below] = torch.lerp(part[0].to(wide), out[:, below], weight[..., None])
+        norms[:, below] = torch.logaddexp(norms[:, below], norm[0].to(wide))
+    if s_aux is not None:  # a sink takes part in the denominator alone
+        out *= torch.sigmoid(norms - s_aux.to(wide)[:, None])[..., None]
+    return out.to(query.dtype).transpose(0, 1)[None].contiguous(), None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How scores are made of queries and keys."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    def plain(self, distance: int) -> bool:
+        """Whether nothing but the softmax happens to scores of tokens up to ``distance`` apart."""
+        return self.softcap is None and (self.window is None or distance < self.window)
+
+    def explicit(self, query: Tensor, key: Tensor, value: Tensor, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of tokens at ``q_at`` on tokens at ``k_at`` or before, and the log of its denominator."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        key, value = (_all_heads(t, query.shape[1]) for t in (key, value))
+        outs, norms = [], []
+        step = max(1, SCORES_BYTES // (query.shape[0] * query.shape[1] * key.shape[2] * wide.itemsize))
+        for at in range(0, query.shape[2], step):
+            some = slice(at, at + step)
+            scores = (query[:, :, some] @ key.transpose(2, 3)).to(wide) * self.scale
+            if self.softcap is not None:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
+            distance = q_at[some, None] - k_at
+            allowed = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+            scores = scores.masked_fill(~allowed, -torch.inf)
+            norm = scores.logsumexp(-1)  # -inf where a query reaches none of the keys: it takes nothing from them
+            weights = (scores - norm.nan_to_num(neginf=0.0)[..., None]).exp()
+            outs.append(weights.to(value.dtype) @ value)
+            norms.append(norm)
+        return torch.cat(outs, 2), torch.cat(norms, 2)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """The library's attention with the log of its denominator, which torch's public function keeps to itself."""
+    width = value.shape[-1]
+    if width < query.shape[-1]:  # latent attention: values are narrower than keys
+        value = F.pad(value, (0, query.shape[-1] - width))
+    if query.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+        return found[0][..., :width], found[1]
+    key, value = (_all_heads(t, query.shape[1]) for t in (key, value))
+    if query.dtype.itemsize == 2 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+        return found[0][..., :width], found[1]
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, causal, scale=scale
+    )
+    return found[0][..., :width], found[1][:, :, : query.shape[2]]  # its rows are padded to a multiple of 32
+
+
+def _all_heads(shared: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, G, T, d] repeated for the H query heads that use them."""
+    groups = heads // shared.shape[1]
+    return shared if groups == 1 else shared.repeat_interleave(groups, dim=1)
+
+
+def _similar(segments: tuple[Segment, ...]) -> list[list[Segment]]:
+    """Segments in batches of similar length."""
+    batches: list[list[Segment]] = []
+    for segment in sorted(segments, key=lambda s: (-s.length, s.start)):
+        batch = batches[-1] if batches else []
+        own = sum(s.length for s in batch) + segment.length
+        if batch and batch[0].length * (len(batch) + 1) <= PADDING * own:
+            batch.append(segment)
+        else:
+            batches.append([segment])
+    return batches
+
+
+def _batch(segments: list[Segment], device: torch.device) -> Batch:
+    longest = segments[0].length
+    at = torch.arange(longest)
+    starts = torch.tensor([s.start for s in segments])[:, None]
+    lengths = torch.tensor([s.length for s in segments])[:, None]
+    places = starts + torch.minimum(at, lengths - 1)
+    real = (at < lengths).flatten().nonzero()[:, 0]
+    return Batch(places.to(device), real.to(device), places.flatten()[real].to(device))

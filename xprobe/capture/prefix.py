@@ -1,0 +1,44 @@
+"""The cache of a common beginning, shared by batches without being copied for each or growing with any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from xprobe.capture.cascade import NotShareable
+
+
+def shared_cache(model: Any, ids: list[int]) -> Any:
+    """Runs the decoder over one beginning and returns its key/value cache, to be given to any number of batches.
+
+    Raises
+    ------
+    NotShareable
+        The model keeps something else than keys and values.
+    """
+    cache = DynamicCache()
+    model.base_model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    layers: list[Any] = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.shape[-2] != len(ids):
+            raise NotShareable("a cache that is not keys and values of every token")
+        layers.append(_Shared(keys, values))
+    cache.layers = layers
+    return cache
+
+
+class _Shared(DynamicLayer):
+    """One layer's keys and values [1, H, P, d]; what a batch adds is seen by that batch alone."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.beginning = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (shared.expand(key_states.shape[0], -1, -1, -1) for shared in self.beginning)
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)

@@ -1,0 +1,48 @@
+"""The faster library for a model's fp32 products on the CPU, for the time of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from xprobe_kernels.precision import onednn_is_faster, onednn_linear
+
+
+@contextmanager
+def fast_products(model: Any) -> Iterator[None]:
+    """Inside, fp32 linear layers on a CPU where oneDNN is faster are computed by it; elsewhere nothing changes.
+
+    It holds for this thread only, and not while gradients are recorded.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.float32 or not onednn_is_faster():
+        yield
+        return
+    with _OneDNN():
+        yield
+
+
+class _OneDNN(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.linear and _plain(*args, **(kwargs or {})):
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _plain(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """oneDNN's entry takes dense fp32 and nothing else; small products are not worth its preparations."""
+    return (
+        input.dtype == weight.dtype == torch.float32
+        and input.device.type == weight.device.type == "cpu"
+        and input.is_contiguous()
+        and weight.is_contiguous()
+        and input.numel() >= 16 * input.shape[-1]
+        and not torch.is_grad_enabled()
+    )
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return onednn_linear(input, weight, bias)

@@ -1,0 +1,130 @@
+"""The rows that are kept of the residual states, and how they get from a forward pass into one preallocated buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from xprobe_kernels import capture
+
+from xprobe.qa.prompts import Prompt
+
+# (prompt's place in the pass, first, last + 1 position) -> spans (batch, start, stop) in the pass's hidden states
+Locate = Callable[[int, int, int], list[tuple[int, int, int]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """Hidden rows of N prompts, before the final norm, in the model's dtype and on the head's device.
+
+    Attributes
+    ----------
+    answers : Tensor [L + 1, P, D]
+        Rows at the answer positions of all examples, one example after the other.
+    offsets : Tensor [N + 1], int64
+        Example i owns rows ``offsets[i]:offsets[i + 1]`` of the P; its first one is the last prompt token.
+    questions : Tensor [L + 1, N, D]
+        Mean over the question's own tokens.
+    targets : Tensor [P], int64
+        The gold token that follows each answer position.
+    """
+
+    answers: Tensor
+    offsets: Tensor
+    questions: Tensor
+    targets: Tensor
+
+    @property
+    def prompt_ends(self) -> Tensor:
+        """Rows at the last prompt token [L + 1, N, D]."""
+        return self.answers[:, self.offsets[:-1].to(self.answers.device)]
+
+    def part(self, start: int, stop: int) -> Captured:
+        """Prompts ``start:stop`` alone; the same memory."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return Captured(
+            self.answers[:, first:last],
+            self.offsets[start : stop + 1] - first,
+            self.questions[:, start:stop],
+            self.targets[first:last],
+        )
+
+
+class RowSpace:
+    """Memory for captured rows, taken once and used again for each wave; grows only if a larger one comes."""
+
+    def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.layers, self.width, self.device = layers, width, device
+        self._answers = torch.empty(0, dtype=dtype, device=device)
+        self._questions = torch.empty(0, dtype=dtype, device=device)
+
+    def reserve(self, positions: int, examples: int) -> None:
+        """Takes memory for so many answer positions and examples at once."""
+        row = self.layers * self.width
+        if self._answers.numel() < row * positions:
+            self._answers = self._answers.new_empty(row * positions)
+        if self._questions.numel() < row * examples:
+            self._questions = self._questions.new_empty(row * examples)
+
+    def take(self, prompts: Sequence[Prompt]) -> Captured:
+        """Room for the rows of ``prompts``; what was taken before is overwritten."""
+        offsets = [0, *accumulate(len(prompt.targets) for prompt in prompts)]
+        self.reserve(offsets[-1], len(prompts))
+        shape = (self.layers, -1, self.width)
+        targets = torch.tensor([token for prompt in prompts for token in prompt.targets], device=self.device)
+        return Captured(
+            self._answers[: self.layers * self.width * offsets[-1]].view(shape),
+            torch.tensor(offsets),
+            self._questions[: self.layers * self.width * len(prompts)].view(shape),
+            targets,
+        )
+
+
+class Receiver:
+    """Copies the rows of one pass into their places; called with each layer's states.
+
+    Answer rows are copied bit for bit. A question whose tokens lie in several pieces of the pass is put together from
+    the pieces' means, in fp32 (fp64 for fp64 rows).
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], part: Sequence[int], locate: Locate, into: Captured) -> None:
+        answers: list[tuple[int, int, int]] = []
+        rows: list[int] = []
+        pieces: list[tuple[int, int, int]] = []
+        owners: list[int] = []
+        for place, i in enumerate(part):
+            first = int(into.offsets[i])
+            for step, at in enumerate(prompts[i].answer_positions):
+                answers += locate(place, at, at + 1)
+                rows.append(first + step)
+            found = locate(place, *prompts[i].spans["question"])
+            pieces += found
+            owners += [place] * len(found)
+        device = into.answers.device
+        self.into = into
+        self.answers, self.pieces = torch.tensor(answers), torch.tensor(pieces)
+        self.rows, self.members = torch.tensor(rows, device=device), torch.tensor(list(part), device=device)
+        self.owners = torch.tensor(owners, device=device)
+        lengths = (self.pieces[:, 2] - self.pieces[:, 1]).to(device)
+        whole = torch.zeros(len(part), dtype=lengths.dtype, device=device).index_add_(0, self.owners, lengths)
+        self.shares = (lengths / whole[self.owners])[:, None]
+        self.checked: set[torch.device] = set()
+
+    def __call__(self, layer: int, hidden: Tensor) -> None:
+        if hidden.device not in self.checked and hidden.device.type != "cpu":
+            self.answers, self.pieces = self.answers.to(hidden.device), self.pieces.to(hidden.device)
+        check = not self.checked
+        self.checked.add(hidden.device)
+        into = self.into
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        buffer = torch.empty(self.answers.shape[0], hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+        capture(hidden, self.answers, buffer, check=check)
+        into.answers[layer, self.rows] = buffer.to(into.answers)
+        means = torch.empty(self.pieces.shape[0], hidden.shape[-1], dtype=wide, device=hidden.device)
+        capture(hidden, self.pieces, means, check=check)
+        means = means.to(into.questions.device) * self.shares.to(wide)
+        questions = means.new_zeros(self.members.shape[0], means.shape[1]).index_add_(0, self.owners, means)
+        into.questions[layer, self.members] = questions.to(into.questions.dtype)
