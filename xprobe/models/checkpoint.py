@@ -103,7 +103,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
             raise ModelError(f"{self.folder} holds no tensor {name!r}")
         stored = self._tensors[name]
         raw = torch.empty(stored.nbytes, dtype=torch.uint8)
-        rest = memoryview(raw.numpy())
+        rest = memoryview(raw.numpy().data)
         try:
             with stored.file.open("rb", buffering=0) as handle:
                 handle.seek(stored.offset)

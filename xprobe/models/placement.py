@@ -205,7 +205,7 @@ class Placement:
         if self._exceptions is not None:
             search, patterns = self._exceptions
             if (found := search.search(target)) is not None:
-                return self._exception_dtypes[patterns[found.lastgroup]]
+                return self._exception_dtypes[patterns[str(found.lastgroup)]]
         return self._empty[target].dtype
 
     def _put(self, target: str, value: Tensor) -> None:

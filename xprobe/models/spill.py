@@ -55,7 +55,7 @@ class HiddenStore:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0, prefix="xprobe-")  # noqa: SIM115
             self._file.seek(self._places[key][0])
-            rest = memoryview(raw.numpy())
+            rest = memoryview(raw.numpy().data)
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
@@ -76,7 +76,7 @@ class HiddenStore:
             return self._memory[key]
         dtype, shape, device = self._shapes[key]
         raw = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
-        rest = memoryview(raw.numpy())
+        rest = memoryview(raw.numpy().data)
         assert self._file is not None
         try:
             self._file.seek(self._places[key][0])

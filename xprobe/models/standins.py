@@ -6,7 +6,7 @@ positions, rotary embeddings, whatever its family gives each layer), so none of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ Stand = Callable[[int, tuple, dict, Forward], Any]
 
 
 @contextmanager
-def standing_in(blocks: Sequence[nn.Module], stand: Stand) -> Iterator[None]:
+def standing_in(blocks: Iterable[nn.Module], stand: Stand) -> Iterator[None]:
     """Calls ``stand(index, args, kwargs, own_forward)`` instead of each block's forward; undone on exit.
 
     The modules stay in place, so hooks on them fire and attributes that a decoder asks its blocks for are theirs.
