@@ -105,24 +105,24 @@ class Drive:
 
     def _find_form(self, ids: Tensor) -> Callable[[Tensor], Any]:
         """The form in which every block gets exactly the tensor that the one before handed on."""
-        problem = "the model does not run without them"
+        problems: list[str] = []
         for form in FORMS:
             trace = _Trace(form)
             try:
                 with torch.inference_mode(), standing_in(self.blocks, trace.stand):
                     self.model(input_ids=ids, use_cache=False)
             except Exception as error:  # the wrong form ends in many kinds of errors inside the decoder
-                problem = f"its decoder needs more from them ({type(error).__name__}: {str(error)[:100]})"
+                problems.append(f"its decoder needs more from them ({type(error).__name__}: {str(error)[:100]})")
                 continue
             if trace.order != list(range(len(self.blocks))):
-                problem = "they do not run once each in order"
+                problems.append("they do not run once each in order")
             elif trace.changed:
-                problem = "the hidden state is changed between two of them"
+                problems.append("the hidden state is changed between two of them")
             elif trace.handed[-1].ndim != 3:
-                problem = "they hand on more than one hidden state [batch, tokens, width]"
+                problems.append("they hand on more than one hidden state [batch, tokens, width]")
             else:
                 return form
-        raise self._refusal(problem)
+        raise self._refusal(next((why for why in problems if "needs more" not in why), problems[0]))
 
     def _check_arguments(self, ids: Tensor) -> None:
         """Refuses blocks whose other arguments depend on what earlier blocks computed, or can carry it."""
