@@ -169,7 +169,7 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
                 f"{folder} holds only {what} ({names[0]}): block-by-block runs read safetensors; "
                 "load the model whole and save it again with save_pretrained"
             )
-    raise ModelError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
+    raise ModelError(f"{folder} holds no weights in safetensors format: expected {SINGLE} or {INDEX}")
 
 
 def _header(file: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:

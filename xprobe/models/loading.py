@@ -177,10 +177,11 @@ def local_folder(source: Source) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, "*.json", "*.jinja"]
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
+    options: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": ["consolidated*", "original/*"]}
     with quiet():
         try:
-            return Path(snapshot_download(source.location, allow_patterns=wanted, local_files_only=not _hub_answers()))
+            return Path(snapshot_download(source.location, local_files_only=not _hub_answers(), **options))
         except Exception as error:  # huggingface_hub raises OSError, ValueError, HTTP errors, ... for bad input
             if not _in_hub_cache(source.location):
                 raise ModelError(_unknown(source)) from error

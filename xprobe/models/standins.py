@@ -137,7 +137,7 @@ class Drive:
                 rest = {f"argument {place}": value for place, value in enumerate(args) if place > 0}
                 rest |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 calls.append(rest)
-                return self.form(hidden + shift)
+                return self.form(hidden * (1 + shift) + shift)
 
             with torch.inference_mode(), standing_in(self.blocks, stand):
                 self.model(input_ids=ids, use_cache=False)

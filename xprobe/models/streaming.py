@@ -34,6 +34,7 @@ from xprobe.models.standins import FORMS, Drive, entering, standing_in
 
 SPILL_BYTES = 2 << 30
 ROWS_AT_ONCE = 64  # of own_logits
+PROBES = 2  # passes that a sweep adds in front of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,13 +138,17 @@ def sweep(
 ) -> SweepReport:
     """Runs all passes through block 1, then all through block 2, and so on; every block is read once.
 
-    At most two blocks are in memory: the one that computes, and the next one, which a thread reads meanwhile. Two short
-    passes of the sweep's own check that the model does not look at later tokens and gives finite numbers.
+    At most two blocks are in memory: the one that computes, and the next one, which a thread reads meanwhile. (Where a
+    family's files hold experts one by one, stacking those of one projection takes room for them once more.) Each call
+    of the decoder is inside ``active()`` of its pass, and so is ``receive``. Two short passes of the sweep's own, run
+    first, check that the model does not look at later tokens and gives finite numbers.
 
     Parameters
     ----------
+    passes : sequence of Pass
+        ``receive`` gets states [B, T, D] of layers 0..L in order, each pass's layer after all passes' layer before.
     spill_bytes : int
-        Memory for hidden states between two blocks; more of them go to a file in ``folder``.
+        Memory, on the model's device, for hidden states between two blocks; the rest go to a file in ``folder``.
     progress : callable (done, total), optional
         Called after every block of every pass.
 
@@ -164,8 +169,8 @@ def sweep(
             for block in turns:
                 for key, item in enumerate(work):
                     _advance(streamed, block, key, item, store)
-                    if progress is not None and key > 1:
-                        progress(block * len(passes) + key - 1, n_blocks * len(passes))
+                    if progress is not None and key >= PROBES:
+                        progress(block * len(passes) + key + 1 - PROBES, n_blocks * len(passes))
                     if block == n_blocks - 1:
                         store.drop(key)
     finally:

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from safetensors.torch import save_file
 from support.families import COMMON, FAMILIES, OLD, random_ids, tiny_model
 
 from xprobe.capture.passes import Pass
-from xprobe.errors import ModelError
+from xprobe.errors import ModelError, ParityError
 from xprobe.models.anatomy import inspect, watch_states
+from xprobe.models.parity import compare_with_own
 from xprobe.models.streaming import open_streamed, own_logits, sweep
 
 STATE_BYTES = 32 * 4  # of one token of the tiny models
@@ -111,6 +113,17 @@ def test_fp32_files_are_converted_as_they_are_read(family, tmp_path):
     got, _ = streamed_states(streamed, padded_ids())
     assert_equal_states(got, states_in_memory(in_memory(folder, torch.bfloat16), padded_ids()), atol=0.0)
     assert streamed.checkpoint.bytes_read == streamed.checkpoint.nbytes
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "opt_projected", "cohere", "granite"])
+def test_parity_is_checked_without_a_second_pass(family, tmp_path):
+    streamed = open_streamed(saved(family, tmp_path), device="cpu")
+    got, _ = streamed_states(streamed, padded_ids())
+    rows, targets = got[1][-1][0], padded_ids()[1][0].roll(-1)
+    logits, head = own_logits(streamed, rows), streamed.anatomy.head
+    assert compare_with_own(streamed.model, rows, logits, head, targets) < 1e-3
+    with pytest.raises(ParityError, match="off the model's own log-probabilities"):
+        compare_with_own(streamed.model, rows, logits, replace(head, scale=1.1 * head.scale), targets)
 
 
 def test_own_logits_take_more_rows_than_the_model_has_positions(llama):
@@ -229,6 +242,33 @@ def test_layouts_other_than_save_pretrained_writes(family, change, tmp_path):
     assert streamed.checkpoint.bytes_read == streamed.checkpoint.nbytes
 
 
+def test_tied_weights_that_differ_in_the_files_stay_apart(tmp_path):
+    """As transformers loads them: the files are believed, not the configuration."""
+    model = tiny_model("llama_tied")
+    model.config.save_pretrained(tmp_path)
+    named = {name: value.clone() for name, value in model.state_dict().items()}
+    named["lm_head.weight"] += 1
+    save_file(named, tmp_path / "model.safetensors")
+    streamed = open_streamed(tmp_path, device="cpu")
+    assert torch.equal(streamed.anatomy.head.weight, named["lm_head.weight"])
+    assert torch.equal(streamed.model.model.embed_tokens.weight, named["model.embed_tokens.weight"])
+
+
+def test_a_vision_tower_with_as_many_layers_is_left_alone(tmp_path):
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    vision = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = {**FAMILIES["gemma3"][1], "model_type": "gemma3_text"}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    streamed = open_streamed(tmp_path, device="cpu")
+    got, _ = streamed_states(streamed, padded_ids())
+    assert_equal_states(got, states_in_memory(in_memory(tmp_path), padded_ids()))
+    assert "language_model" in streamed.anatomy.names["blocks"]
+    assert streamed.checkpoint.bytes_read == streamed.nbytes < streamed.checkpoint.nbytes
+
+
 def test_tensors_that_the_model_does_not_use_are_not_read(llama, tmp_path):
     from safetensors.torch import load_file
 
@@ -314,6 +354,7 @@ import sys, torch
 from support.families import random_ids
 from support.memory import PeakMemory
 from xprobe.capture.passes import Pass
+from xprobe.models.parity import compare_with_own
 from xprobe.models.streaming import open_streamed, sweep
 streamed = open_streamed(sys.argv[1], "float32", "cpu")
 passes = [Pass({"input_ids": random_ids(1, 16, seed, 64)}, lambda layer, hidden: None) for seed in range(4)]
