@@ -5,6 +5,10 @@
 Writes a random Llama of the shape of Llama-3.2-3B in bf16 (6.4 GB at 28 layers; deleted afterwards), drops it from the
 page cache, and sweeps it in a process that may allocate only so much (RLIMIT_DATA: an allocation beyond it fails).
 Prints one JSON object. Memory is RssAnon: what no file backs, so neither libraries nor the page cache count.
+
+Measured on 2 shared cores, 28 layers, 4 passes of 256 tokens, --limit-gib 1.5: peak 1.41 GB of a 6.43 GB checkpoint
+(0.79 GB embedding, two blocks of 0.20 GB, the rest tiles in fp64 and activations), every byte read once, loading
+hidden behind computing to 99 % (12.7 s of reading in a sweep of 26.6 s).
 """
 
 from __future__ import annotations

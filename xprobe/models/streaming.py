@@ -242,10 +242,13 @@ class _Clock:
 def _blocks_in_turn(streamed: StreamedModel, clock: _Clock) -> Iterator[Iterator[int]]:
     """Iterates over blocks; the current one is in memory, the next one is on its way, all others hold no numbers."""
     count = len(streamed.anatomy.blocks)
+    # copies to the device are queued behind the work of the block that they replace: on the same stream, so in order
+    stream = torch.cuda.current_stream() if streamed.model.device.type == "cuda" else None
 
     def load(block: int) -> None:
         start = time.perf_counter()
-        streamed.load(block)
+        with torch.cuda.stream(stream):
+            streamed.load(block)
         clock.loading += time.perf_counter() - start
 
     def turns(pool: ThreadPoolExecutor) -> Iterator[int]:
