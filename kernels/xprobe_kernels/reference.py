@@ -12,11 +12,15 @@ from xprobe_kernels.unembedding import Unembedding
 # A dot product of h and w is off by less than this many eps * |h| * |w|, unless its addends are so alike that all of
 # them round one way (thousands of equal numbers): then equal tokens may still rank apart.
 TIE_ROUNDINGS = 4.0
+TILE_BYTES = 64 << 20  # of the head's weight, converted at a time by `logits`
 
 
 def logits(hidden: Tensor, head: Unembedding, dtype: torch.dtype = torch.float64) -> Tensor:
-    """All logits [R, V] of ``hidden`` [R, D], computed in ``dtype``."""
-    return head.cap(head.bias_and_scale(head.normalize(hidden.to(dtype)) @ head.weight.to(dtype).T))
+    """All logits [R, V] of ``hidden`` [R, D], computed in ``dtype``; the head is converted tile by tile."""
+    normed = head.normalize(hidden.to(dtype))
+    tiles = head.weight.split(max(1, TILE_BYTES // (head.width * dtype.itemsize)))
+    projected = torch.cat([normed @ tile.to(dtype).T for tile in tiles], -1)
+    return head.cap(head.bias_and_scale(projected))
 
 
 def tie_threshold(normed: Tensor, weight: Tensor, logit: Tensor, scale: float) -> Tensor:

@@ -59,8 +59,8 @@ def inspect(model: Any) -> Anatomy:
         raise ModelError(
             f"{type(model).__name__} has no output embedding: xprobe reads models that predict the next token"
         )
-    ids = _probe_ids(config.vocab_size, model.device)
-    block_name, blocks = _find_blocks(model, config.num_hidden_layers, ids)
+    ids = probe_ids(model)
+    block_name, blocks = _find_blocks(model, ids)
     calls, states, logits = _watch(model, blocks, ids)
     _check_causal(model, blocks, ids, states[-1])
     chain = _chain(calls, states[-1], head_module)
@@ -94,25 +94,46 @@ def first_tensor(value: Any) -> Tensor:
     return value
 
 
-def _probe_ids(vocabulary: int, device: torch.device) -> Tensor:
+def probe_ids(model: Any) -> Tensor:
+    """A short made-up prompt [1, PROBE_LENGTH] on the model's device."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(10, vocabulary - 1), vocabulary, (1, PROBE_LENGTH), generator=generator).to(device)
+    ids = torch.randint(min(10, vocabulary - 1), vocabulary, (1, PROBE_LENGTH), generator=generator)
+    return ids.to(model.device)
 
 
-def _find_blocks(model: Any, count: int, ids: Tensor) -> tuple[str, nn.ModuleList]:
+def changed_ids(ids: Tensor) -> Tensor:
+    """The probe with another second half: a causal model's states of the first half stay what they are."""
+    half = PROBE_LENGTH // 2
+    return torch.cat([ids[:, :half], ids[:, :half]], 1)
+
+
+def block_lists(model: Any) -> dict[str, nn.ModuleList]:
+    """Lists of as many modules as the model has layers, by name; none lies inside another."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    outer = [(name, m) for name, m in lists if not any(name.startswith(other + ".") for other, _ in lists)]
+    return {name: m for name, m in lists if not any(name.startswith(other + ".") for other, _ in lists)}
+
+
+def the_one_that_ran(model: Any, ran: set[str]) -> str:
+    """The only name in ``ran``, or a ModelError that tells which lists of blocks ran."""
+    if len(ran) != 1:
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        found = ", ".join(sorted(ran)) or "none"
+        raise ModelError(f"cannot tell the {count} blocks of {type(model).__name__}: lists that ran: {found}")
+    return next(iter(ran))
+
+
+def _find_blocks(model: Any, ids: Tensor) -> tuple[str, nn.ModuleList]:
+    lists = block_lists(model)
     ran: set[str] = set()
     with ExitStack() as stack, torch.inference_mode():
-        for name, modules in outer:
+        for name, modules in lists.items():
             hook = modules[-1].register_forward_hook(lambda *_, name=name: ran.add(name))
             stack.callback(hook.remove)
         model(input_ids=ids, use_cache=False)
-    used = [(name, m) for name, m in outer if name in ran]
-    if len(used) != 1:
-        found = ", ".join(name for name, _ in used) or "none"
-        raise ModelError(f"cannot tell the {count} blocks of {type(model).__name__}: lists that ran: {found}")
-    return used[0]
+    name = the_one_that_ran(model, ran)
+    return name, lists[name]
 
 
 def _watch(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[_Call], list[Tensor], Tensor]:
@@ -139,23 +160,32 @@ def _watch(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[_Call],
         logits = model(input_ids=ids, use_cache=False).logits
     if states[-1].ndim != 3 or len(states) != len(blocks) + 1:
         raise ModelError(f"{type(model).__name__}: the blocks do not hand on one hidden state [batch, tokens, width]")
-    broken = [layer for layer, state in enumerate(states) if not bool(torch.isfinite(state).all())]
-    if broken or bool(logits.isnan().any()):
-        where = f"at layer {broken[0]}" if broken else "in its logits"
+    for layer, state in enumerate(states):
+        check_finite(model, state, f"at layer {layer}")
+    check_finite(model, logits.clamp(-1, 1), "in its logits")  # tokens that can never be produced have -inf
+    return calls, states, logits[0]
+
+
+def check_finite(model: Any, values: Tensor, where: str) -> None:
+    """Raises a ModelError that says ``where`` if ``values`` hold NaN or infinity."""
+    if not bool(torch.isfinite(values).all()):
         raise ModelError(
             f"{type(model).__name__} gives NaN or infinity {where}: its weights are damaged, or {model.dtype} is too "
             "narrow for it (try --dtype float32)"
         )
-    return calls, states, logits[0]
 
 
 def _check_causal(model: Any, blocks: nn.ModuleList, ids: Tensor, last: Tensor) -> None:
     """Refuses models whose earlier states change with later tokens."""
+    _, states, _ = _watch(model, blocks, changed_ids(ids))
+    check_causal(model, last, states[-1])
+
+
+def check_causal(model: Any, state: Tensor, changed: Tensor) -> None:
+    """Raises a ModelError if states [1, PROBE_LENGTH, D] of ``probe_ids`` and ``changed_ids`` differ early on."""
     half = PROBE_LENGTH // 2
-    changed = torch.cat([ids[:, :half], ids[:, :half]], 1)
-    _, states, _ = _watch(model, blocks, changed)
-    before, after = last[0, :half].float(), states[-1][0, :half].float()
-    tolerance = 1e-5 if last.dtype.itemsize >= 4 else 1e-2
+    before, after = state[0, :half].float(), changed[0, :half].float()
+    tolerance = 1e-5 if state.dtype.itemsize >= 4 else 1e-2
     if float((before - after).abs().max()) > tolerance * float(before.abs().max()):
         raise ModelError(
             f"{type(model).__name__} looks at later tokens (an encoder?): xprobe reads decoder-only models"

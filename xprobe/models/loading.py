@@ -112,7 +112,7 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
     with quiet():
         try:
             model_config = transformers.AutoConfig.from_pretrained(location, **options)
-            _check_decoder(model_config, source.name)
+            check_decoder(model_config, source.name)
             tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 location,
@@ -160,7 +160,36 @@ def window(config: Any) -> int | None:
     return None
 
 
-def _check_decoder(config: Any, name: str) -> None:
+def local_folder(source: Source) -> Path:
+    """Folder with the files of ``source``; those of a model on the hub are fetched, unless the cache has them.
+
+    Raises
+    ------
+    ModelError
+        A GGUF file, whose weights do not lie in a folder; or the hub does not answer or has no such model.
+    """
+    if source.kind == "folder":
+        return Path(source.location)
+    if source.kind == "gguf":
+        raise ModelError(
+            f"{source.name} is a GGUF file: block-by-block runs read folders with safetensors; run it whole, or name "
+            "the original model"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
+    options: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": ["consolidated*", "original/*"]}
+    with quiet():
+        try:
+            return Path(snapshot_download(source.location, local_files_only=not _hub_answers(), **options))
+        except Exception as error:  # huggingface_hub raises OSError, ValueError, HTTP errors, ... for bad input
+            if not _in_hub_cache(source.location):
+                raise ModelError(_unknown(source)) from error
+            raise ModelError(_explain(source, error)) from error
+
+
+def check_decoder(config: Any, name: str) -> None:
+    """Raises a ModelError that names the architecture if ``config`` is not of a decoder that predicts tokens."""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): xprobe reads decoder-only models")
     architectures = getattr(config, "architectures", None) or []

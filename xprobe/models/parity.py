@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from xprobe_kernels import lens, reference
+from torch import Tensor
+from xprobe_kernels import Unembedding, lens, reference
 
 from xprobe.capture.engine import pad
 from xprobe.errors import ParityError
@@ -39,10 +40,32 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: s
     rows, positions = torch.tensor(places, device=model.device).unbind(1)
     targets = torch.tensor([token for prompt in prompts for token in prompt.targets], device=model.device)
     hidden = last[0][rows, positions]
-    own = logits[rows, positions].double()[:, : anatomy.head.vocab_size]
+    return compare_with_own(model, hidden, logits[rows, positions], anatomy.head, targets, backend)
+
+
+def compare_with_own(
+    model: Any, hidden: Tensor, logits: Tensor, head: Unembedding, targets: Tensor, backend: str = "auto"
+) -> float:
+    """Largest difference, in nats, between the lens of rows of the last layer and the model's own log-probabilities.
+
+    Parameters
+    ----------
+    hidden : Tensor [R, D]
+        Rows of the last layer, before the final norm.
+    logits : Tensor [R, V]
+        What ``model`` itself makes of them.
+    targets : Tensor [R], int64
+        Gold tokens.
+
+    Raises
+    ------
+    ParityError
+        As of ``check_parity``.
+    """
+    own = logits.double()[:, : head.vocab_size]
     wanted = own.log_softmax(-1)
-    defined = reference.logits(hidden, anatomy.head).log_softmax(-1)
-    gold = lens(hidden, anatomy.head, targets, backend=backend).log_probability[:, 0]
+    defined = reference.logits(hidden, head).log_softmax(-1)
+    gold = lens(hidden, head, targets, backend=backend).log_probability[:, 0]
     if any(bool(values.isnan().any()) for values in (wanted, defined, gold)):
         raise ParityError(
             f"{type(model).__name__} gives NaN at answer positions: its weights are damaged, or {model.dtype} is too "
