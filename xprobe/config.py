@@ -52,6 +52,8 @@ class StudyConfig:
         Upper bound of tokens in one forward pass.
     backend : str
         Lens backend.
+    stream : bool
+        Run block by block, for models larger than memory: weights are read from the checkpoint once per run.
     trust_remote_code, allow_pickle : bool
         Let the model bring its own code, or weights in a pickle. Both can run anything on your machine.
     """
@@ -72,6 +74,7 @@ class StudyConfig:
     store_rows: bool = True
     batch_tokens: int = 4096
     backend: str = "auto"
+    stream: bool = False
     trust_remote_code: bool = False
     allow_pickle: bool = False
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.config import DEFAULT_MODEL, StudyConfig
 from xprobe.errors import DataError, ModelError, UsageError, XprobeError
 from xprobe.models import loading
-from xprobe.provenance import environment
 from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
 from xprobe.qa.templates import Template, load_template
@@ -24,13 +22,15 @@ from xprobe.store import EXAMPLES, FORMAT, LAYERS, MANIFEST, RunFolder, check_wr
 
 if TYPE_CHECKING:
     from xprobe.capture.engine import Engine
+    from xprobe.capture.layerwise import LayerwiseEngine
     from xprobe.capture.plan import Group, Plan
-    from xprobe.qa.prompts import Skipped
+    from xprobe.qa.prompts import Prompt
 
 # progress(stage, done, total): called from the thread of `run`; a total of 0 means "not known"
 Progress = Callable[[str, int, int], None]
 
 PARITY_PROMPTS = 4
+STAGE = "forward and lens"
 
 
 def run(
@@ -186,94 +186,81 @@ class _Run:
     def _compute(
         self, source: loading.Source, data: Dataset, examples: list[Example], identity: dict[str, Any]
     ) -> tuple[dict[str, Any], RunFolder]:
+        from xprobe.capture.plan import group_prompts, make_plan
+        from xprobe.manifest import describe_model, describe_work
+        from xprobe.qa.prompts import build_prompts
+
+        config = self.config
+        self.progress("loading the model", 0, 0)
+        with self._timed("load"):
+            engine, tokenizer = self._open(source)
+        window = loading.window(engine.model.config)
+        self.progress("building prompts", 0, 0)
+        with self._timed("prompts"):
+            prompts, skipped = build_prompts(examples, tokenizer, self.template, window)
+        if not prompts:
+            raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
+        _check_vocabulary(prompts, engine.anatomy.head.vocab_size, source.name)
+        groups = group_prompts(prompts)
+        with self._timed("parity"):
+            parity = engine.check(_shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
+        with self._timed("check of sharing"):
+            engine.settle(_sample(groups))
+        plan = make_plan(groups, config.batch_tokens, engine.way)
+        self.progress(f"shared beginnings save {plan.saved:.0%} of {plan.tokens} tokens", 0, 0)
+        folder = RunFolder.create(self.out, resume=self.resume)
+        manifest = {
+            **identity,
+            **describe_work(prompts, skipped, data, plan, config, self.template, tokenizer),
+            "model": {**identity["model"], **describe_model(engine.model, engine.anatomy, window)},
+            "parity_error": parity,
+        }
+        folder.write_manifest(manifest)
+        self._compute_waves(engine, plan, folder)
+        return {**manifest, "parity_error": engine.parity_error}, folder
+
+    def _open(self, source: loading.Source) -> tuple[Engine | LayerwiseEngine, Any]:
+        """The engine that runs the model, whole or block by block, and the model's tokenizer."""
         from xprobe_kernels import available_backends
 
         from xprobe.capture.engine import Engine
-        from xprobe.capture.plan import group_prompts, make_plan
         from xprobe.models.anatomy import inspect
-        from xprobe.models.parity import check_parity
-        from xprobe.qa.prompts import build_prompts, is_chat
 
         config = self.config
         backends = available_backends(loading.pick_device(config.device))
         if config.backend not in ("auto", *backends):
             raise UsageError(f"unknown backend {config.backend!r}; available here: auto, {', '.join(backends)}")
-        self.progress("loading the model", 0, 0)
-        with self._timed("load"):
-            loaded = loading.load(source, config)
-            anatomy = inspect(loaded.model)
-        self.progress("building prompts", 0, 0)
-        with self._timed("prompts"):
-            prompts, skipped = build_prompts(examples, loaded.tokenizer, self.template, loaded.window)
-        if not prompts:
-            raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
-        largest = max(max(prompt.ids) for prompt in prompts)
-        if largest >= anatomy.head.vocab_size:
-            raise ModelError(
-                f"the tokenizer of {source.name} gives token id {largest}, the model knows {anatomy.head.vocab_size}: "
-                "the two do not belong together"
-            )
-        with self._timed("parity"):
-            parity = check_parity(loaded.model, anatomy, _shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
-        groups = group_prompts(prompts)
-        engine = Engine(loaded.model, anatomy, config.batch_tokens, self._say)
-        with self._timed("check of sharing"):
-            engine.settle(_sample(groups))
-        plan = make_plan(groups, config.batch_tokens, engine.way)
-        self._say(f"shared beginnings save {plan.saved:.0%} of the tokens")
-        folder = RunFolder.create(self.out, resume=self.resume)
-        device = loaded.model.device
-        manifest = {
-            **identity,
-            "status": "running",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": {
-                **identity["model"],
-                "type": loaded.model.config.model_type,
-                "n_blocks": anatomy.n_layers - 1,
-                "width": anatomy.head.width,
-                "vocab_size": anatomy.head.vocab_size,
-                "dtype": str(loaded.model.dtype).removeprefix("torch."),
-                "device": str(device),
-                "window": loaded.window,
-                "modules": anatomy.names,
-                "head_sha256": anatomy.head.fingerprint(),
-                "scale": anatomy.head.scale,
-                "softcap": anatomy.head.softcap,
-            },
-            "prompt": {
-                "template": config.template,
-                "chat": is_chat(self.template, loaded.tokenizer),
-                "example": loaded.tokenizer.decode(prompts[0].ids),
-            },
-            "parity_error": parity,
-            "counts": _counts(prompts, skipped, data),
-            "left_out": {"records": [str(p) for p in data.problems], "examples": [str(s) for s in skipped]},
-            "groups": [group.key for group in groups],
-            "plan": plan.to_dict(),
-            "environment": environment(),
-        }
-        folder.write_manifest(manifest)
-        self._compute_waves(engine, plan, folder)
-        return manifest, folder
 
-    def _compute_waves(self, engine: Engine, plan: Plan, folder: RunFolder) -> None:
+        def say(message: str) -> None:
+            self.progress(message, 0, 0)
+
+        if config.stream:
+            from xprobe.capture.layerwise import LayerwiseEngine
+            from xprobe.models.streaming import open_streamed
+
+            streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=config.trust_remote_code)
+            tokenizer = loading.load_tokenizer(source, config)
+            return LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self.progress), tokenizer
+        loaded = loading.load(source, config)
+        return Engine(loaded.model, inspect(loaded.model), config.batch_tokens, say), loaded.tokenizer
+
+    def _compute_waves(self, engine: Engine | LayerwiseEngine, plan: Plan, folder: RunFolder) -> None:
         from xprobe.capture.readout import read_answers
         from xprobe.shards import write_group
 
         config = self.config
         have = set(folder.finished_shards())
-        missing = [g for wave in plan.waves for g in wave.groups if folder.shard_name(g.key) not in have]
+        todo = {g.key for wave in plan.waves for g in wave.groups if folder.shard_name(g.key) not in have}
         total = sum(len(wave.prompts) for wave in plan.waves)
-        done = total - sum(len(group.prompts) for group in missing)
-        self.progress("forward and lens", done, total)
-        engine.space.reserve(*plan.largest_wave)
-        for wave in plan.waves:
-            if not any(group in missing for group in wave.groups):
-                continue
+        done = total - sum(len(g.prompts) for wave in plan.waves for g in wave.groups if g.key in todo)
+        self.progress(STAGE, done, total)
+        waves = engine.waves(plan, todo, config.backend)
+        while True:
             try:
                 with self._timed("forward"):
-                    captured = engine.capture(wave.prompts)
+                    wave, captured = next(waves, (None, None))
+                if wave is None or captured is None:
+                    return
                 with self._timed("lens"):
                     values = read_answers(captured, engine.anatomy.head, config.backend)
                 if not values.finite:
@@ -281,20 +268,20 @@ class _Run:
             except (MemoryError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise XprobeError(
-                    f"group {', '.join(g.key for g in wave.groups)} failed: {reason}. {done} of {total} examples are "
-                    f"kept in {self.out}; if memory ran out, add --resume and a smaller --batch-tokens"
+                    f"the run failed: {reason}. {done} of {total} examples are kept in {self.out}; if memory ran out, "
+                    "add --resume and a smaller --batch-tokens"
                 ) from error
-            at = 0
+            start = 0
             for group in wave.groups:
-                rows = captured.part(at, at + len(group.prompts))
-                at += len(group.prompts)
-                if group not in missing:  # computed again with the others of its wave, to give them the same bits
-                    continue
-                first, last = captured.offsets[[at - len(group.prompts), at]].tolist()
-                with self._timed("write"):
-                    write_group(folder, group, rows, values.part(first, last), store_rows=config.store_rows)
-                done += len(group.prompts)
-                self.progress("forward and lens", done, total)
+                stop = start + len(group.prompts)
+                if group.key in todo:  # the others were computed again to give these the same bits
+                    first, last = captured.offsets[[start, stop]].tolist()
+                    with self._timed("write"):
+                        part = captured.part(start, stop)
+                        write_group(folder, group, part, values.part(first, last), store_rows=config.store_rows)
+                    done += len(group.prompts)
+                    self.progress(STAGE, done, total)
+                start = stop
 
     # -- phases and tables -----------------------------------------------------------------------------------
 
@@ -318,9 +305,6 @@ class _Run:
             "results": {s: results[s] for s in config.settings if s in results},
         }
 
-    def _say(self, message: str) -> None:
-        self.progress(message, 0, 0)
-
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -330,13 +314,13 @@ class _Run:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
 
 
-def _shortest_and_longest(prompts: list[Any], count: int) -> list[Any]:
+def _shortest_and_longest(prompts: list[Prompt], count: int) -> list[Prompt]:
     """``count`` prompts (all if fewer): half of them the shortest, half the longest, so that padding is at work."""
     by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
     return by_length if len(by_length) <= count else [*by_length[: count // 2], *by_length[-(count - count // 2) :]]
 
 
-def _sample(groups: list[Group]) -> list[Any]:
+def _sample(groups: list[Group]) -> list[Prompt]:
     """A few prompts with a common beginning, the longest of all among them, and one of another group."""
     longest = max(groups, key=lambda group: max(len(prompt.ids) for prompt in group.prompts))
     by_length = sorted(longest.prompts, key=lambda prompt: len(prompt.ids))
@@ -345,12 +329,9 @@ def _sample(groups: list[Group]) -> list[Any]:
     return [*{id(p): p for p in chosen.values()}.values(), *(other.prompts[0] for other in others[:1])]
 
 
-def _counts(prompts: list[Any], skipped: list[Skipped], data: Dataset) -> dict[str, Any]:
-    return {
-        "examples": len(prompts),
-        "answer_tokens": sum(len(prompt.targets) for prompt in prompts),
-        "languages": len({prompt.example.language for prompt in prompts}),
-        "paragraphs": len({prompt.example.paragraph for prompt in prompts}),
-        "skipped": dict(Counter(item.reason for item in skipped)),
-        "bad_records": dict(Counter(problem.reason for problem in data.problems)),
-    }
+def _check_vocabulary(prompts: list[Prompt], size: int, name: str) -> None:
+    largest = max(max(prompt.ids) for prompt in prompts)
+    if largest >= size:
+        raise ModelError(
+            f"the tokenizer of {name} gives token id {largest}, the model knows {size}: the two do not belong together"
+        )

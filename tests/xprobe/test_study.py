@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from xprobe.models import loading
 from xprobe.qa.parallel import load_data
 from xprobe.store import RunFolder
 
-SMALL = {"languages": ("en", "th", "zh"), "limit": 6}
+SMALL = {"batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6}
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +281,9 @@ def test_stages_are_reported_in_order(tiny, tmp_path):
     seen = []
     xprobe.run(str(tiny), out=tmp_path / "run", progress=lambda *event: seen.append(event), **SMALL)
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
-    assert stages == ["loading the model", "building prompts", "forward and lens", "phases and tables"]
+    assert stages[:2] == ["loading the model", "building prompts"]
+    assert re.fullmatch(r"shared beginnings save \d+% of \d+ tokens", stages[2])
+    assert stages[3:] == ["forward and lens", "phases and tables"]
     assert [done for stage, done, _ in seen if stage == "forward and lens"] == [0, 9, 18]
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xprobe.capture.cascade import Layout, packed_attention
 from xprobe.capture.memory import is_out_of_memory, release_memory
-from xprobe.capture.passes import Pass
-from xprobe.capture.plan import WAYS, Way, part_tokens, prefix_length, split
+from xprobe.capture.passes import Pass, pad
+from xprobe.capture.plan import WAYS, Plan, Wave, Way, part_tokens, prefix_length, split
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, Receiver, RowSpace
 from xprobe.capture.tree import grow
 from xprobe.models.anatomy import Anatomy, watch_states
+from xprobe.models.parity import check_parity
 from xprobe.qa.prompts import Prompt
 
 # Largest difference of a row made another way, relative to the row's largest entry, that is still rounding
@@ -43,7 +43,13 @@ class Engine:
         self.model, self.anatomy, self.batch_tokens = model, anatomy, batch_tokens
         self.notify = notify or (lambda message: None)
         self.way: Way = "tree"
+        self.parity_error: float | None = None
         self.space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
+
+    def check(self, prompts: list[Prompt], backend: str = "auto") -> float:
+        """Parity of the lens on a few prompts (``check_parity``), kept in ``parity_error``."""
+        self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
+        return self.parity_error
 
     def settle(self, sample: Sequence[Prompt]) -> Way:
         """Finds the way of sharing that gives this model the rows of its own plain runs, and keeps to it.
@@ -72,6 +78,13 @@ class Engine:
         self.way = "plain"
         self.notify(f"it is run with {WAYS['plain']}")
         return self.way
+
+    def waves(self, plan: Plan, wanted: Container[str], backend: str = "auto") -> Iterator[tuple[Wave, Captured]]:
+        """Every wave of ``plan`` that holds a group of ``wanted``, and its rows, valid until the next is asked for."""
+        self.space.reserve(*plan.largest_wave)
+        for wave in plan.waves:
+            if any(group.key in wanted for group in wave.groups):
+                yield wave, self.capture(wave.prompts)
 
     def capture(self, prompts: Sequence[Prompt]) -> Captured:
         """Rows of ``prompts``, valid until the next call.
@@ -137,18 +150,6 @@ def run_pass(model: Any, anatomy: Anatomy, one: Pass) -> None:
     """One forward pass of the decoder without its head."""
     with torch.inference_mode(), watch_states(anatomy.blocks, one.receive), one.active():
         model.base_model(**one.inputs, use_cache=False)
-
-
-def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Token ids [B, T], padded on the right with id 0, to be run *without* an attention mask.
-
-    A causal model's states at real positions cannot see what comes later, so no mask is needed; and a mask can hurt:
-    rows that it leaves with nothing to attend to become NaN in some attention implementations, and spread.
-    """
-    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-    return ids.to(device)
 
 
 def _disagreement(found: Captured, wanted: Captured) -> str | None:

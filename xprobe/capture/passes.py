@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +27,15 @@ class Pass:
     inputs: dict[str, Tensor]
     receive: Callable[[int, Tensor], None]
     active: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids [B, T], padded on the right with id 0, to be run *without* an attention mask.
+
+    A causal model's states at real positions cannot see what comes later, so no mask is needed; and a mask can hurt:
+    rows that it leaves with nothing to attend to become NaN in some attention implementations, and spread.
+    """
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+    return ids.to(device)

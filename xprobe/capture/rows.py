@@ -65,9 +65,12 @@ class RowSpace:
         """Takes memory for so many answer positions and examples at once."""
         row = self.layers * self.width
         if self._answers.numel() < row * positions:
-            self._answers = self._answers.new_empty(row * positions)
+            self._answers = self._memory(self._answers, row * positions)
         if self._questions.numel() < row * examples:
-            self._questions = self._questions.new_empty(row * examples)
+            self._questions = self._memory(self._questions, row * examples)
+
+    def _memory(self, before: Tensor, numbers: int) -> Tensor:
+        return before.new_empty(numbers)
 
     def take(self, prompts: Sequence[Prompt]) -> Captured:
         """Room for the rows of ``prompts``; what was taken before is overwritten."""

@@ -95,25 +95,16 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
     import torch
     import transformers
 
-    location = source.location
-    if source.kind == "gguf":
-        location = str(gguf.converted(Path(source.location)))
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if source.kind == "hub" and not _hub_answers():
-        if not _in_hub_cache(location):
-            raise ModelError(_unknown(source))
-        options["local_files_only"] = True
+    location, options = _where(source, config)
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    if source.kind == "folder":
-        _check_folder(Path(location), source.name)
     with quiet():
         try:
             model_config = transformers.AutoConfig.from_pretrained(location, **options)
             check_decoder(model_config, source.name)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
+            tokenizer = load_tokenizer(source, config)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 location,
                 config=model_config,
@@ -130,6 +121,59 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
             f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model"
         )
     return LoadedModel(source, model.to(device).eval(), tokenizer, window(model.config))
+
+
+def load_tokenizer(source: Source, config: StudyConfig) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises
+    ------
+    ModelError
+        There is none, or it cannot be read.
+    """
+    import transformers
+
+    location, options = _where(source, config)
+    if source.kind == "folder":
+        _check_folder(Path(location), source.name)
+    with quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(location, **options)
+        except Exception as error:  # as above
+            raise ModelError(_explain(source, error)) from error
+
+
+def load_config(source: Source, config: StudyConfig) -> Any:
+    """The model's configuration, refused if it is not that of a causal decoder.
+
+    Raises
+    ------
+    ModelError
+        It cannot be read, or is of another kind of model.
+    """
+    import transformers
+
+    location, options = _where(source, config)
+    with quiet():
+        try:
+            found = transformers.AutoConfig.from_pretrained(location, **options)
+        except Exception as error:  # as above
+            raise ModelError(_explain(source, error)) from error
+    check_decoder(found, source.name)
+    return found
+
+
+def _where(source: Source, config: StudyConfig) -> tuple[str, dict[str, Any]]:
+    """What transformers is to load from, and how."""
+    location = source.location
+    if source.kind == "gguf":
+        location = str(gguf.converted(Path(source.location)))
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if source.kind == "hub" and not _hub_answers():
+        if not _in_hub_cache(location):
+            raise ModelError(_unknown(source))
+        options["local_files_only"] = True
+    return location, options
 
 
 def pick_device(name: str) -> str:
@@ -161,20 +205,18 @@ def window(config: Any) -> int | None:
 
 
 def local_folder(source: Source) -> Path:
-    """Folder with the files of ``source``; those of a model on the hub are fetched, unless the cache has them.
+    """Folder with the files of ``source``; those of a model on the hub are fetched, unless the cache has them, and a
+    GGUF file is converted (which takes memory for all of its weights, once).
 
     Raises
     ------
     ModelError
-        A GGUF file, whose weights do not lie in a folder; or the hub does not answer or has no such model.
+        The hub does not answer or has no such model, or a GGUF file cannot be converted.
     """
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "gguf":
-        raise ModelError(
-            f"{source.name} is a GGUF file: block-by-block runs read folders with safetensors; run it whole, or name "
-            "the original model"
-        )
+        return gguf.converted(Path(source.location))
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from xprobe_kernels import Unembedding, lens, reference
 
-from xprobe.capture.engine import pad
+from xprobe.capture.passes import pad
 from xprobe.errors import ParityError
 from xprobe.models.anatomy import Anatomy, watch_states
 from xprobe.qa.prompts import Prompt

@@ -1,0 +1,150 @@
+"""Capture for models larger than memory: all forward passes go through one block before the next block is read.
+
+Rows are kept in a file of the run's folder until the last block has run, since the divergence from the final layer
+needs the final layer; then group after group is read from it. An interrupted run starts its sweep again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Container, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xprobe.capture.cascade import NotShareable
+from xprobe.capture.engine import TOLERANCE, Notify, make_pass
+from xprobe.capture.passes import Pass
+from xprobe.capture.plan import WAYS, Plan, Wave, Way, split
+from xprobe.capture.products import fast_products
+from xprobe.capture.rows import Captured, RowSpace
+from xprobe.errors import RunFolderError
+from xprobe.models.parity import compare_with_own
+from xprobe.models.streaming import StreamedModel, own_logits, sweep
+from xprobe.qa.prompts import Prompt
+
+STAGE = "blocks"  # as progress is told
+PARITY_PROMPTS = 4
+
+
+class LayerwiseEngine:
+    """What ``Engine`` is for a model in memory; ``folder`` is where rows and spilled hidden states go meanwhile."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        batch_tokens: int,
+        folder: Path,
+        notify: Notify | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.streamed, self.batch_tokens, self.folder = streamed, batch_tokens, folder
+        self.model, self.anatomy = streamed.model, streamed.anatomy
+        self.notify = notify or (lambda message: None)
+        self.progress = progress or (lambda stage, done, total: None)
+        self.way: Way = "tree"
+        self.sample: list[Prompt] = []
+        self.parity_error: float | None = None
+        self.bytes_read = 0
+
+    def settle(self, sample: Sequence[Prompt]) -> Way:
+        """Keeps ``sample`` to be run alone and packed ahead of the rest: where the two differ, the sweep starts again
+        with plain batches. No block is read for it alone."""
+        self.sample = list(sample)
+        return self.way
+
+    def waves(self, plan: Plan, wanted: Container[str], backend: str = "auto") -> Iterator[tuple[Wave, Captured]]:
+        """Every wave of ``plan`` that holds a group of ``wanted``, and its rows, after one sweep over all of them.
+
+        Raises
+        ------
+        ModelError, ParityError, RunFolderError
+            The model cannot be run so, is not understood, or there is no room for the rows.
+        """
+        waves = [wave for wave in plan.waves if any(group.key in wanted for group in wave.groups)]
+        if not waves:
+            return
+        layers, width, model = self.anatomy.n_layers, self.anatomy.head.width, self.model
+        prompts = [prompt for wave in waves for prompt in wave.prompts]
+        space = _MappedSpace(layers, width, model.dtype, self.folder)
+        captured = space.take(prompts)
+        before = self.streamed.checkpoint.bytes_read
+        with fast_products(model):
+            try:
+                self._sweep(waves, prompts, captured)
+            except NotShareable as reason:
+                self.notify(f"{type(model).__name__} cannot be run with {WAYS[self.way]} ({reason})")
+                self.way = "plain"
+                self.notify(f"it is run with {WAYS['plain']}")
+                self._sweep(waves, prompts, captured)
+        self.bytes_read += self.streamed.checkpoint.bytes_read - before
+        self._check_parity(captured.part(0, min(PARITY_PROMPTS, len(prompts))), backend)
+        start = 0
+        for wave in waves:
+            stop = start + len(wave.prompts)
+            yield wave, captured.part(start, stop)
+            start = stop
+
+    def check(self, prompts: list[Prompt], backend: str = "auto") -> None:
+        """Nothing yet: parity needs rows of the last layer, and is told from those of the sweep."""
+
+    def _check_parity(self, captured: Captured, backend: str) -> None:
+        device = self.anatomy.head.weight.device
+        last, targets = captured.answers[-1].to(device), captured.targets.to(device)
+        own = own_logits(self.streamed, last)
+        self.parity_error = compare_with_own(self.model, last, own, self.anatomy.head, targets, backend)
+
+    def _sweep(self, waves: Sequence[Wave], prompts: Sequence[Prompt], captured: Captured) -> None:
+        passes: list[Pass] = [] if self.way == "plain" else self._checks()
+        start = 0
+        for wave in waves:
+            members = range(start, start + len(wave.prompts))
+            start = members.stop
+            parts = split(prompts, members, self.batch_tokens, self.way)
+            passes += [make_pass(self.model, prompts, part, captured, self.way) for part in parts]
+        sweep(self.streamed, passes, folder=self.folder, progress=lambda done, total: self.progress(STAGE, done, total))
+
+    def _checks(self) -> list[Pass]:
+        """The sample one by one, then packed: a pass that raises NotShareable at the first layer where they differ."""
+        if not self.sample:
+            return []
+        shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.model.device)
+        wanted, found = RowSpace(*shape).take(self.sample), RowSpace(*shape).take(self.sample)
+        passes = [make_pass(self.model, self.sample, [i], wanted, "plain") for i in range(len(self.sample))]
+        packed = make_pass(self.model, self.sample, range(len(self.sample)), found, self.way)
+
+        def receive(layer: int, hidden: Tensor) -> None:
+            packed.receive(layer, hidden)
+            ours, theirs = found.answers[layer].float(), wanted.answers[layer].float()
+            error = float(((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1).clamp(min=1e-30)).max())
+            if not error <= TOLERANCE[self.model.dtype]:
+                raise NotShareable(f"its rows differ by {error:.1e} from layer {layer} on")
+
+        return [*passes, Pass(packed.inputs, receive, packed.active)]
+
+
+class _MappedSpace(RowSpace):
+    """Rows in a file that vanishes with the process; its room on the disk is taken at once, so that it cannot end
+    in the middle."""
+
+    def __init__(self, layers: int, width: int, dtype: torch.dtype, folder: Path) -> None:
+        super().__init__(layers, width, dtype, torch.device("cpu"))
+        self.dtype, self.folder = dtype, folder
+
+    def _memory(self, before: Tensor, numbers: int) -> Tensor:
+        size = numbers * self.dtype.itemsize
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=".rows-", dir=self.folder)
+            try:
+                os.posix_fallocate(descriptor, 0, max(size, 1))
+                return torch.from_file(name, shared=True, size=numbers, dtype=self.dtype)
+            finally:
+                os.close(descriptor)
+                os.unlink(name)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot keep {size / 1e9:.1f} GB of hidden rows in {self.folder} ({error.strerror or error}): make "
+                "room, or choose another --out"
+            ) from error
