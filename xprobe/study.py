@@ -238,7 +238,8 @@ class _Run:
             from xprobe.capture.layerwise import LayerwiseEngine
             from xprobe.models.streaming import open_streamed
 
-            streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=config.trust_remote_code)
+            trust = config.trust_remote_code
+            streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=trust)
             tokenizer = loading.load_tokenizer(source, config)
             return LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self.progress), tokenizer
         loaded = loading.load(source, config)
