@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
+from xprobe.disk import check_writable
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.store import FORMAT, JOURNAL, LAYERS, MANIFEST, SHARDS, RunFolder, check_writable
+from xprobe.store import FORMAT, JOURNAL, LAYERS, MANIFEST, SHARDS, RunFolder
 
 GROUPS = ("en-x/en/a000p000", "en-x/en/a000p001", "x-x/de/a000p000")
 
