@@ -57,10 +57,14 @@ class FolderLock:
         with writing(self.path):
             self._made = make_folder(self.path)
             self._key = os.path.realpath(self.path)
-            with _guard:
-                if self._key in _held:
-                    raise UsageError(_taken(self.path, _describe()))
-                _held[self._key] = self._open()
+            try:
+                with _guard:
+                    if self._key in _held:
+                        raise UsageError(_taken(self.path, _describe()))
+                    _held[self._key] = self._open()
+            except BaseException:
+                self._unmake()
+                raise
         self._owner = os.getpid()
         _close_in_forks()
         return self
@@ -117,6 +121,9 @@ class FolderLock:
             os.close(handle)
             if fcntl is None:  # open files cannot be removed there
                 (self.path / LOCK).unlink(missing_ok=True)
+        self._unmake()
+
+    def _unmake(self) -> None:
         for folder in self._made:
             try:
                 folder.rmdir()

@@ -261,9 +261,10 @@ class RunFolder:
             yield temporary
             sync(temporary)  # before the renaming: a name must never stand for bytes that the disk does not have
             temporary.replace(final)
-            sync(final.parent)
-        finally:
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
+        sync(final.parent)
 
 
 def holds_something(path: Path) -> bool:
