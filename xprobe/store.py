@@ -136,7 +136,7 @@ class RunFolder:
         parts = {name: dict(manifest.get(name) or {}) for name in ("config", "model", "data")}
         values = {
             "config": {name: value for name, value in parts["config"].items() if name not in MAY_CHANGE},
-            "model": [parts["model"].get(name) for name in ("files_sha256", "head_sha256", "dtype")],
+            "model": parts["model"].get("files_sha256"),
             "data": parts["data"].get("files_sha256"),
             "template": manifest.get("template_sha256"),
         }
@@ -200,19 +200,21 @@ class RunFolder:
         entries = self._entries()
         return [name for name in entries if checksum(self.path / SHARDS / name) == entries[name].get("sha256", "")]
 
-    def tidy(self) -> None:
-        """Removes parts of files that a killed run left, and lines of the journal that say nothing of this run.
+    def tidy(self, groups: list[str]) -> None:
+        """Leaves the folder as a run that nobody interrupted leaves it.
 
+        Removes what a killed process left of files, and rewrites the journal: one line per group, in this order.
         Only for the process that holds the folder's lock.
         """
         with writing(self.path):
             for folder in (self.path, self.path / SHARDS):
                 for part in folder.glob(_PART.format("*")):
                     part.unlink()
-            lines = [json.dumps(entry) + "\n" for entry in self._entries().values()]
-            path = self.path / JOURNAL
-            if path.is_file() and path.read_bytes() != "".join(lines).encode():
-                self.write_bytes(JOURNAL, "".join(lines).encode())
+            entries = self._entries()
+            names = [self.shard_name(group) for group in groups]
+            lines = "".join(json.dumps(entries[name]) + "\n" for name in names if name in entries).encode()
+            if (self.path / JOURNAL).read_bytes() != lines:
+                self.write_bytes(JOURNAL, lines)
 
     def holds(self, groups: list[str]) -> bool:
         """Whether every one of ``groups`` has a finished shard."""

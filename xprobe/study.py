@@ -140,6 +140,7 @@ class _Run:
         if not finished:
             self.timings["total"] = time.perf_counter() - started
             manifest["timings"] = {name: round(seconds, 3) for name, seconds in self.timings.items()}
+        folder.tidy(manifest["groups"])
         manifest["status"] = "done"
         folder.write_manifest(manifest)
         return Study(folder.path, manifest, folder.read_table(LAYERS), folder.read_table(EXAMPLES))
@@ -174,7 +175,6 @@ class _Run:
             return {}, False
         folder = RunFolder.create(self.out, resume=True)
         if not (folder.path / MANIFEST).is_file():
-            folder.tidy()
             return {}, False
         manifest = folder.read_run()
         found = differences(manifest, identity)
@@ -183,7 +183,6 @@ class _Run:
             found = other_device(manifest, self.config.device)
         if found:
             raise UsageError(f"cannot resume {self.out}: {'; '.join(found)}. Choose another --out")
-        folder.tidy()
         return manifest, finished
 
     # -- forward, lens, shards -------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Runs in forks of one process that has everything imported and the model's code loaded: 0.2 s each instead of 5.
 
-A program of its own: ``python forked_runs.py MODEL``. It reads one JSON object per line and answers with one:
+A program of its own: ``python -m forks.server MODEL``. It reads one JSON object per line and answers with one:
 ``{"run": {...arguments of xprobe.run}, "out": DIR, "at": N}`` or ``{"cli": [...arguments], "say": FILE}`` starts a fork
-and gives its process id; ``{"wait": PID}`` gives how it ended, as ``subprocess`` counts it, and what it noted.
+and gives its process id; ``{"wait": PID}`` gives how it ended, as ``subprocess`` counts it, and what it noted. With
+``"slow": [DIR, SECONDS]``, a forward pass of the latter takes at least this long once the run folder holds a shard.
 
 With ``at``, the fork kills itself right before its Nth step that changes the folder: opening a file to write, syncing,
-renaming, removing, half of what a line would write. With ``half`` it lives on, but no file may grow beyond 64 bytes: the
+renaming, removing, half of a line's writing. With ``half`` it lives on, but no file may grow beyond 64 bytes: the
 system kills it in the middle of the next write. Without ``at``, it notes every step.
 """
 
@@ -16,17 +17,13 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
+from pathlib import Path
 from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import torch
-
-torch.set_num_threads(1)
-
-import pandas.io.parquet  # noqa: F401
 import pyarrow.parquet  # noqa: F401
+import torch
 import xprobe_cli.main
 import xprobe_cli.run
 
@@ -113,23 +110,25 @@ def cli(request: dict[str, Any]) -> tuple[Any, int]:
     said = os.open(request["say"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    if request.get("batches") is not None:
-        slow_down(request["batches"])
+    if "slow" in request:
+        slow_down(*request["slow"])
     code = xprobe_cli.main.main(request["cli"])
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     return {"restored": handlers == [signal.default_int_handler, signal.SIG_DFL]}, code
 
 
-def slow_down(seconds: float) -> None:
-    """Every forward pass takes at least this long, so that a signal meets one."""
-    import time
+def slow_down(folder: str, seconds: float) -> None:
+    """From the first shard on, forward passes take at least this long, so that a signal meets one."""
 
-    torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: time.sleep(seconds) if type(module).__name__ == "LlamaModel" else None
-    )
+    def wait(module: torch.nn.Module, _: Any) -> None:
+        if type(module).__name__ == "LlamaModel" and any(Path(folder, "shards").glob("*.safetensors")):
+            time.sleep(seconds)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(wait)
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
     loading.load(loading.resolve(sys.argv[1]), xprobe.StudyConfig())  # what transformers imports only when it is used
     pipes: dict[int, int] = {}
     answers, sys.stdout = sys.stdout, sys.stderr
