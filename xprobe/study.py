@@ -61,7 +61,7 @@ def run(
     out : path, optional
         Run folder; a new one under ``runs/`` if None.
     resume : bool
-        Continue the run in ``out``: what its shards hold is not computed again.
+        Continue the run in ``out``: what its shards hold is not computed again. A run of something else is refused.
     progress : callable (stage, done, total), optional
     **options
         Further fields of ``StudyConfig``: limit, template, dtype, device, seed, ...
@@ -69,7 +69,8 @@ def run(
     Raises
     ------
     XprobeError
-        Says what is wrong, where, and what to do. Shards already written stay valid.
+        Says what is wrong, where, and what to do. Shards already written stay valid. A UsageError if another process
+        or thread is at work in ``out``.
     """
     settings = (setting,) if isinstance(setting, str) else tuple(setting)
     languages = None if languages is None else tuple([languages] if isinstance(languages, str) else languages)

@@ -144,6 +144,8 @@ def main() -> None:
             pipes[pid] = pipe
             answer = {"pid": pid}
         print(json.dumps(answer), file=answers, flush=True)
+    for pid in pipes:  # of a test that failed before it waited
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,30 @@ def test_a_killed_process_leaves_a_file_that_keeps_nobody_out(tmp_path: Path) ->
     assert not (tmp_path / LOCK).exists()
 
 
+def test_a_fork_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal; from pathlib import Path; from xprobe.lock import FolderLock\n"
+        "with FolderLock(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        print(flush=True); sys.stdin.read(); os._exit(0)\n"
+        "    signal.pause()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    try:
+        assert take(tmp_path) == "taken"
+    finally:
+        process.stdin.close()  # ends the fork
+        process.stdout.close()
+
+
 @pytest.mark.parametrize("content", [b"", b'{"pid": 12', b"[]", b"\xff\xfe", b'{"pid": "many", "host": 3}'])
 def test_what_lies_in_the_file_does_not_decide(content: bytes, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_bytes(content)
