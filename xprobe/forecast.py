@@ -144,9 +144,7 @@ class _Shape:
         inside = list(blocks[0]) if blocks else []
         sizes = [sum(p.numel() for p in block.parameters()) for block in inside]
         total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-        used = sum(
-            p.numel() * _share(p, text) for block in inside for p in block.parameters() if p.ndim > 1
-        )
+        used = sum(p.numel() * _share(p, text) for block in inside for p in block.parameters() if p.ndim > 1)
         head = model.get_output_embeddings().weight
         return cls(
             parameters=total,
@@ -234,6 +232,4 @@ def _without_weights(config: Any, dtype: torch.dtype, trust_remote_code: bool) -
     import transformers
 
     with quiet(), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -95,6 +95,23 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
+def read_questions(config: StudyConfig) -> tuple[Template, Dataset, list[Example]]:
+    """The wording, the data and the examples that a configuration asks for.
+
+    Raises
+    ------
+    UsageError, DataError
+        The template or the data cannot be read, or holds none of what is asked for.
+    """
+    template = load_template(config.template)
+    needed = ("en",) if "en-x" in config.settings else ()
+    data = load_data(config.data, config.languages, strict=config.strict, needed=needed)
+    examples = data.examples(config.settings, config.languages, config.limit)
+    if not examples:
+        raise DataError(f"{config.data} holds no question for {', '.join(config.settings)} in these languages")
+    return template, data, examples
+
+
 def default_out(config: StudyConfig) -> Path:
     """A new folder under ``runs/``, named after model, settings and time."""
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.model).name) or "model"
@@ -124,12 +141,7 @@ class _Run:
     def _go(self) -> Study:
         started = time.perf_counter()
         config = self.config
-        self.template = load_template(config.template)
-        needed = ("en",) if "en-x" in config.settings else ()
-        data = load_data(config.data, config.languages, strict=config.strict, needed=needed)
-        examples = data.examples(config.settings, config.languages, config.limit)
-        if not examples:
-            raise DataError(f"{config.data} holds no question for {', '.join(config.settings)} in these languages")
+        self.template, data, examples = read_questions(config)
         source = loading.resolve(config.model)
         identity = self._identity(source, data)
         before, finished = self._earlier(identity)
@@ -223,6 +235,8 @@ class _Run:
         }
         folder.write_manifest(manifest)
         self._compute_waves(engine, plan, folder)
+        if engine.way != plan.way:  # found out by a sweep
+            manifest["plan"] = make_plan(groups, config.batch_tokens, engine.way).to_dict()
         return {**manifest, "parity_error": engine.parity_error}, folder
 
     def _open(self, source: loading.Source) -> tuple[Engine | LayerwiseEngine, Any]:

@@ -82,12 +82,20 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     show_default=True,
     help="Keep hidden rows in the shards, for probes.",
 )
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="For models larger than memory: run all prompts block by block; each block's weights are read once.",
+)
+@click.option("--dry-run", is_flag=True, help="Show groups, tokens saved, memory and time expected; run nothing.")
 @click.option("--strict", is_flag=True, help="Make bad records fatal.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model run its own code.")
 @click.option("--allow-pickle", is_flag=True, help="Load weights from a pickle, which can run code.")
 @common
 @click.pass_context
-def command(context: click.Context, out: Path | None, resume: bool, as_json: bool, **options: Any) -> int:
+def command(
+    context: click.Context, out: Path | None, resume: bool, dry_run: bool, as_json: bool, **options: Any
+) -> int:
     """Per-layer phase stability of MODEL over parallel questions.
 
     MODEL is a Hugging Face id, a local folder, a .gguf file, or smollm2-135m (the default: a small real model).
@@ -102,6 +110,8 @@ def command(context: click.Context, out: Path | None, resume: bool, as_json: boo
     if resume and out is not None:
         options |= _as_before(context, out, options)
     config = StudyConfig(**options)
+    if dry_run:
+        return _show_forecast(config, as_json)
     from xprobe.study import default_out, run_config
     from xprobe_cli.tables import study_report
 
@@ -119,6 +129,18 @@ def command(context: click.Context, out: Path | None, resume: bool, as_json: boo
         click.echo(study_report(study))
     for line in left_out(study.manifest):
         click.echo(line, err=True)
+    return 0
+
+
+def _show_forecast(config: StudyConfig, as_json: bool) -> int:
+    from xprobe.forecast import forecast
+    from xprobe_cli.forecasts import forecast_report
+
+    found = forecast(config)
+    if as_json:
+        echo_json(found.to_dict())
+    else:
+        click.echo(forecast_report(found))
     return 0
 
 
