@@ -259,8 +259,7 @@ def test_prompts_beyond_the_reach_of_the_usual_angles_do_not_turn_those_of_other
     rope = {"rope_type": kind, "rope_theta": 1e4, **factors}
     options = {**FAMILIES["phi3" if kind == "longrope" else "llama"][1], "rope_parameters": rope}
     if kind == "longrope":
-        rope |= {"original_max_position_embeddings": 32}
-        options |= {"max_position_embeddings": 192}
+        options |= {"original_max_position_embeddings": 32, "max_position_embeddings": 192}
     else:
         options |= {"max_position_embeddings": 32}
     torch.manual_seed(0)
