@@ -8,7 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+ROWS_AT_A_TIME = 64
 
 
 @contextmanager
@@ -71,5 +74,7 @@ def onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def cpu_product(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """``rows @ weight.T`` [r, v] by the faster library; in ``out`` unless that one makes its own result."""
     if rows.dtype == torch.float32 and rows.device.type == "cpu" and onednn_is_faster():
-        return onednn_linear(rows, weight, None)
+        # it makes code for every number of rows and keeps it: few numbers, little code
+        missing = -rows.shape[0] % ROWS_AT_A_TIME
+        return onednn_linear(F.pad(rows, (0, 0, 0, missing)) if missing else rows, weight, None)[: rows.shape[0]]
     return torch.mm(rows, weight.T, out=out)

@@ -35,6 +35,9 @@ from xprobe.qa.prompts import Prompt
 # Largest difference of a row made another way, relative to the row's largest entry, that is still rounding
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
+# Packed sequences end at a multiple of it
+MULTIPLE = 64
+
 Notify = Callable[[str], None]
 
 
@@ -162,7 +165,7 @@ def make_pass(model: Any, prompts: Sequence[Prompt], part: Sequence[int], into: 
     if way == "plain":
         ids = pad([prompts[i].ids[:-1] for i in part], model.device)
         return Pass({"input_ids": ids}, Receiver(prompts, part, lambda i, start, stop: [(i, start, stop)], into))
-    tree = grow([prompts[i].ids[:-1] for i in part])
+    tree = grow([prompts[i].ids[:-1] for i in part]).filled(MULTIPLE)
     layout = Layout.of(tree, model.device)
     receiver = Receiver(
         prompts, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into

@@ -51,6 +51,17 @@ class Tree:
     segments: tuple[Segment, ...]
     paths: tuple[tuple[Segment, ...], ...]
 
+    def filled(self, multiple: int) -> Tree:
+        """The same with tokens that nobody reads at its end, so that N is a multiple: libraries make code for every N
+        that they meet, and keep it."""
+        missing = -len(self.ids) % multiple
+        if not missing:
+            return self
+        start, stop = len(self.ids), len(self.ids) + missing
+        filling = Segment(start, stop, stop, 0)
+        nothing = [0] * missing
+        return Tree((*self.ids, *nothing), (*self.positions, *nothing), (*self.segments, filling), self.paths)
+
     def place(self, sequence: int, position: int) -> int:
         """Where a token of a sequence stands in the packed sequence."""
         for segment in self.paths[sequence]:

@@ -81,3 +81,12 @@ def test_batches_of_segments_hold_every_token_once_and_little_padding():
     targets = torch.cat([batch.targets for batch in layout.batches])
     assert torch.equal(targets.sort().values, torch.arange(len(tree.ids)))
     assert sum(batch.places.numel() for batch in layout.batches) <= 1.25 * len(tree.ids)
+
+
+def test_filling_adds_tokens_at_the_end_that_no_path_goes_through():
+    tree = grow(FED)
+    filled = tree.filled(64)
+    assert len(filled.ids) % 64 == 0
+    assert filled.ids[: len(tree.ids)] == tree.ids
+    assert filled.paths == tree.paths
+    assert filled.filled(64) is filled
