@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from xprobe.config import DEFAULT_MODEL, DTYPES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, SETTINGS, SIGNALS, StudyConfig
 from xprobe.store import MANIFEST, RunFolder
 from xprobe_cli.options import Names, common, echo_json
 
@@ -59,6 +59,11 @@ from xprobe_cli.options import Names, common, echo_json
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="A torch device: cpu, cuda, cuda:1, ...")
+@click.option(
+    "--device-map",
+    type=click.Choice(DEVICE_MAPS),
+    help="Spread a model that one device cannot hold over all of them (docs/large-models.md).",
+)
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),

@@ -16,7 +16,7 @@ from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, Receiver, RowSpace
 from xprobe.capture.tree import grow
-from xprobe.models.anatomy import Anatomy, watch_states
+from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.parity import check_parity
 from xprobe.qa.prompts import Prompt
 
@@ -126,7 +126,7 @@ class Engine:
             run_pass(self.model, self.anatomy, make_pass(self.model, prompts, part, into, "plain"))
             return
         cache = shared_cache(self.model, list(prompts[part[0]].ids[:shared]))
-        ids = pad([prompts[i].ids[shared:-1] for i in part], self.model.device)
+        ids = pad([prompts[i].ids[shared:-1] for i in part], input_device(self.model))
         receiver = Receiver(prompts, part, lambda place, start, stop: [(place, start - shared, stop - shared)], into)
         with watch_states(self.anatomy.blocks, receiver):
             self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -134,15 +134,16 @@ class Engine:
 
 def make_pass(model: Any, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> Pass:
     """The forward pass over ``part`` of ``prompts``, ``tree`` or ``plain``, that leaves its rows in ``into``."""
+    device = input_device(model)
     if way == "plain":
-        ids = pad([prompts[i].ids[:-1] for i in part], model.device)
+        ids = pad([prompts[i].ids[:-1] for i in part], device)
         return Pass({"input_ids": ids}, Receiver(prompts, part, lambda i, start, stop: [(i, start, stop)], into))
     tree = grow([prompts[i].ids[:-1] for i in part])
-    layout = Layout.of(tree, model.device)
+    layout = Layout.of(tree, device)
     receiver = Receiver(
         prompts, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into
     )
-    inputs = {"input_ids": torch.tensor([tree.ids], device=model.device), "position_ids": layout.positions[None]}
+    inputs = {"input_ids": torch.tensor([tree.ids], device=device), "position_ids": layout.positions[None]}
     return Pass(inputs, receiver, partial(packed_attention, model, layout))
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import socket
+import tempfile
 import urllib.parse
 import urllib.request
+import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +104,8 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    with quiet():
+    with quiet(), ExitStack() as undo:
+        placing = _placing(config, undo)
         try:
             model_config = transformers.AutoConfig.from_pretrained(location, **options)
             check_decoder(model_config, source.name)
@@ -111,16 +116,50 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=None if config.allow_pickle else True,
                 **options,
+                **placing,
             )
         except ModelError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ... for bad input
             raise ModelError(_explain(source, error)) from error
+        weakref.finalize(model, undo.pop_all().close)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
             f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model"
         )
-    return LoadedModel(source, model.to(device).eval(), tokenizer, window(model.config))
+    _check_tied(model)
+    model = model.eval() if placing else model.to(device).eval()
+    return LoadedModel(source, model, tokenizer, window(model.config))
+
+
+def _placing(config: StudyConfig, undo: ExitStack) -> dict[str, Any]:
+    """What tells transformers to spread a model over devices; nothing if it is to be on one.
+
+    Weights that are left on disk are read from the checkpoint; those that the checkpoint holds in another form
+    (pickles, experts that are fused as they are loaded) are written to a folder, which ``undo`` removes.
+    """
+    if config.device_map is None:
+        return {}
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModelError("a device map needs the package accelerate: pip install accelerate")
+    folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="xprobe-offload-", ignore_cleanup_errors=True))
+    return {"device_map": config.device_map, "offload_folder": folder}
+
+
+def _check_tied(model: Any) -> None:
+    """Refuses a device map that puts one of two names of the same weights on disk: it could not be read back."""
+    rules = getattr(model, "hf_device_map", {})
+
+    def place(weight: str) -> Any:
+        names = [name for name in rules if not name or weight == name or weight.startswith(name + ".")]
+        return rules[max(names, key=len)] if names else None
+
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        if place(one) != place(other) and "disk" in (place(one), place(other)):
+            raise ModelError(
+                f"{one} and {other} are the same weights, but device_map puts one on {place(one)} and the other on "
+                f"{place(other)}: give both modules the same place"
+            )
 
 
 def load_tokenizer(source: Source, config: StudyConfig) -> Any:
