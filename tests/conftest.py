@@ -32,3 +32,15 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("XPROBE_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks(tiny):
+    """Runs of the tiny model in forks of one process: quick to start, free to be killed."""
+    if not Path("/proc/self/fd").is_dir() or not hasattr(os, "fork"):
+        pytest.skip("needs fork and /proc")
+    from forks import Forks
+
+    forks = Forks(tiny)
+    yield forks
+    forks.close()

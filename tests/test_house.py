@@ -50,6 +50,7 @@ def test_the_library_neither_prints_nor_exits(path):
     }
     assert "print" not in called
     assert "sys" not in imported(path) or "exit" not in called
+    assert "signal" not in imported(path)  # what Ctrl-C does is the caller's
 
 
 @pytest.mark.parametrize("path", [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts], ids=lambda path: path.name)

@@ -1,6 +1,8 @@
 """The run folder: manifest, journal, checksummed shards, tables. docs/run-folder.md describes it for readers.
 
-Every file is written under a temporary name and renamed, so a run that is stopped at any moment leaves whole files.
+A run that is stopped at any moment, by SIGKILL or by the power, leaves whole files. Each is written under a temporary
+name, synced to the disk, renamed, and its folder synced; only then is a shard entered in the journal, which is synced
+too. So the journal never knows more than the disk holds, and what it knows has a checksum.
 """
 
 from __future__ import annotations
@@ -11,16 +13,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from xprobe.disk import checksum, make_folder, sync, writing
 from xprobe.errors import RunFolderError, UsageError
+from xprobe.lock import LOCK
 
 FORMAT = 1  # of the run folder; raised when older readers would misread it
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
-_NEEDED = {"status", "config", "model", "data", "template_sha256", "groups", "counts", "parity_error"}
-_NEEDED_DONE = {"results", "phase_definition", "timings"}
 LAYERS, EXAMPLES = "layers.parquet", "examples.parquet"
+MAY_CHANGE = ("batch_tokens", "model", "data")  # of the configuration on resume; the bytes of model and data may not
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    "status": str, "config": dict, "model": dict, "data": dict, "template_sha256": str, "groups": list,
+    "counts": dict, "left_out": dict, "parity_error": (int, float),
+}  # fmt: skip
+_NEEDED_DONE: dict[str, type | tuple[type, ...]] = {"results": dict, "phase_definition": int, "timings": dict}
+_SELF = "sha256"  # entry of the manifest: checksum of all the others
+_PART = ".{}.part"  # temporary name of a file that is being written
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,17 @@ class RunFolder:
     """A folder that holds one run."""
 
     path: Path
+
+    @staticmethod
+    def check(path: Path, *, resume: bool = False) -> None:
+        """Raises the UsageError of ``create`` without making anything."""
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: give --out a folder")
+        filled = holds_something(path)
+        if filled and not resume:
+            raise UsageError(f"{path} is not empty: choose another --out, or --resume the run in it")
+        if filled and not (path / MANIFEST).is_file():
+            raise UsageError(f"{path} holds no run to resume (no {MANIFEST}): choose another --out")
 
     @classmethod
     def create(cls, path: Path, *, resume: bool = False) -> RunFolder:
@@ -40,15 +62,10 @@ class RunFolder:
         RunFolderError
             It cannot be written.
         """
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file: give --out a folder")
-        filled = path.is_dir() and any(path.iterdir())
-        if filled and not resume:
-            raise UsageError(f"{path} is not empty: choose another --out, or --resume the run in it")
-        if filled and not (path / MANIFEST).is_file():
-            raise UsageError(f"{path} holds no run to resume (no {MANIFEST}): choose another --out")
-        with _writing(path):
-            (path / SHARDS).mkdir(parents=True, exist_ok=True)
+        cls.check(path, resume=resume)
+        with writing(path):
+            make_folder(path / SHARDS)
+            sync(path)
         if not os.access(path, os.W_OK):
             raise RunFolderError(f"cannot write {path}: permission denied; choose another --out")
         return cls(path)
@@ -71,32 +88,63 @@ class RunFolder:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(manifest, dict):
                 raise ValueError("not an object")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(
                 f"cannot read {path} ({error}): the run cannot be used; start it in a new folder"
             ) from error
-        if manifest.get("format") != FORMAT:
+        if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
             raise RunFolderError(
                 f"{path} is of run format {manifest.get('format')}, this version of xprobe reads format {FORMAT}: "
                 "use the version that wrote it, or start the run in a new folder"
             )
+        manifest.pop(_SELF, None)
         return manifest
 
     def read_run(self) -> dict[str, Any]:
         """The manifest of a run that was started, checked for the entries that every reader relies on."""
         manifest = self.read_manifest()
-        missing = sorted((_NEEDED | (_NEEDED_DONE if manifest.get("status") == "done" else set())) - set(manifest))
-        if missing:
-            lacks = f"{self.path / MANIFEST} lacks {', '.join(missing)}"
-            raise RunFolderError(f"{lacks}: the run cannot be used; start it in a new folder")
+        needed = _NEEDED | (_NEEDED_DONE if manifest.get("status") == "done" else {})
+        missing = sorted(set(needed) - set(manifest))
+        wrong = sorted(name for name in set(needed) - set(missing) if not isinstance(manifest[name], needed[name]))
+        if not missing and not wrong and not all(isinstance(group, str) for group in manifest["groups"]):
+            wrong = ["groups"]
+        if missing or wrong:
+            reasons = [f"lacks {', '.join(missing)}"] * bool(missing)
+            reasons += [f"holds something else than expected as {', '.join(wrong)}"] * bool(wrong)
+            what = f"{self.path / MANIFEST} {' and '.join(reasons)}"
+            raise RunFolderError(f"{what}: the run cannot be used; start it in a new folder")
         return manifest
 
+    def manifest_is_untouched(self) -> bool:
+        """Whether the manifest still has the checksum that it was written with."""
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            return manifest.pop(_SELF) == _own_checksum(manifest)
+        except (OSError, ValueError, RecursionError, AttributeError, KeyError):
+            return False
+
     def write_manifest(self, manifest: dict[str, Any]) -> None:
+        manifest = json.loads(json.dumps(manifest))  # as readers will see it
+        manifest[_SELF] = _own_checksum(manifest)
+        self.__dict__.pop("_run_key", None)
         self.write_bytes(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+    @cached_property
+    def _run_key(self) -> str:
+        """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
+        manifest = self.read_manifest()
+        parts = {name: dict(manifest.get(name) or {}) for name in ("config", "model", "data")}
+        values = {
+            "config": {name: value for name, value in parts["config"].items() if name not in MAY_CHANGE},
+            "model": parts["model"].get("files_sha256"),
+            "data": parts["data"].get("files_sha256"),
+            "template": manifest.get("template_sha256"),
+        }
+        return _own_checksum(values)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Writes a file of the folder in one step: readers see the old content or the new, never a part."""
-        with _writing(self.path), self._renamed(name) as temporary:
+        with writing(self.path), self._renamed(name) as temporary:
             temporary.write_bytes(content)
 
     # -- shards ----------------------------------------------------------------------------------------------
@@ -111,29 +159,62 @@ class RunFolder:
         name = self.shard_name(group)
         # one entry: safetensors writes several in an order that changes from process to process
         content = save(_as_torch(tensors), {"xprobe": json.dumps({"group": group, **metadata}, ensure_ascii=False)})
-        with _writing(self.path):
+        with writing(self.path):
             with self._renamed(f"{SHARDS}/{name}") as temporary:
                 temporary.write_bytes(content)
-            entry = {"shard": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            with (self.path / JOURNAL).open("a+", encoding="utf-8", errors="replace") as journal:
-                journal.seek(0)
-                whole = journal.read()
-                cut_off = whole and not whole.endswith("\n")  # the last line of a run that was killed in it
-                journal.write("\n" * bool(cut_off) + json.dumps(entry) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
+            digest = hashlib.sha256(content).hexdigest()
+            self._enter({"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key})
+
+    def _enter(self, entry: dict[str, Any]) -> None:
+        """Appends a line to the journal and waits until the disk has it."""
+        path = self.path / JOURNAL
+        new = not path.exists()
+        with path.open("ab+", buffering=0) as journal:
+            if journal.seek(0, os.SEEK_END):
+                journal.seek(-1, os.SEEK_END)
+                new_line = b"" if journal.read(1) == b"\n" else b"\n"  # after the last line of a run killed in it
+            else:
+                new_line = b""
+            line = new_line + json.dumps(entry).encode() + b"\n"
+            while line:
+                line = line[os.write(journal.fileno(), line) :]
+            os.fsync(journal.fileno())
+        if new:
+            sync(self.path)
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """The journal's last line on each shard of this run; lines that are damaged or of another run left out."""
+        entries: dict[str, dict[str, Any]] = {}
+        path = self.path / JOURNAL
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # cut off where a run was killed while writing it
+            if isinstance(entry, dict) and isinstance(entry.get("shard"), str) and entry.get("run") == self._run_key:
+                entries[entry["shard"]] = entry
+        return entries
 
     def finished_shards(self) -> list[str]:
         """Names of shards that the journal knows and whose bytes still have the checksum entered there, in order."""
-        entries: dict[str, str] = {}
-        path = self.path / JOURNAL
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-            try:
-                entry = json.loads(line)
-                entries[entry["shard"]] = entry["sha256"]
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a run that was killed while writing it
-        return [name for name, sha256 in entries.items() if _checksum(self.path / SHARDS / name) == sha256]
+        entries = self._entries()
+        return [name for name in entries if checksum(self.path / SHARDS / name) == entries[name].get("sha256", "")]
+
+    def tidy(self, groups: list[str]) -> None:
+        """Leaves the folder as a run that nobody interrupted leaves it.
+
+        Removes what a killed process left of files, and rewrites the journal: one line per group, in this order.
+        Only for the process that holds the folder's lock.
+        """
+        with writing(self.path):
+            for folder in (self.path, self.path / SHARDS):
+                for part in folder.glob(_PART.format("*")):
+                    part.unlink()
+            entries = self._entries()
+            names = [self.shard_name(group) for group in groups]
+            lines = "".join(json.dumps(entries[name]) + "\n" for name in names if name in entries).encode()
+            if (self.path / JOURNAL).read_bytes() != lines:
+                self.write_bytes(JOURNAL, lines)
 
     def holds(self, groups: list[str]) -> bool:
         """Whether every one of ``groups`` has a finished shard."""
@@ -159,7 +240,7 @@ class RunFolder:
     # -- tables ----------------------------------------------------------------------------------------------
 
     def write_table(self, name: str, frame: Any) -> None:
-        with _writing(self.path), self._renamed(name) as temporary:
+        with writing(self.path), self._renamed(name) as temporary:
             frame.to_parquet(temporary, index=False)
 
     def read_table(self, name: str) -> Any:
@@ -175,41 +256,30 @@ class RunFolder:
 
     @contextmanager
     def _renamed(self, name: str) -> Iterator[Path]:
+        """A temporary name to write to; what is there in the end is on the disk under its own name."""
         final = self.path / name
-        temporary = final.with_name(f".{final.name}.part")
+        temporary = final.with_name(_PART.format(final.name))
         try:
             yield temporary
+            sync(temporary)  # before the renaming: a name must never stand for bytes that the disk does not have
             temporary.replace(final)
-        finally:
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
+        sync(final.parent)
 
 
-def check_writable(path: Path) -> None:
-    """Raises RunFolderError early if ``path`` could not be made: before a model is loaded, not after."""
-    nearest = path
-    while not nearest.exists() and nearest.parent != nearest:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UsageError(f"cannot make {path}: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunFolderError(f"cannot write {nearest}: permission denied; choose another --out")
+def holds_something(path: Path) -> bool:
+    """Whether ``path`` is a folder with more in it than a run that was killed before its first file was whole."""
+    if not path.is_dir():
+        return False
+    nothing = {LOCK, _PART.format(MANIFEST)}
+    rest = [entry for entry in path.iterdir() if entry.name not in nothing]
+    return any(entry.name != SHARDS or not entry.is_dir() or any(entry.iterdir()) for entry in rest)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot write {error.filename or path}: {error.strerror or error}; choose another --out or make room"
-        ) from error
-
-
-def _checksum(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _own_checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _as_torch(tensors: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.config import DEFAULT_MODEL, StudyConfig
+from xprobe.disk import check_writable
 from xprobe.errors import DataError, ModelError, UsageError, XprobeError
+from xprobe.identity import differences, other_device
+from xprobe.lock import LOCK, FolderLock
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
 from xprobe.qa.templates import Template, load_template
 from xprobe.results import Study
-from xprobe.store import EXAMPLES, FORMAT, LAYERS, MANIFEST, RunFolder, check_writable
+from xprobe.store import EXAMPLES, FORMAT, LAYERS, MANIFEST, RunFolder
 
 if TYPE_CHECKING:
     from xprobe.capture.engine import Engine
@@ -59,7 +62,7 @@ def run(
     out : path, optional
         Run folder; a new one under ``runs/`` if None.
     resume : bool
-        Continue the run in ``out``: what its shards hold is not computed again.
+        Continue the run in ``out``: what its shards hold is not computed again. A run of something else is refused.
     progress : callable (stage, done, total), optional
     **options
         Further fields of ``StudyConfig``: limit, template, dtype, device, seed, ...
@@ -67,7 +70,8 @@ def run(
     Raises
     ------
     XprobeError
-        Says what is wrong, where, and what to do. Shards already written stay valid.
+        Says what is wrong, where, and what to do. Shards already written stay valid. A UsageError if another process
+        or thread is at work in ``out``.
     """
     settings = (setting,) if isinstance(setting, str) else tuple(setting)
     languages = None if languages is None else tuple([languages] if isinstance(languages, str) else languages)
@@ -91,6 +95,23 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
+def read_questions(config: StudyConfig) -> tuple[Template, Dataset, list[Example]]:
+    """The wording, the data and the examples that a configuration asks for.
+
+    Raises
+    ------
+    UsageError, DataError
+        The template or the data cannot be read, or holds none of what is asked for.
+    """
+    template = load_template(config.template)
+    needed = ("en",) if "en-x" in config.settings else ()
+    data = load_data(config.data, config.languages, strict=config.strict, needed=needed)
+    examples = data.examples(config.settings, config.languages, config.limit)
+    if not examples:
+        raise DataError(f"{config.data} holds no question for {', '.join(config.settings)} in these languages")
+    return template, data, examples
+
+
 def default_out(config: StudyConfig) -> Path:
     """A new folder under ``runs/``, named after model, settings and time."""
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.model).name) or "model"
@@ -108,23 +129,22 @@ class _Run:
     template: Template = field(init=False)
 
     def go(self) -> Study:
+        check_writable(self.out)
+        if not (self.out / LOCK).exists():  # else who works there is the better answer than what lies there
+            RunFolder.check(self.out, resume=self.resume)
+        with FolderLock(self.out) as lock:
+            if lock.remark:
+                self.progress(lock.remark, 0, 0)
+            RunFolder.check(self.out, resume=self.resume)
+            return self._go()
+
+    def _go(self) -> Study:
         started = time.perf_counter()
         config = self.config
-        if self.resume and not self.out.exists():
-            self.resume = False
-        if not self.resume and self.out.is_dir() and any(self.out.iterdir()):
-            raise UsageError(f"{self.out} is not empty: choose another --out, or --resume the run in it")
-        check_writable(self.out)
-        self.template = load_template(config.template)
-        needed = ("en",) if "en-x" in config.settings else ()
-        data = load_data(config.data, config.languages, strict=config.strict, needed=needed)
-        examples = data.examples(config.settings, config.languages, config.limit)
-        if not examples:
-            raise DataError(f"{config.data} holds no question for {', '.join(config.settings)} in these languages")
+        self.template, data, examples = read_questions(config)
         source = loading.resolve(config.model)
         identity = self._identity(source, data)
-        before = self._earlier(identity)
-        finished = before.get("status") == "done" and RunFolder(self.out).holds(before["groups"])
+        before, finished = self._earlier(identity)
         if finished:
             self.progress(f"{self.out} holds the finished run: shown from its files", 0, 0)
             manifest, folder = before, RunFolder.open(self.out)
@@ -134,6 +154,7 @@ class _Run:
         if not finished:
             self.timings["total"] = time.perf_counter() - started
             manifest["timings"] = {name: round(seconds, 3) for name, seconds in self.timings.items()}
+        folder.tidy(manifest["groups"])
         manifest["status"] = "done"
         folder.write_manifest(manifest)
         return Study(folder.path, manifest, folder.read_table(LAYERS), folder.read_table(EXAMPLES))
@@ -156,30 +177,27 @@ class _Run:
             "template_sha256": hashlib.sha256(repr(self.template).encode()).hexdigest(),
         }
 
-    def _earlier(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """Manifest of the run to continue, or {}. Refuses a run that was made of something else, naming what."""
+    def _earlier(self, identity: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Manifest of the run to continue ({} if none), and whether it is finished and all of it still there.
+
+        Raises
+        ------
+        UsageError
+            The run was made of something else: names every difference.
+        """
         if not self.resume:
-            return {}
+            return {}, False
         folder = RunFolder.create(self.out, resume=True)
         if not (folder.path / MANIFEST).is_file():
-            return {}
+            return {}, False
         manifest = folder.read_run()
-        differences = [
-            f"{name} was {manifest['config'].get(name)!r} and is now {value!r}"
-            for name, value in identity["config"].items()
-            if name not in ("batch_tokens", "model", "data") and manifest["config"].get(name) != value
-        ]
-        selected = any(d.startswith(("languages was", "settings was")) for d in differences)
-        for part in ("model",) if selected else ("model", "data"):  # the data's bytes are those of the languages read
-            if manifest[part]["files_sha256"] != identity[part]["files_sha256"]:
-                differences.append(
-                    f"{part} was {manifest[part]['name']!r} and is now {identity[part]['name']!r} (other bytes)"
-                )
-        if manifest["template_sha256"] != identity["template_sha256"]:
-            differences.append("the wording of the template is another one now")
-        if differences:
-            raise UsageError(f"cannot resume {self.out}: {'; '.join(differences)}. Choose another --out")
-        return manifest
+        found = differences(manifest, identity)
+        finished = manifest["status"] == "done" and folder.manifest_is_untouched() and folder.holds(manifest["groups"])
+        if not finished and not found:
+            found = other_device(manifest, self.config.device)
+        if found:
+            raise UsageError(f"cannot resume {self.out}: {'; '.join(found)}. Choose another --out")
+        return manifest, finished
 
     # -- forward, lens, shards -------------------------------------------------------------------------------
 
@@ -217,6 +235,8 @@ class _Run:
         }
         folder.write_manifest(manifest)
         self._compute_waves(engine, plan, folder)
+        if engine.way != plan.way:  # found out by a sweep
+            manifest["plan"] = make_plan(groups, config.batch_tokens, engine.way).to_dict()
         return {**manifest, "parity_error": engine.parity_error}, folder
 
     def _open(self, source: loading.Source) -> tuple[Engine | LayerwiseEngine, Any]:
@@ -238,7 +258,8 @@ class _Run:
             from xprobe.capture.layerwise import LayerwiseEngine
             from xprobe.models.streaming import open_streamed
 
-            streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=config.trust_remote_code)
+            trust = config.trust_remote_code
+            streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=trust)
             tokenizer = loading.load_tokenizer(source, config)
             return LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self.progress), tokenizer
         loaded = loading.load(source, config)

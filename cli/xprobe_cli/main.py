@@ -48,7 +48,7 @@ def group(context: click.Context) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 failed with a message, 2 bad usage, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 failed with a message, 2 bad usage, 130 interrupted, 143 terminated."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # Threads that wait for one another sleep instead of spinning. On 2 cores shared with 2 other busy processes the
     # forward pass took 8.4 s so and 24.4 s the other way (medians of 8). Must be set before torch is imported.

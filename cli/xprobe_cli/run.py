@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.errors import RunFolderError, XprobeError
 from xprobe.store import MANIFEST, RunFolder
 from xprobe_cli.options import Names, common, echo_json
+from xprobe_cli.progress import Progress
+from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
 
 
 @click.command("run")
@@ -87,12 +87,20 @@ from xprobe_cli.options import Names, common, echo_json
     show_default=True,
     help="Keep hidden rows in the shards, for probes.",
 )
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="For models larger than memory: run all prompts block by block; each block's weights are read once.",
+)
+@click.option("--dry-run", is_flag=True, help="Show groups, tokens saved, memory and time expected; run nothing.")
 @click.option("--strict", is_flag=True, help="Make bad records fatal.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model run its own code.")
 @click.option("--allow-pickle", is_flag=True, help="Load weights from a pickle, which can run code.")
 @common
 @click.pass_context
-def command(context: click.Context, out: Path | None, resume: bool, as_json: bool, **options: Any) -> int:
+def command(
+    context: click.Context, out: Path | None, resume: bool, dry_run: bool, as_json: bool, **options: Any
+) -> int:
     """Per-layer phase stability of MODEL over parallel questions.
 
     MODEL is a Hugging Face id, a local folder, a .gguf file, or smollm2-135m (the default: a small real model).
@@ -107,19 +115,19 @@ def command(context: click.Context, out: Path | None, resume: bool, as_json: boo
     if resume and out is not None:
         options |= _as_before(context, out, options)
     config = StudyConfig(**options)
+    if dry_run:
+        return _show_forecast(config, as_json)
     from xprobe.study import default_out, run_config
     from xprobe_cli.tables import study_report
 
     folder = out if out is not None else default_out(config)
-    with Progress() as progress:
-        try:
-            study = run_config(config, out=folder, resume=resume, progress=progress)
-        except KeyboardInterrupt:
-            progress.close()
-            kept = f"; {progress.done} of {progress.total} examples are kept" if progress.total else ""
-            again = f"; the same command with --out {folder} --resume goes on" if folder.is_dir() else ""
-            click.echo(f"xprobe: interrupted{kept}{again}", err=True)
-            return 130
+    try:
+        with Progress() as progress, Stoppable(progress) as stoppable:
+            study = run_config(config, out=folder, resume=resume, progress=stoppable)
+    except Stopped as stopped:
+        more = ["--json"] if as_json else []
+        click.echo(f"xprobe: interrupted: {how_to_go_on(progress, folder, more)}", err=True)
+        return EXIT_CODES[stopped.signal]
     if as_json:
         echo_json(study.to_dict())
     else:
@@ -129,11 +137,27 @@ def command(context: click.Context, out: Path | None, resume: bool, as_json: boo
     return 0
 
 
+def _show_forecast(config: StudyConfig, as_json: bool) -> int:
+    from xprobe.forecast import forecast
+    from xprobe_cli.forecasts import forecast_report
+
+    found = forecast(config)
+    if as_json:
+        echo_json(found.to_dict())
+    else:
+        click.echo(forecast_report(found))
+    return 0
+
+
 def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """For what the command line leaves open, the values of the run in ``out``; {} if there is none."""
     if not (out / MANIFEST).is_file():
         return {}
     config = RunFolder.open(out).read_run()["config"]
+    try:
+        StudyConfig.from_dict(config)
+    except (XprobeError, TypeError) as error:
+        raise RunFolderError(f"the configuration in {out / MANIFEST} cannot be used ({error}): start anew") from error
     left_open = (name for name in chosen if context.get_parameter_source(name) is ParameterSource.DEFAULT)
     before = {name: config[name] for name in left_open if name in config}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
@@ -146,52 +170,3 @@ def left_out(manifest: dict[str, Any]) -> list[str]:
         if items:
             lines.append(f"xprobe: {len(items)} {what} left out; the first: {items[0]} (all in manifest.json)")
     return lines
-
-
-class Progress:
-    """A bar with rate and time left on stderr; silent when that is not a terminal."""
-
-    def __init__(self) -> None:
-        self.enabled = sys.stderr.isatty()
-        self.done = self.total = 0
-        self.stage = ""
-        self._bar: Any = None
-        self._started = 0.0
-        self._had = 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self.stage:
-            self.close()
-            self.stage = stage
-        if total:
-            self.done, self.total = done, total
-        if not self.enabled:
-            return
-        if not total:
-            click.echo(f"{stage} ...", err=True)
-        elif self._bar is None:
-            self._started, self._had = time.monotonic(), done
-            self._bar = click.progressbar(
-                length=total, label=stage, file=sys.stderr, show_pos=True, item_show_func=self._rate, width=30
-            )
-            self._bar.__enter__()
-            self._bar.update(done)
-        else:
-            self._bar.update(done - self._bar.pos, current_item=done)
-
-    def _rate(self, done: int | None) -> str | None:
-        seconds = time.monotonic() - self._started
-        return f"{(self.done - self._had) / seconds:.1f} examples/s" if done and seconds > 0 else None
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

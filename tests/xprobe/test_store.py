@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.store import FORMAT, JOURNAL, LAYERS, MANIFEST, SHARDS, RunFolder, check_writable
+from xprobe.store import FORMAT, JOURNAL, LAYERS, MANIFEST, SHARDS, RunFolder
 
 GROUPS = ("en-x/en/a000p000", "en-x/en/a000p001", "x-x/de/a000p000")
 
@@ -111,28 +110,6 @@ def test_open_takes_only_a_folder_with_a_manifest(folder: RunFolder) -> None:
         RunFolder.open(folder.path / "nowhere")
     folder.write_manifest({"format": FORMAT})
     assert RunFolder.open(folder.path) == folder
-
-
-def test_check_writable_says_early_that_a_folder_cannot_be_made(tmp_path: Path) -> None:
-    check_writable(tmp_path / "a" / "b" / "c")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match=re.escape(f"{tmp_path / 'file'} is a file")):
-        check_writable(tmp_path / "file" / "run")
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions hold back")
-def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    locked.chmod(0o500)
-    try:
-        with pytest.raises(RunFolderError, match="permission denied; choose another --out"):
-            check_writable(locked / "run")
-        with pytest.raises(RunFolderError, match=r"cannot write .* choose another --out"):
-            RunFolder.create(locked / "run")
-    finally:
-        locked.chmod(0o700)
 
 
 # -- manifest -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,14 @@ def fast_products(model: Any) -> Iterator[None]:
 
     It holds for this thread only, and not while gradients are recorded.
     """
-    if model.device.type != "cpu" or model.dtype != torch.float32 or not onednn_is_faster():
+    with fast_linear_products(model.device.type, model.dtype):
+        yield
+
+
+@contextmanager
+def fast_linear_products(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """The same for layers of one dtype on one kind of device."""
+    if device != "cpu" or dtype != torch.float32 or not onednn_is_faster():
         yield
         return
     with _OneDNN():

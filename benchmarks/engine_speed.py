@@ -1,0 +1,191 @@
+"""The whole way from prompts to lens values, against the lens that people write: interleaved runs in one process.
+
+    python benchmarks/engine_speed.py                      en-x, fp32
+    python benchmarks/engine_speed.py --setting x-x
+    python benchmarks/engine_speed.py --dtype bfloat16 --json FILE
+
+``usual``    all positions, layer by layer, every example alone: what most notebooks do
+``careful``  one forward pass per example, rows of the answer positions alone, all layers in one product
+``xprobe``   the capture engine and the lens, group by group, as ``xprobe run`` uses them
+
+Every round times a whole group of prompts with xprobe and a few of the same prompts with the others, in milliseconds
+per example; the ratios are medians over rounds. The values of all three are compared on the way. ``--memory`` runs each
+way in a process of its own and reports its peak resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xprobe.capture.engine import Engine
+from xprobe.capture.plan import Wave, group_prompts, make_plan
+from xprobe.capture.readout import read_answers
+from xprobe.config import StudyConfig
+from xprobe.models import loading
+from xprobe.models.anatomy import Anatomy, inspect
+from xprobe.provenance import environment
+from xprobe.qa.parallel import load_data
+from xprobe.qa.prompts import Prompt, build_prompts
+from xprobe.qa.templates import load_template
+
+EXAMPLES = {"usual": 1, "careful": 5}  # per round; they are slow
+
+
+class Lens:
+    """The hand-written ones: log-probabilities [L + 1, n] of an example's answer tokens."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        base = model.base_model
+        self.norm, self.head, self.blocks = base.norm, model.lm_head, base.layers
+
+    def usual(self, prompt: Prompt) -> torch.Tensor:
+        ids = torch.tensor([prompt.ids])
+        with torch.inference_mode():
+            states = self.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+            found = []
+            for layer, state in enumerate(states):
+                normed = state if layer == len(states) - 1 else self.norm(state)  # the last one is normed already
+                log_p = self.head(normed)[0].float().log_softmax(-1)
+                found.append(log_p[:-1].gather(1, ids[0, 1:, None])[prompt.length - 1 :, 0])
+        return torch.stack(found)
+
+    def careful(self, prompt: Prompt) -> torch.Tensor:
+        rows: list[torch.Tensor] = []
+        at = slice(prompt.length - 1, len(prompt.ids) - 1)
+        hooks = [self.blocks[0].register_forward_pre_hook(lambda module, args: rows.append(args[0][0, at].clone()))]
+        for block in self.blocks:
+            hooks.append(block.register_forward_hook(lambda module, args, out: rows.append(first(out)[0, at].clone())))
+        try:
+            with torch.inference_mode():
+                self.model.base_model(input_ids=torch.tensor([prompt.ids]), use_cache=False)
+                log_p = self.head(self.norm(torch.cat(rows))).float().log_softmax(-1)
+                gold = torch.tensor(prompt.targets).repeat(len(rows))
+                return log_p.gather(1, gold[:, None])[:, 0].view(len(rows), -1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def first(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def xprobe_way(engine: Engine, wave: Wave) -> torch.Tensor:
+    """Log-probabilities [L + 1, P] of a wave; rank, entropy and divergence come with them."""
+    values = read_answers(engine.capture(wave.prompts), engine.anatomy.head)
+    return torch.from_numpy(values.logit - values.logsumexp).T
+
+
+def load(dtype: str, setting: str, questions: int) -> tuple[Any, Anatomy, list[Prompt]]:
+    loaded = loading.load(loading.resolve("smollm2-135m"), StudyConfig(dtype=dtype))
+    examples = load_data("xquad").examples((setting,), None, questions)
+    prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
+    return loaded.model, inspect(loaded.model), prompts
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
+    engine = Engine(model, anatomy, StudyConfig.batch_tokens)
+    engine.settle(prompts[:3])
+    plan = make_plan(group_prompts(prompts), StudyConfig.batch_tokens, engine.way)
+    by_hand = Lens(model)
+    ways = {"usual": by_hand.usual, "careful": by_hand.careful}
+    draw = random.Random(0)
+    xprobe_way(engine, plan.waves[0])
+    for way in ways.values():
+        way(prompts[0])
+    times: dict[str, list[float]] = {name: [] for name in (*ways, "xprobe")}
+    farthest = 0.0
+    for turn in range(arguments.rounds):
+        wave = plan.waves[turn % len(plan.waves)]
+        seconds, ours = timed(lambda wave=wave: xprobe_way(engine, wave))
+        times["xprobe"].append(seconds / len(wave.prompts))
+        offsets = [0]
+        for prompt in wave.prompts:
+            offsets.append(offsets[-1] + len(prompt.targets))
+        for name, way in ways.items():
+            some = draw.sample(range(len(wave.prompts)), min(EXAMPLES[name], len(wave.prompts)))
+            seconds, theirs = timed(lambda way=way, some=some, wave=wave: [way(wave.prompts[i]) for i in some])
+            times[name].append(seconds / len(some))
+            for i, values in zip(some, theirs, strict=True):
+                farthest = max(farthest, float((values - ours[:, offsets[i] : offsets[i + 1]]).abs().max()))
+    ratios = {n: [a / b for a, b in zip(times[n], times["xprobe"], strict=True)] for n in ways}
+    return {
+        "ms_per_example": {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()},
+        "ratio": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
+        "ratio_range": {name: [round(min(values), 2), round(max(values), 2)] for name, values in ratios.items()},
+        "largest_difference_nats": farthest,
+        "way": engine.way,
+        "tokens_per_example": round(plan.tokens / len(prompts), 1),
+        "tokens_run_per_example": round(plan.tokens_run / len(prompts), 1),
+        "examples": len(prompts),
+        "rounds": arguments.rounds,
+    }
+
+
+def peak(name: str, arguments: argparse.Namespace) -> None:
+    """Runs one way and prints its peak resident memory, in MB, above nothing: model included."""
+    model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
+    if name == "xprobe":
+        engine = Engine(model, anatomy, StudyConfig.batch_tokens)
+        for wave in make_plan(group_prompts(prompts), StudyConfig.batch_tokens, engine.way).waves[:3]:
+            xprobe_way(engine, wave)
+    else:
+        for prompt in sorted(prompts, key=lambda p: len(p.ids))[-5:]:
+            getattr(Lens(model), name)(prompt)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def memory(names: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for name in names:
+        command = [sys.executable, *sys.argv, "--peak-of", name]
+        found[name] = round(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=("en-x", "x-x"), default="en-x")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--questions", type=int, default=40, help="the first N of XQuAD, in 12 languages each")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_of:
+        peak(arguments.peak_of, arguments)
+        return
+    result = {"command": " ".join(["python", *sys.argv]), "setting": arguments.setting, "dtype": arguments.dtype}
+    result |= compare(arguments)
+    if arguments.memory:
+        result["peak_rss_mb"] = memory(["careful", "xprobe"])
+    result["environment"] = environment()
+    text = json.dumps(result, indent=1)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The terminal's page of ``xprobe run --dry-run``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xprobe.forecast import Forecast, GroupForecast
+
+SHOWN = 8  # groups listed before the rest are summed up
+
+
+def forecast_report(found: Forecast) -> str:
+    """What would run, where memory and disk would go, and about how long it would take."""
+    from xprobe.capture.plan import WAYS
+
+    saved = 1 - found.tokens_run / found.tokens
+    lines = [
+        f"{found.model} · {found.parameters / 1e6:,.0f} M parameters, {found.n_blocks} blocks, width {found.width}, "
+        f"vocabulary {found.vocab_size} · {found.dtype} on {found.device}",
+        "",
+        *_groups(found.groups),
+        "",
+        f"way       {WAYS[found.way]} (checked with the weights when the run starts)",
+        f"tokens    {found.tokens:,} in {found.examples:,} examples; {found.tokens_run:,} are run, {saved:.0%} saved, "
+        f"in {found.passes:,} forward passes",
+        *([f"skipped   {found.skipped:,} examples that cannot be used"] if found.skipped else []),
+        f"memory    about {_bytes(sum(found.memory.values()))}: {_parts(found.memory)}",
+        f"disk      about {_bytes(sum(found.disk.values()))}: {_parts(found.disk)}",
+        f"time      about {_time(found.seconds)}, loading and tables apart"
+        + (" (block by block: each block is read once)" if found.stream else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _groups(groups: tuple[GroupForecast, ...]) -> list[str]:
+    width = max(len("group"), *(len(group.key) for group in groups[:SHOWN]))
+    lines = [f"{'group':<{width}}  {'examples':>8}  {'tokens':>9}  {'run':>9}  {'saved':>5}"]
+    lines.append("─" * len(lines[0]))
+    for group in groups[:SHOWN]:
+        lines.append(
+            f"{group.key:<{width}}  {group.examples:>8,}  {group.tokens:>9,}  {group.tokens_run:>9,}  "
+            f"{1 - group.tokens_run / group.tokens:>5.0%}"
+        )
+    rest = groups[SHOWN:]
+    if rest:
+        tokens, run = sum(g.tokens for g in rest), sum(g.tokens_run for g in rest)
+        name = f"and {len(rest)} more"
+        lines.append(
+            f"{name:<{width}}  {sum(g.examples for g in rest):>8,}  {tokens:>9,}  {run:>9,}  {1 - run / tokens:>5.0%}"
+        )
+    return lines
+
+
+def _parts(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items() if size)
+
+
+def _bytes(size: int) -> str:
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= one:
+            return f"{size / one:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return "a second"
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"

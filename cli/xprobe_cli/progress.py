@@ -1,0 +1,98 @@
+"""How far a long command is: lines, and a bar with rate and time left, on stderr."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+WIDTH = 30  # of the bar, in characters
+SECONDS_BETWEEN = 0.1  # two drawings of the bar
+
+
+class Progress:
+    """The library's ``progress(stage, done, total)``; silent where the stream is not a terminal.
+
+    A call with a total moves the bar of its stage; rate and time left count what was done since the bar's first call,
+    which is what this process did, not what a resumed run held already. A call with a total of 0 is a line: a stage
+    without a count, or a remark. A remark does not disturb a bar that has some way to go.
+    """
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.enabled = self.stream.isatty()
+        self.done = self.total = 0
+        self._clock = clock
+        self._stage = ""  # of the bar; empty if there is none
+        self._started = self._drawn = 0.0
+        self._had = 0
+        self._shown = 0  # characters that the bar takes on its line
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not total:
+            self._line(stage)
+            return
+        if stage != self._stage:
+            self.close()
+            self._stage, self._started, self._had = stage, self._clock(), done
+            self._drawn = float("-inf")
+        self.done, self.total = done, total
+        if self.enabled and (done >= total or self._clock() - self._drawn >= SECONDS_BETWEEN):
+            self._draw()
+
+    def close(self) -> None:
+        """Leaves the bar as it is and goes to the next line."""
+        if self._shown:
+            self._draw()
+            self._write("\n")
+        self._stage, self._shown = "", 0
+
+    def _line(self, text: str) -> None:
+        if self._stage and self.done >= self.total:
+            self.close()
+        if self.enabled:
+            self._write(f"\r{text.ljust(self._shown)}\n")
+            if self._shown:
+                self._draw()
+
+    def _draw(self) -> None:
+        filled = WIDTH * min(self.done, self.total) // self.total
+        bar = "#" * filled + "-" * (WIDTH - filled)
+        text = f"{self._stage}  [{bar}]  {self.done}/{self.total}{self._pace()}"
+        text = text[: max(shutil.get_terminal_size().columns - 1, 20)]
+        self._write(f"\r{text.ljust(self._shown)}")
+        self._shown, self._drawn = len(text), self._clock()
+
+    def _pace(self) -> str:
+        """Rate and time left; nothing before the first count of this process."""
+        count, seconds = self.done - self._had, self._clock() - self._started
+        if count <= 0 or seconds <= 0:
+            return ""
+        rate = f"{count / seconds:.1f} per s" if count >= seconds else f"{seconds / count:.1f} s each"
+        if self.done >= self.total:
+            return f"  {rate}, took {duration(seconds)}"
+        return f"  {rate}, {duration(seconds / count * (self.total - self.done))} left"
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def duration(seconds: float) -> str:
+    """``0:07``, ``12:30``, ``3:04:00``, ``5 d 3 h``."""
+    whole = round(seconds)
+    if whole >= 2 * 86400:
+        return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

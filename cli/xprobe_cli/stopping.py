@@ -1,0 +1,86 @@
+"""Ctrl-C and SIGTERM during a run: stop at a safe point, and tell how to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from xprobe.store import MANIFEST
+from xprobe_cli.progress import Progress
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as a shell counts it
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was told to stop. ``signal`` says by what."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+class Stoppable:
+    """A ``progress`` that ends the run by raising ``Stopped``; a context manager that catches the signals meanwhile.
+
+    While examples are computed, the first signal waits for the next call of ``progress``, when what was computed is on
+    the disk; a second one does not wait. Before and after, nothing can be lost, and the first does not wait either.
+    Signals that the caller ignores (``nohup``) or handles itself are left alone, and all are as before in the end.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._told: int | None = None  # the signal that waits
+        self._before: dict[int, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.progress(stage, done, total)
+        if self._told is not None:
+            raise Stopped(self._told)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        computing = self.progress.total > 0 and self.progress.done < self.progress.total
+        if self._told is not None or not computing:
+            raise Stopped(number)
+        self._told = number
+        line = "xprobe: stopping when the examples in hand are done; once more stops at once\n"
+        # not through sys.stderr: this may stand in the middle of a call that writes to it
+        os.write(2, (f"\n{line}" if self.progress.enabled else line).encode())
+
+    def __enter__(self) -> Stoppable:
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) is usual:
+                try:
+                    self._before[number] = signal.signal(number, self._handle)
+                except ValueError:  # not the main thread: signals are the caller's
+                    break
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def how_to_go_on(progress: Progress, folder: Path, options: list[str]) -> str:
+    """One line: how much is kept, and the command that goes on."""
+    if not (folder / MANIFEST).is_file():
+        return "nothing was computed yet; the same command begins again"
+    kept = f"{progress.done} of {progress.total} examples are kept" if progress.total else "what was computed is kept"
+    return f"{kept}; go on with: {program()} {shlex.join(['run', '--out', str(folder), '--resume', *options])}"
+
+
+def program() -> str:
+    """What the user typed to start xprobe, or would have to."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return shlex.join([sys.executable, "-m", "xprobe_cli"])
+    if called.name == "xprobe" and not shutil.which("xprobe"):
+        return shlex.quote(str(called))
+    return "xprobe"

@@ -1,0 +1,161 @@
+"""Ctrl-C and SIGTERM: what is computed is kept, the message says how to go on, the second one is not swallowed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from xprobe_cli import stopping
+from xprobe_cli.progress import Progress
+from xprobe_cli.stopping import Stoppable, Stopped, program
+
+import xprobe
+
+OPTIONS = ["--setting", "en-x", "--setting", "x-x", "--languages", "en,de", "--limit", "6", "--bootstrap", "20"]
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def start(forks, tiny, out, slow):
+    """A run whose forward passes take their time, once the first shard is there."""
+    said = out.with_name("said")
+    command = ["run", str(tiny), *OPTIONS, "--batch-tokens", "1", "--out", str(out)]
+    pid = forks.start_command(command, said, slow=[str(out), slow])
+    wait_for(lambda: (out / "shards").is_dir() and any((out / "shards").glob("*.safetensors")))
+    return pid, said
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_the_first_signal_stops_where_nothing_is_lost_and_says_what_goes_on(number, code, forks, tiny, tmp_path):
+    out = tmp_path / "a run"
+    pid, said = start(forks, tiny, out, slow=0.05)
+    os.kill(pid, number)
+    ended = forks.wait(pid)
+    assert ended == {"code": code, "restored": True}
+    first, last = said.read_text().splitlines()
+    assert first == "xprobe: stopping when the examples in hand are done; once more stops at once"
+    kept, total, command = re.fullmatch(
+        r"xprobe: interrupted: (\d+) of (\d+) examples are kept; go on with: xprobe (.*)", last
+    ).groups()
+    assert 0 < int(kept) < int(total) == 24
+    assert not (out / ".lock").exists()
+    before = {path.name: path.stat().st_ino for path in (out / "shards").iterdir()}
+    assert forks.wait(forks.start_command(shlex.split(command), said))["code"] == 0
+    assert str(out) in said.read_text()
+    assert {name: (out / "shards" / name).stat().st_ino for name in before} == before
+    assert len(xprobe.load_study(out).examples) == int(total)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_the_second_signal_does_not_wait(number, code, forks, tiny, tmp_path):
+    out = tmp_path / "run"
+    pid, said = start(forks, tiny, out, slow=600)
+    os.kill(pid, number)
+    wait_for(lambda: "once more stops at once" in said.read_text())
+    time.sleep(0.2)
+    os.kill(pid, 0)  # it still runs
+    os.kill(pid, number)
+    started = time.monotonic()
+    assert forks.wait(pid)["code"] == code
+    assert time.monotonic() - started < 10
+    assert f"--out {out} --resume" in said.read_text().splitlines()[-1]
+    assert not (out / ".lock").exists()
+
+
+def send_after(number, *calls):
+    """Sends this process a signal after these calls of ``progress``."""
+    with Stoppable(Progress()) as stoppable:
+        for call in calls:
+            stoppable(*call)
+        os.kill(os.getpid(), number)
+        time.sleep(1)  # the handler runs before this ends
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_where_nothing_can_be_lost_the_first_signal_does_not_wait(number, code, capfd):
+    with pytest.raises(Stopped) as stopped:
+        send_after(number, ("loading the model", 0, 0))
+    assert stopping.EXIT_CODES[stopped.value.signal] == code
+    with pytest.raises(Stopped):
+        send_after(number, ("forward and lens", 24, 24), ("phases and tables", 0, 0))
+    assert capfd.readouterr().err == ""
+
+
+def test_handlers_are_as_before_in_the_end_and_what_others_set_is_left_alone():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with Stoppable(Progress()):
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup, or the background of a script
+        with Stoppable(Progress()):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+    inside = []
+    thread = threading.Thread(target=lambda: inside.append(Stoppable(Progress()).__enter__()))
+    thread.start()
+    thread.join()
+    assert len(inside) == 1
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_library_leaves_signals_alone(tiny, tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before, seen = [signal.getsignal(number) for number in numbers], []
+    xprobe.run(
+        str(tiny), out=tmp_path / "run", languages="en", limit=1,
+        progress=lambda *_: seen.append([signal.getsignal(number) for number in numbers]),
+    )  # fmt: skip
+    assert seen
+    assert all(handlers == before for handlers in seen)
+
+
+def test_a_run_that_had_not_begun_says_so(tmp_path):
+    line = stopping.how_to_go_on(Progress(), tmp_path / "run", [])
+    assert line == "nothing was computed yet; the same command begins again"
+    (tmp_path / "manifest.json").write_text("{}")
+    line = stopping.how_to_go_on(Progress(), tmp_path, ["--json"])
+    assert line == f"what was computed is kept; go on with: {program()} run --out {tmp_path} --resume --json"
+
+
+@pytest.mark.parametrize(
+    ("called", "path", "said"),
+    [
+        ("/venv/bin/xprobe", "", "/venv/bin/xprobe"),
+        ("/usr/lib/xprobe_cli/__main__.py", "", f"{sys.executable} -m xprobe_cli"),
+        ("/usr/bin/pytest", "", "xprobe"),
+    ],
+)
+def test_the_program_is_named_as_it_was_called(called, path, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setenv("PATH", path)
+    assert program() == said
+
+
+def test_a_configuration_that_cannot_be_read_is_named(tiny, tmp_path, capsys):
+    from xprobe_cli.main import main
+
+    out = tmp_path / "run"
+    xprobe.run(str(tiny), out=out, languages="en", limit=1)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for config in ({"languages": 5}, {"settings": ["x-en"]}, {"wavelets": 3}, {"limit": "many"}):
+        changed = {**manifest, "config": {**manifest["config"], **config}}
+        (out / "manifest.json").write_text(json.dumps(changed))
+        assert main(["run", "--out", str(out), "--resume"]) == 1
+        error = capsys.readouterr().err
+        assert f"configuration in {out / 'manifest.json'} cannot be used" in error
+        assert error.count("\n") == 1
