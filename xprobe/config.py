@@ -45,7 +45,9 @@ class StudyConfig:
         ``auto``: float32 on a CPU, the checkpoint's dtype on an accelerator.
     device_map : str or dict, optional
         Spreads the model over several devices, main memory and disk: one of transformers' rules (``auto``,
-        ``balanced``, ``balanced_low_0``, ``sequential``), or a device for each module by name. Takes the place of ``device``.
+        ``balanced``, ``balanced_low_0``, ``sequential``), or a device for each module by name. Replaces ``device``.
+    tensor_parallel : bool
+        Share every layer among the processes that torchrun started.
     strict : bool
         Make bad records fatal.
     seed, bootstrap, permutations : int
@@ -72,6 +74,7 @@ class StudyConfig:
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | dict[str, int | str] | None = field(default=None, hash=False)
+    tensor_parallel: bool = False
     strict: bool = False
     seed: int = 0
     bootstrap: int = 1000
@@ -112,6 +115,10 @@ class StudyConfig:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
     def _check_devices(self) -> None:
+        if self.tensor_parallel and (self.device_map is not None or self.stream or self.device != "auto"):
+            raise UsageError(
+                "tensor_parallel has each process take its own device: leave device, device_map and stream"
+            )
         if self.device_map is None:
             return
         if isinstance(self.device_map, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     type=click.Choice(DEVICE_MAPS),
     help="Spread a model that one device cannot hold over all of them (docs/large-models.md).",
 )
+@click.option("--tensor-parallel", is_flag=True, help="Share each layer among processes that torchrun starts.")
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
@@ -117,12 +119,17 @@ def command(
     config = StudyConfig(**options)
     if dry_run:
         return _show_forecast(config, as_json)
+    from xprobe.models import team
     from xprobe.study import default_out, run_config
     from xprobe_cli.tables import study_report
 
+    team.check_launch(config)
+    if config.tensor_parallel and team.processes()[0] > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop
+        return team.follow(config)
     folder = out if out is not None else default_out(config)
     try:
-        with Progress() as progress, Stoppable(progress) as stoppable:
+        with Progress() as progress, Stoppable(progress) as stoppable, team.lead(config):
             study = run_config(config, out=folder, resume=resume, progress=stoppable)
     except Stopped as stopped:
         more = ["--json"] if as_json else []

@@ -16,6 +16,7 @@ from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, Receiver, RowSpace
 from xprobe.capture.tree import grow
+from xprobe.models import team
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.parity import check_parity
 from xprobe.qa.prompts import Prompt
@@ -48,6 +49,7 @@ class Engine:
 
     def check(self, prompts: list[Prompt], backend: str = "auto") -> float:
         """Parity of the lens on a few prompts (``check_parity``), kept in ``parity_error``."""
+        team.tell("check", prompts, backend)
         self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
         return self.parity_error
 
@@ -57,6 +59,7 @@ class Engine:
         Told from numbers: ``sample`` (a few prompts with a common beginning) is run one by one, then each way.
         """
         prompts = list(sample)
+        team.tell("settle", prompts)
         wanted = self.space.take(prompts)
         for i in range(len(prompts)):
             self._run(prompts, [i], wanted, "plain")
@@ -94,14 +97,15 @@ class Engine:
         RuntimeError, MemoryError
             Memory runs out even for one prompt at a time, or the model fails.
         """
+        team.tell("capture", prompts)
         captured = self.space.take(prompts)
         waiting = split(prompts, range(len(prompts)), self.batch_tokens, self.way)
         while waiting:
             try:
                 self._run(prompts, waiting[0], captured, self.way)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or len(waiting[0]) == 1:
-                    raise
+                if not is_out_of_memory(error) or len(waiting[0]) == 1 or team.size() > 1:
+                    raise  # among several processes the others are in the middle of this pass
             else:
                 waiting.pop(0)
                 continue

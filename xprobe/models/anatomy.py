@@ -114,14 +114,14 @@ def input_device(model: Any) -> torch.device:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters, whole: those kept on another device or on disk are brought to where the module runs.
+    """A module's own parameters, whole: those kept elsewhere or in parts are brought to where the module runs.
 
     Raises
     ------
     ModelError
         They cannot be brought there.
     """
-    own = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
+    own = {name: _whole(value.detach()) for name, value in module.named_parameters(recurse=False)}
     if not any(value.is_meta for value in own.values()):
         return own
     from accelerate.utils import align_module_device
@@ -140,6 +140,11 @@ def changed_ids(ids: Tensor) -> Tensor:
     """The probe with another second half: a causal model's states of the first half stay what they are."""
     half = PROBE_LENGTH // 2
     return torch.cat([ids[:, :half], ids[:, :half]], 1)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Gathers a weight of which every process holds a part."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def block_lists(model: Any) -> dict[str, nn.ModuleList]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, UsageError
-from xprobe.models import gguf
+from xprobe.models import gguf, team
 from xprobe.models.quiet import quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -99,7 +99,10 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
     import torch
     import transformers
 
+    if config.tensor_parallel and team.size() == 1:
+        raise UsageError("tensor_parallel is for `torchrun -m xprobe_cli run`, or inside of xprobe.models.team.lead()")
     location, options = _where(source, config)
+    team.tell("open")
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
@@ -109,6 +112,7 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
         try:
             model_config = transformers.AutoConfig.from_pretrained(location, **options)
             check_decoder(model_config, source.name)
+            team.check_heads(model_config, source.name)
             tokenizer = load_tokenizer(source, config)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 location,
@@ -133,11 +137,15 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
 
 
 def _placing(config: StudyConfig, undo: ExitStack) -> dict[str, Any]:
-    """What tells transformers to spread a model over devices; nothing if it is to be on one.
+    """What tells transformers to spread a model over devices or processes; nothing if it is to be on one.
 
     Weights that are left on disk are read from the checkpoint; those that the checkpoint holds in another form
     (pickles, experts that are fused as they are loaded) are written to a folder, which ``undo`` removes.
     """
+    if config.tensor_parallel:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
     if config.device_map is None:
         return {}
     if importlib.util.find_spec("accelerate") is None:
@@ -327,4 +335,8 @@ def _explain(source: Source, error: Exception) -> str:
         reason += ". Weights in a pickle can run code: --allow-pickle loads them all the same"
     if "trust_remote_code" in reason:
         return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
+    if "has no `tp_plan`" in reason:
+        return (
+            f"transformers cannot share {source.name} among processes: leave --tensor-parallel, try --device-map auto"
+        )
     return f"cannot load {source.name}: {reason[:400]}"
