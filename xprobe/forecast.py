@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from xprobe.capture.plan import Plan, Way, group_prompts, make_plan, part_tokens, split
+from xprobe.capture.plan import Plan, Way, group_prompts, make_plan, part_tokens, rotary_limit
 from xprobe.capture.products import fast_linear_products
 from xprobe.capture.readout import ROW_BYTES
 from xprobe.config import StudyConfig
@@ -89,7 +89,7 @@ def forecast(config: StudyConfig) -> Forecast:
     if config.stream and way == "prefix":
         way = "plain"
     groups = group_prompts(prompts)
-    plan = make_plan(groups, config.batch_tokens, way)
+    plan = make_plan(groups, config.batch_tokens, way, rotary_limit(model_config))
     shape = _Shape.of(model, model_config)
     return Forecast(
         model=source.name,
@@ -103,7 +103,7 @@ def forecast(config: StudyConfig) -> Forecast:
         stream=config.stream,
         examples=len(prompts),
         skipped=len(skipped),
-        passes=sum(len(split(w.prompts, range(len(w.prompts)), config.batch_tokens, way)) for w in plan.waves),
+        passes=sum(len(plan.parts(wave)) for wave in plan.waves),
         tokens=plan.tokens,
         tokens_run=plan.tokens_run,
         memory=_memory(shape, plan, dtype, stream=config.stream),

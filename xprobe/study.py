@@ -150,6 +150,7 @@ class _Run:
             manifest, folder = before, RunFolder.open(self.out)
         else:
             manifest, folder = self._compute(source, data, examples, identity)
+            manifest["created"] = before.get("created", manifest["created"])
         manifest = self._analyse(manifest, folder)
         if not finished:
             self.timings["total"] = time.perf_counter() - started
@@ -204,7 +205,7 @@ class _Run:
     def _compute(
         self, source: loading.Source, data: Dataset, examples: list[Example], identity: dict[str, Any]
     ) -> tuple[dict[str, Any], RunFolder]:
-        from xprobe.capture.plan import group_prompts, make_plan
+        from xprobe.capture.plan import group_prompts
         from xprobe.manifest import describe_model, describe_work
         from xprobe.qa.prompts import build_prompts
 
@@ -224,7 +225,7 @@ class _Run:
             parity = engine.check(_shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
         with self._timed("check of sharing"):
             engine.settle(_sample(groups))
-        plan = make_plan(groups, config.batch_tokens, engine.way)
+        plan = engine.plan(groups)
         self.progress(f"shared beginnings save {plan.saved:.0%} of {plan.tokens} tokens", 0, 0)
         folder = RunFolder.create(self.out, resume=self.resume)
         manifest = {
@@ -235,8 +236,8 @@ class _Run:
         }
         folder.write_manifest(manifest)
         self._compute_waves(engine, plan, folder)
-        if engine.way != plan.way:  # found out by a sweep
-            manifest["plan"] = make_plan(groups, config.batch_tokens, engine.way).to_dict()
+        way = {} if engine.way == plan.way else engine.plan(groups).to_dict()  # a sweep found out that it must change
+        manifest["plan"] |= {**way, "batch_tokens": plan.batch_tokens, "remarks": engine.remarks}
         return {**manifest, "parity_error": engine.parity_error}, folder
 
     def _open(self, source: loading.Source) -> tuple[Engine | LayerwiseEngine, Any]:

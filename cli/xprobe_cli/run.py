@@ -139,7 +139,7 @@ def command(
         echo_json(study.to_dict())
     else:
         click.echo(study_report(study))
-    for line in left_out(study.manifest):
+    for line in remarks(study.manifest):
         click.echo(line, err=True)
     return 0
 
@@ -170,9 +170,9 @@ def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dic
     return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
 
 
-def left_out(manifest: dict[str, Any]) -> list[str]:
-    """A few lines on records and examples that were left out; empty if there were none."""
-    lines = []
+def remarks(manifest: dict[str, Any]) -> list[str]:
+    """A few lines on how the run had to differ from what was asked: fallbacks, records and examples left out."""
+    lines = [f"xprobe: {remark}" for remark in manifest["plan"].get("remarks", [])]
     for what, items in manifest["left_out"].items():
         if items:
             lines.append(f"xprobe: {len(items)} {what} left out; the first: {items[0]} (all in manifest.json)")

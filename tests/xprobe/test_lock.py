@@ -21,6 +21,9 @@ from xprobe.lock import LOCK, FolderLock
 
 fcntl = pytest.importorskip("fcntl")
 
+# the forks here do nothing that another thread could hold a lock of
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
 
 def in_a_fork(work: Any) -> str:
     """What ``work`` gives, or the message of its UsageError, in a process of its own."""

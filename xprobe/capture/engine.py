@@ -11,7 +11,19 @@ import torch
 from xprobe.capture.cascade import Layout, packed_attention
 from xprobe.capture.memory import is_out_of_memory, release_memory
 from xprobe.capture.passes import Pass, pad
-from xprobe.capture.plan import WAYS, Plan, Wave, Way, part_tokens, prefix_length, split
+from xprobe.capture.plan import (
+    WAYS,
+    Group,
+    Plan,
+    Wave,
+    Way,
+    fed_length,
+    make_plan,
+    part_tokens,
+    prefix_length,
+    rotary_limit,
+    split,
+)
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, Receiver, RowSpace
@@ -37,15 +49,25 @@ class Engine:
     batch_tokens : int
         Most tokens in one forward pass. Halved when memory runs out; what fits is remembered in ``batch_tokens``.
     notify : callable (message), optional
-        Told of a fallback or a smaller batch.
+        Told of a fallback or a smaller batch; ``remarks`` lists what was told.
     """
 
     def __init__(self, model: Any, anatomy: Anatomy, batch_tokens: int, notify: Notify | None = None) -> None:
         self.model, self.anatomy, self.batch_tokens = model, anatomy, batch_tokens
-        self.notify = notify or (lambda message: None)
+        self._notify = notify or (lambda message: None)
         self.way: Way = "tree"
+        self.alone_beyond = rotary_limit(model.config)
+        self.remarks: list[str] = []
         self.parity_error: float | None = None
         self.space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
+
+    def plan(self, groups: Sequence[Group]) -> Plan:
+        """How ``groups`` are run by this engine."""
+        return make_plan(groups, self.batch_tokens, self.way, self.alone_beyond)
+
+    def _say(self, message: str) -> None:
+        self.remarks.append(message)
+        self._notify(message)
 
     def check(self, prompts: list[Prompt], backend: str = "auto") -> float:
         """Parity of the lens on a few prompts (``check_parity``), kept in ``parity_error``."""
@@ -67,7 +89,7 @@ class Engine:
         for way in ("tree", "prefix"):
             try:
                 found = self.space.take(prompts)
-                for part in split(prompts, range(len(prompts)), self.batch_tokens, way):
+                for part in split(prompts, range(len(prompts)), self.batch_tokens, way, self.alone_beyond):
                     self._run(prompts, part, found, way)
                 reason = _disagreement(found, wanted)
             except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
@@ -77,9 +99,9 @@ class Engine:
             if reason is None:
                 self.way = way
                 return way
-            self.notify(f"{type(self.model).__name__} cannot be run with {WAYS[way]} ({reason})")
+            self._say(f"{type(self.model).__name__} cannot be run with {WAYS[way]} ({reason})")
         self.way = "plain"
-        self.notify(f"it is run with {WAYS['plain']}")
+        self._say(f"it is run with {WAYS['plain']}")
         return self.way
 
     def waves(self, plan: Plan, wanted: Container[str], backend: str = "auto") -> Iterator[tuple[Wave, Captured]]:
@@ -99,7 +121,7 @@ class Engine:
         """
         team.tell("capture", prompts)
         captured = self.space.take(prompts)
-        waiting = split(prompts, range(len(prompts)), self.batch_tokens, self.way)
+        waiting = split(prompts, range(len(prompts)), self.batch_tokens, self.way, self.alone_beyond)
         while waiting:
             try:
                 self._run(prompts, waiting[0], captured, self.way)
@@ -112,13 +134,16 @@ class Engine:
             # outside of the handler: the error's traceback holds the tensors of the pass that failed
             release_memory()
             self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(prompts, waiting[0], self.way)) // 2)
-            self.notify(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
+            self._say(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
             left = [i for part in waiting for i in part]
-            waiting = split(prompts, left, self.batch_tokens, self.way)
+            waiting = split(prompts, left, self.batch_tokens, self.way, self.alone_beyond)
         return captured
 
     def _run(self, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> None:
         with torch.inference_mode(), fast_products(self.model):
+            if self.alone_beyond is not None and fed_length(prompts[part[0]]) > self.alone_beyond:
+                # dynamic NTK keeps the angles of the longest prompt until a short one comes
+                self.model.base_model(input_ids=pad([prompts[part[0]].ids[:1]], self.model.device), use_cache=False)
             if way == "prefix":
                 self._run_on_prefix(prompts, part, into)
             else:

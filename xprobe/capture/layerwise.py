@@ -17,7 +17,7 @@ from torch import Tensor
 from xprobe.capture.cascade import NotShareable
 from xprobe.capture.engine import TOLERANCE, Notify, make_pass
 from xprobe.capture.passes import Pass
-from xprobe.capture.plan import WAYS, Plan, Wave, Way, split
+from xprobe.capture.plan import WAYS, Group, Plan, Wave, Way, fed_length, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, RowSpace
 from xprobe.errors import RunFolderError
@@ -42,12 +42,22 @@ class LayerwiseEngine:
     ) -> None:
         self.streamed, self.batch_tokens, self.folder = streamed, batch_tokens, folder
         self.model, self.anatomy = streamed.model, streamed.anatomy
-        self.notify = notify or (lambda message: None)
+        self._notify = notify or (lambda message: None)
+        self.alone_beyond = rotary_limit(streamed.model.config)
+        self.remarks: list[str] = []
         self.progress = progress or (lambda stage, done, total: None)
         self.way: Way = "tree"
         self.sample: list[Prompt] = []
         self.parity_error: float | None = None
         self.bytes_read = 0
+
+    def plan(self, groups: Sequence[Group]) -> Plan:
+        """How ``groups`` are run by this engine."""
+        return make_plan(groups, self.batch_tokens, self.way, self.alone_beyond)
+
+    def _say(self, message: str) -> None:
+        self.remarks.append(message)
+        self._notify(message)
 
     def settle(self, sample: Sequence[Prompt]) -> Way:
         """Keeps ``sample`` to be run alone and packed ahead of the rest: where the two differ, the sweep starts again
@@ -75,9 +85,9 @@ class LayerwiseEngine:
             try:
                 self._sweep(waves, prompts, captured)
             except NotShareable as reason:
-                self.notify(f"{type(model).__name__} cannot be run with {WAYS[self.way]} ({reason})")
+                self._say(f"{type(model).__name__} cannot be run with {WAYS[self.way]} ({reason})")
                 self.way = "plain"
-                self.notify(f"it is run with {WAYS['plain']}")
+                self._say(f"it is run with {WAYS['plain']}")
                 self._sweep(waves, prompts, captured)
         self.bytes_read += self.streamed.checkpoint.bytes_read - before
         self._check_parity(captured.part(0, min(PARITY_PROMPTS, len(prompts))), backend)
@@ -98,12 +108,16 @@ class LayerwiseEngine:
 
     def _sweep(self, waves: Sequence[Wave], prompts: Sequence[Prompt], captured: Captured) -> None:
         passes: list[Pass] = [] if self.way == "plain" else self._checks()
+        parts: list[list[int]] = []
         start = 0
         for wave in waves:
             members = range(start, start + len(wave.prompts))
             start = members.stop
-            parts = split(prompts, members, self.batch_tokens, self.way)
-            passes += [make_pass(self.model, prompts, part, captured, self.way) for part in parts]
+            parts += split(prompts, members, self.batch_tokens, self.way, self.alone_beyond)
+        if self.alone_beyond is not None:  # as ``split`` orders those of a wave
+            limit = self.alone_beyond
+            parts.sort(key=lambda part: max(0, max(fed_length(prompts[i]) for i in part) - limit))
+        passes += [make_pass(self.model, prompts, part, captured, self.way) for part in parts]
         sweep(self.streamed, passes, folder=self.folder, progress=lambda done, total: self.progress(STAGE, done, total))
 
     def _checks(self) -> list[Pass]:

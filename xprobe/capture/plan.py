@@ -53,6 +53,7 @@ class Plan:
     way: Way
     batch_tokens: int
     waves: tuple[Wave, ...]
+    alone_beyond: int | None = None
 
     @cached_property
     def tokens(self) -> int:
@@ -62,11 +63,11 @@ class Plan:
     @cached_property
     def tokens_run(self) -> int:
         """Tokens that the forward passes run over, padding included."""
-        return sum(
-            part_tokens(wave.prompts, part, self.way)
-            for wave in self.waves
-            for part in split(wave.prompts, range(len(wave.prompts)), self.batch_tokens, self.way)
-        )
+        return sum(part_tokens(wave.prompts, part, self.way) for wave in self.waves for part in self.parts(wave))
+
+    def parts(self, wave: Wave) -> list[list[int]]:
+        """The forward passes of a wave, each as indices of its prompts."""
+        return split(wave.prompts, range(len(wave.prompts)), self.batch_tokens, self.way, self.alone_beyond)
 
     @property
     def saved(self) -> float:
@@ -98,8 +99,10 @@ def group_prompts(prompts: Iterable[Prompt]) -> list[Group]:
     return [Group(key, tuple(members)) for key, members in groups.items()]
 
 
-def make_plan(groups: Sequence[Group], batch_tokens: int, way: Way) -> Plan:
+def make_plan(groups: Sequence[Group], batch_tokens: int, way: Way, alone_beyond: int | None = None) -> Plan:
     """Neighbouring groups go into one wave while they fit one forward pass of ``batch_tokens`` tokens together.
+
+    Prompts of more than ``alone_beyond`` tokens get a pass of their own (``rotary_limit``).
 
     The plan depends on nothing but its arguments, so that a run that is resumed computes each wave as before.
     """
@@ -113,7 +116,7 @@ def make_plan(groups: Sequence[Group], batch_tokens: int, way: Way) -> Plan:
         else:
             waves.append([group])
             filled = own
-    return Plan(way, batch_tokens, tuple(Wave(tuple(wave)) for wave in waves))
+    return Plan(way, batch_tokens, tuple(Wave(tuple(wave)) for wave in waves), alone_beyond)
 
 
 def fed_length(prompt: Prompt) -> int:
@@ -121,8 +124,35 @@ def fed_length(prompt: Prompt) -> int:
     return len(prompt.ids) - 1
 
 
-def split(prompts: Sequence[Prompt], members: Iterable[int], budget: int, way: Way) -> list[list[int]]:
+def rotary_limit(config: Any) -> int | None:
+    """Length beyond which a model turns *all* positions by other angles (LongRoPE, dynamic NTK); None if it never does.
+
+    The longest prompt of a pass then decides for all: one beyond the limit must not share its pass.
+    """
+    text = config.get_text_config(decoder=True)
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [found, *(value for value in found.values() if isinstance(value, dict))]  # some have one per kind of layer
+    usual = getattr(text, "original_max_position_embeddings", None) or getattr(text, "max_position_embeddings", None)
+    limits = [
+        kind.get("original_max_position_embeddings") or usual
+        for kind in kinds
+        if kind.get("rope_type") == "longrope" or "dynamic" in str(kind.get("rope_type"))
+    ]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def split(
+    prompts: Sequence[Prompt], members: Iterable[int], budget: int, way: Way, alone_beyond: int | None = None
+) -> list[list[int]]:
     """Indices ``members`` of ``prompts`` in parts of at most ``budget`` tokens each; a part of one may exceed it."""
+    limit = float("inf") if alone_beyond is None else alone_beyond
+    by_length = sorted(members, key=lambda i: fed_length(prompts[i]))
+    together = [i for i in by_length if fed_length(prompts[i]) <= limit]
+    # by rising length: a model that grows its angles with the longest prompt so far then grows them for each
+    return [*_split(prompts, together, budget, way), *([i] for i in by_length[len(together) :])]
+
+
+def _split(prompts: Sequence[Prompt], members: list[int], budget: int, way: Way) -> list[list[int]]:
     if way == "tree":
         order = sorted(members, key=lambda i: prompts[i].ids[:-1])
         return _split_sorted(prompts, order, budget)
@@ -131,7 +161,7 @@ def split(prompts: Sequence[Prompt], members: Iterable[int], budget: int, way: W
         for i in members:
             by_beginning.setdefault(prompts[i].example.group, []).append(i)
         return [part for some in by_beginning.values() for part in _split_padded(prompts, some, budget, way)]
-    return _split_padded(prompts, list(members), budget, way)
+    return _split_padded(prompts, members, budget, way)
 
 
 def part_tokens(prompts: Sequence[Prompt], part: Iterable[int], way: Way) -> int:
@@ -166,7 +196,7 @@ def _split_sorted(prompts: Sequence[Prompt], order: list[int], budget: int) -> l
 
 
 def _split_padded(prompts: Sequence[Prompt], members: list[int], budget: int, way: Way) -> list[list[int]]:
-    shared = prefix_length([prompts[i] for i in members]) if way == "prefix" else 0
+    shared = prefix_length([prompts[i] for i in members]) if way == "prefix" and members else 0
     parts: list[list[int]] = []
     for i in sorted(members, key=lambda i: fed_length(prompts[i]), reverse=True):
         longest = fed_length(prompts[parts[-1][0]]) - shared if parts else 0

@@ -8,6 +8,7 @@ from support.families import FAMILIES, tiny_model
 from support.prompts import family_of_prompts, prompt
 
 from xprobe.capture.engine import Engine
+from xprobe.capture.plan import group_prompts
 from xprobe.capture.rows import Captured
 from xprobe.models.anatomy import inspect, watch_states
 
@@ -31,7 +32,7 @@ def one_by_one(model, anatomy, prompts) -> tuple[torch.Tensor, torch.Tensor]:
             torch.inference_mode(),
             watch_states(anatomy.blocks, lambda layer, hidden, to=states: to.append(hidden[0])),
         ):
-            model(input_ids=torch.tensor([item.ids]), use_cache=False)
+            model(input_ids=torch.tensor([item.ids[:-1]]), use_cache=False)
         stacked = torch.stack(states)
         answers.append(stacked[:, list(item.answer_positions)])
         questions.append(stacked[:, slice(*item.spans["question"])].mean(1))
@@ -247,3 +248,36 @@ def test_a_part_of_what_was_captured(small):
     assert torch.equal(part.targets, whole.targets[first:last])
     assert torch.equal(part.questions, whole.questions[:, 2:5])
     assert torch.equal(part.prompt_ends, whole.prompt_ends[:, 2:5])
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_prompts_beyond_the_reach_of_the_usual_angles_do_not_turn_those_of_others(kind):
+    """LongRoPE and dynamic NTK turn all positions of a pass by the angles that its longest prompt calls for."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [6.0] * 4} if kind == "longrope" else {"factor": 6.0}
+    rope = {"rope_type": kind, "rope_theta": 1e4, **factors}
+    options = {**FAMILIES["phi3" if kind == "longrope" else "llama"][1], "rope_parameters": rope}
+    if kind == "longrope":
+        options |= {"original_max_position_embeddings": 32, "max_position_embeddings": 192}
+    else:
+        options |= {"max_position_embeddings": 32}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("phi3" if kind == "longrope" else "llama", **options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    lengths = sorted(len(item.ids) - 1 for item in PROMPTS)
+    assert lengths[0] < 32 < lengths[-1]
+    anatomy = inspect(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    # a short prompt before each, after which no angles are left of the one before
+    alone = [one_by_one(model, anatomy, [prompt(5, 1, 0), item])[0][:, 1:] for item in PROMPTS]
+    wanted = torch.cat(alone, 1)
+    engine = Engine(model, anatomy, 10_000)
+    assert engine.alone_beyond == 32
+    plan = engine.plan(group_prompts(PROMPTS))
+    assert [part for part in plan.parts(plan.waves[0]) if len(part) > 1]
+    assert farthest(engine.capture(PROMPTS).answers, wanted) < 1e-4
+    engine.alone_beyond = None
+    assert farthest(engine.capture(PROMPTS).answers, wanted) > 1e-3  # so the limit is what makes them equal
