@@ -95,6 +95,8 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
     ------
     ModelError
         Says what is missing and where: weights, tokenizer, network, or a model that is not a causal decoder.
+    UsageError
+        The device cannot be used, or the model is to be shared among processes and there is but one.
     """
     import torch
     import transformers
