@@ -73,7 +73,8 @@ def test_every_command_and_option_that_pages_name_exists():
         command = group.get_command(None, name)
         for each in [command, *getattr(command, "commands", {}).values()]:
             known |= {option for parameter in each.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    elsewhere = {"--no-deps", "--benchmark-only", "--json", "--steps", "--commit"}  # pip, pytest, scripts
+    # pip, pytest, torchrun, scripts
+    elsewhere = {"--nproc-per-node", "--no-deps", "--benchmark-only", "--json", "--steps", "--commit"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | elsewhere
 
 

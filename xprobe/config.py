@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from xprobe.errors import UsageError
@@ -12,6 +12,7 @@ SETTINGS = {
     "x-x": "context, question and answer in each language",
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TEMPLATES = ("auto", "chat", "plain")
 
 # Signals of docs/method.md. Those marked False have their place in tables and files; no stage computes them yet.
@@ -42,6 +43,11 @@ class StudyConfig:
         ``auto`` (chat template if the tokenizer has one), ``chat``, ``plain``, or the path of a template file.
     dtype, device : str
         ``auto``: float32 on a CPU, the checkpoint's dtype on an accelerator.
+    device_map : str or dict, optional
+        Spreads the model over several devices, main memory and disk: one of transformers' rules (``auto``,
+        ``balanced``, ``balanced_low_0``, ``sequential``), or a device for each module by name. Replaces ``device``.
+    tensor_parallel : bool
+        Share every layer among the processes that torchrun started.
     strict : bool
         Make bad records fatal.
     seed, bootstrap, permutations : int
@@ -67,6 +73,8 @@ class StudyConfig:
     template: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | dict[str, int | str] | None = field(default=None, hash=False)
+    tensor_parallel: bool = False
     strict: bool = False
     seed: int = 0
     bootstrap: int = 1000
@@ -94,6 +102,7 @@ class StudyConfig:
         if self.languages is not None and not self.languages:
             raise UsageError("languages is empty: name at least one, or leave it out for all that the data holds")
         _known("dtype", (self.dtype,), DTYPES)
+        self._check_devices()
         if self.limit is not None and (
             isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1
         ):
@@ -104,6 +113,26 @@ class StudyConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+    def _check_devices(self) -> None:
+        if self.tensor_parallel and (self.device_map is not None or self.stream or self.device != "auto"):
+            raise UsageError(
+                "tensor_parallel has each process take its own device: leave device, device_map and stream"
+            )
+        if self.device_map is None:
+            return
+        if isinstance(self.device_map, str):
+            _known("device_map", (self.device_map,), DEVICE_MAPS)
+        elif not self.device_map or not all(isinstance(place, int | str) for place in self.device_map.values()):
+            raise UsageError(f"device_map gives each module a device by number or name, got {self.device_map!r}")
+        if isinstance(self.device_map, dict):
+            object.__setattr__(self, "device_map", dict(self.device_map))
+        if self.device != "auto":
+            raise UsageError(
+                f"device {self.device!r} and device_map {self.device_map!r} contradict each other: give one"
+            )
+        if self.stream:
+            raise UsageError("device_map and stream are two ways to run a large model: choose one")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``manifest.json``."""

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 def describe_model(model: Any, anatomy: Anatomy, window: int | None) -> dict[str, Any]:
     """Shape, dtype and place of a model, and what was found where in it."""
+    from xprobe.models.anatomy import input_device
+
     return {
         "type": model.config.model_type,
         "n_blocks": anatomy.n_layers - 1,
         "width": anatomy.head.width,
         "vocab_size": anatomy.head.vocab_size,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        "device": str(input_device(model)),
         "window": window,
         "modules": anatomy.names,
         "head_sha256": anatomy.head.fingerprint(),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from xprobe.config import DEFAULT_MODEL, DTYPES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, SETTINGS, SIGNALS, StudyConfig
 from xprobe.errors import RunFolderError, XprobeError
 from xprobe.store import MANIFEST, RunFolder
 from xprobe_cli.options import Names, common, echo_json
@@ -59,6 +60,12 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="A torch device: cpu, cuda, cuda:1, ...")
+@click.option(
+    "--device-map",
+    type=click.Choice(DEVICE_MAPS),
+    help="Spread a model that one device cannot hold over all of them (docs/large-models.md).",
+)
+@click.option("--tensor-parallel", is_flag=True, help="Share each layer among processes that torchrun starts.")
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
@@ -112,12 +119,17 @@ def command(
     config = StudyConfig(**options)
     if dry_run:
         return _show_forecast(config, as_json)
+    from xprobe.models import team
     from xprobe.study import default_out, run_config
     from xprobe_cli.tables import study_report
 
+    team.check_launch(config)
+    if config.tensor_parallel and team.processes()[0] > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop
+        return team.follow(config)
     folder = out if out is not None else default_out(config)
     try:
-        with Progress() as progress, Stoppable(progress) as stoppable:
+        with Progress() as progress, Stoppable(progress) as stoppable, team.lead(config):
             study = run_config(config, out=folder, resume=resume, progress=stoppable)
     except Stopped as stopped:
         more = ["--json"] if as_json else []

@@ -121,19 +121,24 @@ def test_lists_become_tuples_and_repeats_are_dropped_in_order() -> None:
 # -- to and from plain values ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [StudyConfig(), FULL], ids=["default", "full"])
+SPREAD = StudyConfig(device_map={"model.embed_tokens": 0, "model.layers": "cpu", "lm_head": "disk"})
+
+
+@pytest.mark.parametrize("config", [StudyConfig(), FULL, SPREAD], ids=["default", "full", "spread"])
 def test_a_configuration_survives_the_way_through_json(config: StudyConfig) -> None:
     values = config.to_dict()
     assert list(values) == [field.name for field in dataclasses.fields(StudyConfig)]
     assert json.loads(json.dumps(values)) == values
     again = StudyConfig.from_dict(json.loads(json.dumps(values)))
     assert again == config
+    assert hash(again) == hash(config)
     assert again.to_dict() == values
 
 
 def test_every_field_of_the_full_example_differs_from_its_default() -> None:
     same = [f.name for f in dataclasses.fields(StudyConfig) if getattr(FULL, f.name) == getattr(StudyConfig(), f.name)]
-    assert same == ["signals"]  # of which there is but one so far
+    # there is but one signal so far; the others take the place of a device, and of each other
+    assert set(same) == {"signals", "device_map", "tensor_parallel", "stream"}
 
 
 def test_missing_entries_take_their_defaults() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,14 +42,18 @@ class Batch:
     real: Tensor
     targets: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.places.to(device), self.real.to(device), self.targets.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A tree made ready for one device."""
+    """A tree made ready for one device; copies for others are made when a block there asks for one."""
 
     positions: Tensor  # [N]
     batches: tuple[Batch, ...]
     shared: tuple[tuple[Segment, int], ...]  # those with something below, and how deep that reaches
+    copies: dict[torch.device, Layout] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tree: Tree, device: torch.device) -> Layout:
@@ -57,6 +61,15 @@ class Layout:
         below = ((s, tree.positions[s.stop : s.end]) for s in tree.segments)
         shared = tuple((segment, max(positions)) for segment, positions in below if positions)
         return cls(torch.tensor(tree.positions, device=device), batches, shared)
+
+    def on(self, device: torch.device) -> Layout:
+        """The same on the device of a block, which need not be that of the first."""
+        if device == self.positions.device:
+            return self
+        if device not in self.copies:
+            batches = tuple(batch.to(device) for batch in self.batches)
+            self.copies[device] = Layout(self.positions.to(device), batches, self.shared)
+        return self.copies[device]
 
 
 @contextmanager
@@ -101,6 +114,7 @@ def attend(
     unknown = [k for k, v in others.items() if k not in _HARMLESS and isinstance(v, Tensor)]
     if layout is None or attention_mask is not None or unknown or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise NotShareable(f"attention with {', '.join(unknown) or 'a mask, a batch or a cache'}")
+    layout = layout.on(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = _Rule(scale, sliding_window or None, softcap or None)
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -28,7 +28,8 @@ from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, Receiver, RowSpace
 from xprobe.capture.tree import grow
-from xprobe.models.anatomy import Anatomy, watch_states
+from xprobe.models import team
+from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.parity import check_parity
 from xprobe.qa.prompts import Prompt
 
@@ -73,6 +74,7 @@ class Engine:
 
     def check(self, prompts: list[Prompt], backend: str = "auto") -> float:
         """Parity of the lens on a few prompts (``check_parity``), kept in ``parity_error``."""
+        team.tell("check", prompts, backend)
         self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
         return self.parity_error
 
@@ -82,6 +84,7 @@ class Engine:
         Told from numbers: ``sample`` (a few prompts with a common beginning) is run one by one, then each way.
         """
         prompts = list(sample)
+        team.tell("settle", prompts)
         wanted = self.space.take(prompts)
         for i in range(len(prompts)):
             self._run(prompts, [i], wanted, "plain")
@@ -119,14 +122,15 @@ class Engine:
         RuntimeError, MemoryError
             Memory runs out even for one prompt at a time, or the model fails.
         """
+        team.tell("capture", prompts)
         captured = self.space.take(prompts)
         waiting = split(prompts, range(len(prompts)), self.batch_tokens, self.way, self.alone_beyond)
         while waiting:
             try:
                 self._run(prompts, waiting[0], captured, self.way)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or len(waiting[0]) == 1:
-                    raise
+                if not is_out_of_memory(error) or len(waiting[0]) == 1 or team.size() > 1:
+                    raise  # among several processes the others are in the middle of this pass
             else:
                 waiting.pop(0)
                 continue
@@ -154,7 +158,7 @@ class Engine:
             run_pass(self.model, self.anatomy, make_pass(self.model, prompts, part, into, "plain"))
             return
         cache = shared_cache(self.model, list(prompts[part[0]].ids[:shared]))
-        ids = pad([prompts[i].ids[shared:-1] for i in part], self.model.device)
+        ids = pad([prompts[i].ids[shared:-1] for i in part], input_device(self.model))
         receiver = Receiver(prompts, part, lambda place, start, stop: [(place, start - shared, stop - shared)], into)
         with watch_states(self.anatomy.blocks, receiver):
             self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -162,15 +166,16 @@ class Engine:
 
 def make_pass(model: Any, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> Pass:
     """The forward pass over ``part`` of ``prompts``, ``tree`` or ``plain``, that leaves its rows in ``into``."""
+    device = input_device(model)
     if way == "plain":
-        ids = pad([prompts[i].ids[:-1] for i in part], model.device)
+        ids = pad([prompts[i].ids[:-1] for i in part], device)
         return Pass({"input_ids": ids}, Receiver(prompts, part, lambda i, start, stop: [(i, start, stop)], into))
     tree = grow([prompts[i].ids[:-1] for i in part]).filled(MULTIPLE)
-    layout = Layout.of(tree, model.device)
+    layout = Layout.of(tree, device)
     receiver = Receiver(
         prompts, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into
     )
-    inputs = {"input_ids": torch.tensor([tree.ids], device=model.device), "position_ids": layout.positions[None]}
+    inputs = {"input_ids": torch.tensor([tree.ids], device=device), "position_ids": layout.positions[None]}
     return Pass(inputs, receiver, partial(packed_attention, model, layout))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from xprobe.capture.cascade import NotShareable
+from xprobe.models.anatomy import input_device
 
 
 def shared_cache(model: Any, ids: list[int]) -> Any:
@@ -20,7 +21,7 @@ def shared_cache(model: Any, ids: list[int]) -> Any:
         The model keeps something else than keys and values.
     """
     cache = DynamicCache()
-    model.base_model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=torch.tensor([ids], device=input_device(model)), past_key_values=cache, use_cache=True)
     layers: list[Any] = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

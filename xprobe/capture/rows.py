@@ -108,26 +108,28 @@ class Receiver:
             owners += [place] * len(found)
         device = into.answers.device
         self.into = into
-        self.answers, self.pieces = torch.tensor(answers), torch.tensor(pieces)
+        self.spans = {torch.device("cpu"): (torch.tensor(answers), torch.tensor(pieces))}  # per device of a block
         self.rows, self.members = torch.tensor(rows, device=device), torch.tensor(list(part), device=device)
         self.owners = torch.tensor(owners, device=device)
-        lengths = (self.pieces[:, 2] - self.pieces[:, 1]).to(device)
+        starts, stops = torch.tensor(pieces)[:, 1:].to(device).unbind(1)
+        lengths = stops - starts
         whole = torch.zeros(len(part), dtype=lengths.dtype, device=device).index_add_(0, self.owners, lengths)
         self.shares = (lengths / whole[self.owners])[:, None]
-        self.checked: set[torch.device] = set()
+        self.checked = False
 
     def __call__(self, layer: int, hidden: Tensor) -> None:
-        if hidden.device not in self.checked and hidden.device.type != "cpu":
-            self.answers, self.pieces = self.answers.to(hidden.device), self.pieces.to(hidden.device)
-        check = not self.checked
-        self.checked.add(hidden.device)
+        if hidden.device not in self.spans:
+            first, second = self.spans[torch.device("cpu")]
+            self.spans[hidden.device] = first.to(hidden.device), second.to(hidden.device)
+        answers, pieces = self.spans[hidden.device]
+        check, self.checked = not self.checked, True
         into = self.into
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        buffer = torch.empty(self.answers.shape[0], hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
-        capture(hidden, self.answers, buffer, check=check)
+        buffer = torch.empty(answers.shape[0], hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+        capture(hidden, answers, buffer, check=check)
         into.answers[layer, self.rows] = buffer.to(into.answers)
-        means = torch.empty(self.pieces.shape[0], hidden.shape[-1], dtype=wide, device=hidden.device)
-        capture(hidden, self.pieces, means, check=check)
+        means = torch.empty(pieces.shape[0], hidden.shape[-1], dtype=wide, device=hidden.device)
+        capture(hidden, pieces, means, check=check)
         means = means.to(into.questions.device) * self.shares.to(wide)
         questions = means.new_zeros(self.members.shape[0], means.shape[1]).index_add_(0, self.owners, means)
         into.questions[layer, self.members] = questions.to(into.questions.dtype)

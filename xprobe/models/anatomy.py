@@ -99,13 +99,52 @@ def probe_ids(model: Any) -> Tensor:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(10, vocabulary - 1), vocabulary, (1, PROBE_LENGTH), generator=generator)
-    return ids.to(model.device)
+    return ids.to(input_device(model))
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: the device of the model's first weights, or the one they are brought to when they run."""
+    device = torch.device(model.device)
+    if device.type != "meta":
+        return device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    if (place := getattr(hook, "execution_device", None)) is None:
+        raise ModelError(f"{type(model).__name__} holds no numbers: its embedding is on the meta device")
+    return torch.device(place)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters, whole: those kept elsewhere or in parts are brought to where the module runs.
+
+    Raises
+    ------
+    ModelError
+        They cannot be brought there.
+    """
+    own = {name: _whole(value.detach()) for name, value in module.named_parameters(recurse=False)}
+    if not any(value.is_meta for value in own.values()):
+        return own
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):  # afterwards they are away again: hence the copies
+        own = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False)}
+    if any(value.is_meta for value in own.values()):
+        raise ModelError(
+            f"cannot read the weights of {type(module).__name__}, which are on no device: give the final norm and the "
+            "head a device of their own in device_map"
+        )
+    return own
 
 
 def changed_ids(ids: Tensor) -> Tensor:
     """The probe with another second half: a causal model's states of the first half stay what they are."""
     half = PROBE_LENGTH // 2
     return torch.cat([ids[:, :half], ids[:, :half]], 1)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Gathers a weight of which every process holds a part."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def block_lists(model: Any) -> dict[str, nn.ModuleList]:
@@ -200,9 +239,11 @@ def _chain(calls: list[_Call], state: Tensor, head: nn.Module) -> list[_Call]:
         given, result = (t.reshape(-1, t.shape[-1]) for t in (call.given, call.result))
         if call.module is head:
             break
-        if given.shape != current.shape or not torch.equal(given, current) or result.shape[0] != given.shape[0]:
+        if given.shape != current.shape or result.shape[0] != given.shape[0]:
             continue
-        if result.shape == given.shape and torch.equal(result, given):
+        if not torch.equal(given, current.to(given.device)):
+            continue
+        if result.shape == given.shape and torch.equal(result.to(given.device), given):
             continue  # dropout, identity
         chain.append(call)
         current = result
@@ -211,16 +252,17 @@ def _chain(calls: list[_Call], state: Tensor, head: nn.Module) -> list[_Call]:
 
 def _head_before_scale(model: Any, chain: list[_Call], head_module: Any, state: Tensor) -> tuple[Unembedding, str]:
     """Head spec with scale 1 and no soft-cap, from the modules between the last block and the logits."""
-    weight, bias = head_module.weight.detach(), getattr(head_module, "bias", None)
-    bias = None if bias is None else bias.detach()
+    own = weights_of(head_module)
+    weight, bias = own.get("weight", head_module.weight.detach()), own.get("bias", getattr(head_module, "bias", None))
     norm: dict[str, Any] = {"norm": "none"}
     norm_name = "none"
     for position, call in enumerate(chain):
         if isinstance(call.module, nn.Linear):
             # OPT-350m projects to a narrower width before the head: fold both matrices into one
-            if call.module.bias is not None:
-                bias = weight @ call.module.bias.detach() + (0 if bias is None else bias)
-            weight = weight @ call.module.weight.detach()
+            inner = {name: value.to(weight.device) for name, value in weights_of(call.module).items()}
+            if "bias" in inner:
+                bias = weight @ inner["bias"] + (0 if bias is None else bias)
+            weight = weight @ inner["weight"]
         elif position == 0:
             norm, norm_name = _read_norm(call, model.config), call.name
         else:
@@ -239,7 +281,7 @@ def _head_before_scale(model: Any, chain: list[_Call], head_module: Any, state: 
 def _read_norm(call: _Call, config: Any) -> dict[str, Any]:
     """Which norm a module computes: the candidate that reproduces it on inputs of several sizes."""
     module = call.module
-    own = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
+    own = weights_of(module)
     weight, beta = own.get("weight"), own.get("bias")
     gammas = [None] if weight is None else [weight, 1 + weight.float()]
     epsilons = {v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)}
@@ -249,7 +291,7 @@ def _read_norm(call: _Call, config: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shape = (16, call.given.shape[-1])
     rows = torch.randn(shape, generator=generator) * torch.logspace(-4, 2, 16)[:, None] + 0.1
-    rows = rows.to(call.given.device, call.given.dtype)
+    rows = rows.to(call.result.device, call.given.dtype)
     with torch.inference_mode():
         wanted = module(rows).double()
     best: tuple[float, dict[str, Any]] = (float("inf"), {})

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import socket
+import tempfile
 import urllib.parse
 import urllib.request
+import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, UsageError
-from xprobe.models import gguf
+from xprobe.models import gguf, team
 from xprobe.models.quiet import quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -91,19 +95,26 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
     ------
     ModelError
         Says what is missing and where: weights, tokenizer, network, or a model that is not a causal decoder.
+    UsageError
+        The device cannot be used, or the model is to be shared among processes and there is but one.
     """
     import torch
     import transformers
 
+    if config.tensor_parallel and team.size() == 1:
+        raise UsageError("tensor_parallel is for `torchrun -m xprobe_cli run`, or inside of xprobe.models.team.lead()")
     location, options = _where(source, config)
+    team.tell("open")
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    with quiet():
+    with quiet(), ExitStack() as undo:
+        placing = _placing(config, undo)
         try:
             model_config = transformers.AutoConfig.from_pretrained(location, **options)
             check_decoder(model_config, source.name)
+            team.check_heads(model_config, source.name)
             tokenizer = load_tokenizer(source, config)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 location,
@@ -111,16 +122,54 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=None if config.allow_pickle else True,
                 **options,
+                **placing,
             )
         except ModelError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ... for bad input
             raise ModelError(_explain(source, error)) from error
+        weakref.finalize(model, undo.pop_all().close)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
             f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model"
         )
-    return LoadedModel(source, model.to(device).eval(), tokenizer, window(model.config))
+    _check_tied(model)
+    model = model.eval() if placing else model.to(device).eval()
+    return LoadedModel(source, model, tokenizer, window(model.config))
+
+
+def _placing(config: StudyConfig, undo: ExitStack) -> dict[str, Any]:
+    """What tells transformers to spread a model over devices or processes; nothing if it is to be on one.
+
+    Weights that are left on disk are read from the checkpoint; those that the checkpoint holds in another form
+    (pickles, experts that are fused as they are loaded) are written to a folder, which ``undo`` removes.
+    """
+    if config.tensor_parallel:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    if config.device_map is None:
+        return {}
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModelError("a device map needs the package accelerate: pip install accelerate")
+    folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="xprobe-offload-", ignore_cleanup_errors=True))
+    return {"device_map": config.device_map, "offload_folder": folder}
+
+
+def _check_tied(model: Any) -> None:
+    """Refuses a device map that puts one of two names of the same weights on disk: it could not be read back."""
+    rules = getattr(model, "hf_device_map", {})
+
+    def place(weight: str) -> Any:
+        names = [name for name in rules if not name or weight == name or weight.startswith(name + ".")]
+        return rules[max(names, key=len)] if names else None
+
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        if place(one) != place(other) and "disk" in (place(one), place(other)):
+            raise ModelError(
+                f"{one} and {other} are the same weights, but device_map puts one on {place(one)} and the other on "
+                f"{place(other)}: give both modules the same place"
+            )
 
 
 def load_tokenizer(source: Source, config: StudyConfig) -> Any:
@@ -288,4 +337,8 @@ def _explain(source: Source, error: Exception) -> str:
         reason += ". Weights in a pickle can run code: --allow-pickle loads them all the same"
     if "trust_remote_code" in reason:
         return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
+    if "has no `tp_plan`" in reason:
+        return (
+            f"transformers cannot share {source.name} among processes: leave --tensor-parallel, try --device-map auto"
+        )
     return f"cannot load {source.name}: {reason[:400]}"

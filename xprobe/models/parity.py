@@ -10,7 +10,7 @@ from xprobe_kernels import Unembedding, lens, reference
 
 from xprobe.capture.passes import pad
 from xprobe.errors import ParityError
-from xprobe.models.anatomy import Anatomy, watch_states
+from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.qa.prompts import Prompt
 
 FLOOR = 1e-3  # nats; what fp32 must reach
@@ -33,14 +33,14 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: s
         if layer == anatomy.n_layers - 1:
             last.append(hidden)
 
-    ids = pad([prompt.ids[:-1] for prompt in prompts], model.device)
+    ids = pad([prompt.ids[:-1] for prompt in prompts], input_device(model))
     with torch.inference_mode(), watch_states(anatomy.blocks, receive):
         logits = model(input_ids=ids, use_cache=False).logits
     places = [(row, at) for row, prompt in enumerate(prompts) for at in prompt.answer_positions]
-    rows, positions = torch.tensor(places, device=model.device).unbind(1)
-    targets = torch.tensor([token for prompt in prompts for token in prompt.targets], device=model.device)
-    hidden = last[0][rows, positions]
-    return compare_with_own(model, hidden, logits[rows, positions], anatomy.head, targets, backend)
+    rows, positions = torch.tensor(places).unbind(1)
+    targets = torch.tensor([token for prompt in prompts for token in prompt.targets])
+    hidden, own = (t[rows.to(t.device), positions.to(t.device)] for t in (last[0], logits))
+    return compare_with_own(model, hidden, own, anatomy.head, targets, backend)
 
 
 def compare_with_own(
@@ -55,13 +55,14 @@ def compare_with_own(
     logits : Tensor [R, V]
         What ``model`` itself makes of them.
     targets : Tensor [R], int64
-        Gold tokens.
+        Gold tokens. On whatever devices these three are, they are compared on the head's.
 
     Raises
     ------
     ParityError
         As of ``check_parity``.
     """
+    hidden, logits, targets = (values.to(head.weight.device) for values in (hidden, logits, targets))
     own = logits.double()[:, : head.vocab_size]
     wanted = own.log_softmax(-1)
     defined = reference.logits(hidden, head).log_softmax(-1)

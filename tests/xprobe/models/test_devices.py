@@ -1,0 +1,175 @@
+"""Models spread over devices, main memory and disk give what they give on one device."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from support.families import save_tiny_model
+from support.prompts import family_of_prompts
+from xprobe_cli.main import main
+
+import xprobe
+from xprobe.capture.engine import Engine
+from xprobe.capture.readout import read_answers
+from xprobe.config import StudyConfig
+from xprobe.errors import ModelError, UsageError
+from xprobe.models import loading
+from xprobe.models.anatomy import inspect, weights_of
+
+PROMPTS = family_of_prompts()
+SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
+MODULES = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
+SMALL = {"languages": ("en", "th"), "limit": 4, "batch_tokens": 500}
+
+
+def places(elsewhere: str, *modules: str, others: str | int = "cpu") -> dict[str, str | int]:
+    """Every module of a llama on ``others``, those whose names end with one of ``modules`` on ``elsewhere``."""
+    return {name: elsewhere if name.endswith(modules) else others for name in MODULES}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("families")
+    return {family: save_tiny_model(base / family, family) for family in ("llama", "llama_tied", "mixtral")}
+
+
+def opened(folder: Path, **options) -> Engine:
+    config = StudyConfig(model=str(folder), **options)
+    loaded = loading.load(loading.resolve(str(folder)), config)
+    return Engine(loaded.model, inspect(loaded.model), 200)
+
+
+def away(engine: Engine) -> set[str]:
+    """Names of the modules whose weights are on no device while nothing runs."""
+    held = [name for name, value in engine.model.named_parameters() if value.is_meta]
+    return {module for module in MODULES if any(name.startswith(module + ".") for name in held)}
+
+
+MAPS = {
+    "a block on disk": places("disk", "layers.2"),
+    "first block on disk": places("disk", "layers.0"),
+    "norm and head on disk": places("disk", "norm", "lm_head"),
+    "all on disk": places("disk", ""),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "mixtral"])
+@pytest.mark.parametrize("name", MAPS)
+def test_rows_lens_and_parity_are_those_of_the_model_in_memory(folders, family, name, dtype):
+    plain = opened(folders[family], dtype=dtype)
+    if family == "llama_tied" and name == "norm and head on disk":
+        with pytest.raises(ModelError, match=r"lm_head.weight and model.embed_tokens.weight are the same weights"):
+            opened(folders[family], dtype=dtype, device_map=MAPS[name])
+        return
+    spread = opened(folders[family], dtype=dtype, device_map=MAPS[name])
+    assert away(spread) == {module for module, place in MAPS[name].items() if place == "disk"} - {"model.rotary_emb"}
+    assert spread.anatomy.names == plain.anatomy.names
+    assert torch.equal(spread.anatomy.head.weight, plain.anatomy.head.weight)
+    assert spread.settle(SAMPLE) == plain.settle(SAMPLE) == "tree"
+    assert spread.check(PROMPTS[:3]) < {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    rounding = {"float32": 1e-6, "bfloat16": 1e-3}[dtype]  # a mapped file is not aligned as memory is
+    for way in ("tree", "prefix", "plain"):
+        plain.way = spread.way = way
+        wanted, found = plain.capture(PROMPTS), spread.capture(PROMPTS)
+        assert torch.allclose(found.answers, wanted.answers, rtol=0, atol=rounding)
+        assert torch.allclose(found.questions, wanted.questions, rtol=0, atol=rounding)
+    values, expected = (
+        read_answers(captured, engine.anatomy.head) for engine, captured in ((spread, found), (plain, wanted))
+    )
+    assert abs(values.logsumexp - expected.logsumexp).max() < 10 * rounding
+    assert abs(values.logit - expected.logit).max() < 10 * rounding
+
+
+def test_weights_that_are_kept_on_disk_are_whole_when_they_are_read(folders):
+    plain = opened(folders["llama"])
+    spread = opened(folders["llama"], device_map=MAPS["norm and head on disk"])
+    head = spread.model.get_output_embeddings()
+    assert head.weight.is_meta
+    assert torch.equal(weights_of(head)["weight"], plain.model.get_output_embeddings().weight)
+    assert head.weight.is_meta  # as it was
+
+
+def test_what_is_written_for_weights_on_disk_goes_with_the_model(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    engine = opened(folders["mixtral"], device_map=MAPS["a block on disk"])
+    assert [p.name for p in tmp_path.rglob("*") if "experts" in p.name]  # fused as they are loaded: written anew
+    del engine
+    import gc
+
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_of_a_spread_model_is_that_of_the_model_in_memory(folders, tmp_path):
+    plain = xprobe.run(str(folders["llama"]), out=tmp_path / "plain", **SMALL)
+    spread = xprobe.run(str(folders["llama"]), out=tmp_path / "spread", device_map=MAPS["a block on disk"], **SMALL)
+    assert spread.manifest["config"]["device_map"]["model.layers.2"] == "disk"
+    assert spread.stability.equals(plain.stability)
+    again = xprobe.run(
+        str(folders["llama"]), out=tmp_path / "spread", resume=True, device_map=MAPS["a block on disk"], **SMALL
+    )
+    assert again.stability.equals(plain.stability)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "cpu", "device_map": "auto"}, "contradict"),
+        ({"device_map": "everywhere"}, "balanced_low_0"),
+        ({"device_map": {}}, "each module"),
+        ({"device_map": {"lm_head": None}}, "each module"),
+        ({"device_map": "auto", "stream": True}, "choose one"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_loaded(options, said):
+    with pytest.raises(UsageError, match=said):
+        StudyConfig(**options)
+
+
+def test_the_command_line_knows_the_rules(folders, tmp_path, capsys):
+    run = ["run", str(folders["llama"]), "--languages", "en", "--limit", "2", "--out", str(tmp_path / "run")]
+    assert main([*run, "--device-map", "auto", "--device", "cpu"]) == 2
+    assert "contradict" in capsys.readouterr().err
+    assert main([*run, "--device-map", "sequential"]) == 0
+
+
+def test_without_accelerate_it_is_said_what_to_install(folders, tmp_path, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "accelerate" else found(name, *a))
+    run = ["run", str(folders["llama"]), "--languages", "en", "--limit", "2", "--out", str(tmp_path / "run")]
+    assert main([*run, "--device-map", "auto"]) == 1
+    assert "pip install accelerate" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [("layers.1", "layers.2"), ("embed_tokens", "layers.0"), ("norm", "lm_head")])
+def test_on_a_gpu_parts_in_main_memory_change_nothing(folders, kept):
+    plain = opened(folders["llama"], device="cuda", dtype="float32")
+    spread = opened(folders["llama"], dtype="float32", device_map=places("cpu", *kept, others=0))
+    assert away(spread)
+    assert spread.anatomy.head.weight.is_cuda
+    assert spread.settle(SAMPLE) == plain.settle(SAMPLE)
+    assert spread.check(PROMPTS[:3]) < 1e-3
+    assert torch.allclose(spread.capture(PROMPTS).answers, plain.capture(PROMPTS).answers, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_blocks_on_two_gpus_give_the_rows_of_one():
+    from support.families import tiny_model
+
+    model = tiny_model("llama").to("cuda:0")
+    wanted = Engine(model, inspect(model), 200).capture(PROMPTS).answers.cpu()
+    from accelerate import dispatch_model
+
+    there = {name: int(name.endswith(("layers.1", "layers.3", "norm", "lm_head"))) for name in MODULES}
+    spread = dispatch_model(tiny_model("llama"), there)
+    engine = Engine(spread, inspect(spread), 200)
+    assert engine.settle(SAMPLE) == "tree"
+    for way in ("tree", "prefix", "plain"):
+        engine.way = way
+        assert torch.allclose(engine.capture(PROMPTS).answers.cpu(), wanted, rtol=0, atol=1e-5)
