@@ -9,8 +9,11 @@
 ``xprobe``   the capture engine and the lens, group by group, as ``xprobe run`` uses them
 
 Every round times a whole group of prompts with xprobe and a few of the same prompts with the others, in milliseconds
-per example; the ratios are medians over rounds. The values of all three are compared on the way. ``--memory`` runs each
-way in a process of its own and reports its peak resident memory.
+per example; the ratios are medians over rounds. The values of all three are compared on the way.
+
+``--torch-products`` makes xprobe use torch's own matrix products even where it would choose oneDNN's
+(``xprobe_kernels.precision``): what is left is the sharing. ``--memory`` runs each way in a process of its own and
+reports its peak resident memory, the model included, the peak of loading it not.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from xprobe_kernels import precision
 
+from xprobe.capture import products
 from xprobe.capture.engine import Engine
 from xprobe.capture.plan import Wave, group_prompts, make_plan
 from xprobe.capture.readout import read_answers
@@ -52,7 +56,7 @@ class Lens:
         self.norm, self.head, self.blocks = base.norm, model.lm_head, base.layers
 
     def usual(self, prompt: Prompt) -> torch.Tensor:
-        ids = torch.tensor([prompt.ids])
+        ids = torch.tensor([prompt.ids], device=self.model.device)
         with torch.inference_mode():
             states = self.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
             found = []
@@ -70,9 +74,9 @@ class Lens:
             hooks.append(block.register_forward_hook(lambda module, args, out: rows.append(first(out)[0, at].clone())))
         try:
             with torch.inference_mode():
-                self.model.base_model(input_ids=torch.tensor([prompt.ids]), use_cache=False)
+                self.model.base_model(input_ids=torch.tensor([prompt.ids], device=self.model.device), use_cache=False)
                 log_p = self.head(self.norm(torch.cat(rows))).float().log_softmax(-1)
-                gold = torch.tensor(prompt.targets).repeat(len(rows))
+                gold = torch.tensor(prompt.targets, device=log_p.device).repeat(len(rows))
                 return log_p.gather(1, gold[:, None])[:, 0].view(len(rows), -1)
         finally:
             for hook in hooks:
@@ -99,6 +103,8 @@ def load(dtype: str, setting: str, questions: int) -> tuple[Any, Anatomy, list[P
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -127,7 +133,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             seconds, theirs = timed(lambda way=way, some=some, wave=wave: [way(wave.prompts[i]) for i in some])
             times[name].append(seconds / len(some))
             for i, values in zip(some, theirs, strict=True):
-                farthest = max(farthest, float((values - ours[:, offsets[i] : offsets[i + 1]]).abs().max()))
+                farthest = max(farthest, float((values.cpu() - ours[:, offsets[i] : offsets[i + 1]]).abs().max()))
     ratios = {n: [a / b for a, b in zip(times[n], times["xprobe"], strict=True)] for n in ways}
     return {
         "ms_per_example": {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()},
@@ -143,8 +149,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak(name: str, arguments: argparse.Namespace) -> None:
-    """Runs one way and prints its peak resident memory, in MB, above nothing: model included."""
+    """Runs one way and prints its peak resident memory in MB."""
     model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     if name == "xprobe":
         engine = Engine(model, anatomy, StudyConfig.batch_tokens)
         for wave in make_plan(group_prompts(prompts), StudyConfig.batch_tokens, engine.way).waves[:3]:
@@ -152,7 +159,8 @@ def peak(name: str, arguments: argparse.Namespace) -> None:
     else:
         for prompt in sorted(prompts, key=lambda p: len(p.ids))[-5:]:
             getattr(Lens(model), name)(prompt)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1024)
 
 
 def memory(names: Sequence[str]) -> dict[str, float]:
@@ -169,14 +177,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--questions", type=int, default=40, help="the first N of XQuAD, in 12 languages each")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--torch-products", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.torch_products:
+        precision.onednn_is_faster = products.onednn_is_faster = lambda: False
     if arguments.peak_of:
         peak(arguments.peak_of, arguments)
         return
     result = {"command": " ".join(["python", *sys.argv]), "setting": arguments.setting, "dtype": arguments.dtype}
+    result["products"] = "oneDNN" if precision.onednn_is_faster() else "torch"
     result |= compare(arguments)
     if arguments.memory:
         result["peak_rss_mb"] = memory(["careful", "xprobe"])

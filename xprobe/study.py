@@ -221,10 +221,11 @@ class _Run:
             raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
         _check_vocabulary(prompts, engine.anatomy.head.vocab_size, source.name)
         groups = group_prompts(prompts)
-        with self._timed("parity"):
-            parity = engine.check(_shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
-        with self._timed("check of sharing"):
-            engine.settle(_sample(groups))
+        with self._failing(f"what {self.out} holds stays"):
+            with self._timed("parity"):
+                parity = engine.check(_shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
+            with self._timed("check of sharing"):
+                engine.settle(_sample(groups))
         plan = engine.plan(groups)
         self.progress(f"shared beginnings save {plan.saved:.0%} of {plan.tokens} tokens", 0, 0)
         folder = RunFolder.create(self.out, resume=self.resume)
@@ -278,7 +279,7 @@ class _Run:
         self.progress(STAGE, done, total)
         waves = engine.waves(plan, todo, config.backend)
         while True:
-            try:
+            with self._failing(f"{done} of {total} examples are kept in {self.out}"):
                 with self._timed("forward"):
                     wave, captured = next(waves, (None, None))
                 if wave is None or captured is None:
@@ -287,12 +288,6 @@ class _Run:
                     values = read_answers(captured, engine.anatomy.head, config.backend)
                 if not values.finite:
                     raise RuntimeError("hidden states hold NaN or infinity; try --dtype float32")
-            except (MemoryError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise XprobeError(
-                    f"the run failed: {reason}. {done} of {total} examples are kept in {self.out}; if memory ran out, "
-                    "add --resume and a smaller --batch-tokens"
-                ) from error
             start = 0
             for group in wave.groups:
                 stop = start + len(group.prompts)
@@ -304,6 +299,17 @@ class _Run:
                     done += len(group.prompts)
                     self.progress(STAGE, done, total)
                 start = stop
+
+    @contextmanager
+    def _failing(self, kept: str) -> Iterator[None]:
+        """Turns what the machine or a model's own code raises into an error that says what is kept."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise XprobeError(
+                f"the run failed: {reason}. {kept}; if memory ran out, add --resume and a smaller --batch-tokens"
+            ) from error
 
     # -- phases and tables -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from xprobe_cli.main import main
@@ -21,6 +22,8 @@ from xprobe.models.anatomy import inspect
 from xprobe.qa.parallel import load_data
 from xprobe.qa.prompts import build_prompts
 from xprobe.qa.templates import load_template
+from xprobe.shards import read_signals
+from xprobe.store import RunFolder
 
 XQUAD = os.environ.get("XPROBE_XQUAD_DIR")
 needs_xquad = pytest.mark.skipif(not XQUAD, reason="XPROBE_XQUAD_DIR is not set: no XQuAD here")
@@ -65,6 +68,57 @@ def test_lens_equals_transformers_own_modules_at_every_layer(loaded):
             assert torch.allclose(torch.tensor(values.rank)[rows, layer].double(), rank.double(), rtol=1e-3, atol=1), (
                 layer
             )
+
+
+def one_by_one(engine, prompts):
+    """Lens values of a forward pass per prompt, nothing shared."""
+    alone = Engine(engine.model, engine.anatomy, batch_tokens=1)
+    alone.way = "plain"
+    return read_answers(alone.capture(prompts), engine.anatomy.head)
+
+
+@needs_xquad
+@pytest.mark.parametrize("setting", ["en-x", "x-x"])
+def test_shared_beginnings_give_the_numbers_of_one_example_at_a_time(loaded, setting):
+    """Real XQuAD: two paragraphs with all their questions, in three scripts."""
+    examples = load_data(str(XQUAD), ["en", "th", "zh"]).examples([setting], limit=13)
+    prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
+    engine = Engine(loaded.model, inspect(loaded.model), batch_tokens=4096)
+    assert engine.settle(prompts[:3]) == "tree"
+    plan = engine.plan(group_prompts(prompts))
+    ours = read_answers(engine.capture(prompts), engine.anatomy.head)
+    theirs = one_by_one(engine, prompts)
+    assert np.abs((ours.logit - ours.logsumexp) - (theirs.logit - theirs.logsumexp)).max() < 1e-3
+    assert np.abs(ours.entropy - theirs.entropy).max() < 1e-3
+    assert np.abs(ours.kl - theirs.kl).max() < 1e-3
+    assert (ours.rank == theirs.rank).mean() >= 0.999
+    assert plan.saved > (0.8 if setting == "en-x" else 0.6)
+
+
+@needs_xquad
+def test_in_bf16_sharing_adds_nothing_to_the_error_of_bf16(source, loaded):
+    """Against fp32: packed runs are no farther off than runs of one example at a time in the same dtype."""
+    examples = load_data(str(XQUAD), ["en", "de", "th"]).examples(["en-x"], limit=5)
+    prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
+    exact = one_by_one(Engine(loaded.model, inspect(loaded.model), 1), prompts)
+    narrow = loading.load(source, xprobe.StudyConfig(dtype="bfloat16")).model
+    engine = Engine(narrow, inspect(narrow), batch_tokens=4096)
+    assert engine.settle(prompts[:3]) == "tree"
+    found = {"shared": read_answers(engine.capture(prompts), engine.anatomy.head), "alone": one_by_one(engine, prompts)}
+    truth = exact.logit - exact.logsumexp
+    errors = {name: np.abs(values.logit - values.logsumexp - truth) for name, values in found.items()}
+    assert errors["shared"].mean() < 1.2 * errors["alone"].mean()
+    assert np.quantile(errors["shared"], 0.99) < 1.2 * np.quantile(errors["alone"], 0.99)
+
+
+def test_block_by_block_the_demo_model_gives_the_same_numbers(source, loaded, tmp_path):
+    options = {"languages": ("en", "th"), "limit": 4}
+    whole = xprobe.run(out=tmp_path / "whole", **options)
+    streamed = xprobe.run(out=tmp_path / "streamed", stream=True, **options)
+    for name, wanted in read_signals(RunFolder.open(whole.path), whole.manifest)[1].items():
+        found = read_signals(RunFolder.open(streamed.path), streamed.manifest)[1][name]
+        assert np.allclose(found, wanted, rtol=1e-4, atol=1e-4), name
+    assert streamed.manifest["parity_error"] < 1e-3
 
 
 def test_weights_are_plain_fp32_and_converted_once(source, loaded):

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xprobe.capture.cascade import Layout, packed_attention
 from xprobe.capture.memory import is_out_of_memory, release_memory
@@ -85,16 +86,11 @@ class Engine:
         """
         prompts = list(sample)
         team.tell("settle", prompts)
-        wanted = self.space.take(prompts)
-        for i in range(len(prompts)):
-            self._run(prompts, [i], wanted, "plain")
-        wanted = Captured(wanted.answers.clone(), wanted.offsets, wanted.questions.clone(), wanted.targets)
+        found = self._capture(prompts, "plain", 1)
+        wanted = Captured(found.answers.clone(), found.offsets, found.questions.clone(), found.targets)
         for way in ("tree", "prefix"):
             try:
-                found = self.space.take(prompts)
-                for part in split(prompts, range(len(prompts)), self.batch_tokens, way, self.alone_beyond):
-                    self._run(prompts, part, found, way)
-                reason = _disagreement(found, wanted)
+                reason = _disagreement(self._capture(prompts, way, self.batch_tokens), wanted)
             except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
                 if is_out_of_memory(error):
                     raise
@@ -123,11 +119,14 @@ class Engine:
             Memory runs out even for one prompt at a time, or the model fails.
         """
         team.tell("capture", prompts)
+        return self._capture(prompts, self.way, self.batch_tokens)
+
+    def _capture(self, prompts: Sequence[Prompt], way: Way, budget: int) -> Captured:
         captured = self.space.take(prompts)
-        waiting = split(prompts, range(len(prompts)), self.batch_tokens, self.way, self.alone_beyond)
+        waiting = split(prompts, range(len(prompts)), budget, way, self.alone_beyond)
         while waiting:
             try:
-                self._run(prompts, waiting[0], captured, self.way)
+                self._run(prompts, waiting[0], captured, way)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or len(waiting[0]) == 1 or team.size() > 1:
                     raise  # among several processes the others are in the middle of this pass
@@ -136,10 +135,10 @@ class Engine:
                 continue
             # outside of the handler: the error's traceback holds the tensors of the pass that failed
             release_memory()
-            self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(prompts, waiting[0], self.way)) // 2)
+            self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(prompts, waiting[0], way)) // 2)
             self._say(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
             left = [i for part in waiting for i in part]
-            waiting = split(prompts, left, self.batch_tokens, self.way, self.alone_beyond)
+            waiting = split(prompts, left, self.batch_tokens, way, self.alone_beyond)
         return captured
 
     def _run(self, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> None:
@@ -187,12 +186,15 @@ def run_pass(model: Any, anatomy: Anatomy, one: Pass) -> None:
 
 def _disagreement(found: Captured, wanted: Captured) -> str | None:
     """In words, how far rows are from those they should equal; None if only by rounding."""
-    for name in ("answers", "questions"):
-        ours, theirs = (getattr(c, name).float() for c in (found, wanted))
-        if not bool(torch.isfinite(ours).all()):
-            return "NaN or infinity"
-        error = ((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1).clamp(min=1e-30)).amax(-1)
-        far = (error > TOLERANCE[wanted.answers.dtype]).nonzero()
-        if len(far):
-            return f"its rows differ by {float(error.max()):.1e} from layer {int(far[0])} on"
+    for layer in range(wanted.answers.shape[0]):
+        for name in ("answers", "questions"):
+            if reason := disagreement(getattr(found, name)[layer], getattr(wanted, name)[layer], layer):
+                return reason
     return None
+
+
+def disagreement(ours: Tensor, theirs: Tensor, layer: int) -> str | None:
+    """In words, how far rows [R, D] of a layer are from those they should equal; None if only by rounding."""
+    ours, wide = ours.float(), theirs.float()
+    error = float(((ours - wide).abs().amax(-1) / wide.abs().amax(-1).clamp(min=1e-30)).max())
+    return None if error <= TOLERANCE[theirs.dtype] else f"its rows differ by {error:.1e} from layer {layer} on"

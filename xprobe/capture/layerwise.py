@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xprobe.capture.cascade import NotShareable
-from xprobe.capture.engine import TOLERANCE, Notify, make_pass
+from xprobe.capture.engine import Notify, disagreement, make_pass
 from xprobe.capture.passes import Pass
 from xprobe.capture.plan import WAYS, Group, Plan, Wave, Way, fed_length, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
@@ -131,10 +131,9 @@ class LayerwiseEngine:
 
         def receive(layer: int, hidden: Tensor) -> None:
             packed.receive(layer, hidden)
-            ours, theirs = found.answers[layer].float(), wanted.answers[layer].float()
-            error = float(((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1).clamp(min=1e-30)).max())
-            if not error <= TOLERANCE[self.model.dtype]:
-                raise NotShareable(f"its rows differ by {error:.1e} from layer {layer} on")
+            for name in ("answers", "questions"):
+                if reason := disagreement(getattr(found, name)[layer], getattr(wanted, name)[layer], layer):
+                    raise NotShareable(reason)
 
         return [*passes, Pass(packed.inputs, receive, packed.active)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,27 +21,37 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: s
     """Largest difference, in nats, between the model's log-probabilities and the lens at the last layer.
 
     Compared over the whole vocabulary (by the definition in ``xprobe_kernels.reference``) and for the gold tokens (by
-    ``backend``), at all answer positions of ``prompts``, from one padded forward pass of the full model.
+    ``backend``), at all answer positions of ``prompts``, each of which is run alone through the full model.
 
     Raises
     ------
     ParityError
         The difference exceeds 1e-3 nats, or 16 roundings of the largest logit where the model's dtype is coarser.
     """
-    last: list[torch.Tensor] = []
+    hidden, own = [], []
+    for prompt in prompts:
+        rows, logits = _ends(model, anatomy, prompt)
+        hidden.append(rows)
+        own.append(logits)
+    targets = torch.tensor([token for prompt in prompts for token in prompt.targets])
+    return compare_with_own(model, torch.cat(hidden), torch.cat(own), anatomy.head, targets, backend)
 
-    def receive(layer: int, hidden: torch.Tensor) -> None:
+
+def _ends(model: Any, anatomy: Anatomy, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """Rows of the last layer [n, D] and the model's logits [n, V] at a prompt's answer positions, its last n."""
+    last: list[Tensor] = []
+
+    def receive(layer: int, hidden: Tensor) -> None:
         if layer == anatomy.n_layers - 1:
             last.append(hidden)
 
-    ids = pad([prompt.ids[:-1] for prompt in prompts], input_device(model))
+    count = len(prompt.targets)
+    # most models can leave out the logits of other positions, which would take more memory than all the rest
+    few = {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}
+    ids = pad([prompt.ids[:-1]], input_device(model))
     with torch.inference_mode(), watch_states(anatomy.blocks, receive):
-        logits = model(input_ids=ids, use_cache=False).logits
-    places = [(row, at) for row, prompt in enumerate(prompts) for at in prompt.answer_positions]
-    rows, positions = torch.tensor(places).unbind(1)
-    targets = torch.tensor([token for prompt in prompts for token in prompt.targets])
-    hidden, own = (t[rows.to(t.device), positions.to(t.device)] for t in (last[0], logits))
-    return compare_with_own(model, hidden, own, anatomy.head, targets, backend)
+        logits = model(input_ids=ids, use_cache=False, **few).logits
+    return last[0][0, -count:].clone(), logits[0, -count:].clone()
 
 
 def compare_with_own(
