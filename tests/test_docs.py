@@ -74,7 +74,19 @@ def test_every_command_and_option_that_pages_name_exists():
         for each in [command, *getattr(command, "commands", {}).values()]:
             known |= {option for parameter in each.params for option in (*parameter.opts, *parameter.secondary_opts)}
     # pip, pytest, torchrun, scripts
-    elsewhere = {"--nproc-per-node", "--no-deps", "--benchmark-only", "--json", "--steps", "--commit"}
+    elsewhere = {
+        "--nproc-per-node",
+        "--limit-gib",
+        "--torch-products",
+        "--questions",
+        "--memory",
+        "--rounds",
+        "--no-deps",
+        "--benchmark-only",
+        "--json",
+        "--steps",
+        "--commit",
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | elsewhere
 
 
