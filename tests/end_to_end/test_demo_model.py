@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -91,8 +92,26 @@ def test_shared_beginnings_give_the_numbers_of_one_example_at_a_time(loaded, set
     assert np.abs((ours.logit - ours.logsumexp) - (theirs.logit - theirs.logsumexp)).max() < 1e-3
     assert np.abs(ours.entropy - theirs.entropy).max() < 1e-3
     assert np.abs(ours.kl - theirs.kl).max() < 1e-3
-    assert (ours.rank == theirs.rank).mean() >= 0.999
+    # two libraries' products, one example at a time, agree on 99.6 % of ranks; what differs, differs by one
+    assert (ours.rank == theirs.rank).mean() >= 0.99
+    assert np.abs(ours.rank - theirs.rank).max() <= 1
     assert plan.saved > (0.8 if setting == "en-x" else 0.6)
+
+
+@pytest.mark.slow
+@needs_xquad
+def test_shared_beginnings_are_as_near_to_fp64_as_single_runs(loaded):
+    examples = load_data(str(XQUAD), ["en", "th", "zh"]).examples(["en-x"], limit=5)
+    prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
+    engine = Engine(loaded.model, inspect(loaded.model), batch_tokens=4096)
+    shared, alone = read_answers(engine.capture(prompts), engine.anatomy.head), one_by_one(engine, prompts)
+    double = copy.deepcopy(loaded.model).double()
+    exact = one_by_one(Engine(double, inspect(double), 1), prompts)
+    for error in (
+        lambda values: np.abs((values.logit - values.logsumexp) - (exact.logit - exact.logsumexp)).mean(),
+        lambda values: np.abs(values.rank - exact.rank).mean(),
+    ):
+        assert error(shared) < 1.2 * error(alone)
 
 
 @needs_xquad
