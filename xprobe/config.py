@@ -16,7 +16,16 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TEMPLATES = ("auto", "chat", "plain")
 
 # Signals of docs/method.md. Those marked False have their place in tables and files; no stage computes them yet.
-SIGNALS = {"readiness": True, "encoding": False, "relevance": False}
+SIGNALS = {"readiness": True, "encoding": True, "relevance": False}
+
+PROBES = {
+    "alignment": "a linear map to what the other languages' states of a question agree on",
+    "language": "which language the question is in",
+    "correctness": "whether the first answer token will be on top at the last layer",
+}
+
+PROBE_COLUMNS = ("setting", "probe", "state", "layer", "metric", "score", "lo", "hi", "baseline", "control",
+                 "control_lo", "control_hi", "selectivity", "folds", "n")  # fmt: skip
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -37,8 +46,10 @@ class StudyConfig:
         Question languages; all that the data holds if None.
     limit : int, optional
         Use the first ``limit`` questions, each in every language.
-    signals : tuple of str
-        Which signals to compute.
+    signals : tuple of str, optional
+        Which signals to compute. None: readiness, and encoding if rows are kept.
+    probes : tuple of str, optional
+        Which probes to train: of ``alignment``, ``language``, ``correctness``; () for none. None: all if rows are kept.
     template : str
         ``auto`` (chat template if the tokenizer has one), ``chat``, ``plain``, or the path of a template file.
     dtype, device : str
@@ -53,7 +64,7 @@ class StudyConfig:
     seed, bootstrap, permutations : int
         Of the intervals and of the phased test.
     store_rows : bool
-        Keep captured hidden rows in the shards (needed to train probes later).
+        Keep captured hidden rows in the shards: encoding and probes need them.
     batch_tokens : int
         Upper bound of tokens in one forward pass.
     backend : str
@@ -69,7 +80,8 @@ class StudyConfig:
     settings: tuple[str, ...] = ("en-x",)
     languages: tuple[str, ...] | None = None
     limit: int | None = None
-    signals: tuple[str, ...] = ("readiness",)
+    signals: tuple[str, ...] | None = None
+    probes: tuple[str, ...] | None = None
     template: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -87,15 +99,26 @@ class StudyConfig:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("settings", "signals", "languages"):
+        defaults = {"signals": ("readiness", "encoding"), "probes": tuple(PROBES)}
+        without_rows = {"signals": ("readiness",), "probes": ()}
+        for name, value in (defaults if self.store_rows else without_rows).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("settings", "signals", "probes", "languages"):
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)
             if value is not None:
                 object.__setattr__(self, name, tuple(dict.fromkeys(value)))
         _known("setting", self.settings, SETTINGS)
-        _known("signal", self.signals, SIGNALS)
-        waiting = [name for name in self.signals if not SIGNALS[name]]
+        signals, probes = self.signals or (), self.probes or ()
+        _known("signal", signals, SIGNALS)
+        if probes:
+            _known("probe", probes, PROBES)
+        if not self.store_rows and ("encoding" in signals or probes):
+            what = "signal 'encoding' needs" if "encoding" in signals else "probes need"
+            raise UsageError(f"{what} the hidden rows: leave out store_rows=False (--no-rows)")
+        waiting = [name for name in signals if not SIGNALS[name]]
         if waiting:
             ready = ", ".join(name for name, done in SIGNALS.items() if done)
             raise UsageError(f"signal {waiting[0]!r} is not computed by this version; available: {ready}")

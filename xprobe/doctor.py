@@ -33,7 +33,7 @@ PIECES = {
     "pyarrow": (True, "parquet files", "pip install pyarrow"),
     "gguf": (False, ".gguf models, the demo model among them", "pip install 'xprobe[gguf]'"),
     "accelerate": (False, ".gguf models, the demo model among them", "pip install 'xprobe[gguf]'"),
-    "scikit-learn": (False, "probes", "pip install 'xprobe[probes]'"),
+    "scikit-learn": (True, "probes and phases", "pip install scikit-learn"),
     "matplotlib": (False, "figures", "pip install 'xprobe[plot]'"),
     "triton": (False, "fused kernels on a GPU", "pip install 'xprobe[gpu]'"),
     "sentencepiece": (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.store import EXAMPLES, LAYERS, RunFolder
+from xprobe.store import EXAMPLES, LAYERS, PROBE_TABLE, RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,12 +27,15 @@ class Study:
         setting, layer, language, signal, value, lo, hi, n.
     examples : DataFrame
         One row per example: setting, language, question_id, paragraph, onset, sharpness, phased, ...
+    all_probes : DataFrame
+        One row per setting, probe, state and layer; empty if none was trained.
     """
 
     path: Path
     manifest: dict[str, Any]
     layers: pd.DataFrame
     examples: pd.DataFrame
+    all_probes: pd.DataFrame
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -49,7 +52,7 @@ class Study:
         if setting not in results:
             raise UsageError(f"this run holds no setting {setting!r}; it holds {', '.join(results)}")
         reordered = {setting: results[setting], **results}
-        return Study(self.path, {**self.manifest, "results": reordered}, self.layers, self.examples)
+        return Study(self.path, {**self.manifest, "results": reordered}, self.layers, self.examples, self.all_probes)
 
     @property
     def alpha(self) -> dict[str, float | None]:
@@ -69,16 +72,30 @@ class Study:
         return stability_table(self.layers, self.setting)
 
     @property
-    def languages(self) -> pd.DataFrame:
-        """One row per language: boundary with interval, relative boundary, spread, phased fraction, n."""
+    def signals(self) -> pd.DataFrame:
+        """value, lo, hi and n of every signal, by (signal, language, layer); ``all`` for the pooled rows."""
+        part = self.layers[self.layers["setting"] == self.setting]
+        return part.set_index(["signal", "language", "layer"])[["value", "lo", "hi", "n"]].sort_index()
+
+    @property
+    def boundaries(self) -> pd.DataFrame:
+        """One row per language: boundary, relative_boundary, spread, phased_fraction, encoding_depth, encoding_peak,
+        each with _lo and _hi; phase_order with _share; n, without_onset."""
         import pandas as pd
 
-        rows = {}
+        rows: dict[str, dict[str, Any]] = {}
         for language, entry in self.manifest["results"][self.setting]["languages"].items():
-            flat = {k: v for k, v in entry.items() if k != "boundary"}
-            bounds = entry["boundary"]
-            rows[language] = {"boundary": bounds["value"], "lo": bounds["lo"], "hi": bounds["hi"], **flat}
+            row = rows.setdefault(language, {})
+            for name, value in entry.items():
+                parts = value if isinstance(value, dict) else {"value": value}
+                row |= {name if part == "value" else f"{name}_{part}": number for part, number in parts.items()}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("language")
+
+    @property
+    def probes(self) -> pd.DataFrame:
+        """One row per probe, state and layer: metric, score with interval, baseline, control, selectivity."""
+        part = self.all_probes[self.all_probes["setting"] == self.setting]
+        return part.drop(columns="setting").set_index(["probe", "state", "layer"]).sort_index()
 
     def to_dict(self) -> dict[str, Any]:
         """What ``xprobe run --json`` prints: plain values; None where a figure could not be computed."""
@@ -135,4 +152,13 @@ def load_study(path: str | Path) -> Study:
     manifest = folder.read_run()
     if manifest.get("status") != "done":
         raise RunFolderError(f"the run in {path} is not finished ({manifest.get('status')}): continue it with --resume")
-    return Study(folder.path, manifest, folder.read_table(LAYERS), folder.read_table(EXAMPLES))
+    tables = folder.read_table(LAYERS), folder.read_table(EXAMPLES), _probes(folder, manifest)
+    return Study(folder.path, manifest, *tables)
+
+
+def _probes(folder: RunFolder, manifest: dict[str, Any]) -> pd.DataFrame:
+    import pandas as pd
+
+    from xprobe.config import PROBE_COLUMNS
+
+    return folder.read_table(PROBE_TABLE) if manifest.get("probes") else pd.DataFrame(columns=list(PROBE_COLUMNS))

@@ -30,7 +30,10 @@ def write_group(folder: RunFolder, group: Group, rows: Captured, values: AnswerR
 
 
 def read_signals(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, NDArray]]:
-    """Example rows (a data frame) and signals [N, L + 1], in the order of the plan, from the shards alone."""
+    """Example rows (a data frame) and signals [N, L + 1], in the order of the plan, from the shards alone.
+
+    ``first_token_correct`` in the frame: whether the first answer token is on top at the last layer.
+    """
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
@@ -38,7 +41,9 @@ def read_signals(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFr
     for key in manifest["groups"]:
         arrays, metadata = folder.read_shard(folder.shard_name(key), (*FIELDS, "offsets"))
         values = AnswerReadout(**{name: arrays[name] for name in FIELDS})
-        rows += [{k: v for k, v in row.items() if k != "spans"} for row in metadata["examples"]]
+        correct = arrays["rank"][arrays["offsets"][:-1], -1] == 1
+        for row, right in zip(metadata["examples"], correct.tolist(), strict=True):
+            rows.append({**{k: v for k, v in row.items() if k != "spans"}, "first_token_correct": right})
         for name, table in example_signals(values, arrays["offsets"], manifest["model"]["vocab_size"]).items():
             signals.setdefault(name, []).append(table)
     return pd.DataFrame(rows), {name: np.concatenate(tables) for name, tables in signals.items()}

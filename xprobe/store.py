@@ -23,7 +23,7 @@ from xprobe.lock import LOCK
 
 FORMAT = 1  # of the run folder; raised when older readers would misread it
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
-LAYERS, EXAMPLES = "layers.parquet", "examples.parquet"
+LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
 MAY_CHANGE = ("batch_tokens", "model", "data")  # of the configuration on resume; the bytes of model and data may not
 _NEEDED: dict[str, type | tuple[type, ...]] = {
     "status": str, "config": dict, "model": dict, "data": dict, "template_sha256": str, "groups": list,
@@ -222,20 +222,30 @@ class RunFolder:
 
     def read_shard(self, name: str, keys: tuple[str, ...] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arrays (only ``keys`` if given; bf16 comes back as float32) and metadata of one shard."""
-        from safetensors import safe_open
-
-        path = self.path / SHARDS / name
-        try:
-            with safe_open(path, framework="pt") as handle:
-                found = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
-                metadata = json.loads(handle.metadata()["xprobe"])
-        except Exception as error:  # safetensors raises its own error type, OSError, KeyError
-            raise RunFolderError(f"cannot read {path} ({error}): compute it again with --resume") from error
+        with self._opened(name) as handle:
+            found = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
+            metadata = json.loads(handle.metadata()["xprobe"])
         arrays = {
             key: (t.float() if t.dtype.itemsize == 2 and t.is_floating_point() else t).numpy()
             for key, t in found.items()
         }
         return arrays, metadata
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        from safetensors import safe_open
+
+        path = self.path / SHARDS / name
+        try:
+            with safe_open(path, framework="pt") as handle:
+                yield handle
+        except Exception as error:  # safetensors raises its own error type, OSError, KeyError
+            raise RunFolderError(f"cannot read {path} ({error}): compute it again with --resume") from error
+
+    def read_layers(self, name: str, key: str, layers: range) -> Any:
+        """Layers of one array [N, K, D] of a shard as float32 [N, len(layers), D]; nothing else of it is read."""
+        with self._opened(name) as handle:
+            return handle.get_slice(key)[:, layers.start : layers.stop].float().numpy()
 
     # -- tables ----------------------------------------------------------------------------------------------
 

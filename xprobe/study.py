@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from xprobe.config import DEFAULT_MODEL, StudyConfig
 from xprobe.disk import check_writable
-from xprobe.errors import DataError, ModelError, UsageError, XprobeError
+from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
 from xprobe.identity import differences, other_device
 from xprobe.lock import LOCK, FolderLock
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
 from xprobe.qa.templates import Template, load_template
-from xprobe.results import Study
-from xprobe.store import EXAMPLES, FORMAT, LAYERS, MANIFEST, RunFolder
+from xprobe.results import Study, load_study
+from xprobe.store import FORMAT, MANIFEST, RunFolder
 
 if TYPE_CHECKING:
     from xprobe.capture.engine import Engine
@@ -140,6 +140,8 @@ class _Run:
 
     def _go(self) -> Study:
         started = time.perf_counter()
+        from xprobe.analysis import analyse
+
         config = self.config
         self.template, data, examples = read_questions(config)
         source = loading.resolve(config.model)
@@ -151,14 +153,16 @@ class _Run:
         else:
             manifest, folder = self._compute(source, data, examples, identity)
             manifest["created"] = before.get("created", manifest["created"])
-        manifest = self._analyse(manifest, folder)
+        if finished and (study := _as_it_is(folder)):
+            return study
+        manifest = analyse(config, manifest, folder, self.timings, self.progress)
         if not finished:
             self.timings["total"] = time.perf_counter() - started
             manifest["timings"] = {name: round(seconds, 3) for name, seconds in self.timings.items()}
         folder.tidy(manifest["groups"])
         manifest["status"] = "done"
         folder.write_manifest(manifest)
-        return Study(folder.path, manifest, folder.read_table(LAYERS), folder.read_table(EXAMPLES))
+        return load_study(folder.path)
 
     # -- what the run is made of, and whether it is the one in the folder ------------------------------------
 
@@ -311,28 +315,6 @@ class _Run:
                 f"the run failed: {reason}. {kept}; if memory ran out, add --resume and a smaller --batch-tokens"
             ) from error
 
-    # -- phases and tables -----------------------------------------------------------------------------------
-
-    def _analyse(self, manifest: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
-        from xprobe.phases.segmentation import PHASE_DEFINITION
-        from xprobe.report.tables import example_table, layer_table, summaries
-        from xprobe.shards import read_signals
-
-        config = self.config
-        self.progress("phases and tables", 0, 0)
-        with self._timed("phases"):
-            frame, signals = read_signals(folder, manifest)
-            examples = example_table(frame, signals, config.permutations, config.seed)
-            layers = layer_table(examples, signals, config.bootstrap, config.seed)
-            results = summaries(examples, manifest["model"]["n_blocks"], config.bootstrap, config.seed)
-            folder.write_table(EXAMPLES, examples)
-            folder.write_table(LAYERS, layers)
-        return {
-            **manifest,
-            "phase_definition": PHASE_DEFINITION,
-            "results": {s: results[s] for s in config.settings if s in results},
-        }
-
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -340,6 +322,14 @@ class _Run:
             yield
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
+
+
+def _as_it_is(folder: RunFolder) -> Study | None:
+    """A finished run from its files; None if one of them cannot be read and must be made again from the shards."""
+    try:
+        return load_study(folder.path)
+    except RunFolderError:
+        return None
 
 
 def _shortest_and_longest(prompts: list[Prompt], count: int) -> list[Prompt]:

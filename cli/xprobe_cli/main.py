@@ -13,6 +13,7 @@ from xprobe_cli.options import help_without_command
 
 COMMANDS = {  # name -> (module, one line for --help)
     "run": ("xprobe_cli.run", "The main job: per-layer phase stability of a model over parallel questions."),
+    "probe": ("xprobe_cli.probe", "Train probes on the states that a run has stored; no model needed."),
     "data": ("xprobe_cli.data", "List, check and fetch question sets."),
     "bench": ("xprobe_cli.bench", "Measure the kernels: speed, memory and error beside plain torch."),
     "doctor": ("xprobe_cli.doctor", "Say what works here, and what each missing piece would add."),

@@ -13,13 +13,18 @@ debug_option = click.option("--debug", is_flag=True, expose_value=False, help="S
 
 
 class Names(click.ParamType):
-    """A comma-separated list of names."""
+    """A comma-separated list of names; with ``none``, the word stands for an empty one."""
 
     name = "name,name"
+
+    def __init__(self, *, none: bool = False) -> None:
+        self.none = none
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
+        if self.none and value.strip() == "none":
+            return ()
         names = tuple(part.strip() for part in value.split(","))
         if not all(names):
             self.fail(f"{value!r} is not a comma-separated list of names", param, ctx)

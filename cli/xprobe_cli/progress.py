@@ -26,7 +26,8 @@ class Progress:
         self.enabled = self.stream.isatty()
         self.done = self.total = 0
         self._clock = clock
-        self._stage = ""  # of the bar; empty if there is none
+        self.stage = ""  # of the bar; empty before the first
+        self._open = False  # whether the bar may still move
         self._started = self._drawn = 0.0
         self._had = 0
         self._shown = 0  # characters that the bar takes on its line
@@ -35,9 +36,9 @@ class Progress:
         if not total:
             self._line(stage)
             return
-        if stage != self._stage:
+        if stage != self.stage or not self._open:
             self.close()
-            self._stage, self._started, self._had = stage, self._clock(), done
+            self.stage, self._open, self._started, self._had = stage, True, self._clock(), done
             self._drawn = float("-inf")
         self.done, self.total = done, total
         if self.enabled and (done >= total or self._clock() - self._drawn >= SECONDS_BETWEEN):
@@ -48,10 +49,10 @@ class Progress:
         if self._shown:
             self._draw()
             self._write("\n")
-        self._stage, self._shown = "", 0
+        self._open, self._shown = False, 0
 
     def _line(self, text: str) -> None:
-        if self._stage and self.done >= self.total:
+        if self._open and self.done >= self.total:
             self.close()
         if self.enabled:
             self._write(f"\r{text.ljust(self._shown)}\n")
@@ -61,7 +62,7 @@ class Progress:
     def _draw(self) -> None:
         filled = WIDTH * min(self.done, self.total) // self.total
         bar = "#" * filled + "-" * (WIDTH - filled)
-        text = f"{self._stage}  [{bar}]  {self.done}/{self.total}{self._pace()}"
+        text = f"{self.stage}  [{bar}]  {self.done}/{self.total}{self._pace()}"
         text = text[: max(shutil.get_terminal_size().columns - 1, 20)]
         self._write(f"\r{text.ljust(self._shown)}")
         self._shown, self._drawn = len(text), self._clock()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, PROBES, SETTINGS, SIGNALS, StudyConfig
 from xprobe.errors import RunFolderError, XprobeError
 from xprobe.store import MANIFEST, RunFolder
 from xprobe_cli.options import Names, common, echo_json
@@ -40,10 +40,15 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
 @click.option(
     "--signals",
     type=Names(),
-    default=("readiness",),
     metavar="NAMES",
     help=f"Signals to compute, of {', '.join(SIGNALS)}. This version computes "
-    f"{', '.join(name for name, ready in SIGNALS.items() if ready)}.",
+    f"{', '.join(name for name, ready in SIGNALS.items() if ready)}. [default: these]",
+)
+@click.option(
+    "--probes",
+    type=Names(none=True),
+    metavar="NAMES|none",
+    help=f"Probes to train, of {', '.join(PROBES)}. [default: all]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: a new one under runs/]")
 @click.option(
@@ -87,7 +92,7 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     "store_rows",
     default=True,
     show_default=True,
-    help="Keep hidden rows in the shards, for probes.",
+    help="Keep hidden rows in the shards: encoding and probes need them.",
 )
 @click.option(
     "--stream",

@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from xprobe.store import MANIFEST
+from xprobe.study import STAGE
 from xprobe_cli.progress import Progress
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as a shell counts it
@@ -44,7 +45,7 @@ class Stoppable:
             raise Stopped(self._told)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        computing = self.progress.total > 0 and self.progress.done < self.progress.total
+        computing = self.progress.stage == STAGE and self.progress.done < self.progress.total
         if self._told is not None or not computing:
             raise Stopped(number)
         self._told = number
@@ -72,7 +73,8 @@ def how_to_go_on(progress: Progress, folder: Path, options: list[str]) -> str:
     """One line: how much is kept, and the command that goes on."""
     if not (folder / MANIFEST).is_file():
         return "nothing was computed yet; the same command begins again"
-    kept = f"{progress.done} of {progress.total} examples are kept" if progress.total else "what was computed is kept"
+    counted = progress.stage == STAGE and progress.done < progress.total
+    kept = f"{progress.done} of {progress.total} examples are kept" if counted else "what was computed is kept"
     return f"{kept}; go on with: {program()} {shlex.join(['run', '--out', str(folder), '--resume', *options])}"
 
 

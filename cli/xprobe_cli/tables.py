@@ -31,32 +31,35 @@ def _setting_report(study: Study, width: int) -> str:
 
 def _layer_lines(study: Study, bars: bool) -> list[str]:
     def with_bar(value: float) -> str:
-        return f"{_number(value, 3):>6}" + (f" {bar(value)}" if bars else "")
+        return f"{number(value, 3):>6}" + (f" {bar(value)}" if bars else "")
 
     wide = 7 + BAR if bars else 9
+    table = study.stability
+    encoded = "encoding" in table
     header = f"layer  phase  {'stability':<{wide}}  {'95% interval':<14}  {'readiness':<{wide}}"
+    header += "  encoding (sel.)" if encoded else ""
     header += f"  {'log p':>7}  {'rank':>7}  {'entropy':>7}"
     lines = [header, "─" * len(header)]
     phase = 1
-    for layer, row in study.stability.iterrows():
+    for layer, row in table.iterrows():
         if row["phase"] != phase:
             phase = row["phase"]
             lines.append(f"{'┄┄ retrieval onset ':┄<{len(header)}}")
-        interval = f"[{_number(row['stability_lo'], 3)}, {_number(row['stability_hi'], 3)}]"
+        interval = f"[{number(row['stability_lo'], 3)}, {number(row['stability_hi'], 3)}]"
         lines.append(
             f"{layer:>5}  {int(row['phase']):>5}  {with_bar(row['stability']):<{wide}}  {interval:<14}  "
-            f"{with_bar(row['readiness']):<{wide}}  {_number(row['log_probability'], 2):>7}  "
-            f"{_number(row['rank'], 0):>7}  {_number(row['entropy'], 2):>7}"
+            f"{with_bar(row['readiness']):<{wide}}{_encoding(row) if encoded else ''}"
+            f"  {number(row['log_probability'], 2):>7}  {number(row['rank'], 0):>7}  {number(row['entropy'], 2):>7}"
         )
     return [line.rstrip() for line in lines]
 
 
 def _summary_lines(study: Study, entry: dict[str, Any]) -> list[str]:
     manifest, counts = study.manifest, study.manifest["counts"]
-    languages = "  ".join(f"{name} {_number(v['boundary']['value'], 1)}" for name, v in entry["languages"].items())
-    boundary = f"layer {_estimate(entry['boundary'], 1)} of {manifest['model']['n_blocks']}"
-    phased = f"{100 * entry['phased_fraction']:.0f}% of examples phased"
-    if entry["phased_fraction"] < 0.5:
+    languages = "  ".join(f"{name} {number(v['boundary']['value'], 1)}" for name, v in entry["languages"].items())
+    boundary = f"layer {estimate(entry['boundary'], 1)} of {manifest['model']['n_blocks']}"
+    phased = f"{100 * entry['phased_fraction']['value']:.0f}% of examples phased"
+    if entry["phased_fraction"]["value"] < 0.5:
         phased += " (too few to believe a boundary)"
     skipped = sum(counts["skipped"].values())
     why = "".join(f"; {n} {reason}" for reason, n in counts["skipped"].items())
@@ -64,20 +67,39 @@ def _summary_lines(study: Study, entry: dict[str, Any]) -> list[str]:
     if entry["alpha"]["value"] is None:
         alpha = "undefined: it needs two languages and onsets that differ"
     else:
-        alpha = f"alpha {_estimate(entry['alpha'], 3)}   1: all languages agree, 0: chance"
+        alpha = f"alpha {estimate(entry['alpha'], 3)}   1: all languages agree, 0: chance"
+    encoding = [f"encoding  {_encoding_line(study, entry)}"] if "encoding_depth" in entry else []
     return [
         f"boundary  {boundary}; {phased}; by language: {languages}",
+        *encoding,
         f"stability {alpha}",
         f"parity    {manifest['parity_error']:.1e} nats; {skipped} examples skipped{why}; {bad} bad records",
     ]
 
 
-def _estimate(estimate: dict[str, float | None], digits: int) -> str:
-    value, lo, hi = (_number(estimate[name], digits) for name in ("value", "lo", "hi"))
+def _encoding(row: Any) -> str:
+    return f"  {number(row['encoding'], 3):>8} {'(' + number(row['encoding_selectivity'], 2) + ')':>6}"
+
+
+def _encoding_line(study: Study, entry: dict[str, Any]) -> str:
+    """Depth, peak and phase order."""
+    if entry["encoding_peak"]["value"] is None:
+        return "undefined: it needs two questions on a paragraph, each in two languages"
+    holds = {1.0: "below the boundary", 0.0: "not below the boundary", None: "no order"}[entry["phase_order"]["value"]]
+    share = entry["phase_order"]["share"]
+    certainty = f" ({100 * share:.0f}% of draws)" if share is not None else ""
+    languages = [v["phase_order"]["value"] for v in entry["languages"].values()]
+    below = f"so in {sum(v == 1 for v in languages)} of {len(languages)} languages"
+    depth = f"layer {estimate(entry['encoding_depth'], 1)}, highest at {estimate(entry['encoding_peak'], 1)}"
+    return f"{depth}; {holds}{certainty}, {below}"
+
+
+def estimate(estimate: dict[str, float | None], digits: int) -> str:
+    value, lo, hi = (number(estimate[name], digits) for name in ("value", "lo", "hi"))
     return f"{value} [{lo}, {hi}]"
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
     return "–" if value is None or value != value else f"{value:.{digits}f}"
 
 

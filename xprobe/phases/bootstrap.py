@@ -53,33 +53,51 @@ class ClusterBootstrap:
 
         ``members`` [N] (indices into the clusters given at construction) names the rows if they are not all examples.
         """
+        value, drawn, counts = self.drawn_means(values, members)
+        lo, hi = self.interval(drawn, (counts > 0).sum(0))
+        return value, lo, hi, counts.sum(0).astype(np.int64)
+
+    def drawn_means(self, values: Floats, members: NDArray | None = None) -> tuple[Floats, Floats, Floats]:
+        """Means as in ``mean``: of all examples [K], of every draw [draws, K], and the values per cluster [C, K]."""
         codes = self.codes if members is None else self.codes[members]
         present = ~np.isnan(values)
         totals = self.sums(np.where(present, values, 0.0), codes)
         counts = self.sums(present.astype(np.float64), codes)
-        n = counts.sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            value = totals.sum(0) / n
-            drawn = (self.weights @ totals) / (self.weights @ counts)
-        lo, hi = self.interval(drawn, (counts > 0).sum(0))
-        return value, lo, hi, n.astype(np.int64)
+            return totals.sum(0) / counts.sum(0), (self.weights @ totals) / (self.weights @ counts), counts
 
     def median(self, values: Floats, members: NDArray | None = None) -> Estimate:
         """Median of ``values`` [N] over examples, NaN left out, with its interval."""
+        value, drawn, clusters = self.drawn_medians(values, members)
+        lo, hi = self.interval(drawn[:, None], np.array([clusters]))
+        return Estimate(value, float(lo[0]), float(hi[0]))
+
+    def drawn_medians(self, values: Floats, members: NDArray | None = None) -> tuple[float, Floats, int]:
+        """Medians as in ``median``: of all examples, of every draw [draws], and how many clusters hold a value."""
+        codes = self.codes if members is None else self.codes[members]
+        present = ~np.isnan(values)
+        if not present.any():
+            return float("nan"), np.full(len(self.weights), np.nan), 0
+        order = np.argsort(values[present], kind="stable")
+        ordered, codes = values[present][order], codes[present][order]
+        drawn = _medians(np.broadcast_to(ordered, (len(self.weights), len(ordered))), self.weights[:, codes])
+        return float(np.median(ordered)), drawn, len(np.unique(codes))
+
+    def spread(self, values: Floats, members: NDArray | None = None) -> Estimate:
+        """Median absolute deviation from the median of ``values`` [N], NaN left out, with its interval.
+
+        For values that repeat, as layers do: each draw is a histogram of them.
+        """
         codes = self.codes if members is None else self.codes[members]
         present = ~np.isnan(values)
         if not present.any():
             return Estimate(float("nan"), float("nan"), float("nan"))
-        order = np.argsort(values[present], kind="stable")
-        ordered, codes = values[present][order], codes[present][order]
-        heights = np.cumsum(self.weights[:, codes], axis=1)
-        half = heights[:, -1:] / 2
-        # the usual median of the drawn sample: the mean of the two middle values, counted with multiplicity
-        lower = ordered[np.minimum((heights < half).sum(1), len(ordered) - 1)]
-        upper = ordered[np.minimum((heights <= half).sum(1), len(ordered) - 1)]
-        drawn = np.where(heights[:, -1] > 0, (lower + upper) / 2, np.nan)
-        lo, hi = self.interval(drawn[:, None], np.array([len(np.unique(codes))]))
-        return Estimate(float(np.median(ordered)), float(lo[0]), float(hi[0]))
+        kinds, which = np.unique(values[present], return_inverse=True)
+        counts = np.zeros((max(self.n_clusters, 1), len(kinds)))
+        np.add.at(counts, (codes[present], which), 1.0)
+        drawn = _deviations(kinds, np.concatenate([counts.sum(0, keepdims=True), self.weights @ counts]))
+        lo, hi = self.interval(drawn[1:, None], np.array([len(np.unique(codes[present]))]))
+        return Estimate(float(drawn[0]), float(lo[0]), float(hi[0]))
 
     @staticmethod
     def interval(drawn: Floats, clusters: NDArray) -> tuple[Floats, Floats]:
@@ -88,3 +106,24 @@ class ClusterBootstrap:
         filled = np.where(empty, 0.0, drawn)
         lo, hi = np.nanpercentile(filled, [2.5, 97.5], axis=0)
         return np.where(empty, np.nan, lo), np.where(empty, np.nan, hi)
+
+
+def _deviations(kinds: Floats, counts: Floats) -> Floats:
+    """Median absolute deviation of every row of ``counts`` [B, V], how often each of the rising ``kinds`` occurs."""
+    centre = _medians(np.broadcast_to(kinds, counts.shape), counts)
+    apart = np.abs(kinds - centre[:, None])
+    order = np.argsort(apart, axis=1, kind="stable")
+    return _medians(np.take_along_axis(apart, order, 1), np.take_along_axis(counts, order, 1))
+
+
+def _medians(values: Floats, counts: Floats) -> Floats:
+    """Median of each row of rising ``values`` [B, V] that occur ``counts`` times; NaN where none does.
+
+    The usual one: the mean of the two middle values, counted with multiplicity.
+    """
+    heights = np.cumsum(counts, axis=1)
+    half = heights[:, -1:] / 2
+    rows, last = np.arange(len(values)), values.shape[1] - 1
+    lower = values[rows, np.minimum((heights < half).sum(1), last)]
+    upper = values[rows, np.minimum((heights <= half).sum(1), last)]
+    return np.where(heights[:, -1] > 0, (lower + upper) / 2, np.nan)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import Tags
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 PHASE_DEFINITION = 1
 MIN_SEGMENT = 2  # layers
@@ -25,7 +29,8 @@ class Segmentation:
     rise : float array [N]
         Mean of phase 2 minus mean of phase 1.
     phased : bool array [N]
-        The signal rises, and its sharpness beats the 95th percentile of the same fit on layer-permuted signals.
+        The signal rises, and its sharpness beats the 95th percentile of the same fit on layer-permuted signals, of
+        which those that fall count as 0.
     """
 
     onset: Floats
@@ -34,22 +39,28 @@ class Segmentation:
     phased: NDArray[np.bool_]
 
 
-def change_points(signals: Floats) -> tuple[Floats, Floats, Floats]:
+def change_points(signals: Floats, layers: NDArray[np.int64] | None = None) -> tuple[Floats, Floats, Floats]:
     """Onset, sharpness and rise of every row of ``signals`` [N, K], by the split that leaves least squared error.
 
-    Splits leave at least two layers on either side; of equal ones the lowest wins.
+    Splits leave at least two layers on either side; of equal ones the lowest wins. ``layers`` [N] says how many of a
+    row's layers count, from the first on; all of them if None.
     """
-    n, layers = signals.shape
-    if layers < 2 * MIN_SEGMENT or n == 0:
+    n, width = signals.shape
+    if width < 2 * MIN_SEGMENT or n == 0:
         return np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
-    centred = signals - signals.mean(1, keepdims=True)
+    size: NDArray[np.int64] = np.full(n, width) if layers is None else layers
+    counted = np.less(np.arange(width)[None], size[:, None])
+    centred = np.where(counted, signals - _row_means(signals, counted), 0.0)
     total = np.square(centred).sum(1)
-    splits = np.arange(MIN_SEGMENT, layers - MIN_SEGMENT + 1)
+    splits = np.arange(MIN_SEGMENT, width - MIN_SEGMENT + 1)
     below = np.cumsum(centred, axis=1)[:, splits - 1]
+    allowed = np.less_equal(splits[None], size[:, None] - MIN_SEGMENT)
     # between-segment sum of squares of a centred signal: both segment sums are +-below
-    explained = np.square(below) * (1 / splits + 1 / (layers - splits))
+    inverse = 1 / splits + 1 / np.where(allowed, size[:, None] - splits, 1)
+    explained = np.where(allowed, np.square(below) * inverse, -1.0)
     # a constant signal has only rounding left after centring: it has no split
-    usable = total > layers * np.square(1e-12 * np.abs(signals).max(1, initial=0.0)) + 1e-300
+    height = np.where(counted, np.abs(signals), 0.0).max(1, initial=0.0)
+    usable = allowed.any(1) & (total > size * np.square(1e-12 * height) + 1e-300)
     best = np.where(np.isnan(explained), -1.0, explained)
     # splits that differ by rounding alone are equal: take the lowest
     close = best >= best.max(1, keepdims=True) * (1 - 1e-9) - 1e-12 * total[:, None]
@@ -58,16 +69,44 @@ def change_points(signals: Floats) -> tuple[Floats, Floats, Floats]:
     onset = splits[at].astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         sharpness = np.minimum(explained[pick] / total, 1.0)
-    rise = -below[pick] * (1 / splits[at] + 1 / (layers - splits[at]))
+    rise = -below[pick] * inverse[pick]
     for values in (onset, sharpness, rise):
         values[~usable] = np.nan
     return onset, sharpness, rise
 
 
-def segment(signals: Floats, permutations: int = 200, seed: int = 0, chunk: int = 256) -> Segmentation:
+def _row_means(signals: Floats, counted: NDArray[np.bool_]) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(counted, signals, 0.0).sum(1, keepdims=True) / counted.sum(1, keepdims=True)
+
+
+def encoding_depths(curves: Floats) -> tuple[Floats, Floats]:
+    """Encoding depth kappa and the layer of the maximum of every row of ``curves`` [N, K], mean encoding by layer.
+
+    Kappa is the change point of the curve from layer 1 up to and with its maximum; NaN where that is less than four
+    layers or does not rise. Of equal maxima the lowest layer counts. Layer 0 is left out: a prompt's last token is the
+    same whatever the question, so nothing can be encoded there.
+    """
+    after = curves[:, 1:]
+    known: NDArray[np.bool_] = np.isnan(after).sum(1) == 0
+    if not after.shape[1]:
+        return np.full(len(curves), np.nan), np.full(len(curves), np.nan)
+    after = np.where(known[:, None], after, 0.0)
+    peak = after.argmax(1)
+    onset, _, rise = change_points(after, peak + 1)
+    with np.errstate(invalid="ignore"):
+        depth = np.where(known & (rise > 0), onset + 1, np.nan)
+    return depth, np.where(known, peak + 1.0, np.nan)
+
+
+def segment(
+    signals: Floats, permutations: int = 200, seed: int = 0, level: float = 0.05, chunk: int = 256
+) -> Segmentation:
     """Onsets of ``signals`` [N, K], and the test against ``permutations`` layer-permuted copies of each row.
 
-    All rows meet the same permutations, so a row's verdict depends on its own values and the seed alone.
+    A copy counts with its sharpness if it rises and with 0 if it falls, as the signal itself does, so that of signals
+    without phases the share ``level`` is taken for phased. All rows meet the same permutations: a row's verdict
+    depends on its own values and the seed alone.
     """
     onset, sharpness, rise = change_points(signals)
     generator = np.random.default_rng(seed)
@@ -77,8 +116,65 @@ def segment(signals: Floats, permutations: int = 200, seed: int = 0, chunk: int 
     for start in range(0, len(usable), chunk):
         rows = usable[start : start + chunk]
         shuffled = signals[rows][:, orders].reshape(-1, signals.shape[1])
-        null = change_points(shuffled)[1].reshape(len(rows), permutations)
-        threshold[rows] = np.percentile(null, 95, axis=1)
+        _, null, rises = change_points(shuffled)
+        null = np.where(rises > 0, null, 0.0).reshape(len(rows), permutations)
+        threshold[rows] = np.percentile(null, 100 * (1 - level), axis=1)
     with np.errstate(invalid="ignore"):
         phased = (rise > 0) & (sharpness > threshold + 1e-9)  # a permutation that repeats the signal does not beat it
     return Segmentation(onset, sharpness, rise, phased)
+
+
+class PhaseSegmenter(TransformerMixin, BaseEstimator):
+    """``segment`` as a scikit-learn transformer: readiness curves in, phases out (phase definition 1).
+
+    Parameters
+    ----------
+    permutations : int
+        Layer-permuted copies behind the test.
+    level : float
+        Share of signals without phases that the test takes for phased.
+    random_state : int
+        Seed of the permutations.
+
+    Attributes
+    ----------
+    onset_, sharpness_, rise_ : float array [n]
+    phased_ : bool array [n]
+        Of the curves given to ``fit``; see ``Segmentation``.
+    """
+
+    def __init__(self, permutations: int = 200, level: float = 0.05, random_state: int = 0) -> None:
+        self.permutations = permutations
+        self.level = level
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Segments the curves X [n, K], one row per example; NaN makes a row's onset NaN."""
+        if not isinstance(self.permutations, int) or self.permutations < 20:
+            raise ValueError(f"permutations must be a whole number of at least 20, got {self.permutations!r}")
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must lie between 0 and 1, got {self.level!r}")
+        X = validate_data(self, X, dtype=np.float64, ensure_all_finite="allow-nan")
+        phases = self._segment(X)
+        self.onset_, self.sharpness_, self.rise_ = phases.onset, phases.sharpness, phases.rise
+        self.phased_ = phases.phased
+        return self
+
+    def transform(self, X: Any) -> Floats:
+        """Columns onset, sharpness, rise, phased (0 or 1) of the curves X [n, K]; nothing is carried over from fit."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, ensure_all_finite="allow-nan", reset=False)
+        phases = self._segment(X)
+        return np.stack([phases.onset, phases.sharpness, phases.rise, phases.phased.astype(np.float64)], 1)
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray:
+        """Names of the columns."""
+        return np.array(["onset", "sharpness", "rise", "phased"], dtype=object)
+
+    def _segment(self, X: Floats) -> Segmentation:
+        return segment(X, self.permutations, self.random_state, self.level)
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        return tags

@@ -1,0 +1,80 @@
+"""`xprobe probe`: train probes on a stored run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xprobe.config import PROBES
+from xprobe_cli.options import common, echo_json
+from xprobe_cli.progress import Progress
+
+
+@click.command("probe")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    type=click.Choice(list(PROBES)),
+    help="Which to train. Repeatable. [default: all]",
+)
+@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Folds of whole paragraphs.")
+@click.option(
+    "--components",
+    "n_components",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Most principal components that a probe sees.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="Ridge penalty of the alignment probe, per training sample.",
+)
+@click.option(
+    "--c",
+    "C",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Inverse penalty of the logistic regressions.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of the control tasks. [default: the run's]")
+@click.option("--jobs", type=int, default=-1, show_default=True, help="Layers at the same time; -1: one per core.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device (needs SCIPY_ARRAY_API=1).")
+@common
+def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool, **options: Any) -> None:
+    """(Re)train probes on the hidden states in the folder RUN.
+
+    \b
+    alignment    a linear map to what the other languages' states of a question agree on
+    language     which language the question is in
+    correctness  whether the first answer token will be on top at the last layer
+
+    Each is scored on paragraphs that it was not trained on, beside a baseline and a control task.
+    """
+    from xprobe.analysis import retrain
+    from xprobe.probing import ProbeSettings
+    from xprobe.results import load_study
+    from xprobe_cli.probe_tables import probe_report
+
+    if seed is None:
+        seed = load_study(run).manifest["config"]["seed"]
+    settings = ProbeSettings(seed=seed, **options)
+    with Progress() as progress:
+        study = retrain(run, probes or tuple(PROBES), settings, progress)
+    if as_json:
+        echo_json({"run_dir": str(study.path), "probes": _plain(study)})
+    else:
+        click.echo(probe_report(study))
+
+
+def _plain(study: Any) -> list[dict[str, Any]]:
+    rows = study.all_probes.to_dict("records")
+    return [{name: None if value != value else value for name, value in row.items()} for row in rows]

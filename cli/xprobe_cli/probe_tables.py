@@ -1,0 +1,54 @@
+"""The table of `xprobe probe`: scores by layer, each beside its control, and a line on every probe's best layer."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from xprobe_cli.tables import estimate, number
+
+if TYPE_CHECKING:
+    from xprobe.results import Study
+
+
+def probe_report(study: Study) -> str:
+    """Scores of every setting's probes, and where the files are."""
+    parts = [_setting(study.of(setting)) for setting in study.settings]
+    return "\n\n".join([*parts, f"files     {study.path}"])
+
+
+def _setting(study: Study) -> str:
+    rows: list[dict[str, Any]] = [
+        {str(name): value for name, value in row.items()} for row in study.probes.reset_index().to_dict("records")
+    ]
+    columns = list(dict.fromkeys((r["probe"], r["state"], r["metric"]) for r in rows))
+    wide = [max(len(f"{probe} {metric}"), len(state), 15) for probe, state, metric in columns]
+    tops = "  ".join(f"{f'{p} {m}':>{w}}" for (p, _, m), w in zip(columns, wide, strict=True))
+    states = "  ".join(f"{state:>{w}}" for (_, state, _), w in zip(columns, wide, strict=True))
+    lines = [f"{study.manifest['model']['name']} · {study.setting} · held-out paragraphs: score (control)", ""]
+    lines += [f"{'':>5}  {tops}", f"layer  {states}"]
+    lines.append("─" * len(lines[-1]))
+    for layer, some in groupby(sorted(rows, key=lambda r: r["layer"]), key=lambda r: r["layer"]):
+        found = {(r["probe"], r["state"], r["metric"]): r for r in some}
+        cells = (f"{_scores(found.get(column)):>{w}}" for column, w in zip(columns, wide, strict=True))
+        lines.append(f"{layer:>5}  {'  '.join(cells)}")
+    return "\n".join([*lines, "", *(_best([r for r in rows if r["probe"] == p and r["state"] == s])
+                                   for p, s, _ in columns)])  # fmt: skip
+
+
+def _scores(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{number(row['score'], 3)} ({number(row['control'], 2)})"
+
+
+def _best(rows: list[dict[str, Any]]) -> str:
+    what = f"{rows[0]['probe']}, {rows[0]['state']}"
+    known = [row for row in rows if row["score"] == row["score"]]
+    if not known:
+        return f"{what}: cannot be trained on this run"
+    best = max(known, key=lambda row: row["score"])
+    baseline = f", baseline {best['baseline']:.3f}" if best["baseline"] == best["baseline"] else ""
+    interval = estimate({"value": best["score"], "lo": best["lo"], "hi": best["hi"]}, 3)
+    return (
+        f"{what}: best at layer {best['layer']}, {best['metric']} {interval}, "
+        f"selectivity {number(best['selectivity'], 3)}{baseline}; {best['n']} examples, {best['folds']} folds"
+    )
