@@ -38,7 +38,7 @@ def analyse(
 
     ``timings`` gets the seconds of each stage added.
     """
-    progress("signals and phases", 0, 0)
+    progress("signals", 0, 0)
     with _timed(timings, "signals"):
         frame, signals = read_signals(folder, manifest)
         if "encoding" in (config.signals or ()):

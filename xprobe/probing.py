@@ -196,6 +196,8 @@ def _classify(
 ) -> dict[str, tuple[float, float, float]]:
     """(score, control, baseline) of each probe on one fold; NaN where training or test labels are all the same."""
     train_rows, test_rows = fold
+    if len(train_rows) < 2:
+        return dict.fromkeys(probes, (float("nan"),) * 3)
     shared = front(settings.n_components, settings.seed)
     z_train = _numpy(shared.fit_transform(_place(states[train_rows], settings)))
     z_test = _numpy(shared.transform(_place(states[test_rows], settings)))

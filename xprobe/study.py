@@ -153,9 +153,8 @@ class _Run:
         else:
             manifest, folder = self._compute(source, data, examples, identity)
             manifest["created"] = before.get("created", manifest["created"])
-        if finished and (study := _as_it_is(folder)):
-            return study
-        manifest = analyse(config, manifest, folder, self.timings, self.progress)
+        if not (finished and _is_readable(folder)):
+            manifest = analyse(config, manifest, folder, self.timings, self.progress)
         if not finished:
             self.timings["total"] = time.perf_counter() - started
             manifest["timings"] = {name: round(seconds, 3) for name, seconds in self.timings.items()}
@@ -324,12 +323,13 @@ class _Run:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
 
 
-def _as_it_is(folder: RunFolder) -> Study | None:
-    """A finished run from its files; None if one of them cannot be read and must be made again from the shards."""
+def _is_readable(folder: RunFolder) -> bool:
+    """Whether a finished run has all of its tables; else they are made again from the shards."""
     try:
-        return load_study(folder.path)
+        load_study(folder.path)
     except RunFolderError:
-        return None
+        return False
+    return True
 
 
 def _shortest_and_longest(prompts: list[Prompt], count: int) -> list[Prompt]:

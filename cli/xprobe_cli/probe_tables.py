@@ -44,7 +44,7 @@ def _best(rows: list[dict[str, Any]]) -> str:
     what = f"{rows[0]['probe']}, {rows[0]['state']}"
     known = [row for row in rows if row["score"] == row["score"]]
     if not known:
-        return f"{what}: cannot be trained on this run"
+        return f"{what}: cannot be trained on this run (one language, one paragraph, or one class)"
     best = max(known, key=lambda row: row["score"])
     baseline = f", baseline {best['baseline']:.3f}" if best["baseline"] == best["baseline"] else ""
     interval = estimate({"value": best["score"], "lo": best["lo"], "hi": best["hi"]}, 3)

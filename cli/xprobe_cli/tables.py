@@ -33,12 +33,12 @@ def _layer_lines(study: Study, bars: bool) -> list[str]:
     def with_bar(value: float) -> str:
         return f"{number(value, 3):>6}" + (f" {bar(value)}" if bars else "")
 
-    wide = 7 + BAR if bars else 9
+    wide, gap = (7 + BAR, "  ") if bars else (9, " ")
     table = study.stability
     encoded = "encoding" in table
-    header = f"layer  phase  {'stability':<{wide}}  {'95% interval':<14}  {'readiness':<{wide}}"
-    header += "  encoding (sel.)" if encoded else ""
-    header += f"  {'log p':>7}  {'rank':>7}  {'entropy':>7}"
+    heads = ["layer", "phase", f"{'stability':<{wide}}", f"{'95% interval':<14}", f"{'readiness':<{wide}}"]
+    heads += ["encoding (sel.)" if bars else "encoding"] if encoded else []
+    header = gap.join([*heads, *(f"{head:>7}" for head in ("log p", "rank", "entropy"))])
     lines = [header, "─" * len(header)]
     phase = 1
     for layer, row in table.iterrows():
@@ -46,11 +46,12 @@ def _layer_lines(study: Study, bars: bool) -> list[str]:
             phase = row["phase"]
             lines.append(f"{'┄┄ retrieval onset ':┄<{len(header)}}")
         interval = f"[{number(row['stability_lo'], 3)}, {number(row['stability_hi'], 3)}]"
-        lines.append(
-            f"{layer:>5}  {int(row['phase']):>5}  {with_bar(row['stability']):<{wide}}  {interval:<14}  "
-            f"{with_bar(row['readiness']):<{wide}}{_encoding(row) if encoded else ''}"
-            f"  {number(row['log_probability'], 2):>7}  {number(row['rank'], 0):>7}  {number(row['entropy'], 2):>7}"
-        )
+        cells = [f"{layer:>5}", f"{int(row['phase']):>5}", f"{with_bar(row['stability']):<{wide}}"]
+        cells += [f"{interval:<14}", f"{with_bar(row['readiness']):<{wide}}"]
+        if encoded:
+            cells.append(f"{number(row['encoding'], 3):>8}" + (f" {f'({selectivity(row)})':>6}" if bars else ""))
+        digits = {"log_probability": 2, "rank": 0, "entropy": 2}
+        lines.append(gap.join([*cells, *(f"{number(row[name], n):>7}" for name, n in digits.items())]))
     return [line.rstrip() for line in lines]
 
 
@@ -77,8 +78,9 @@ def _summary_lines(study: Study, entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _encoding(row: Any) -> str:
-    return f"  {number(row['encoding'], 3):>8} {'(' + number(row['encoding_selectivity'], 2) + ')':>6}"
+def selectivity(row: Any) -> str:
+    """Encoding above its control, for a table."""
+    return number(row["encoding_selectivity"], 2)
 
 
 def _encoding_line(study: Study, entry: dict[str, Any]) -> str:

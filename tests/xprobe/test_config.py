@@ -24,7 +24,8 @@ FULL = StudyConfig(
     seed=11,
     bootstrap=50,
     permutations=20,
-    store_rows=False,
+    signals=("readiness",),
+    probes=("language",),
     batch_tokens=1,
     backend="torch",
     trust_remote_code=True,
@@ -137,8 +138,16 @@ def test_a_configuration_survives_the_way_through_json(config: StudyConfig) -> N
 
 def test_every_field_of_the_full_example_differs_from_its_default() -> None:
     same = [f.name for f in dataclasses.fields(StudyConfig) if getattr(FULL, f.name) == getattr(StudyConfig(), f.name)]
-    # there is but one signal so far; the others take the place of a device, and of each other
-    assert set(same) == {"signals", "device_map", "tensor_parallel", "stream"}
+    # rows are what probes need; the others take the place of a device, and of each other
+    assert set(same) == {"store_rows", "device_map", "tensor_parallel", "stream"}
+
+
+def test_all_that_can_be_is_computed_unless_asked_otherwise() -> None:
+    assert StudyConfig().signals == ("readiness", "encoding")
+    assert StudyConfig().probes == ("alignment", "language", "correctness")
+    without = StudyConfig(store_rows=False)
+    assert (without.signals, without.probes) == (("readiness",), ())
+    assert StudyConfig(probes=()).probes == ()
 
 
 def test_missing_entries_take_their_defaults() -> None:

@@ -47,6 +47,9 @@ def test_tables_are_tidy_and_complete(study):
     assert not layers.duplicated(["setting", "layer", "language", "signal"]).any()
     assert set(layers["signal"]) == {
         "stability", "agreement_en", "phase2", "readiness", "log_probability", "rank", "entropy", "kl",
+        *(f"{name}{part}" for name in ("encoding", "encoding_question")
+          for part in ("", "_control", "_selectivity", "_top1", "_margin",
+                       "_probed", "_probed_control", "_probed_selectivity")),
     }  # fmt: skip
     assert set(layers["language"]) == {"all", "en", "th", "zh"}
     bounded = layers.dropna(subset=["value", "lo", "hi"])
@@ -105,8 +108,7 @@ def test_the_json_object_has_the_promised_shape(study):
     assert set(value["boundary"]) == {"value", "lo", "hi"}
     assert [layer["layer"] for layer in value["layers"]] == [0, 1, 2, 3, 4]
     assert {"phase", "stability", "stability_lo", "stability_hi", "readiness", "log_probability", "rank",
-            "entropy"} <= set(value["layers"][0])  # fmt: skip
-    assert "encoding" not in value["layers"][0]
+            "entropy", "encoding", "encoding_selectivity"} <= set(value["layers"][0])  # fmt: skip
     assert set(value["other_settings"]) == {"x-x"}
 
 
@@ -260,6 +262,8 @@ def test_rows_can_be_left_out_of_the_shards(tiny, tmp_path):
     study = xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, store_rows=False)
     arrays, _ = RunFolder(study.path).read_shard("en-x.en.a000p000.safetensors")
     assert set(arrays) == {"logit", "logsumexp", "rank", "entropy", "kl", "offsets", "targets"}
+    assert "encoding" not in study.stability
+    assert study.probes.empty
 
 
 def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
@@ -283,7 +287,7 @@ def test_stages_are_reported_in_order(tiny, tmp_path):
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages[:2] == ["loading the model", "building prompts"]
     assert re.fullmatch(r"shared beginnings save \d+% of \d+ tokens", stages[2])
-    assert stages[3:] == ["forward and lens", "phases and tables"]
+    assert stages[3:] == ["forward and lens", "signals", "probes", "phases and tables"]
     assert [done for stage, done, _ in seen if stage == "forward and lens"] == [0, 9, 18]
 
 

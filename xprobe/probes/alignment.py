@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import numpy as np
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -43,9 +42,7 @@ class AlignmentProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Any) -> Self:
         """Learns the map from states X [n, d] to consensus y [n, d'] (or [n])."""
-        X, y = validate_data(
-            self, X, y, multi_output=True, y_numeric=True, dtype=[np.float64, np.float32], ensure_min_samples=2
-        )
+        X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, ensure_min_samples=2)
         front = PrincipalComponents(self.n_components, self.random_state)
         penalty = Ridge(self.alpha * X.shape[0], solver="svd")
         self.pipeline_: Pipeline = make_pipeline(StandardScaler(), front, penalty).fit(X, y)
@@ -55,5 +52,5 @@ class AlignmentProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def predict(self, X: Any) -> Any:
         """Predicted consensus [n, d']."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        X = validate_data(self, X, reset=False)
         return self.pipeline_.predict(X)

@@ -40,7 +40,7 @@ class PrincipalComponents(TransformerMixin, BaseEstimator):
         """
         if not isinstance(self.n_components, int) or self.n_components < 1:
             raise ValueError(f"n_components must be a whole number of at least 1, got {self.n_components!r}")
-        X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2)
+        X = validate_data(self, X, ensure_min_samples=2)
         self.n_components_ = min(self.n_components, X.shape[0] - 1, X.shape[1])
         pca = PCA(self.n_components_, power_iteration_normalizer="QR", random_state=self.random_state)
         with np.errstate(invalid="ignore", divide="ignore"):  # states that are all equal have no variance to share
@@ -50,7 +50,7 @@ class PrincipalComponents(TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> Any:
         """Scores [n, n_components_]."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        X = validate_data(self, X, reset=False)
         return self.pca_.transform(X)
 
     @property

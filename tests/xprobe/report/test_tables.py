@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from xprobe.phases.agreement import krippendorff_alpha
 from xprobe.phases.bootstrap import ClusterBootstrap
 from xprobe.phases.segmentation import segment
-from xprobe.report.tables import ALL, MEANS, example_table, layer_table, stability_table, summaries
+from xprobe.report.tables import ALL, example_table, layer_table, replace_signals, stability_table, summaries
 
 Signals = dict[str, NDArray[np.float64]]
 LAYERS = 13
+MEANS = ("readiness", "log_probability", "entropy", "kl", "encoding", "encoding_selectivity")
 SETTINGS, LANGUAGES = ("en-x", "x-x"), ("en", "de", "zh")
 COLUMNS = ["setting", "layer", "language", "signal", "value", "lo", "hi", "n"]
 SEED, DRAWS = 3, 80
@@ -41,7 +42,10 @@ def study(seed: int = 0) -> tuple[pd.DataFrame, Signals]:
         "rank": np.rint(generator.exponential(50, size=steps.shape)) + 1,
         "entropy": generator.exponential(size=steps.shape),
         "kl": generator.exponential(size=steps.shape),
+        "encoding": np.where(np.arange(LAYERS) < 2, 0.4, 0.7) + generator.normal(scale=0.02, size=steps.shape),
     }
+    signals["encoding_selectivity"] = signals["encoding"] - 0.4
+    signals["encoding"][11] = np.nan
     signals["readiness"][[4, 17]] = 0.5
     signals["rank"][5, 2] = signals["rank"][6] = np.nan
     signals["kl"][9, 0] = np.nan
@@ -212,8 +216,10 @@ def test_a_single_paragraph_gives_values_without_intervals() -> None:
 # -- one entry per setting ------------------------------------------------------------------------------------------
 
 
-def test_summaries_hold_what_the_examples_give(examples: pd.DataFrame) -> None:
-    result = summaries(examples, LAYERS - 1, DRAWS, SEED)
+def test_summaries_hold_what_the_examples_give(
+    examples: pd.DataFrame, frame_and_signals: tuple[pd.DataFrame, Signals]
+) -> None:
+    result = summaries(examples, frame_and_signals[1], LAYERS - 1, DRAWS, SEED)
     assert list(result) == list(SETTINGS)
     for setting, entry in result.items():
         part = examples[examples["setting"] == setting]
@@ -223,25 +229,29 @@ def test_summaries_hold_what_the_examples_give(examples: pd.DataFrame) -> None:
         assert entry["alpha"]["lo"] < entry["alpha"]["value"] < entry["alpha"]["hi"]
         assert entry["boundary"]["value"] == onset.median()
         assert entry["boundary"]["lo"] <= onset.median() <= entry["boundary"]["hi"]
-        assert entry["relative_boundary"] == pytest.approx(onset.median() / (LAYERS - 1))
-        assert entry["spread"] == pytest.approx((onset - onset.median()).abs().median() / (LAYERS - 1))
-        assert entry["phased_fraction"] == pytest.approx(part["phased"].mean())
+        assert entry["relative_boundary"]["value"] == pytest.approx(onset.median() / (LAYERS - 1))
+        assert entry["relative_boundary"]["lo"] == entry["boundary"]["lo"] / (LAYERS - 1)
+        spread = (onset - onset.median()).abs().median() / (LAYERS - 1)
+        assert entry["spread"]["value"] == pytest.approx(spread)
+        assert entry["spread"]["lo"] <= spread <= entry["spread"]["hi"]
+        assert entry["phased_fraction"]["value"] == pytest.approx(part["phased"].mean())
+        assert entry["phased_fraction"]["lo"] <= part["phased"].mean() <= entry["phased_fraction"]["hi"]
         assert entry["without_onset"] == part["onset"].isna().sum()
         assert (entry["n"], entry["paragraphs"]) == (len(part), 4)
         assert list(entry["languages"]) == list(LANGUAGES)
         for language, values in entry["languages"].items():
             mine = part[part["language"] == language]
             assert values["boundary"]["value"] == mine["onset"].median()
-            assert values["spread"] == pytest.approx(
+            assert values["spread"]["value"] == pytest.approx(
                 (mine["onset"] - mine["onset"].median()).abs().median() / (LAYERS - 1)
             )
-            assert values["phased_fraction"] == pytest.approx(mine["phased"].mean())
+            assert values["phased_fraction"]["value"] == pytest.approx(mine["phased"].mean())
             assert values["without_onset"] == mine["onset"].isna().sum()
             assert values["n"] == len(mine)
 
 
-def test_summaries_are_plain_values(examples: pd.DataFrame) -> None:
-    result = summaries(examples, LAYERS - 1, DRAWS, SEED)
+def test_summaries_are_plain_values(examples: pd.DataFrame, frame_and_signals: tuple[pd.DataFrame, Signals]) -> None:
+    result = summaries(examples, frame_and_signals[1], LAYERS - 1, DRAWS, SEED)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
@@ -249,17 +259,47 @@ def test_a_study_without_any_onset_has_empty_figures_not_nan() -> None:
     frame, signals = study()
     signals["readiness"][:] = 0.5
     examples = example_table(frame, signals, 20, 0)
-    entry = summaries(examples, LAYERS - 1, DRAWS, SEED)["en-x"]
+    entry = summaries(examples, signals, LAYERS - 1, DRAWS, SEED)["en-x"]
     nothing = {"value": None, "lo": None, "hi": None}
     assert (entry["alpha"], entry["boundary"]) == (nothing, nothing)
-    assert entry["relative_boundary"] is None
-    assert entry["spread"] is None
-    assert entry["phased_fraction"] == 0
+    assert entry["relative_boundary"] == nothing
+    assert entry["spread"] == nothing
+    assert entry["phased_fraction"]["value"] == 0
+    assert entry["phase_order"] == {"value": None, "share": None}
     assert entry["without_onset"] == entry["n"]
     json.dumps(entry, allow_nan=False)
     table = stability_table(layer_table(examples, signals, 20, 0), "en-x")
     assert (table["phase"] == 1).all()
     assert table["stability"].isna().all()
+
+
+def test_encoding_depth_is_that_of_the_mean_curve_and_lies_below_the_boundary() -> None:
+    frame, signals = study()
+    signals["encoding"] = np.where(np.arange(LAYERS) < 4, 0.5, 0.8) + 0 * signals["encoding"]
+    signals["encoding"][:, 7] = 0.82
+    signals["readiness"] = np.where(np.arange(LAYERS) < 6, 0.3, 0.8) + 0 * signals["readiness"]
+    entry = summaries(example_table(frame, signals, 20, 0), signals, LAYERS - 1, DRAWS, SEED)["en-x"]
+    for part in (entry, *entry["languages"].values()):
+        assert part["encoding_depth"] == {"value": 4.0, "lo": 4.0, "hi": 4.0}
+        assert part["encoding_peak"]["value"] == 7.0
+        assert part["phase_order"] == {"value": 1.0, "share": 1.0}
+    signals["readiness"] = np.where(np.arange(LAYERS) < 3, 0.3, 0.8) + 0 * signals["readiness"]
+    entry = summaries(example_table(frame, signals, 20, 0), signals, LAYERS - 1, DRAWS, SEED)["en-x"]
+    assert entry["phase_order"] == {"value": 0.0, "share": 0.0}
+
+
+def test_replacing_signals_leaves_everything_else_as_it_is(
+    layers: pd.DataFrame, examples: pd.DataFrame, frame_and_signals: tuple[pd.DataFrame, Signals]
+) -> None:
+    fresh = {"encoding": 1 - frame_and_signals[1]["encoding"], "new": frame_and_signals[1]["readiness"]}
+    table, rows = replace_signals(layers, examples, fresh, DRAWS, SEED)
+    wanted = layer_table(examples, {**frame_and_signals[1], **fresh}, DRAWS, SEED)
+    keys = ["setting", "layer", "language", "signal"]
+    pd.testing.assert_frame_equal(
+        table.sort_values(keys, ignore_index=True), wanted.sort_values(keys, ignore_index=True)
+    )
+    assert rows["new_last"].tolist() == examples["readiness_last"].tolist()
+    pd.testing.assert_frame_equal(rows[["onset", "kl_last"]], examples[["onset", "kl_last"]])
 
 
 # -- one row per layer ----------------------------------------------------------------------------------------------
@@ -268,7 +308,16 @@ def test_a_study_without_any_onset_has_empty_figures_not_nan() -> None:
 def test_the_stability_table_is_the_pooled_part_of_the_layer_table(layers: pd.DataFrame) -> None:
     for setting in SETTINGS:
         table = stability_table(layers, setting)
-        signals = ["readiness", "log_probability", "rank", "entropy", "kl", "phase2"]
+        signals = [
+            "readiness",
+            "encoding",
+            "encoding_selectivity",
+            "log_probability",
+            "rank",
+            "entropy",
+            "kl",
+            "phase2",
+        ]
         assert list(table.columns) == ["phase", "stability", "stability_lo", "stability_hi", *signals]
         assert table.index.tolist() == list(range(LAYERS))
         for layer, row in table.iterrows():

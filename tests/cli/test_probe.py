@@ -1,0 +1,109 @@
+"""`xprobe probe`: trained on a stored run without its model, what others found stays, bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+from xprobe_cli.main import main
+
+import xprobe
+
+SMALL = ["--languages", "en,de,th", "--limit", "9", "--bootstrap", "20"]
+
+
+@pytest.fixture(scope="module")
+def original(tiny, tmp_path_factory):
+    """A run of a model that is gone."""
+    folder = tmp_path_factory.mktemp("probe")
+    shutil.copytree(tiny, folder / "model")
+    out = folder / "run"
+    assert main(["run", str(folder / "model"), *SMALL, "--out", str(out)]) == 0
+    shutil.rmtree(folder / "model")
+    return out
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    shutil.copytree(original, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_training_again_gives_the_same_files(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.glob("*.parquet")}
+    assert main(["probe", str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    after = {path.name: path.read_bytes() for path in run.glob("*.parquet")}
+    assert after["probes.parquet"] == before["probes.parquet"]
+    tables = [pd.read_parquet(run / "layers.parquet")]
+    (run / "layers.parquet").write_bytes(before["layers.parquet"])
+    tables.append(pd.read_parquet(run / "layers.parquet"))
+    keys = ["setting", "layer", "language", "signal"]
+    pd.testing.assert_frame_equal(*(table.sort_values(keys, ignore_index=True) for table in tables))
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines if line[:5].strip().isdigit()] == ["0", "1", "2", "3", "4"]
+    assert sum("selectivity" in line for line in lines) == 4
+    assert sum("correctness" in line and "cannot be trained" in line for line in lines) == 2  # it is never right
+    assert lines[-1] == f"files     {run}"
+
+
+def test_one_probe_is_trained_and_the_others_stay(run, capsys):
+    before = xprobe.load_study(run)
+    assert main(["probe", str(run), "--probe", "language", "--components", "3", "--folds", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["probes"]
+    after = xprobe.load_study(run)
+    assert len(rows) == len(before.all_probes) == len(after.all_probes)
+    for name in ("alignment", "correctness"):
+        pd.testing.assert_frame_equal(after.probes.loc[name], before.probes.loc[name])
+    assert set(after.probes.loc["language"]["folds"]) == {2}
+    assert set(before.probes.loc["language"]["folds"]) == {3}
+    pd.testing.assert_frame_equal(after.layers, before.layers)
+    assert after.manifest["probes"]["language"]["n_components"] == 3
+    assert after.manifest["probes"]["alignment"] == before.manifest["probes"]["alignment"]
+
+
+def test_a_run_without_probes_can_get_them_later(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["run", str(tiny), *SMALL, "--signals", "readiness", "--probes", "none", "--out", str(out)]) == 0
+    study = xprobe.load_study(out)
+    assert study.probes.empty
+    assert "encoding" not in study.stability
+    assert main(["probe", str(out), "--probe", "alignment"]) == 0
+    study = xprobe.load_study(out)
+    assert set(study.all_probes["probe"]) == {"alignment"}
+    assert study.stability["encoding_probed"].notna().all()
+    assert "encoding_probed_last" in study.examples
+    capsys.readouterr()
+    assert (
+        main(["run", str(tiny), *SMALL, "--signals", "readiness", "--probes", "none", "--out", str(out), "--resume"])
+        == 0
+    )
+
+
+def test_bad_input_gets_one_clear_line(run, tiny, tmp_path, capsys):
+    without = tmp_path / "without"
+    assert main(["run", str(tiny), *SMALL, "--no-rows", "--out", str(without)]) == 0
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    next((broken / "shards").iterdir()).write_bytes(b"nothing")
+    capsys.readouterr()
+    for arguments, code, word in (
+        ([str(tmp_path / "nowhere")], 2, "not a run folder"),
+        ([str(tmp_path)], 2, "not a run folder"),
+        ([str(without)], 2, "--no-rows"),
+        ([str(broken)], 1, "--resume"),
+        ([str(run), "--probe", "syntax"], 2, "syntax"),
+        ([str(run), "--folds", "1"], 2, "--folds"),
+        ([str(run), "--alpha", "0"], 2, "--alpha"),
+        ([str(run), "--jobs", "0"], 2, "jobs"),
+        ([str(run), "--device", "cuda:99"], 2, "SCIPY_ARRAY_API"),
+    ):
+        assert main(["probe", *arguments]) == code, arguments
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1, err
+        assert word in err, (arguments, err)
+    assert len(xprobe.load_study(run).all_probes) > 0
