@@ -78,6 +78,7 @@ def test_every_command_and_option_that_pages_name_exists():
         "--nproc-per-node",
         "--limit-gib",
         "--torch-products",
+        "--layers",
         "--questions",
         "--memory",
         "--rounds",

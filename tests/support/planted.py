@@ -1,10 +1,12 @@
-"""A tiny Llama with planted phases: in each language the answer's unembedding direction appears at a known layer.
+"""A tiny Llama with planted phases: the question is gathered at one known layer, the answer appears at another.
 
 The residual stream has one direction per token ("this token is here"), one per token again ("this token comes next")
-and a constant. Attention is off. In the block of a language, the MLP reads which token is here and adds the direction
-of the token that follows it in that language's answers; the head reads the "next" directions and gives decoy tokens a
-head start through the constant. So every gold token has rank 1 + decoys below its language's layer and rank 1 from it
-on, without noise; noise is added to the residual stream where a test asks for it.
+and a constant. In the block of a language, the MLP reads which token is here and adds the direction of the token that
+follows it in that language's answers; the head reads the "next" directions and gives decoy tokens a head start through
+the constant. So every gold token has rank 1 + decoys below its language's layer and rank 1 from it on, without noise;
+noise is added to the residual stream where a test asks for it. In one block, if asked for, every token attends to all
+before it alike and adds what it saw, each word in a third direction of its own: from there on the last prompt token
+knows the question. Attention is off elsewhere.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ def planted_template(folder: Path, languages: list[str]) -> Path:
     return path
 
 
-def planted_model(folder: Path, onset: dict[str, int]) -> Path:
-    """Saves the model: in language x the answer is readable from layer ``onset[x]`` on (1 to ``N_BLOCKS``)."""
+def planted_model(folder: Path, onset: dict[str, int], encoded: int | None = None) -> Path:
+    """Saves the model: in language x the answer is readable from layer ``onset[x]`` on (1 to ``N_BLOCKS``), and the
+    question is known at the last prompt token from layer ``encoded`` on (never if None)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -54,7 +57,7 @@ def planted_model(folder: Path, onset: dict[str, int]) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
     n = len(words)
-    width = 2 * n + (2 * n) % 4 + 4  # here: 0..n-1, next: n..2n-1, constant: 2n
+    width = -(-(3 * n + 1) // 4) * 4  # here: 0..n-1, next: n..2n-1, constant: 2n, seen: 2n+1..3n
     config = LlamaConfig(
         hidden_size=width, num_hidden_layers=N_BLOCKS, num_attention_heads=1, num_key_value_heads=1, head_dim=width,
         intermediate_size=n, vocab_size=n, max_position_embeddings=256, tie_word_embeddings=False,
@@ -72,6 +75,10 @@ def planted_model(folder: Path, onset: dict[str, int]) -> Path:
             mlp.up_proj.weight[:, :n] = torch.eye(n)
             for here, following in pairwise(chain):
                 mlp.down_proj.weight[n + vocabulary[following], vocabulary[here]] = 1.0
+        if encoded is not None:  # queries and keys of 0 attend to all alike
+            attention = model.model.layers[encoded - 1].self_attn
+            attention.v_proj.weight[:n, :n] = torch.eye(n)
+            attention.o_proj.weight[2 * n + 1 : 3 * n + 1, :n] = torch.eye(n)
         model.lm_head.weight[:, n : 2 * n] = torch.eye(n)
         for decoy in DECOYS:
             model.lm_head.weight[vocabulary[decoy], 2 * n] = 0.1

@@ -79,3 +79,29 @@ def test_any_onset_is_recovered(tmp_path, onset):
     assert study.boundary["value"] == onset
     assert study.alpha["value"] is None  # onsets that do not differ leave nothing to correct for chance
     assert study.stability["stability"].tolist() == [1.0] * (N_BLOCKS + 1)
+
+
+@pytest.mark.parametrize("encoded", [3, 6])
+def test_the_layer_where_the_question_is_known_is_recovered_exactly(tmp_path, encoded):
+    """Below it the last prompt token is the same for all questions on a paragraph, from it on none is mistaken."""
+    study = xprobe.run(
+        str(planted_model(tmp_path / "model", ONSET, encoded)),
+        data=str(planted_set(tmp_path / "data", list(ONSET))),
+        setting="x-x",
+        template=str(planted_template(tmp_path, list(ONSET))),
+        out=tmp_path / "run",
+    )
+    table = study.stability
+    tied = 1 - np.log2(2) / np.log2(3)  # the middle one of three
+    layers = np.arange(N_BLOCKS + 1)
+    assert np.allclose(table["encoding"], np.where(layers < encoded, tied, 1.0))
+    assert np.allclose(table["encoding_selectivity"][:encoded], 0)
+    assert (table["encoding_selectivity"][encoded:] > 0.5).all()  # wrong ones tie in part, so chance is about 0.45
+    assert np.allclose(table["encoding_probed"][encoded:], 1.0)
+    assert np.allclose(table["encoding_question"], 1.0)  # its own words tell it apart
+    results = study.manifest["results"]["x-x"]
+    assert results["encoding_depth"] == {"value": encoded, "lo": encoded, "hi": encoded}
+    assert results["encoding_peak"]["value"] == encoded
+    holds = {language: float(encoded < onset) for language, onset in ONSET.items()}
+    found = study.boundaries["phase_order"].to_dict()
+    assert found == holds
