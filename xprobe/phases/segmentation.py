@@ -83,9 +83,10 @@ def _row_means(signals: Floats, counted: NDArray[np.bool_]) -> Floats:
 def encoding_depths(curves: Floats) -> tuple[Floats, Floats]:
     """Encoding depth kappa and the layer of the maximum of every row of ``curves`` [N, K], mean encoding by layer.
 
-    Kappa is the change point of the curve from layer 1 up to and with its maximum; NaN where that is less than four
-    layers or does not rise. Of equal maxima the lowest layer counts. Layer 0 is left out: a prompt's last token is the
-    same whatever the question, so nothing can be encoded there.
+    Kappa is the change point of the curve from layer 1 up to and with the layer after its maximum; NaN where that is
+    less than four layers or does not rise. The layer after it, because a segment has two layers and a curve that rises
+    at once is at its maximum in the first of them. Of equal maxima the lowest layer counts. Layer 0 is left out: a
+    prompt's last token is the same whatever the question, so nothing can be encoded there.
     """
     after = curves[:, 1:]
     known: NDArray[np.bool_] = np.isnan(after).sum(1) == 0
@@ -93,7 +94,7 @@ def encoding_depths(curves: Floats) -> tuple[Floats, Floats]:
         return np.full(len(curves), np.nan), np.full(len(curves), np.nan)
     after = np.where(known[:, None], after, 0.0)
     peak = after.argmax(1)
-    onset, _, rise = change_points(after, peak + 1)
+    onset, _, rise = change_points(after, np.minimum(peak + 2, after.shape[1]))
     with np.errstate(invalid="ignore"):
         depth = np.where(known & (rise > 0), onset + 1, np.nan)
     return depth, np.where(known, peak + 1.0, np.nan)
