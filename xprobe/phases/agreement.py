@@ -30,8 +30,10 @@ def krippendorff_alpha(values: Floats, units: NDArray, bootstrap: ClusterBootstr
     if bootstrap is None:
         return Estimate(alpha, float("nan"), float("nan"))
     codes = bootstrap.codes[first]
-    drawn = _alpha(bootstrap.weights @ bootstrap.sums(parts, codes))
-    lo, hi = bootstrap.interval(drawn[:, None], np.array([len(np.unique(codes))]))
+    clusters = bootstrap.sums(parts, codes)
+    without = np.where(clusters[:, 0] > 0, _alpha(clusters.sum(0) - clusters), np.nan)
+    columns = _alpha(bootstrap.weights @ clusters)[:, None], np.array([len(np.unique(codes))])
+    lo, hi = bootstrap.interval(*columns, np.array([alpha]), without[:, None])
     return Estimate(alpha, float(lo[0]), float(hi[0]))
 
 

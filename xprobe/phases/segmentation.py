@@ -83,18 +83,20 @@ def _row_means(signals: Floats, counted: NDArray[np.bool_]) -> Floats:
 def encoding_depths(curves: Floats) -> tuple[Floats, Floats]:
     """Encoding depth kappa and the layer of the maximum of every row of ``curves`` [N, K], mean encoding by layer.
 
-    Kappa is the change point of the curve from layer 1 up to and with its maximum; NaN where that is less than four
-    layers or does not rise. Of equal maxima the first is the peak, and the curve goes to the last. Layer 0 is left out:
-    a prompt's last token is the same whatever the question, so nothing can be encoded there.
+    Kappa is the change point of the curve from layer 1 up to and with the layer after its maximum; NaN where that is
+    less than four layers or does not rise. The layer after it, because a segment has two layers and a curve that rises
+    at once is at its maximum in the first of them. Of equal maxima the lowest layer counts. Layer 0 is left out: a
+    prompt's last token is the same whatever the question, so nothing can be encoded there.
     """
     after = curves[:, 1:]
     known: NDArray[np.bool_] = np.isnan(after).sum(1) == 0
     if not after.shape[1]:
         return np.full(len(curves), np.nan), np.full(len(curves), np.nan)
     after = np.where(known[:, None], after, 0.0)
-    at_top = after >= after.max(1, keepdims=True) - 1e-9
-    peak, last = at_top.argmax(1), after.shape[1] - 1 - at_top[:, ::-1].argmax(1)
-    onset, _, rise = change_points(after, last + 1)
+    peak = (after >= after.max(1, keepdims=True, initial=0.0) - 1e-9).argmax(
+        1
+    )  # those that differ by rounding are equal
+    onset, _, rise = change_points(after, np.minimum(peak + 2, after.shape[1]))
     with np.errstate(invalid="ignore"):
         depth = np.where(known & (rise > 0), onset + 1, np.nan)
     return depth, np.where(known, peak + 1.0, np.nan)

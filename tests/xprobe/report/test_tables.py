@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.typing import NDArray
+from support.intervals import interval
 
 from xprobe.phases.agreement import krippendorff_alpha
 from xprobe.phases.bootstrap import ClusterBootstrap
@@ -161,7 +162,8 @@ def test_intervals_come_from_drawing_the_paragraphs_of_the_setting(
         rows = [np.flatnonzero(paragraphs == f"p{at}") for at, times in enumerate(counts) for _ in range(times)]
         drawn.append(readiness[np.concatenate(rows)].mean())
     got = cell(layers, setting, 6, language, "readiness")
-    np.testing.assert_allclose((got["lo"], got["hi"]), np.percentile(drawn, [2.5, 97.5]), atol=1e-12)
+    wanted = interval(drawn, np.unique(paragraphs), lambda some: readiness[np.isin(paragraphs, some)].mean())
+    np.testing.assert_allclose((got["lo"], got["hi"]), wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
