@@ -93,9 +93,7 @@ def encoding_depths(curves: Floats) -> tuple[Floats, Floats]:
     if not after.shape[1]:
         return np.full(len(curves), np.nan), np.full(len(curves), np.nan)
     after = np.where(known[:, None], after, 0.0)
-    peak = (after >= after.max(1, keepdims=True, initial=0.0) - 1e-9).argmax(
-        1
-    )  # those that differ by rounding are equal
+    peak = (after >= after.max(1, keepdims=True) - 1e-9).argmax(1)  # layers that differ by rounding are equal
     onset, _, rise = change_points(after, np.minimum(peak + 2, after.shape[1]))
     with np.errstate(invalid="ignore"):
         depth = np.where(known & (rise > 0), onset + 1, np.nan)
