@@ -136,13 +136,18 @@ def test_planted_question_directions_are_encoded_from_their_layer_on(start: int)
 # -- nothing planted ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("permutations", [20, 200])
 @pytest.mark.parametrize("design", [MODERATE, replace(MODERATE, high=MODERATE.low)], ids=["shuffled steps", "noise"])
-def test_of_layer_permuted_readiness_one_in_twenty_is_taken_for_phased(design: Design) -> None:
-    """Examples are independent, so that their number is binomial; 999 of 1000 lie within these bounds."""
+def test_of_layer_permuted_readiness_one_in_twenty_is_taken_for_phased(design: Design, permutations: int) -> None:
+    """Examples are independent, so that their number is binomial; 999 of 1000 lie within these bounds.
+
+    A signal that is one of B + 1 alike is phased if it is among the highest floor(0.05 (B + 1)) of them.
+    """
     readiness = simulate(replace(design, paragraphs=60), 5).signals["readiness"]
     shuffled = np.random.default_rng(6).permuted(readiness, axis=1)
-    phased = int(segment(shuffled, permutations=200, seed=7).phased.sum())
-    low, high = stats.binom.ppf([0.0005, 0.9995], len(shuffled), 0.05)
+    phased = int(segment(shuffled, permutations, seed=7).phased.sum())
+    size = int(0.05 * (permutations + 1)) / (permutations + 1)
+    low, high = stats.binom.ppf([0.0005, 0.9995], len(shuffled), size)
     assert low <= phased <= high
 
 

@@ -105,9 +105,9 @@ def segment(
 ) -> Segmentation:
     """Onsets of ``signals`` [N, K], and the test against ``permutations`` layer-permuted copies of each row.
 
-    A copy counts with its sharpness if it rises and with 0 if it falls, as the signal itself does, so that of signals
-    without phases the share ``level`` is taken for phased. All rows meet the same permutations: a row's verdict
-    depends on its own values and the seed alone.
+    A copy counts with its sharpness if it rises and with 0 if it falls, as the signal itself does. The threshold is one
+    of the copies, not a value between two: so at most the share ``level`` of signals without phases is taken for
+    phased. All rows meet the same permutations: a row's verdict depends on its own values and the seed alone.
     """
     onset, sharpness, rise = change_points(signals)
     generator = np.random.default_rng(seed)
@@ -119,7 +119,7 @@ def segment(
         shuffled = signals[rows][:, orders].reshape(-1, signals.shape[1])
         _, null, rises = change_points(shuffled)
         null = np.where(rises > 0, null, 0.0).reshape(len(rows), permutations)
-        threshold[rows] = np.percentile(null, 100 * (1 - level), axis=1)
+        threshold[rows] = np.percentile(null, 100 * (1 - level), axis=1, method="higher")
     with np.errstate(invalid="ignore"):
         phased = (rise > 0) & (sharpness > threshold + 1e-9)  # a permutation that repeats the signal does not beat it
     return Segmentation(onset, sharpness, rise, phased)
