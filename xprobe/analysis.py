@@ -118,6 +118,7 @@ def retrain(
     """
     import pandas as pd
 
+    from xprobe.models.loading import pick_device
     from xprobe.probing import ProbeSettings, train
 
     tell = progress or (lambda stage, done, total: None)
@@ -125,33 +126,35 @@ def retrain(
     if unknown or not probes:
         what = f"unknown probe {unknown[0]!r}" if unknown else "no probe given"
         raise UsageError(f"{what}; available: {', '.join(PROBES)}")
-    study = load_study(path)
-    folder, manifest = RunFolder(study.path), study.manifest
-    settings = settings or ProbeSettings(seed=manifest["config"]["seed"])
+    load_study(path)  # a finished run, or it is said what is wrong before anything is locked
+    folder = RunFolder(Path(path))
     with FolderLock(folder.path) as lock:
         if lock.remark:
             tell(lock.remark, 0, 0)
+        study = load_study(path)
+        manifest = study.manifest
+        settings = settings or ProbeSettings(seed=manifest["config"]["seed"])
+        if settings.device != "cpu":
+            pick_device(settings.device)
         frame, _ = read_signals(folder, manifest)
         stored = StoredStates.of(folder, frame, manifest)
         if len(frame) != len(study.examples):
             raise RunFolderError(f"{folder.path / EXAMPLES} does not fit the shards: write it again with --resume")
+        correct = frame["first_token_correct"].to_numpy(bool)
         timings: dict[str, float] = {}
         with _timed(timings, "probes"):
-            scores, signals = train(
-                stored,
-                frame["first_token_correct"].to_numpy(bool),
-                probes,
-                settings,
-                lambda done, total: tell(STAGE, done, total),
-            )
+            scores, signals = train(stored, correct, probes, settings, lambda done, total: tell(STAGE, done, total))
         kept = study.all_probes[~study.all_probes["probe"].isin(probes)]
         scores = scores if kept.empty else pd.concat([kept, scores], ignore_index=True)
         config = manifest["config"]
         layers, examples = replace_signals(study.layers, study.examples, signals, config["bootstrap"], config["seed"])
+        others = {name: entry for name, entry in manifest.get("probes", {}).items() if name not in probes}
+        # first, so that a process that ends between two files leaves no settings beside scores of others
+        folder.write_manifest({**manifest, "probes": others})
         folder.write_table(PROBE_TABLE, scores)
         folder.write_table(LAYERS, layers)
         folder.write_table(EXAMPLES, examples)
-        entries = {**manifest.get("probes", {}), **{name: settings.to_dict() for name in probes}}
+        entries = {**others, **{name: settings.to_dict() for name in probes}}
         seconds = {**manifest["timings"], "probes": round(timings["probes"], 3)}
         folder.write_manifest({**manifest, "probes": entries, "timings": seconds})
     return load_study(path)

@@ -24,8 +24,10 @@ PROBES = {
     "correctness": "whether the first answer token will be on top at the last layer",
 }
 
+MAX_SEED = 2**32 - 1  # of scikit-learn's and numpy's generators
+
 PROBE_COLUMNS = ("setting", "probe", "state", "layer", "metric", "score", "lo", "hi", "baseline", "control",
-                 "control_lo", "control_hi", "selectivity", "folds", "n")  # fmt: skip
+                 "control_lo", "control_hi", "selectivity", "folds", "n", "not_converged")  # fmt: skip
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -136,6 +138,8 @@ class StudyConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.seed > MAX_SEED:
+            raise UsageError(f"seed must be a whole number of at most {MAX_SEED}, got {self.seed}")
 
     def _check_devices(self) -> None:
         if self.tensor_parallel and (self.device_map is not None or self.stream or self.device != "auto"):

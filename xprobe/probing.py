@@ -6,6 +6,8 @@ same states at the same layer and fold shares them.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,9 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import roc_auc_score
 
-from xprobe.config import PROBE_COLUMNS, PROBES
+from xprobe.config import MAX_SEED, PROBE_COLUMNS, PROBES
 from xprobe.errors import UsageError
 from xprobe.phases.encoding import Paragraph, retrieve
 from xprobe.probes.alignment import AlignmentProbe
@@ -61,13 +64,16 @@ class ProbeSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, least in (("folds", 2), ("n_components", 1), ("seed", 0)):
+        for name, least, most in (("folds", 2, None), ("n_components", 1, None), ("seed", 0, MAX_SEED)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or value < least or (most is not None and value > most):
+                limit = f"at least {least}" if most is None else f"{least} to {most}"
+                raise UsageError(f"{name} must be a whole number of {limit}, got {value!r}")
         for name in ("alpha", "C"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be above 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} must be a finite number above 0, got {value!r}")
         if self.jobs == 0:
             raise UsageError("jobs must be -1 (all cores) or at least 1, got 0")
 
@@ -105,10 +111,11 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class LayerScores:
-    """Of one layer and state: fold by fold (score, control, baseline) of each classifying probe, and the alignment
-    probe's values on held-out examples, as columns (encoding, its control, top1, margin) [n, 4]."""
+    """Of one layer and state: fold by fold (score, control, baseline, fits that did not converge) of each classifying
+    probe, and the alignment probe's values on held-out examples, as columns (encoding, its control, top1, margin)
+    [n, 4]."""
 
-    folds: dict[str, list[tuple[float, float, float]]]
+    folds: dict[str, list[tuple[float, float, float, int]]]
     aligned: Floats | None
 
 
@@ -181,7 +188,7 @@ def train_layer(
     states: NDArray[np.float32], task: Task, probes: tuple[str, ...], settings: ProbeSettings
 ) -> LayerScores:
     """Trains ``probes`` on the states [n, D] of one layer."""
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in probes if name != "alignment"}
+    found: dict[str, list[tuple[float, float, float, int]]] = {name: [] for name in probes if name != "alignment"}
     aligned = align(states, task, settings) if "alignment" in probes and task.folds else None
     if found:
         with _where(settings):
@@ -193,11 +200,12 @@ def train_layer(
 
 def _classify(
     states: NDArray, task: Task, fold: Fold, probes: tuple[str, ...], settings: ProbeSettings
-) -> dict[str, tuple[float, float, float]]:
-    """(score, control, baseline) of each probe on one fold; NaN where training or test labels are all the same."""
+) -> dict[str, tuple[float, float, float, int]]:
+    """(score, control, baseline, fits that did not converge) of each probe on one fold; scores are NaN where training
+    or test labels are all the same."""
     train_rows, test_rows = fold
     if len(train_rows) < 2:
-        return dict.fromkeys(probes, (float("nan"),) * 3)
+        return dict.fromkeys(probes, (float("nan"), float("nan"), float("nan"), 0))
     shared = front(settings.n_components, settings.seed)
     z_train = _numpy(shared.fit_transform(_place(states[train_rows], settings)))
     z_test = _numpy(shared.transform(_place(states[test_rows], settings)))
@@ -209,11 +217,15 @@ def _classify(
             centre = LanguageCenterer().fit(z_train, languages=task.languages[train_rows])
             x_train = centre.transform(z_train, languages=task.languages[train_rows])
             x_test = centre.transform(z_test, languages=task.languages[test_rows])
-        scores = []
-        for some in (labels, labels[task.shuffled]):
-            scores.append(_score(name, x_train, some[train_rows], x_test, some[test_rows], settings))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            scores = [
+                _score(name, x_train, some[train_rows], x_test, some[test_rows], settings)
+                for some in (labels, labels[task.shuffled])
+            ]
+        stopped = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
         base = 0.5 if name == "correctness" else majority(labels[train_rows], labels[test_rows])
-        found[name] = (scores[0], scores[1], base)
+        found[name] = (scores[0], scores[1], base, stopped)
     return found
 
 
@@ -299,18 +311,19 @@ def _rows(where: dict[str, Any], probes: tuple[str, ...], found: LayerScores, ta
                 folds = [_means(values[test, :2]) for _, test in task.folds]
             scores, controls = [f[0] for f in folds], [f[1] for f in folds]
             n = int((~np.isnan(values[:, 0])).sum())
-            baseline = float("nan")
+            baseline, stopped = float("nan"), 0
         else:
             each = found.folds[name]
             scores, controls = [f[0] for f in each], [f[1] for f in each]
             baseline = float(np.mean([f[2] for f in each])) if each else float("nan")
-            n = len(task.languages) if each else 0
+            n, stopped = (len(task.languages) if each else 0), sum(f[3] for f in each)
         score, lo, hi = fold_interval(scores)
         control, control_lo, control_hi = fold_interval(controls)
         rows.append({
             **where, "probe": name, "metric": METRICS[name], "score": score, "lo": lo, "hi": hi, "baseline": baseline,
             "control": control, "control_lo": control_lo, "control_hi": control_hi, "selectivity": score - control,
             "folds": int((~np.isnan(np.array(scores, dtype=float))).sum()), "n": n,
+            "not_converged": stopped,
         })  # fmt: skip
     return rows
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from xprobe.config import PROBES
+from xprobe.config import MAX_SEED, PROBES
 from xprobe_cli.options import common, echo_json
 from xprobe_cli.progress import Progress
 
@@ -45,7 +45,7 @@ from xprobe_cli.progress import Progress
     show_default=True,
     help="Inverse penalty of the logistic regressions.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Of the control tasks. [default: the run's]")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Of the control tasks. [default: the run's]")
 @click.option("--jobs", type=int, default=-1, show_default=True, help="Layers at the same time; -1: one per core.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device (needs SCIPY_ARRAY_API=1).")
 @common

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, PROBES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, MAX_SEED, PROBES, SETTINGS, SIGNALS, StudyConfig
 from xprobe.errors import RunFolderError, XprobeError
 from xprobe.store import MANIFEST, RunFolder
 from xprobe_cli.options import Names, common, echo_json
@@ -86,7 +86,7 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     show_default=True,
     help="Draws behind the 95% intervals.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
 @click.option(
     "--rows/--no-rows",
     "store_rows",

@@ -10,6 +10,8 @@ import pytest
 from xprobe_cli.main import main
 
 import xprobe
+from xprobe.lock import FolderLock
+from xprobe.store import RunFolder
 
 SMALL = ["--languages", "en,de,th", "--limit", "9", "--bootstrap", "20"]
 
@@ -99,7 +101,11 @@ def test_bad_input_gets_one_clear_line(run, tiny, tmp_path, capsys):
         ([str(run), "--folds", "1"], 2, "--folds"),
         ([str(run), "--alpha", "0"], 2, "--alpha"),
         ([str(run), "--jobs", "0"], 2, "jobs"),
-        ([str(run), "--device", "cuda:99"], 2, "SCIPY_ARRAY_API"),
+        ([str(run), "--device", "foo"], 2, "foo"),
+        ([str(run), "--device", "cpu:0"], 2, "SCIPY_ARRAY_API"),
+        ([str(run), "--c", "inf"], 2, "C must be a finite number"),
+        ([str(run), "--alpha", "inf"], 2, "alpha must be a finite number"),
+        ([str(run), "--seed", "99999999999"], 2, "--seed"),
     ):
         assert main(["probe", *arguments]) == code, arguments
         out, err = capsys.readouterr()
@@ -107,3 +113,30 @@ def test_bad_input_gets_one_clear_line(run, tiny, tmp_path, capsys):
         assert err.count("\n") == 1, err
         assert word in err, (arguments, err)
     assert len(xprobe.load_study(run).all_probes) > 0
+
+
+def test_training_that_ends_between_two_files_leaves_no_settings_beside_the_scores_of_others(run, monkeypatch):
+    def ends(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_table", ends)
+        assert main(["probe", str(run), "--probe", "language", "--components", "2"]) == 1
+    assert set(xprobe.load_study(run).manifest["probes"]) == {"alignment", "correctness"}
+    assert main(["probe", str(run), "--probe", "language", "--components", "2"]) == 0
+    assert xprobe.load_study(run).manifest["probes"]["language"]["n_components"] == 2
+
+
+def test_two_at_once_are_one_too_many(run, capsys):
+    with FolderLock(run):
+        assert main(["probe", str(run)]) == 2
+    assert "is being written by this process" in capsys.readouterr().err
+
+
+def test_the_object_on_stdout_is_json_without_nan(run, capsys):
+    assert main(["probe", str(run), "--probe", "correctness", "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out, parse_constant=lambda name: pytest.fail(name))["probes"]
+    assert {row["probe"] for row in rows} == {"alignment", "language", "correctness"}
+    assert {row["score"] for row in rows if row["probe"] == "correctness"} == {None}
+    assert err == ""

@@ -75,9 +75,10 @@ def test_language_and_correctness_are_those_of_hand_written_scikit_learn(frame, 
     for fold, (train_rows, test_rows) in enumerate(GroupKFold(4).split(states, groups=frame["paragraph"])):
         z_train, z_test = components(states[train_rows, 1], states[test_rows, 1])
         model = LogisticRegression(max_iter=1000).fit(z_train, languages[train_rows])
-        score, _, baseline = found.folds["language"][fold]
+        score, _, baseline, stopped = found.folds["language"][fold]
         assert score == pytest.approx(model.score(z_test, languages[test_rows]), abs=1e-9)
         assert baseline == pytest.approx(1 / 3)
+        assert stopped == 0
         for language in LANGUAGES:
             mean = z_train[languages[train_rows] == language].mean(0)
             z_train[languages[train_rows] == language] -= mean

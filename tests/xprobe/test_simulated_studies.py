@@ -194,7 +194,7 @@ def test_probes_of_permuted_labels_have_no_selectivity() -> None:
         }.items():
             found = train_layer(states, classes, ("language", "correctness"), SETTINGS).folds
             for name, folds in found.items():
-                gains[kind].setdefault(name, []).append(np.mean([score - control for score, control, _ in folds]))
+                gains[kind].setdefault(name, []).append(np.mean([score - control for score, control, *_ in folds]))
             values = train_layer(states, aligned, ("alignment",), SETTINGS).aligned
             gains[kind].setdefault("alignment", []).append(np.mean(values[:, 0] - values[:, 1]))
     for name in ("alignment", "language", "correctness"):
@@ -226,7 +226,7 @@ def test_a_probe_that_remembers_paragraphs_wins_by_folds_of_examples_and_not_by_
         chances = cross_val_predict(model, states, correct, cv=folds, method="predict_proba")[:, 1]
         careless.append(roc_auc_score(correct, chances))
         found = train_layer(states, task_of(frame, correct), ("correctness",), SETTINGS).folds["correctness"]
-        ours.append(np.nanmean([score for score, _, _ in found]))
+        ours.append(np.nanmean([score for score, *_ in found]))
     assert min(careless) > 0.95
     assert abs(np.mean(ours) - 0.5) < 4 * np.std(ours, ddof=1) / np.sqrt(len(ours))
     assert np.mean(ours) < 0.65

@@ -35,7 +35,7 @@ class AlignmentProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         Components that were kept.
     """
 
-    def __init__(self, n_components: int = 128, alpha: float = 1.0, random_state: int | None = None) -> None:
+    def __init__(self, n_components: int = 128, alpha: float = 0.1, random_state: int | None = None) -> None:
         self.n_components = n_components
         self.alpha = alpha
         self.random_state = random_state
