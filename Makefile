@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/xprobe run --out runs/demo --resume
+	@$(BIN)/xprobe run smollm2-135m --out runs/demo --resume
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto --dist loadscope

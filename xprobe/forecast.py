@@ -20,6 +20,7 @@ from xprobe.config import StudyConfig
 from xprobe.errors import DataError
 from xprobe.models import loading
 from xprobe.models.quiet import quiet
+from xprobe.models.streaming import SPILL_BYTES
 from xprobe.qa.prompts import build_prompts
 from xprobe.study import read_questions
 
@@ -139,7 +140,9 @@ class _Shape:
         blocks = [
             module
             for name, module in model.base_model.named_modules()
-            if isinstance(module, torch.nn.ModuleList) and len(module) == text.num_hidden_layers and "." not in name
+            if isinstance(module, torch.nn.ModuleList)
+            and len(module) == text.num_hidden_layers
+            and not any(part.isdigit() for part in name.split("."))
         ]
         inside = list(blocks[0]) if blocks else []
         sizes = [sum(p.numel() for p in block.parameters()) for block in inside]
@@ -172,8 +175,10 @@ def _memory(shape: _Shape, plan: Plan, dtype: torch.dtype, *, stream: bool) -> d
     tokens = min(plan.batch_tokens, plan.tokens_run)
     weights = (shape.outside + 2 * shape.largest_block) if stream else shape.parameters
     row = layers * shape.width
+    states = {"states between blocks": min(SPILL_BYTES, _states(shape, plan, dtype))} if stream else {}
     return {
         "weights": weights * size,
+        **states,
         "rows": 0 if stream else row * (positions + examples) * size,
         "forward pass": tokens * (8 * shape.width * size + 3 * shape.widest * size + 2 * shape.width * 4),
         "lens": min(ROW_BYTES, row * positions * 4) + WORKSPACE // 4,
@@ -187,8 +192,14 @@ def _disk(shape: _Shape, plan: Plan, dtype: torch.dtype, config: StudyConfig) ->
     kept = 2 * len(prompts) * layers * shape.width * dtype.itemsize if config.store_rows else 0
     found = {"shards": kept + positions * layers * 20}
     if config.stream:
+        found["states between blocks"] = max(0, _states(shape, plan, dtype) - SPILL_BYTES)
         found["rows until the end"] = layers * shape.width * dtype.itemsize * (positions + len(prompts))
     return found
+
+
+def _states(shape: _Shape, plan: Plan, dtype: torch.dtype) -> int:
+    """Bytes of all passes' hidden states, which a run block by block keeps in memory or on disk."""
+    return plan.tokens_run * shape.width * dtype.itemsize
 
 
 def _seconds(shape: _Shape, plan: Plan, dtype: torch.dtype, device: str, *, stream: bool) -> float:

@@ -31,6 +31,7 @@ _NEEDED: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 _NEEDED_DONE: dict[str, type | tuple[type, ...]] = {"results": dict, "phase_definition": int, "timings": dict}
 _SELF = "sha256"  # entry of the manifest: checksum of all the others
+ROWS = ".rows-"  # beginning of the name that a file of hidden rows has before it loses it
 _PART = ".{}.part"  # temporary name of a file that is being written
 
 
@@ -103,7 +104,10 @@ class RunFolder:
     def read_run(self) -> dict[str, Any]:
         """The manifest of a run that was started, checked for the entries that every reader relies on."""
         manifest = self.read_manifest()
-        needed = _NEEDED | (_NEEDED_DONE if manifest.get("status") == "done" else {})
+        done = manifest.get("status") == "done"
+        needed = _NEEDED | (_NEEDED_DONE if done else {})
+        if not done and manifest.get("parity_error", 0) is None:  # block by block it is known at the end of the sweep
+            needed = {name: kind for name, kind in needed.items() if name != "parity_error"}
         missing = sorted(set(needed) - set(manifest))
         wrong = sorted(name for name in set(needed) - set(missing) if not isinstance(manifest[name], needed[name]))
         if not missing and not wrong and not all(isinstance(group, str) for group in manifest["groups"]):
@@ -208,7 +212,7 @@ class RunFolder:
         """
         with writing(self.path):
             for folder in (self.path, self.path / SHARDS):
-                for part in folder.glob(_PART.format("*")):
+                for part in [*folder.glob(_PART.format("*")), *folder.glob(f"{ROWS}*")]:
                     part.unlink()
             entries = self._entries()
             names = [self.shard_name(group) for group in groups]

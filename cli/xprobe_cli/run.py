@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, MAX_SEED, PROBES, SETTINGS, SIGNALS, StudyConfig
-from xprobe.errors import RunFolderError, XprobeError
+from xprobe.errors import RunFolderError, UsageError, XprobeError
 from xprobe.store import MANIFEST, RunFolder
 from xprobe_cli.options import Names, common, echo_json
 from xprobe_cli.progress import Progress
@@ -164,6 +164,8 @@ def _show_forecast(config: StudyConfig, as_json: bool) -> int:
 def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """For what the command line leaves open, the values of the run in ``out``; {} if there is none."""
     if not (out / MANIFEST).is_file():
+        if context.get_parameter_source("model") is ParameterSource.DEFAULT:
+            raise UsageError(f"{out} holds no run to resume: to begin one there, name the MODEL")
         return {}
     config = RunFolder.open(out).read_run()["config"]
     try:

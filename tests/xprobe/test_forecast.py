@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from support.families import save_tiny_model
 
 import xprobe
 from xprobe.errors import XprobeError
@@ -69,3 +70,10 @@ def test_bad_input_is_refused_as_by_the_run(tiny, tmp_path):
         of(tmp_path / "nothing")
     with pytest.raises(XprobeError, match="language"):
         of(tiny, languages=("xx",))
+
+
+def test_blocks_are_found_in_nested_decoders_and_states_between_blocks_are_counted(tmp_path):
+    found = of(save_tiny_model(tmp_path / "opt", "opt"), stream=True, settings=("en-x",))
+    assert found.memory["weights"] < 4 * found.parameters
+    assert found.memory["states between blocks"] == found.tokens_run * found.width * 4
+    assert found.disk["states between blocks"] == 0

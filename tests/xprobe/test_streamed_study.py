@@ -21,7 +21,7 @@ def signals(study):
     return read_signals(RunFolder.open(study.path), study.manifest)[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "mixtral", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "mixtral", "opt", "falcon"])
 def test_it_equals_the_study_in_memory(family, tmp_path):
     model = save_tiny_model(tmp_path / "model", family)
     whole = xprobe.run(str(model), setting=("en-x", "x-x"), out=tmp_path / "whole", **SMALL)
@@ -64,6 +64,22 @@ def test_a_resumed_sweep_computes_what_is_missing(tiny, tmp_path):
     shards[0].unlink()
     again = xprobe.run(str(tiny), out=tmp_path / "run", stream=True, resume=True, **SMALL)
     assert {shard.name: shard.read_bytes() for shard in (again.path / "shards").iterdir()} == before
+
+
+def test_a_sweep_that_was_stopped_before_its_end_begins_again(tiny, tmp_path):
+    """As SIGKILL leaves the folder in the middle of the sweep: parity is not known, rows lie about."""
+    first = xprobe.run(str(tiny), out=tmp_path / "run", stream=True, **SMALL)
+    folder = RunFolder.open(first.path)
+    before = {shard.name: shard.read_bytes() for shard in (first.path / "shards").iterdir()}
+    for path in [*(first.path / "shards").iterdir(), *first.path.glob("*.parquet"), first.path / "journal.jsonl"]:
+        path.unlink()
+    manifest = {k: v for k, v in first.manifest.items() if k not in ("results", "phase_definition", "probes")}
+    folder.write_manifest({**manifest, "status": "running", "parity_error": None})
+    (first.path / ".rows-left").write_bytes(bytes(100))
+    again = xprobe.run(str(tiny), out=tmp_path / "run", stream=True, resume=True, **SMALL)
+    assert {shard.name: shard.read_bytes() for shard in (again.path / "shards").iterdir()} == before
+    assert again.manifest["parity_error"] < 1e-3
+    assert not list(again.path.glob(".rows-*"))
 
 
 def test_no_room_for_the_rows_is_said_before_the_sweep(tmp_path, monkeypatch):

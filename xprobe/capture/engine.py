@@ -63,6 +63,7 @@ class Engine:
         self.alone_beyond = rotary_limit(model.config)
         self.remarks: list[str] = []
         self.parity_error: float | None = None
+        self._together = 0  # most prompts in one pass of the last capture
         self.space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
 
     def plan(self, groups: Sequence[Group]) -> Plan:
@@ -86,11 +87,15 @@ class Engine:
         """
         prompts = list(sample)
         team.tell("settle", prompts)
+        whole = max(self.batch_tokens, sum(fed_length(prompt) for prompt in prompts))
         found = self._capture(prompts, "plain", 1)
         wanted = Captured(found.answers.clone(), found.offsets, found.questions.clone(), found.targets)
         for way in ("tree", "prefix"):
             try:
-                reason = _disagreement(self._capture(prompts, way, self.batch_tokens), wanted)
+                # in one pass, whatever the budget: prompts that run alone say nothing of sharing
+                reason = _disagreement(self._capture(prompts, way, whole), wanted)
+                if reason is None and self._together < min(2, len(prompts)):
+                    reason = "no two prompts of the check could be run together"
             except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
                 if is_out_of_memory(error):
                     raise
@@ -123,6 +128,7 @@ class Engine:
 
     def _capture(self, prompts: Sequence[Prompt], way: Way, budget: int) -> Captured:
         captured = self.space.take(prompts)
+        self._together = 0
         waiting = split(prompts, range(len(prompts)), budget, way, self.alone_beyond)
         while waiting:
             try:
@@ -131,7 +137,7 @@ class Engine:
                 if not is_out_of_memory(error) or len(waiting[0]) == 1 or team.size() > 1:
                     raise  # among several processes the others are in the middle of this pass
             else:
-                waiting.pop(0)
+                self._together = max(self._together, len(waiting.pop(0)))
                 continue
             # outside of the handler: the error's traceback holds the tensors of the pass that failed
             release_memory()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from xprobe.capture.cascade import NotShareable
 from xprobe.capture.engine import Notify, disagreement, make_pass
+from xprobe.capture.memory import is_out_of_memory
 from xprobe.capture.passes import Pass
 from xprobe.capture.plan import WAYS, Group, Plan, Wave, Way, fed_length, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
@@ -24,6 +26,7 @@ from xprobe.errors import RunFolderError
 from xprobe.models.parity import compare_with_own
 from xprobe.models.streaming import StreamedModel, own_logits, sweep
 from xprobe.qa.prompts import Prompt
+from xprobe.store import ROWS
 
 STAGE = "blocks"  # as progress is told
 PARITY_PROMPTS = 4
@@ -124,10 +127,14 @@ class LayerwiseEngine:
         """The sample one by one, then packed: a pass that raises NotShareable at the first layer where they differ."""
         if not self.sample:
             return []
+        limit = self.alone_beyond
+        sample = [p for p in self.sample if limit is None or fed_length(p) <= limit]
+        if len(sample) < min(2, len(self.sample)):
+            raise NotShareable(f"the check has no two prompts of at most {limit} tokens")
         shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.model.device)
-        wanted, found = RowSpace(*shape).take(self.sample), RowSpace(*shape).take(self.sample)
-        passes = [make_pass(self.model, self.sample, [i], wanted, "plain") for i in range(len(self.sample))]
-        packed = make_pass(self.model, self.sample, range(len(self.sample)), found, self.way)
+        wanted, found = RowSpace(*shape).take(sample), RowSpace(*shape).take(sample)
+        passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in range(len(sample))]
+        packed = make_pass(self.model, sample, range(len(sample)), found, self.way)
 
         def receive(layer: int, hidden: Tensor) -> None:
             packed.receive(layer, hidden)
@@ -135,7 +142,19 @@ class LayerwiseEngine:
                 if reason := disagreement(getattr(found, name)[layer], getattr(wanted, name)[layer], layer):
                     raise NotShareable(reason)
 
-        return [*passes, Pass(packed.inputs, receive, packed.active)]
+        @contextmanager
+        def active() -> Iterator[None]:
+            try:
+                with packed.active():
+                    yield
+            except NotShareable:
+                raise
+            except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
+                if is_out_of_memory(error):
+                    raise
+                raise NotShareable(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
+
+        return [*passes, Pass(packed.inputs, receive, active)]
 
 
 class _MappedSpace(RowSpace):
@@ -149,7 +168,7 @@ class _MappedSpace(RowSpace):
     def _memory(self, before: Tensor, numbers: int) -> Tensor:
         size = numbers * self.dtype.itemsize
         try:
-            descriptor, name = tempfile.mkstemp(prefix=".rows-", dir=self.folder)
+            descriptor, name = tempfile.mkstemp(prefix=ROWS, dir=self.folder)
             try:
                 os.posix_fallocate(descriptor, 0, max(size, 1))
                 return torch.from_file(name, shared=True, size=numbers, dtype=self.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import socket
 import tempfile
 import urllib.parse
@@ -22,6 +23,10 @@ from xprobe.models.quiet import quiet
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
+# weights, configuration, tokenizers in all their forms, and code that a model brings
+FINGERPRINTED = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".py"}
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from. ``kind`` is ``folder``, ``gguf`` or ``hub``; ``location`` its path or id."""
@@ -38,9 +43,7 @@ class Source:
         if self.kind == "gguf":
             return gguf.checksum(path)
         digest = hashlib.sha256()
-        for file in sorted(
-            p for p in path.iterdir() if p.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja"}
-        ):
+        for file in sorted(p for p in path.iterdir() if p.suffix in FINGERPRINTED):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             with file.open("rb") as handle:
                 digest.update(handle.read(1 << 20))
@@ -333,7 +336,7 @@ def _explain(source: Source, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if source.kind == "hub" and ("not a valid model identifier" in reason or "couldn't connect" in reason):
         return _unknown(source)
-    if "safetensors" in reason and not isinstance(error, ImportError):
+    if re.search(r"no file named \S*safetensors", reason) and not isinstance(error, ImportError):
         reason += ". Weights in a pickle can run code: --allow-pickle loads them all the same"
     if "trust_remote_code" in reason:
         return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"

@@ -60,10 +60,12 @@ def double(family):
     return model, anatomy, *one_by_one(model, anatomy, PROMPTS)
 
 
-def test_each_family_is_run_the_best_way_it_can_be(family, double):
+@pytest.mark.parametrize("budget", [1000, 1])
+def test_each_family_is_run_the_best_way_it_can_be(family, double, budget):
+    """Whatever the budget: with a small one the check's prompts would run alone, and say nothing of sharing."""
     model, anatomy, *_ = double
     said: list[str] = []
-    assert Engine(model, anatomy, 1000, said.append).settle(SAMPLE) == way_of(family)
+    assert Engine(model, anatomy, budget, said.append).settle(SAMPLE) == way_of(family)
     assert len(said) == {"tree": 0, "prefix": 1, "plain": 3}[way_of(family)]
 
 
