@@ -138,6 +138,7 @@ def bad_calls(tmp_path, tiny):
         "out below a file": ([model, "--out", str(tmp_path / "file" / "run")], 2, "is a file"),
         "resume without out": ([model, "--resume"], 2, "--out"),
         "resume of no run": ([model, "--out", str(tmp_path / "full"), "--resume"], 2, "no run to resume"),
+        "resume of nothing": (["--out", str(tmp_path / "new"), "--resume"], 2, "name the MODEL"),
         "missing template": ([model, "--template", "no.toml"], 2, "no.toml"),
         "chat without a chat template": ([model, "--template", "chat", *out], 1, "--template plain"),
         "empty model": ([""], 2, "empty"),

@@ -287,3 +287,14 @@ def test_whatever_is_wrong_in_a_manifest_it_is_refused_or_comes_out_right(
             n: v for n, v in right[MANIFEST].items() if n not in allowed
         }, place
     assert came_out > 10
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "special.tiktoken", "modeling_own.py"])
+def test_every_file_that_tokens_or_code_come_from_is_part_of_the_model(name: str, tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / name).write_text("one")
+    out = tmp_path / "run"
+    xprobe.run(str(folder), languages=("en",), limit=1, out=out)
+    (folder / name).write_text("two")
+    with pytest.raises(UsageError, match=r"model .*other bytes"):
+        xprobe.run(str(folder), languages=("en",), limit=1, out=out, resume=True)
