@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from xprobe_kernels.attention import Blocks
 from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, PLAIN, Config
 
 TARGETS = {  # backend, architecture, threads per warp
@@ -28,6 +29,7 @@ TARGETS = {  # backend, architecture, threads per warp
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+PRODUCTS = ("lens_kernel", "tree_attention_kernel")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 # what the product's matrix instruction is called in each target's assembly, best first
 MATRIX = {"ptx": ("wgmma.mma_async", "tcgen05.mma", "mma.sync"), "amdgcn": ("v_mfma",)}
@@ -153,6 +155,26 @@ def small_variants() -> Iterator[Variant]:
     )  # fmt: skip
 
 
+def attention_variant(dtype: str, width: int, *, full: bool = False) -> Variant:
+    """Attention over packed trees with heads of ``width``; ``full``: with window, soft-cap and sinks."""
+    blocks = Blocks.choose(ITEMSIZE[dtype], width)
+    label = f"{dtype} {blocks.queries}x{blocks.keys}, heads of {width}{', window, cap, sinks' if full else ''}"
+    operand = f"*{dtype}"
+    types = {
+        "query_ptr": operand, "query_head": "i32:16", "query_stride": "i32:16",
+        "key_ptr": operand, "key_head": "i32:16", "key_stride": "i32:16",
+        "value_ptr": operand, "value_head": "i32:16", "value_stride": "i32:16",
+        "sinks_ptr": operand, "out_ptr": operand, "until_ptr": "*i32", "positions_ptr": "*i32", "bounds_ptr": "*i32",
+        "visits_ptr": "*i32", "tokens": "i32", "heads": "i32:16", "width": "i32:16", "value_width": "i32:16",
+        "scale": "fp32", "window": "i32", "cap": "fp32",
+    }  # fmt: skip
+    constants = {
+        "GROUP": 4, "HAS_WINDOW": full, "HAS_CAP": full, "HAS_SINKS": full,
+        "BM": blocks.queries, "BN": blocks.keys, "BD": width, "BE": width,
+    }  # fmt: skip
+    return Variant("tree_attention_kernel", label, types, constants, blocks.warps, blocks.stages)
+
+
 def variants(target: str, every: bool = False) -> Iterator[Variant]:
     """What runs on ``target``: its configurations in both regimes; ``every``: candidates for tuning as well."""
     for dtype in ("bf16", "fp32"):
@@ -165,6 +187,10 @@ def variants(target: str, every: bool = False) -> Iterator[Variant]:
                 yield lens_variant(config, dtype, tf32=True)
     yield lens_variant(PLAIN, "bf16", even=False)
     yield from small_variants()
+    for width in (64, 128, 256):
+        yield attention_variant("bf16", width)
+    yield attention_variant("bf16", 128, full=True)
+    yield attention_variant("fp32", 128)
     if every:
         from xprobe_kernels.configs import candidates
 
@@ -193,15 +219,15 @@ def compile_for(variant: Variant, target: str) -> Report:
         said = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [type(error).__name__]
         return Report(variant.kernel, variant.label, target, error=" | ".join(said[-2:])[:300])
     found = _nvidia(built) if target.startswith("sm_") else _amd(built)
-    if variant.kernel != "lens_kernel":
+    if variant.kernel not in PRODUCTS:
         found |= {"loop_spills": None, "matrix": None}  # no product in it
     return Report(variant.kernel, variant.label, target, shared=built.metadata.shared, **found)
 
 
 def _kernel(name: str) -> Any:
-    from xprobe_kernels import triton_capture, triton_lens, triton_rows, workspace
+    from xprobe_kernels import triton_attention, triton_capture, triton_lens, triton_rows, workspace
 
-    for module in (triton_lens, triton_rows, triton_capture, workspace):
+    for module in (triton_lens, triton_rows, triton_capture, triton_attention, workspace):
         if hasattr(module, name):
             return getattr(module, name)
     raise KeyError(name)
@@ -265,9 +291,9 @@ def _output(tool: Path, *arguments: str) -> str:
 
 def table(reports: list[Report]) -> str:
     """The reports as text."""
-    lines = [f"{'target':<8}{'kernel':<16}{'variant':<52}{'regs':>5}{'spilled':>9}{'in loop':>9}{'shared':>9}  matrix"]
+    lines = [f"{'target':<8}{'kernel':<22}{'variant':<52}{'regs':>5}{'spilled':>9}{'in loop':>9}{'shared':>9}  matrix"]
     for report in reports:
-        head = f"{report.target:<8}{report.kernel:<16}{report.label:<52}"
+        head = f"{report.target:<8}{report.kernel:<22}{report.label:<52}"
         if report.error:
             lines.append(f"{head}  FAILED: {report.error}")
             continue

@@ -61,7 +61,7 @@ def capture(
             f"head has width {head.width} on {head.weight.device}, hidden has width {width} on {hidden.device}"
         )
     if check:
-        _check_spans(spans, batch, length)
+        check_spans(spans, batch, length)
     with torch.no_grad():
         if _use_kernel(backend, hidden, out):
             from xprobe_kernels.triton_capture import capture_rows
@@ -71,7 +71,8 @@ def capture(
             _gather(hidden, spans, out, head)
 
 
-def _check_spans(spans: Tensor, batch: int, length: int) -> None:
+def check_spans(spans: Tensor, batch: int, length: int) -> None:
+    """Raises the ValueError of ``capture`` for spans [S, 3] outside of [B, T]; in main memory it waits for nothing."""
     rows, starts, stops = spans.unbind(1)
     bad = (rows < 0) | (rows >= batch) | (starts < 0) | (starts >= stops) | (stops > length)
     if bool(bad.any()):

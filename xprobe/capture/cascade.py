@@ -1,4 +1,7 @@
-"""Attention over a packed tree: every segment on itself, then on each segment above it, merged exactly.
+"""Attention over a packed tree, in place of the model's own for the time of a pass.
+
+On a GPU one kernel does all of it (``xprobe_kernels.attention``). Elsewhere, and where the kernel does not serve, the
+library's attention does, segment by segment: every segment on itself, then on each segment above it, merged exactly.
 
 Softmax attention over a set of keys can be put together from parts of the set: each part gives its own output and the
 logarithm of its own normaliser, and the whole is their average weighted by the normalisers. So a segment that many
@@ -13,11 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from xprobe_kernels.attention import Blocks, Reach, serves, tree_attention
+from xprobe_kernels.transfer import upload
 
 from xprobe.capture.tree import Segment, Tree
 
@@ -42,34 +49,49 @@ class Batch:
     real: Tensor
     targets: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.places.to(device), self.real.to(device), self.targets.to(device))
-
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A tree made ready for one device; copies for others are made when a block there asks for one."""
+    """A tree made ready for one device; what one kind of attention needs is made when it is first asked for.
 
-    positions: Tensor  # [N]
-    batches: tuple[Batch, ...]
-    shared: tuple[tuple[Segment, int], ...]  # those with something below, and how deep that reaches
-    copies: dict[torch.device, Layout] = field(default_factory=dict)
+    ``kernel``: whether the kernel may be used (``xprobe_kernels.attention``); else the library's, segment by segment.
+    """
 
-    @classmethod
-    def of(cls, tree: Tree, device: torch.device) -> Layout:
-        batches = tuple(_batch(group, device) for group in _similar(tree.segments))
-        below = ((s, tree.positions[s.stop : s.end]) for s in tree.segments)
-        shared = tuple((segment, max(positions)) for segment, positions in below if positions)
-        return cls(torch.tensor(tree.positions, device=device), batches, shared)
+    tree: Tree
+    device: torch.device
+    kernel: bool = True
+    _copies: dict[torch.device, Layout] = field(default_factory=dict)
+    _reaches: dict[Blocks, Reach] = field(default_factory=dict)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of the tokens in their own prompts [N], int64."""
+        return upload(torch.tensor(self.tree.positions), self.device)
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """Segments of similar length, to attend to themselves together."""
+        return tuple(_batch(group, self.device) for group in _similar(self.tree.segments))
+
+    @cached_property
+    def shared(self) -> tuple[tuple[Segment, int], ...]:
+        """Segments with something below them, and how deep that reaches."""
+        below = ((s, self.tree.positions[s.stop : s.end]) for s in self.tree.segments)
+        return tuple((segment, max(positions)) for segment, positions in below if positions)
+
+    def reach(self, blocks: Blocks) -> Reach:
+        """The same for the kernel."""
+        if blocks not in self._reaches:
+            segments = self.tree.segments
+            until = np.repeat([s.end for s in segments], [s.length for s in segments])
+            self._reaches[blocks] = Reach.of(until, np.array(self.tree.positions), blocks, self.device)
+        return self._reaches[blocks]
 
     def on(self, device: torch.device) -> Layout:
         """The same on the device of a block, which need not be that of the first."""
-        if device == self.positions.device:
+        if device == self.device:
             return self
-        if device not in self.copies:
-            batches = tuple(batch.to(device) for batch in self.batches)
-            self.copies[device] = Layout(self.positions.to(device), batches, self.shared)
-        return self.copies[device]
+        return self._copies.setdefault(device, Layout(self.tree, device, self.kernel))
 
 
 @contextmanager
@@ -117,6 +139,10 @@ def attend(
     layout = layout.on(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = _Rule(scale, sliding_window or None, softcap or None)
+    if layout.kernel and serves(query[0], key[0], value[0]):
+        reach = layout.reach(Blocks.choose(query.dtype.itemsize, max(query.shape[-1], value.shape[-1])))
+        some = {"scale": scale, "window": rule.window, "softcap": rule.softcap, "sinks": s_aux}
+        return tree_attention(query[0], key[0], value[0], reach, **some)[None], None
     wide = torch.promote_types(query.dtype, torch.float32)
     heads, tokens, width = query.shape[1], query.shape[2], value.shape[-1]
     out = torch.empty(heads, tokens, width, dtype=wide, device=query.device)
@@ -223,4 +249,4 @@ def _batch(segments: list[Segment], device: torch.device) -> Batch:
     lengths = torch.tensor([s.length for s in segments])[:, None]
     places = starts + torch.minimum(at, lengths - 1)
     real = (at < lengths).flatten().nonzero()[:, 0]
-    return Batch(places.to(device), real.to(device), places.flatten()[real].to(device))
+    return Batch(*(upload(part, device) for part in (places, real, places.flatten()[real])))

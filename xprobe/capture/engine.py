@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xprobe_kernels.transfer import upload
 
 from xprobe.capture.cascade import Layout, packed_attention
 from xprobe.capture.memory import is_out_of_memory, release_memory
@@ -60,6 +61,7 @@ class Engine:
         self.model, self.anatomy, self.batch_tokens = model, anatomy, batch_tokens
         self._notify = notify or (lambda message: None)
         self.way: Way = "tree"
+        self.kernel = input_device(model).type == "cuda"  # whether packed trees may use the attention kernel
         self.alone_beyond = rotary_limit(model.config)
         self.remarks: list[str] = []
         self.parity_error: float | None = None
@@ -90,7 +92,8 @@ class Engine:
         whole = max(self.batch_tokens, sum(fed_length(prompt) for prompt in prompts))
         found = self._capture(prompts, "plain", 1)
         wanted = Captured(found.answers.clone(), found.offsets, found.questions.clone(), found.targets)
-        for way in ("tree", "prefix"):
+        kernel = self.kernel
+        for way, self.kernel in _ways(kernel):
             try:
                 # in one pass, whatever the budget: prompts that run alone say nothing of sharing
                 reason = _disagreement(self._capture(prompts, way, whole), wanted)
@@ -103,7 +106,8 @@ class Engine:
             if reason is None:
                 self.way = way
                 return way
-            self._say(f"{type(self.model).__name__} cannot be run with {WAYS[way]} ({reason})")
+            by = " by the attention kernel" if self.kernel else ""
+            self._say(f"{type(self.model).__name__} cannot be run with {WAYS[way]}{by} ({reason})")
         self.way = "plain"
         self._say(f"it is run with {WAYS['plain']}")
         return self.way
@@ -155,7 +159,7 @@ class Engine:
             if way == "prefix":
                 self._run_on_prefix(prompts, part, into)
             else:
-                run_pass(self.model, self.anatomy, make_pass(self.model, prompts, part, into, way))
+                run_pass(self.model, self.anatomy, make_pass(self.model, prompts, part, into, way, self.kernel))
 
     def _run_on_prefix(self, prompts: Sequence[Prompt], part: Sequence[int], into: Captured) -> None:
         shared = prefix_length([prompts[i] for i in part])
@@ -169,18 +173,28 @@ class Engine:
             self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
 
 
-def make_pass(model: Any, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> Pass:
-    """The forward pass over ``part`` of ``prompts``, ``tree`` or ``plain``, that leaves its rows in ``into``."""
+def _ways(kernel: bool) -> list[tuple[Way, bool]]:
+    """Ways of sharing to try, the fastest first, and whether by the attention kernel."""
+    return [*([("tree", True)] if kernel else []), ("tree", False), ("prefix", False)]
+
+
+def make_pass(
+    model: Any, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way, kernel: bool = False
+) -> Pass:
+    """The forward pass over ``part`` of ``prompts``, ``tree`` or ``plain``, that leaves its rows in ``into``.
+
+    ``kernel``: packed trees may use the attention kernel.
+    """
     device = input_device(model)
     if way == "plain":
         ids = pad([prompts[i].ids[:-1] for i in part], device)
         return Pass({"input_ids": ids}, Receiver(prompts, part, lambda i, start, stop: [(i, start, stop)], into))
     tree = grow([prompts[i].ids[:-1] for i in part]).filled(MULTIPLE)
-    layout = Layout.of(tree, device)
+    layout = Layout(tree, device, kernel)
     receiver = Receiver(
         prompts, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into
     )
-    inputs = {"input_ids": torch.tensor([tree.ids], device=device), "position_ids": layout.positions[None]}
+    inputs = {"input_ids": upload(torch.tensor([tree.ids]), device), "position_ids": layout.positions[None]}
     return Pass(inputs, receiver, partial(packed_attention, model, layout))
 
 

@@ -50,6 +50,7 @@ class LayerwiseEngine:
         self.remarks: list[str] = []
         self.progress = progress or (lambda stage, done, total: None)
         self.way: Way = "tree"
+        self.kernel = streamed.model.device.type == "cuda"  # as Engine has it
         self.sample: list[Prompt] = []
         self.parity_error: float | None = None
         self.bytes_read = 0
@@ -120,7 +121,7 @@ class LayerwiseEngine:
         if self.alone_beyond is not None:  # as ``split`` orders those of a wave
             limit = self.alone_beyond
             parts.sort(key=lambda part: max(0, max(fed_length(prompts[i]) for i in part) - limit))
-        passes += [make_pass(self.model, prompts, part, captured, self.way) for part in parts]
+        passes += [make_pass(self.model, prompts, part, captured, self.way, self.kernel) for part in parts]
         sweep(self.streamed, passes, folder=self.folder, progress=lambda done, total: self.progress(STAGE, done, total))
 
     def _checks(self) -> list[Pass]:
@@ -134,7 +135,7 @@ class LayerwiseEngine:
         shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.model.device)
         wanted, found = RowSpace(*shape).take(sample), RowSpace(*shape).take(sample)
         passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in range(len(sample))]
-        packed = make_pass(self.model, sample, range(len(sample)), found, self.way)
+        packed = make_pass(self.model, sample, range(len(sample)), found, self.way, self.kernel)
 
         def receive(layer: int, hidden: Tensor) -> None:
             packed.receive(layer, hidden)

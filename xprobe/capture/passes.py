@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from xprobe_kernels.transfer import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,4 +39,4 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor(sequence)
-    return ids.to(device)
+    return upload(ids, device)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from xprobe_kernels.transfer import upload
 
 from xprobe.capture.cascade import NotShareable
 from xprobe.models.anatomy import input_device
@@ -21,7 +22,7 @@ def shared_cache(model: Any, ids: list[int]) -> Any:
         The model keeps something else than keys and values.
     """
     cache = DynamicCache()
-    model.base_model(input_ids=torch.tensor([ids], device=input_device(model)), past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=upload(torch.tensor([ids]), input_device(model)), past_key_values=cache, use_cache=True)
     layers: list[Any] = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

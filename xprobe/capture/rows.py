@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from xprobe_kernels import capture
+from xprobe_kernels.capture import check_spans
+from xprobe_kernels.transfer import upload
 
 from xprobe.qa.prompts import Prompt
 
@@ -40,7 +42,7 @@ class Captured:
     @property
     def prompt_ends(self) -> Tensor:
         """Rows at the last prompt token [L + 1, N, D]."""
-        return self.answers[:, self.offsets[:-1].to(self.answers.device)]
+        return self.answers[:, upload(self.offsets[:-1], self.answers.device)]
 
     def part(self, start: int, stop: int) -> Captured:
         """Prompts ``start:stop`` alone; the same memory."""
@@ -77,7 +79,7 @@ class RowSpace:
         offsets = [0, *accumulate(len(prompt.targets) for prompt in prompts)]
         self.reserve(offsets[-1], len(prompts))
         shape = (self.layers, -1, self.width)
-        targets = torch.tensor([token for prompt in prompts for token in prompt.targets], device=self.device)
+        targets = upload(torch.tensor([token for prompt in prompts for token in prompt.targets]), self.device)
         return Captured(
             self._answers[: self.layers * self.width * offsets[-1]].view(shape),
             torch.tensor(offsets),
@@ -87,49 +89,53 @@ class RowSpace:
 
 
 class Receiver:
-    """Copies the rows of one pass into their places; called with each layer's states.
+    """Copies the rows of one pass into their places; called with each layer's states. Waits for no device.
 
     Answer rows are copied bit for bit. A question whose tokens lie in several pieces of the pass is put together from
-    the pieces' means, in fp32 (fp64 for fp64 rows).
+    the pieces' means, in fp32 (fp64 for fp64 rows), always in the same order.
     """
 
     def __init__(self, prompts: Sequence[Prompt], part: Sequence[int], locate: Locate, into: Captured) -> None:
         answers: list[tuple[int, int, int]] = []
         rows: list[int] = []
         pieces: list[tuple[int, int, int]] = []
-        owners: list[int] = []
+        owned: list[list[int]] = []  # numbers of the pieces of each question
+        offsets = into.offsets.tolist()
         for place, i in enumerate(part):
-            first = int(into.offsets[i])
             for step, at in enumerate(prompts[i].answer_positions):
                 answers += locate(place, at, at + 1)
-                rows.append(first + step)
+                rows.append(offsets[i] + step)
             found = locate(place, *prompts[i].spans["question"])
+            owned.append(list(range(len(pieces), len(pieces) + len(found))))
             pieces += found
-            owners += [place] * len(found)
-        device = into.answers.device
         self.into = into
-        self.spans = {torch.device("cpu"): (torch.tensor(answers), torch.tensor(pieces))}  # per device of a block
-        self.rows, self.members = torch.tensor(rows, device=device), torch.tensor(list(part), device=device)
-        self.owners = torch.tensor(owners, device=device)
-        starts, stops = torch.tensor(pieces)[:, 1:].to(device).unbind(1)
-        lengths = stops - starts
-        whole = torch.zeros(len(part), dtype=lengths.dtype, device=device).index_add_(0, self.owners, lengths)
-        self.shares = (lengths / whole[self.owners])[:, None]
+        self.host = torch.tensor(answers), torch.tensor(pieces)  # spans
+        self.spans: dict[torch.device, tuple[Tensor, Tensor]] = {}  # per device of a block
+        most = max(map(len, owned))
+        table = torch.tensor([own + [own[0]] * (most - len(own)) for own in owned])
+        counted = torch.tensor([[1.0] * len(own) + [0.0] * (most - len(own)) for own in owned], dtype=torch.float64)
+        lengths = (self.host[1][:, 2] - self.host[1][:, 1])[table] * counted
+        device = into.answers.device
+        self.rows, self.members = upload(torch.tensor(rows), device), upload(torch.tensor(list(part)), device)
+        self.table = upload(table, device)
+        self.shares = upload(lengths / lengths.sum(1, keepdim=True), device)[..., None]
         self.checked = False
 
     def __call__(self, layer: int, hidden: Tensor) -> None:
-        if hidden.device not in self.spans:
-            first, second = self.spans[torch.device("cpu")]
-            self.spans[hidden.device] = first.to(hidden.device), second.to(hidden.device)
-        answers, pieces = self.spans[hidden.device]
-        check, self.checked = not self.checked, True
+        if not self.checked:
+            for spans in self.host:
+                check_spans(spans, *hidden.shape[:2])
+            self.checked = True
+        device = hidden.device
+        if device not in self.spans:
+            self.spans[device] = upload(self.host[0], device), upload(self.host[1], device)
+        answers, pieces = self.spans[device]
         into = self.into
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        buffer = torch.empty(answers.shape[0], hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
-        capture(hidden, answers, buffer, check=check)
+        buffer = torch.empty(answers.shape[0], hidden.shape[-1], dtype=hidden.dtype, device=device)
+        capture(hidden, answers, buffer, check=False)
         into.answers[layer, self.rows] = buffer.to(into.answers)
-        means = torch.empty(pieces.shape[0], hidden.shape[-1], dtype=wide, device=hidden.device)
-        capture(hidden, pieces, means, check=check)
-        means = means.to(into.questions.device) * self.shares.to(wide)
-        questions = means.new_zeros(self.members.shape[0], means.shape[1]).index_add_(0, self.owners, means)
+        means = torch.empty(pieces.shape[0], hidden.shape[-1], dtype=wide, device=device)
+        capture(hidden, pieces, means, check=False)
+        questions = (means.to(into.questions.device)[self.table] * self.shares.to(wide)).sum(1)
         into.questions[layer, self.members] = questions.to(into.questions.dtype)

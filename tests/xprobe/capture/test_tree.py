@@ -77,7 +77,7 @@ def test_common_length_of_random_sequences():
 
 def test_batches_of_segments_hold_every_token_once_and_little_padding():
     tree = grow(FED)
-    layout = Layout.of(tree, torch.device("cpu"))
+    layout = Layout(tree, torch.device("cpu"))
     targets = torch.cat([batch.targets for batch in layout.batches])
     assert torch.equal(targets.sort().values, torch.arange(len(tree.ids)))
     assert sum(batch.places.numel() for batch in layout.batches) <= 1.25 * len(tree.ids)
