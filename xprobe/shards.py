@@ -2,31 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from xprobe_kernels.transfer import Arrival
 
-from xprobe.capture.readout import FIELDS, AnswerReadout
+from xprobe.capture.readout import FIELDS, AnswerReadout, start_reading
 from xprobe.phases.signals import example_signals
 from xprobe.store import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
+    from xprobe_kernels import Unembedding
 
-    from xprobe.capture.plan import Group
+    from xprobe.capture.plan import Wave
     from xprobe.capture.rows import Captured
     from xprobe.qa.prompts import Prompt
 
 
-def write_group(folder: RunFolder, group: Group, rows: Captured, values: AnswerReadout, *, store_rows: bool) -> None:
-    """Stores the lens values of a group, and with ``store_rows`` its hidden rows at prompt end and question."""
-    tensors: dict[str, Any] = {name: getattr(values, name) for name in FIELDS}
-    tensors |= {"offsets": rows.offsets, "targets": rows.targets}
-    if store_rows:
-        tensors["prompt_end"] = rows.prompt_ends.transpose(0, 1)
-        tensors["question_mean"] = rows.questions.transpose(0, 1)
-    folder.write_shard(group.key, tensors, {"examples": [_describe(prompt) for prompt in group.prompts]})
+class Leaving:
+    """What is kept of a wave, on its way from the device to main memory while the device goes on.
+
+    Parameters
+    ----------
+    captured : Captured
+        May be overwritten by the next wave once this is made.
+    head : Unembedding
+    backend : str
+    store_rows : bool
+        Whether the hidden rows at prompt end and question are kept as well.
+    """
+
+    def __init__(self, captured: Captured, head: Unembedding, backend: str, store_rows: bool) -> None:
+        self.offsets = captured.offsets
+        self._reading = start_reading(captured, head, backend)
+        rows = {"targets": captured.targets}
+        if store_rows:
+            rows |= {"prompt_end": captured.prompt_ends, "question_mean": captured.questions}
+        self._rows = Arrival(rows)
+
+    def wait(self) -> tuple[AnswerReadout, dict[str, Tensor]]:
+        """Lens values of all positions, and the gold tokens ``targets`` [P] and rows [L + 1, N, D] beside them.
+
+        Raises
+        ------
+        RuntimeError
+            Some row was not a number.
+        """
+        values = self._reading.values()
+        if not values.finite:
+            raise RuntimeError("hidden states hold NaN or infinity; try --dtype float32")
+        return values, self._rows.wait()
+
+
+def write_wave(folder: RunFolder, wave: Wave, wanted: Container[str], leaving: Leaving) -> int:
+    """Writes the groups of a wave whose keys are ``wanted``, one shard each; returns the number of examples written.
+
+    The others were computed again to give these the same bits.
+    """
+    values, rows = leaving.wait()
+    written = start = 0
+    for group in wave.groups:
+        stop = start + len(group.prompts)
+        if group.key in wanted:
+            offsets = leaving.offsets[start : stop + 1]
+            first, last = offsets[[0, -1]].tolist()
+            tensors: dict[str, Any] = {name: getattr(values.part(first, last), name) for name in FIELDS}
+            tensors |= {"offsets": offsets - first, "targets": rows["targets"][first:last]}
+            tensors |= {name: rows[name][:, start:stop].transpose(0, 1) for name in rows if name != "targets"}
+            folder.write_shard(group.key, tensors, {"examples": [_describe(prompt) for prompt in group.prompts]})
+            written += len(group.prompts)
+        start = stop
+    return written
 
 
 def read_signals(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, NDArray]]:

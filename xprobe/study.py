@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,12 +23,14 @@ from xprobe.qa.records import Dataset, Example
 from xprobe.qa.templates import Template, load_template
 from xprobe.results import Study, load_study
 from xprobe.store import FORMAT, MANIFEST, RunFolder
+from xprobe.timing import Stopwatch
 
 if TYPE_CHECKING:
     from xprobe.capture.engine import Engine
     from xprobe.capture.layerwise import LayerwiseEngine
-    from xprobe.capture.plan import Group, Plan
+    from xprobe.capture.plan import Group, Plan, Wave
     from xprobe.qa.prompts import Prompt
+    from xprobe.shards import Leaving
 
 # progress(stage, done, total): called from the thread of `run`; a total of 0 means "not known"
 Progress = Callable[[str, int, int], None]
@@ -125,7 +128,7 @@ class _Run:
     out: Path
     resume: bool
     progress: Progress
-    timings: dict[str, float] = field(default_factory=dict)
+    watch: Stopwatch = field(default_factory=Stopwatch)
     template: Template = field(init=False)
 
     def go(self) -> Study:
@@ -154,10 +157,10 @@ class _Run:
             manifest, folder = self._compute(source, data, examples, identity)
             manifest["created"] = before.get("created", manifest["created"])
         if not (finished and _is_readable(folder)):
-            manifest = analyse(config, manifest, folder, self.timings, self.progress)
+            manifest = analyse(config, manifest, folder, self.watch.seconds, self.progress)
         if not finished:
-            self.timings["total"] = time.perf_counter() - started
-            manifest["timings"] = {name: round(seconds, 3) for name, seconds in self.timings.items()}
+            self.watch.add("total", time.perf_counter() - started)
+            manifest["timings"] = {name: round(seconds, 3) for name, seconds in self.watch.seconds.items()}
         folder.tidy(manifest["groups"])
         manifest["status"] = "done"
         folder.write_manifest(manifest)
@@ -166,7 +169,7 @@ class _Run:
     # -- what the run is made of, and whether it is the one in the folder ------------------------------------
 
     def _identity(self, source: loading.Source, data: Dataset) -> dict[str, Any]:
-        with self._timed("fingerprints"):
+        with self.watch.timed("fingerprints"):
             model = {
                 "name": source.name,
                 "kind": source.kind,
@@ -214,20 +217,20 @@ class _Run:
 
         config = self.config
         self.progress("loading the model", 0, 0)
-        with self._timed("load"):
+        with self.watch.timed("load"):
             engine, tokenizer = self._open(source)
         window = loading.window(engine.model.config)
         self.progress("building prompts", 0, 0)
-        with self._timed("prompts"):
+        with self.watch.timed("prompts"):
             prompts, skipped = build_prompts(examples, tokenizer, self.template, window)
         if not prompts:
             raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
         _check_vocabulary(prompts, engine.anatomy.head.vocab_size, source.name)
         groups = group_prompts(prompts)
-        with self._failing(f"what {self.out} holds stays"):
-            with self._timed("parity"):
+        with self._failing(lambda: f"what {self.out} holds stays"):
+            with self.watch.timed("parity"):
                 parity = engine.check(_shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
-            with self._timed("check of sharing"):
+            with self.watch.timed("check of sharing"):
                 engine.settle(_sample(groups))
         plan = engine.plan(groups)
         self.progress(f"shared beginnings save {plan.saved:.0%} of {plan.tokens} tokens", 0, 0)
@@ -271,56 +274,57 @@ class _Run:
         return Engine(loaded.model, inspect(loaded.model), config.batch_tokens, say), loaded.tokenizer
 
     def _compute_waves(self, engine: Engine | LayerwiseEngine, plan: Plan, folder: RunFolder) -> None:
-        from xprobe.capture.readout import read_answers
-        from xprobe.shards import write_group
+        """Each wave is written by a thread of its own while the next is computed: a GPU waits for neither."""
+        from xprobe.shards import Leaving, write_wave
 
-        config = self.config
+        config, device = self.config, engine.anatomy.head.weight.device
         have = set(folder.finished_shards())
         todo = {g.key for wave in plan.waves for g in wave.groups if folder.shard_name(g.key) not in have}
         total = sum(len(wave.prompts) for wave in plan.waves)
         done = total - sum(len(g.prompts) for wave in plan.waves for g in wave.groups if g.key in todo)
         self.progress(STAGE, done, total)
         waves = engine.waves(plan, todo, config.backend)
-        while True:
-            with self._failing(f"{done} of {total} examples are kept in {self.out}"):
-                with self._timed("forward"):
-                    wave, captured = next(waves, (None, None))
-                if wave is None or captured is None:
-                    return
-                with self._timed("lens"):
-                    values = read_answers(captured, engine.anatomy.head, config.backend)
-                if not values.finite:
-                    raise RuntimeError("hidden states hold NaN or infinity; try --dtype float32")
-            start = 0
-            for group in wave.groups:
-                stop = start + len(group.prompts)
-                if group.key in todo:  # the others were computed again to give these the same bits
-                    first, last = captured.offsets[[start, stop]].tolist()
-                    with self._timed("write"):
-                        part = captured.part(start, stop)
-                        write_group(folder, group, part, values.part(first, last), store_rows=config.store_rows)
-                    done += len(group.prompts)
-                    self.progress(STAGE, done, total)
-                start = stop
+        writing: Future[int] | None = None
+
+        def write(wave: Wave, leaving: Leaving) -> int:
+            with self.watch.timed("write"):
+                return write_wave(folder, wave, todo, leaving)
+
+        def written() -> None:
+            nonlocal done, writing
+            if writing is not None:
+                ready, writing = writing, None
+                done += ready.result()
+                self.progress(STAGE, done, total)
+
+        with (
+            self._failing(lambda: f"{done} of {total} examples are kept in {self.out}"),
+            ThreadPoolExecutor(1) as writer,
+        ):
+            try:
+                while True:
+                    with self.watch.timed("forward", device):
+                        wave, captured = next(waves, (None, None))
+                    if wave is None or captured is None:
+                        break
+                    with self.watch.timed("lens", device):
+                        leaving = Leaving(captured, engine.anatomy.head, config.backend, config.store_rows)
+                    written()
+                    writing = writer.submit(write, wave, leaving)
+            finally:
+                written()  # whatever happened: what is computed is kept
+        self.watch.settle()
 
     @contextmanager
-    def _failing(self, kept: str) -> Iterator[None]:
+    def _failing(self, kept: Callable[[], str]) -> Iterator[None]:
         """Turns what the machine or a model's own code raises into an error that says what is kept."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise XprobeError(
-                f"the run failed: {reason}. {kept}; if memory ran out, add --resume and a smaller --batch-tokens"
+                f"the run failed: {reason}. {kept()}; if memory ran out, add --resume and a smaller --batch-tokens"
             ) from error
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
 
 
 def _is_readable(folder: RunFolder) -> bool:

@@ -148,7 +148,7 @@ def tree_attention(
     ValueError
         Names the argument, its value and what was expected.
     """
-    heads, tokens, width = query.shape
+    heads, tokens, _ = query.shape
     if key.shape[1:] != query.shape[1:] or value.shape[:2] != key.shape[:2] or heads % key.shape[0]:
         raise ValueError(f"query, key, value do not fit: {describe(query)}, {describe(key)}, {describe(value)}")
     if not serves(query, key, value):

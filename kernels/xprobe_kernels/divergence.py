@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xprobe_kernels.precision import matmul_precision, product
+from xprobe_kernels.transfer import upload
 from xprobe_kernels.unembedding import Unembedding
 
 
@@ -23,12 +24,12 @@ def kl(
     finite: Tensor,  # [R]
     head: Unembedding,
     logsumexp: Tensor,  # [R]
-    final_rows: Tensor,  # [R]
+    final_rows: Tensor,  # [R], there or in main memory
     workspace_bytes: int,
     precision: str,
 ) -> Tensor:
     """KL(final || row) [R] in nats; NaN where one of the two rows is not finite."""
-    finals, of = torch.unique(final_rows, return_inverse=True)
+    finals, of = (upload(part, normed.device) for part in torch.unique(final_rows, return_inverse=True))
     lse = torch.where(finite, logsumexp, 0.0)
     with matmul_precision(precision):
         if head.softcap is None:
@@ -36,7 +37,7 @@ def kl(
         else:
             gain, own = _capped_logits(normed, finals, of, head, lse, workspace_bytes)
     divergence = ((own - lse[finals])[of] - (gain - lse)).float()
-    known = finite & finite[final_rows]
+    known = finite & finite[finals][of]
     return torch.where(known, divergence.clamp(min=0), torch.full_like(divergence, float("nan")))
 
 

@@ -111,7 +111,8 @@ def lens(
     top_k : int, 0 to 32
         How many of the largest logits to return.
     final_rows : Tensor [R], int64, optional
-        For each row, the index of the row that holds the final layer of the same position; asks for ``kl``.
+        For each row, the index of the row that holds the final layer of the same position; asks for ``kl``. On the
+        device of ``hidden``, or in main memory: then no GPU is waited for to find how many there are.
     backend : "auto" or one of ``available_backends(hidden.device)``
     precision : "ieee" or "tf32"
         "tf32" lets a GPU round fp32 operands of the projection to 10 mantissa bits.
@@ -136,8 +137,10 @@ def lens(
         raise ValueError(f"workspace_bytes must be a whole number of at least {MIB} (1 MiB), got {workspace_bytes!r}")
     if final_rows is not None:
         bounds = (0, hidden.shape[0]) if check else None
-        _check_indices("final_rows", final_rows, hidden, (hidden.shape[0],), bounds)
+        _check_indices("final_rows", final_rows, hidden, (hidden.shape[0],), bounds, anywhere=True)
     name = _backend(backend, hidden, head)
+    if final_rows is not None and name not in KERNELS:
+        final_rows = final_rows.to(hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), _on(hidden.device):
         fields = _function(name)(hidden, head, lookup, top_k, final_rows, workspace_bytes, precision)
     return Readout(**fields, backend=name, precision=precision)
@@ -193,11 +196,16 @@ def _checked_lookup(hidden: Tensor, head: Unembedding, lookup: Tensor, check: bo
 
 
 def _check_indices(
-    name: str, value: object, hidden: Tensor, shape: tuple[int, ...], bounds: tuple[int, int] | None
+    name: str,
+    value: object,
+    hidden: Tensor,
+    shape: tuple[int, ...],
+    bounds: tuple[int, int] | None,
+    anywhere: bool = False,
 ) -> None:
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != shape:
         raise ValueError(f"{name} must be an int64 tensor of shape {list(shape)}, got {describe(value)}")
-    if value.device != hidden.device:
+    if value.device != hidden.device and not (anywhere and value.device.type == "cpu"):
         raise ValueError(f"{name} is on {value.device}, hidden is on {hidden.device}: move one of them")
     if bounds and value.numel():
         low, high = bounds

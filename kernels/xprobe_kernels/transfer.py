@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on ``device``, in line with the work that it was given; the host does not wait.
+    """A CPU tensor on ``device``, copied in line with the work that it was given; the host does not wait.
 
     Copies from ordinary memory would wait for all of that work first; page-locked memory is kept by torch's allocator
     until the copy is done.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
     return page_locked(tensor).to(device, non_blocking=True)
 

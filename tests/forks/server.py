@@ -40,6 +40,7 @@ class Steps:
         self.seen: list[str] = []
 
     def watch(self) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; and only this thread may change that
         real_sync, real_write = os.fsync, os.write
         sys.addaudithook(self._audited)
 
@@ -68,7 +69,6 @@ class Steps:
         self.seen.append(f"{what} {os.path.relpath(os.path.realpath(path), self.folder)}")
         now = len(self.seen) == self.at
         if now and self.half:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
         elif now and kill:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 COMMON = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -69,6 +70,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                     "moe_intermediate_size": 16, "first_k_dense_replace": 2}),
     "lfm2": ("lfm2", {**COMMON, "block_ff_dim": 48, "block_multiple_of": 8, "full_attn_idxs": [1, 3]}),
 }  # fmt: skip
+# those that the installed transformers knows: the oldest that xprobe takes lacks some
+FAMILIES = {name: family for name, family in FAMILIES.items() if family[0] in CONFIG_MAPPING_NAMES}
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:

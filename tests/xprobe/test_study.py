@@ -12,6 +12,7 @@ import torch
 from support.families import save_tiny_model
 
 import xprobe
+from xprobe import shards
 from xprobe.capture import readout
 from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
 from xprobe.models import loading
@@ -121,7 +122,7 @@ def test_the_same_run_gives_the_same_bytes(study, tiny, tmp_path):
 
 def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monkeypatch):
     calls = []
-    real = readout.read_answers
+    real = shards.start_reading
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -130,7 +131,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monk
         return real(*args, **kwargs)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(readout, "read_answers", failing)
+    monkeypatch.setattr(shards, "start_reading", failing)
     with pytest.raises(KeyboardInterrupt):
         xprobe.run(str(tiny), setting=("en-x", "x-x"), out=out, **SMALL)
     assert len(list((out / "shards").iterdir())) == 2
@@ -207,14 +208,14 @@ def test_damaged_weights_are_refused(tiny, tmp_path):
 
 
 def test_values_that_are_not_finite_never_reach_a_shard(tiny, tmp_path, monkeypatch):
-    real = readout.read_answers
+    real = readout.Reading.values
 
-    def broken(*args, **kwargs):
-        values = real(*args, **kwargs)
+    def broken(self):
+        values = real(self)
         values.logsumexp[0, 1] = np.nan
         return values
 
-    monkeypatch.setattr(readout, "read_answers", broken)
+    monkeypatch.setattr(readout.Reading, "values", broken)
     with pytest.raises(XprobeError, match="NaN or infinity"):
         xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1)
     assert not any((tmp_path / "run" / "shards").iterdir())
@@ -268,7 +269,7 @@ def test_rows_can_be_left_out_of_the_shards(tiny, tmp_path):
 
 def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
     calls = []
-    real = readout.read_answers
+    real = shards.start_reading
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -276,7 +277,7 @@ def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
             raise RuntimeError("out of memory: tried to allocate 1 TiB")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(readout, "read_answers", failing)
+    monkeypatch.setattr(shards, "start_reading", failing)
     with pytest.raises(XprobeError, match=r"9 of 18 examples are kept .* --resume"):
         xprobe.run(str(tiny), out=tmp_path / "run", **SMALL)
 

@@ -141,8 +141,10 @@ def attend(
     rule = _Rule(scale, sliding_window or None, softcap or None)
     if layout.kernel and serves(query[0], key[0], value[0]):
         reach = layout.reach(Blocks.choose(query.dtype.itemsize, max(query.shape[-1], value.shape[-1])))
-        some = {"scale": scale, "window": rule.window, "softcap": rule.softcap, "sinks": s_aux}
-        return tree_attention(query[0], key[0], value[0], reach, **some)[None], None
+        found = tree_attention(
+            query[0], key[0], value[0], reach, scale=scale, window=rule.window, softcap=rule.softcap, sinks=s_aux
+        )
+        return found[None], None
     wide = torch.promote_types(query.dtype, torch.float32)
     heads, tokens, width = query.shape[1], query.shape[2], value.shape[-1]
     out = torch.empty(heads, tokens, width, dtype=wide, device=query.device)

@@ -106,7 +106,7 @@ class Engine:
             if reason is None:
                 self.way = way
                 return way
-            by = " by the attention kernel" if self.kernel else ""
+            by = ", and the attention kernel" if self.kernel else ""
             self._say(f"{type(self.model).__name__} cannot be run with {WAYS[way]}{by} ({reason})")
         self.way = "plain"
         self._say(f"it is run with {WAYS['plain']}")
@@ -175,7 +175,8 @@ class Engine:
 
 def _ways(kernel: bool) -> list[tuple[Way, bool]]:
     """Ways of sharing to try, the fastest first, and whether by the attention kernel."""
-    return [*([("tree", True)] if kernel else []), ("tree", False), ("prefix", False)]
+    ways: list[tuple[Way, bool]] = [("tree", True), ("tree", False), ("prefix", False)]
+    return ways if kernel else ways[1:]
 
 
 def make_pass(

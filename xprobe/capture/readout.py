@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from xprobe_kernels import Unembedding, lens
+from xprobe_kernels.transfer import Arrival
 
 from xprobe.capture.memory import is_out_of_memory, release_memory
 from xprobe.capture.rows import Captured
@@ -39,19 +40,41 @@ class AnswerReadout:
         return AnswerReadout(**{name: getattr(self, name)[start:stop] for name in FIELDS})
 
 
+class Reading:
+    """Lens values on their way to main memory: made by ``start_reading``, there when ``values`` returns."""
+
+    def __init__(self, parts: list[Arrival], layers: int) -> None:
+        self._parts, self._layers = parts, layers
+
+    def values(self) -> AnswerReadout:
+        """Waits for the device that computes them."""
+        found = [part.wait() for part in self._parts]
+        tables = {name: [self._table(part[name]) for part in found] for name in FIELDS}
+        return AnswerReadout(**{name: np.concatenate(pieces) for name, pieces in tables.items()})
+
+    def _table(self, flat: torch.Tensor) -> NDArray:
+        dtype = np.int32 if flat.dtype == torch.int64 else np.float32
+        return np.ascontiguousarray(flat.reshape(self._layers, -1).T.numpy().astype(dtype))
+
+
 def read_answers(captured: Captured, head: Unembedding, backend: str = "auto") -> AnswerReadout:
-    """Reads every layer's rows at the answer positions with the model's own norm and head.
+    """Runs the lens over every layer's row at every answer position, with the model's own norm and head."""
+    return start_reading(captured, head, backend).values()
+
+
+def start_reading(captured: Captured, head: Unembedding, backend: str = "auto") -> Reading:
+    """Gives a GPU the work of ``read_answers`` and does not wait for it; elsewhere the work is done on return.
 
     Where memory runs out it goes on with half as many positions at a time; what a position gives does not depend on
     how many there are.
     """
     layers, positions, width = captured.answers.shape
     step = max(1, ROW_BYTES // (layers * width * 4))
-    parts: list[AnswerReadout] = []
+    parts: list[Arrival] = []
     at = 0
     while at < positions:
         try:
-            parts.append(_read(captured, slice(at, min(at + step, positions)), head, backend))
+            parts.append(_start(captured, slice(at, min(at + step, positions)), head, backend))
             at += step
             continue
         except (MemoryError, RuntimeError) as error:
@@ -59,29 +82,22 @@ def read_answers(captured: Captured, head: Unembedding, backend: str = "auto") -
                 raise
         release_memory()
         step = max(1, step // 2)
-    return AnswerReadout(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS})
+    return Reading(parts, layers)
 
 
-def _read(captured: Captured, some: slice, head: Unembedding, backend: str) -> AnswerReadout:
-    rows = captured.answers[:, some]
+def _start(captured: Captured, some: slice, head: Unembedding, backend: str) -> Arrival:
+    device = head.weight.device
+    rows = captured.answers[:, some].to(device)  # rows of a streamed model are in a file
     layers, positions, width = rows.shape
-    final = torch.arange(positions, device=rows.device) + (layers - 1) * positions
+    final = torch.arange(positions) + (layers - 1) * positions
     values = lens(
         rows.reshape(layers * positions, width),
         head,
-        captured.targets[some].repeat(layers),
+        captured.targets[some].to(device).repeat(layers),
         final_rows=final.repeat(layers),
         backend=backend,
+        check=device.type != "cuda",  # it would wait for the device; ids were checked against the head before
     )
-
-    def table(flat: torch.Tensor, dtype: type) -> NDArray:
-        return np.ascontiguousarray(flat.reshape(layers, positions).T.cpu().numpy().astype(dtype))
-
     assert values.kl is not None  # final_rows was given
-    return AnswerReadout(
-        logit=table(values.logits[:, 0], np.float32),
-        logsumexp=table(values.logsumexp, np.float32),
-        rank=table(values.rank[:, 0], np.int32),
-        entropy=table(values.entropy, np.float32),
-        kl=table(values.kl, np.float32),
-    )
+    found = {"logit": values.logits[:, 0], "logsumexp": values.logsumexp, "rank": values.rank[:, 0]}
+    return Arrival(found | {"entropy": values.entropy, "kl": values.kl})
