@@ -66,7 +66,7 @@ class Reach:
         Raises
         ------
         ValueError
-            A token ends before itself, or the ends of two tokens cross: no depth-first order.
+            There are no tokens, or one ends before itself or after the last.
         """
         until, positions = (np.ascontiguousarray(values, dtype=np.int32) for values in (until, positions))
         count = len(until)

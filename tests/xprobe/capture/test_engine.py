@@ -11,6 +11,7 @@ import torch
 from support.families import FAMILIES, tiny_model
 from support.prompts import family_of_prompts, prompt
 
+from xprobe.capture import cascade
 from xprobe.capture.engine import Engine
 from xprobe.capture.plan import group_prompts
 from xprobe.capture.readout import read_answers
@@ -101,6 +102,49 @@ def test_rows_in_single_precision_and_bf16_are_as_near_as_their_dtype_allows(fam
             assert (ours <= 1.5 * theirs + 2e-3).all()
         else:
             assert farthest(found, wanted) < tolerance
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_on_gpu.py does this, with the compiled kernel")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss", "cohere2", "deepseek_v3", "phi3"])
+def test_the_attention_kernel_gives_the_rows_of_one_example_at_a_time(name, monkeypatch):
+    """In Triton's interpreter: windows, soft-caps, sinks, values narrower than keys, shared heads."""
+    calls = []
+    real = cascade.tree_attention
+    monkeypatch.setattr(cascade, "tree_attention", lambda *args, **options: calls.append(1) or real(*args, **options))
+    model = tiny_model(name)
+    anatomy = inspect(model)
+    answers, questions = one_by_one(model, anatomy, PROMPTS)
+    engine = Engine(model, anatomy, 10_000)
+    assert not engine.kernel  # a GPU's
+    engine.kernel = True
+    assert engine.settle(SAMPLE) == "tree"
+    assert engine.kernel
+    calls.clear()
+    captured = engine.capture(PROMPTS)
+    assert len(calls) == len(anatomy.blocks)
+    assert farthest(captured.answers, answers) < 1e-5
+    assert farthest(captured.questions, questions) < 1e-5
+
+
+def test_an_attention_kernel_that_fails_or_is_wrong_gives_way_to_the_library(monkeypatch):
+    model = tiny_model("llama")
+    anatomy = inspect(model)
+    answers, _ = one_by_one(model, anatomy, PROMPTS)
+    real = cascade.tree_attention
+
+    def failing(*args, **options):
+        raise RuntimeError("no kernel image is available")
+
+    for broken, said in ((failing, "no kernel image"), (lambda *a, **o: real(*a, **o) * 1.01, "its rows differ by")):
+        monkeypatch.setattr(cascade, "tree_attention", broken)
+        engine = Engine(model, anatomy, 10_000)
+        engine.kernel = True
+        assert engine.settle(SAMPLE) == "tree"
+        assert not engine.kernel
+        assert len(engine.remarks) == 1
+        assert "the attention kernel" in engine.remarks[0]
+        assert said in engine.remarks[0]
+        assert farthest(engine.capture(PROMPTS).answers, answers) < 1e-5
 
 
 def test_long_prompts_that_sliding_windows_cut_off():

@@ -1,0 +1,136 @@
+"""What the engine and the lens do on a GPU, on a pretended one: the same values, and no waiting for the device."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support.families import tiny_model
+from support.pretended_gpu import RUBBISH, pretended_gpu, to_gpu
+from support.prompts import family_of_prompts
+from xprobe_kernels import lens
+from xprobe_kernels.transfer import Arrival, upload
+
+from xprobe.capture.engine import Engine
+from xprobe.capture.plan import group_prompts
+from xprobe.capture.readout import FIELDS, start_reading
+from xprobe.models.anatomy import inspect
+from xprobe.shards import Leaving, write_wave
+from xprobe.store import RunFolder
+from xprobe.timing import Stopwatch
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU is here: test_on_gpu.py says more", allow_module_level=True)
+
+PROMPTS = family_of_prompts(4)
+SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
+
+
+def test_the_pretended_gpu_notices_who_waits(monkeypatch) -> None:
+    with pretended_gpu(monkeypatch) as gpu:
+        there = upload(torch.arange(6.0), torch.device("cuda:0"))
+        assert there.device.type == "cuda"
+        assert not gpu.waits
+        for number, wait in enumerate((
+            lambda: there.cpu(), lambda: float(there[2]), lambda: there[there > 2], lambda: there.nonzero(),
+            lambda: torch.ones(3).to("cuda:0"), lambda: bool((there > 1).any()), lambda: there.unique(),
+             lambda: there[torch.tensor([1, 2])],
+        )):  # fmt: skip
+            wait()
+            assert len(gpu.waits) > number, number
+            del gpu.waits[number + 1 :]
+        gpu.waits.clear()
+        arrival = Arrival({"x": there * 2})
+        assert (arrival._tensors["x"] == RUBBISH).all()
+        assert arrival.wait()["x"].tolist() == [0, 2, 4, 6, 8, 10]
+        assert not gpu.waits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gpt2", "olmo2"])
+def test_a_wave_is_computed_without_waiting_and_gives_what_it_gives_elsewhere(family, monkeypatch) -> None:
+    """Whole waves, one after the other in the same memory, as a run computes them."""
+    model = tiny_model(family)
+    anatomy = inspect(model)
+    engine = Engine(model, anatomy, 120)
+    assert engine.settle(SAMPLE) == "tree"
+    plan = engine.plan(group_prompts(PROMPTS))
+    keys = {group.key for wave in plan.waves for group in wave.groups}
+    wanted = []
+    for _, captured in engine.waves(plan, keys):
+        values = start_reading(captured, anatomy.head).values()
+        wanted.append((captured.answers.clone(), captured.questions.clone(), captured.prompt_ends, values))
+    assert len(wanted) > 2
+    with pretended_gpu(monkeypatch) as gpu:
+        model = to_gpu(model)
+        anatomy = inspect(model)
+        said: list[str] = []
+        engine = Engine(model, anatomy, 120, said.append)
+        assert engine.settle(SAMPLE) == "tree"
+        assert engine.kernel
+        assert not said
+        before, gpu.waits = gpu.launches, []
+        leaving = [Leaving(captured, anatomy.head, "auto", True) for _, captured in engine.waves(plan, keys)]
+        assert gpu.waits == []
+        assert gpu.launches - before >= len(wanted) * (3 * len(anatomy.blocks) + 5)  # capture twice and attention
+        for one, (answers, questions, ends, values) in zip(leaving, wanted, strict=True):
+            found, rows = one.wait()
+            for name in FIELDS:
+                ours, theirs = getattr(found, name), getattr(values, name)
+                assert abs(ours.astype(float) - theirs).max() <= 2e-5 * abs(theirs.astype(float)).max() + 2e-6, name
+            assert torch.allclose(rows["question_mean"], questions, atol=2e-5 * float(questions.abs().max()))
+            assert torch.allclose(rows["prompt_end"], ends, atol=2e-5 * float(answers.abs().max()))
+
+
+def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
+    """A wave leaves its memory before the next overwrites it."""
+    model = tiny_model("llama")
+    folders = {}
+    for place in ("cpu", "gpu"):
+        folders[place] = RunFolder.create(tmp_path / place)
+        with pretended_gpu(monkeypatch) if place == "gpu" else Stopwatch().timed("nothing"):
+            model = to_gpu(model) if place == "gpu" else model
+            anatomy = inspect(model)
+            engine = Engine(model, anatomy, 120)
+            plan = engine.plan(group_prompts(PROMPTS))
+            keys = {group.key for wave in plan.waves for group in wave.groups}
+            folders[place].write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
+            found = [(wave, Leaving(rows, anatomy.head, "auto", True)) for wave, rows in engine.waves(plan, keys)]
+            written = [write_wave(folders[place], wave, keys, leaving) for wave, leaving in found]
+            assert sum(written) == len(PROMPTS)
+    for name in folders["cpu"].finished_shards():
+        (ours, described), (theirs, also) = (folders[place].read_shard(name) for place in ("gpu", "cpu"))
+        assert json.dumps(described) == json.dumps(also)
+        for key, values in theirs.items():
+            assert abs(ours[key].astype(float) - values).max() <= 2e-5 * abs(values.astype(float)).max() + 2e-6, key
+
+
+def test_final_rows_in_main_memory_spare_the_wait(monkeypatch) -> None:
+    anatomy = inspect(tiny_model("llama"))
+    rows, final = torch.randn(6, anatomy.head.width), torch.tensor([4, 5, 4, 5, 4, 5])
+    lookup = torch.arange(6)
+    wanted = lens(rows, anatomy.head, lookup, final_rows=final)
+    with pretended_gpu(monkeypatch) as gpu:
+        anatomy = inspect(to_gpu(tiny_model("llama")))
+        there = [upload(t, torch.device("cuda:0")) for t in (rows, lookup, final)]
+        gpu.waits.clear()
+        found = lens(there[0], anatomy.head, there[1], final_rows=final, check=False)
+        assert not gpu.waits
+        lens(there[0], anatomy.head, there[1], final_rows=there[2], check=False)
+        assert gpu.waits
+        assert float((found.kl.inner - wanted.kl).abs().max()) < 2e-6
+
+
+def test_stages_on_a_gpu_are_timed_by_it(monkeypatch) -> None:
+    watch = Stopwatch()
+    with pretended_gpu(monkeypatch):
+        for _ in range(3):
+            with watch.timed("forward", torch.device("cuda:0")):
+                pass
+        assert watch.seconds == {}
+        watch.settle()
+    assert watch.seconds == {"forward": pytest.approx(3e-3)}  # a pretended event takes a millisecond
+    with watch.timed("write"), watch.timed("lens", torch.device("cpu")):
+        pass
+    watch.settle()
+    assert set(watch.seconds) == {"forward", "lens", "write"}
