@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,9 +27,8 @@ from xprobe.timing import Stopwatch
 if TYPE_CHECKING:
     from xprobe.capture.engine import Engine
     from xprobe.capture.layerwise import LayerwiseEngine
-    from xprobe.capture.plan import Group, Plan, Wave
+    from xprobe.capture.plan import Group, Plan
     from xprobe.qa.prompts import Prompt
-    from xprobe.shards import Leaving
 
 # progress(stage, done, total): called from the thread of `run`; a total of 0 means "not known"
 Progress = Callable[[str, int, int], None]
@@ -274,46 +272,22 @@ class _Run:
         return Engine(loaded.model, inspect(loaded.model), config.batch_tokens, say), loaded.tokenizer
 
     def _compute_waves(self, engine: Engine | LayerwiseEngine, plan: Plan, folder: RunFolder) -> None:
-        """Each wave is written by a thread of its own while the next is computed: a GPU waits for neither."""
-        from xprobe.shards import Leaving, write_wave
+        from xprobe.capture.loop import run_waves
 
-        config, device = self.config, engine.anatomy.head.weight.device
         have = set(folder.finished_shards())
         todo = {g.key for wave in plan.waves for g in wave.groups if folder.shard_name(g.key) not in have}
         total = sum(len(wave.prompts) for wave in plan.waves)
         done = total - sum(len(g.prompts) for wave in plan.waves for g in wave.groups if g.key in todo)
-        self.progress(STAGE, done, total)
-        waves = engine.waves(plan, todo, config.backend)
-        writing: Future[int] | None = None
 
-        def write(wave: Wave, leaving: Leaving) -> int:
-            with self.watch.timed("write"):
-                return write_wave(folder, wave, todo, leaving)
+        def written(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(STAGE, done, total)
 
-        def written() -> None:
-            nonlocal done, writing
-            if writing is not None:
-                ready, writing = writing, None
-                done += ready.result()
-                self.progress(STAGE, done, total)
-
-        with (
-            self._failing(lambda: f"{done} of {total} examples are kept in {self.out}"),
-            ThreadPoolExecutor(1) as writer,
-        ):
-            try:
-                while True:
-                    with self.watch.timed("forward", device):
-                        wave, captured = next(waves, (None, None))
-                    if wave is None or captured is None:
-                        break
-                    with self.watch.timed("lens", device):
-                        leaving = Leaving(captured, engine.anatomy.head, config.backend, config.store_rows)
-                    written()
-                    writing = writer.submit(write, wave, leaving)
-            finally:
-                written()  # whatever happened: what is computed is kept
-        self.watch.settle()
+        written(0)
+        some = {"backend": self.config.backend, "store_rows": self.config.store_rows}
+        with self._failing(lambda: f"{done} of {total} examples are kept in {self.out}"):
+            run_waves(engine, plan, todo, folder, self.watch, written, **some)
 
     @contextmanager
     def _failing(self, kept: Callable[[], str]) -> Iterator[None]:
