@@ -1,10 +1,12 @@
-"""Everything that needs a GPU, in one command straight from the checkout: tests, benchmark, tuning, sanitizer, profile.
+"""Everything that needs a GPU, in one command straight from the checkout: tests, whole runs, kernels, tuning, profile.
 
-    python benchmarks/gpu.py OUT [--minutes 10] [--steps env,tests,bench,tune,sanitize,profile,aot] [--commit HASH]
+    python benchmarks/gpu.py OUT [--minutes 10] [--steps env,tests,run,bench,tune,sanitize,profile,aot]
+                                 [--model MODEL] [--data DATA] [--commit HASH]
 
 Every step is a process with a time limit of its own; one that fails or runs out of time stops no other, and what a
 step does not use goes to those after it. OUT gets eight files, each written as results come: environment.json,
-tests.log, bench.json, roofline.png, tune.json, profile.txt, log.txt (what all other steps print) and summary.json.
+run.json (whole_run.py: the demo model or MODEL, then a random one of Llama-3-8B's shape, over DATA), bench.json,
+roofline.png, tune.json, profile.txt, log.txt (what all other steps print) and summary.json.
 Exit code 0 only if every step succeeded. Clocks and other settings of the card are read, never changed.
 """
 
@@ -29,7 +31,9 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 OK, FAILED, LATE, SKIPPED, RUNNING = "ok", "failed", "out of time", "skipped", "running"
 # steps in order of worth, and how they share the time
-WEIGHTS = {"env": 6, "tests": 32, "bench": 26, "tune": 32, "sanitize": 12, "profile": 5, "aot": 4}
+WEIGHTS = {"env": 6, "tests": 32, "run": 26, "bench": 26, "tune": 32, "sanitize": 12, "profile": 5, "aot": 4}
+TESTS = ("tests/kernels", "tests/xprobe/capture/test_on_gpu.py", "tests/xprobe/models/test_devices.py")
+RUNS = {"demo": [], "llama-3-8b": ["--shape", "llama-3-8b"]}  # whole_run.py's options
 RESERVE = 8.0  # seconds kept for stopping a step and for the table
 GRACE = 5.0  # seconds between asking a process to end and ending it
 LARGEST = 8 << 20  # bytes of a log; of a longer one the beginning and the end are kept
@@ -79,8 +83,11 @@ class Result:
 class Steps:
     """The steps as processes; each returns its parts for ``limit`` seconds, or raises ``SkippedError``."""
 
-    def __init__(self, out: Path, scratch: Path, commit: str | None) -> None:
+    def __init__(
+        self, out: Path, scratch: Path, commit: str | None, model: str = "smollm2-135m", data: str = "xquad"
+    ) -> None:
         self.out, self.scratch, self.commit, self.log = out, scratch, commit, out / "log.txt"
+        self.model, self.data = model, data
 
     def env(self, limit: float, result: Result) -> Iterator[Part]:
         command = [sys.executable, __file__, str(self.out), "--environment"]
@@ -88,9 +95,18 @@ class Steps:
 
     def tests(self, limit: float, result: Result) -> Iterator[Part]:
         found = self.scratch / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "not slow or gpu", "-n", "8"]
+        command = [sys.executable, "-m", "pytest", *TESTS, "-m", "not slow or gpu", "-n", "8"]
         command += ["--dist", "loadscope", "-q", "-p", "no:cacheprovider", f"--junit-xml={found}"]
-        yield Part(command, self.out / "tests.log", then=lambda: read_tests(found, result.details))
+        yield Part(command, self.log, then=lambda: read_tests(found, result.details))
+
+    def run(self, limit: float, result: Result) -> Iterator[Part]:
+        for name, options in RUNS.items():
+            file = self.scratch / f"run-{name}.json"
+            seconds = limit / len(RUNS) / 3  # of the loop; the rest is for loading, warming up and the lens by hand
+            command = [sys.executable, str(ROOT / "benchmarks" / "whole_run.py"), str(file), *options]
+            command += ["--model", self.model, "--tokenizer", self.model, "--data", self.data]
+            command += ["--seconds", f"{seconds:.0f}", *(["--commit", self.commit] if self.commit else [])]
+            yield Part(command, self.log, then=lambda file=file: add_run(file, self.out))
 
     def bench(self, limit: float, result: Result) -> Iterator[Part]:
         from xprobe_kernels.bench.shapes import HEADS
@@ -264,6 +280,17 @@ def merge(file: Path, out: Path) -> str | None:
     return f"wrong or failed: {', '.join(dict.fromkeys(bad))}" if bad else None
 
 
+def add_run(file: Path, out: Path) -> str | None:
+    """Adds a model's figures to run.json; complains of waits inside the loop."""
+    if not file.exists():
+        return f"no figures of {file.stem}"
+    result, whole = json.loads(file.read_text(encoding="utf-8")), out / "run.json"
+    before = json.loads(whole.read_text(encoding="utf-8"))["runs"] if whole.exists() else []
+    write(whole, {"runs": [*before, result]})
+    waits = [wait for rate in result["rates"] for wait in rate.get("waits", [])]
+    return f"{file.stem} waits for the GPU: {', '.join(dict.fromkeys(waits))}" if waits else None
+
+
 def write_environment(out: Path, commit: str | None) -> None:
     import torch
     from xprobe_kernels.bench.environment import environment
@@ -335,6 +362,10 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything (default: 10)")
     parser.add_argument("--steps", default=",".join(WEIGHTS), help=f"of {','.join(WEIGHTS)} (default: all)")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="of the whole run, and whose tokenizer the random one has"
+    )
+    parser.add_argument("--data", default="xquad", help="of the whole run, as for xprobe run (default: xquad)")
     parser.add_argument("--commit", help="what is being measured, where git cannot tell")
     parser.add_argument("--environment", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(given)
@@ -353,7 +384,7 @@ def main(given: list[str] | None = None) -> int:
         return 0
     command = [sys.executable, *sys.argv]
     with tempfile.TemporaryDirectory() as scratch:
-        steps = Steps(options.out.resolve(), Path(scratch), options.commit)
+        steps = Steps(options.out.resolve(), Path(scratch), options.commit, options.model, options.data)
         names = [name for name in WEIGHTS if name in wanted]
         results = run_all(steps, names, options.minutes * 60, options.out, command)
     print(table(results))

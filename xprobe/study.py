@@ -285,9 +285,11 @@ class _Run:
             self.progress(STAGE, done, total)
 
         written(0)
-        some = {"backend": self.config.backend, "store_rows": self.config.store_rows}
         with self._failing(lambda: f"{done} of {total} examples are kept in {self.out}"):
-            run_waves(engine, plan, todo, folder, self.watch, written, **some)
+            run_waves(
+                engine, plan, todo, folder, self.watch, written,
+                backend=self.config.backend, store_rows=self.config.store_rows,
+            )  # fmt: skip
 
     @contextmanager
     def _failing(self, kept: Callable[[], str]) -> Iterator[None]:

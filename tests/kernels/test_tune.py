@@ -353,7 +353,7 @@ def test_long_logs_keep_their_beginning_and_their_end(tmp_path, monkeypatch) -> 
 
 
 def test_steps_leave_no_more_than_eight_files() -> None:
-    named = {"environment.json", "tests.log", "bench.json", "roofline.png", "tune.json", "profile.txt", "log.txt"}
+    named = {"environment.json", "run.json", "bench.json", "roofline.png", "tune.json", "profile.txt", "log.txt"}
     assert all(name in gpu.__doc__ for name in named | {"summary.json"})
     assert len(named | {"summary.json"}) == 8
 
