@@ -126,6 +126,8 @@ class Bench:
     def rate(self, batch_tokens: int, seconds: float) -> dict[str, Any]:
         """The loop over as many groups as fit ``seconds``, at one budget of tokens."""
         engine = self.engine(batch_tokens)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         enough = max(1, round(batch_tokens * 2 / max(engine.plan(self.groups[:1]).tokens_run, 1)))  # two waves
         first = min(enough, max(1, len(self.groups) // 2))
         cold, _, _ = self.loop(engine, self.groups[:first])  # compiles kernels, makes room
@@ -230,7 +232,9 @@ def waiting() -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            places = [f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+            places = [
+                f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in caught if "called a synchroniz" in str(w.message)
+            ]
             found += [f"{place} x {places.count(place)}" for place in dict.fromkeys(places)]
 
 

@@ -169,15 +169,24 @@ class Interpreted:
 def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
     """Inside, ``device="cuda"`` works; the kernels run in the interpreter."""
     global _CURRENT
-    from xprobe_kernels import readout, transfer, triton_attention, triton_capture, triton_lens, triton_rows
+    from xprobe_kernels import readout, transfer, triton_attention, triton_capture, triton_lens, triton_rows, workspace
 
-    gpu = PretendedGpu()
+    from xprobe.models.streaming import StreamedModel
+
+    gpu, load = PretendedGpu(), StreamedModel.load
+
+    def load_there(self: StreamedModel, block: int) -> None:
+        with gpu:  # blocks are read by a thread of their own, and a mode is a thread's
+            load(self, block)
+
     with monkeypatch.context() as patch:
         for module, name in (
             (triton_attention, "tree_attention_kernel"), (triton_capture, "capture_kernel"),
             (triton_lens, "lens_kernel"), (triton_rows, "prepare_kernel"), (triton_rows, "merge_kernel"),
+            (workspace, "row_kernel"),
         ):  # fmt: skip
             patch.setattr(module, name, Interpreted(getattr(module, name), gpu))
+        patch.setattr(StreamedModel, "load", load_there)
         patch.setattr(triton_lens, "device_limits", lambda device: ("interpreter", 3))
         patch.setattr(readout, "_on", lambda device: nullcontext())
         patch.setattr(transfer, "page_locked", lambda tensor: tensor.clone())

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
-from support.families import tiny_model
-from support.pretended_gpu import RUBBISH, pretended_gpu, to_gpu
+from support.families import save_tiny_model, tiny_model
+from support.pretended_gpu import GPU, RUBBISH, pretended_gpu, to_gpu
 from support.prompts import family_of_prompts
 from xprobe_kernels import lens
 from xprobe_kernels.transfer import Arrival, upload
 
 from xprobe.capture.engine import Engine
+from xprobe.capture.layerwise import LayerwiseEngine
 from xprobe.capture.plan import group_prompts
 from xprobe.capture.readout import FIELDS, start_reading
 from xprobe.models.anatomy import inspect
+from xprobe.models.streaming import open_streamed
 from xprobe.shards import Leaving, write_wave
 from xprobe.store import RunFolder
 from xprobe.timing import Stopwatch
@@ -29,7 +33,7 @@ SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
 
 def test_the_pretended_gpu_notices_who_waits(monkeypatch) -> None:
     with pretended_gpu(monkeypatch) as gpu:
-        there = upload(torch.arange(6.0), torch.device("cuda:0"))
+        there = upload(torch.arange(6.0), GPU)
         assert there.device.type == "cuda"
         assert not gpu.waits
         for number, wait in enumerate((
@@ -88,7 +92,7 @@ def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
     folders = {}
     for place in ("cpu", "gpu"):
         folders[place] = RunFolder.create(tmp_path / place)
-        with pretended_gpu(monkeypatch) if place == "gpu" else Stopwatch().timed("nothing"):
+        with pretended_gpu(monkeypatch) if place == "gpu" else nullcontext():
             model = to_gpu(model) if place == "gpu" else model
             anatomy = inspect(model)
             engine = Engine(model, anatomy, 120)
@@ -105,6 +109,49 @@ def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
             assert abs(ours[key].astype(float) - values).max() <= 2e-5 * abs(values.astype(float)).max() + 2e-6, key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", ["triton", "workspace", "cpu", "cpu-eager", "reference"])
+def test_every_backend_serves_a_gpu(backend, dtype, monkeypatch) -> None:
+    """16-bit operands go to a product of the library that only a GPU has."""
+    head = replace(inspect(tiny_model("gemma2", dtype=dtype)).head, bias=torch.randn(160).to(dtype))
+    rows, lookup, final = torch.randn(12, head.width).to(dtype), torch.arange(12), torch.tensor([10, 11] * 6)
+    wanted = lens(rows, head, lookup, top_k=3, final_rows=final, backend="reference")
+    parts = {name: getattr(head, name) for name in ("weight", "gamma", "beta", "bias")}
+    with pretended_gpu(monkeypatch):
+        there = replace(head, **{name: None if part is None else upload(part, GPU) for name, part in parts.items()})
+        found = lens(
+            upload(rows, GPU), there, upload(lookup, GPU), top_k=3, final_rows=final, backend=backend, check=False
+        )
+        assert found.backend == backend
+        slack = 1e-5 if dtype == torch.float32 else 1e-3  # rows are rounded after the norm
+        for name in ("logits", "logsumexp", "entropy", "kl", "top_logits"):
+            assert float((getattr(found, name).inner - getattr(wanted, name)).abs().max()) < slack, name
+        assert torch.equal(found.rank.inner, wanted.rank)
+        assert torch.equal(found.top_ids.inner, wanted.top_ids)
+
+
+def test_a_streamed_model_on_a_gpu_gives_the_values_of_the_cpu(monkeypatch, tmp_path) -> None:
+    """Its rows wait in a file, its head is on the GPU."""
+    save_tiny_model(tmp_path / "model")
+    found = {}
+    for device in ("cpu", "cuda:0"):
+        with pretended_gpu(monkeypatch) if device != "cpu" else nullcontext():
+            engine = LayerwiseEngine(open_streamed(tmp_path / "model", "float32", device), 120, tmp_path)
+            assert engine.kernel == (device != "cpu")
+            engine.settle(SAMPLE)
+            plan = engine.plan(group_prompts(PROMPTS))
+            keys = {group.key for wave in plan.waves for group in wave.groups}
+            head = engine.anatomy.head
+            found[device] = [Leaving(rows, head, "auto", True).wait() for _, rows in engine.waves(plan, keys)]
+            assert engine.remarks == []
+            assert engine.parity_error < 1e-4
+    for (ours, rows), (theirs, also) in zip(*found.values(), strict=True):
+        for name in FIELDS:
+            assert abs(getattr(ours, name).astype(float) - getattr(theirs, name)).max() < 1e-5, name
+        for name in ("prompt_end", "question_mean"):
+            assert torch.allclose(rows[name], also[name], atol=1e-5)
+
+
 def test_final_rows_in_main_memory_spare_the_wait(monkeypatch) -> None:
     anatomy = inspect(tiny_model("llama"))
     rows, final = torch.randn(6, anatomy.head.width), torch.tensor([4, 5, 4, 5, 4, 5])
@@ -112,7 +159,7 @@ def test_final_rows_in_main_memory_spare_the_wait(monkeypatch) -> None:
     wanted = lens(rows, anatomy.head, lookup, final_rows=final)
     with pretended_gpu(monkeypatch) as gpu:
         anatomy = inspect(to_gpu(tiny_model("llama")))
-        there = [upload(t, torch.device("cuda:0")) for t in (rows, lookup, final)]
+        there = [upload(t, GPU) for t in (rows, lookup, final)]
         gpu.waits.clear()
         found = lens(there[0], anatomy.head, there[1], final_rows=final, check=False)
         assert not gpu.waits
@@ -125,7 +172,7 @@ def test_stages_on_a_gpu_are_timed_by_it(monkeypatch) -> None:
     watch = Stopwatch()
     with pretended_gpu(monkeypatch):
         for _ in range(3):
-            with watch.timed("forward", torch.device("cuda:0")):
+            with watch.timed("forward", GPU):
                 pass
         assert watch.seconds == {}
         watch.settle()
