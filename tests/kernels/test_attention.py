@@ -119,10 +119,22 @@ def test_large_heads_and_the_blocks_that_are_chosen_for_them() -> None:
         assert float((found.double().cpu() - wanted).abs().max()) < (2e-5 if dtype == torch.float32 else 6e-3)
 
 
-@pytest.mark.parametrize("seed", range(8))
+def chains(*lengths: int) -> Packed:
+    """Sequences with nothing in common, one behind another."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    until = np.repeat(starts + lengths, lengths)
+    return Packed(until, positions, [at - 1 if positions[at] else -1 for at in range(len(until))])
+
+
+# the last ones end one token before, at and behind the end of a block of queries
+TREES = [grown(tokens, seed) for seed, tokens in enumerate((1, 15, 16, 17, 200, 200))]
+TREES += [chains(31, 33), chains(32, 32), chains(33, 31)]
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: f"{len(tree.until)} tokens, {tree.until[0]} first")
 @pytest.mark.parametrize("blocks", SMALL)
-def test_blocks_that_are_visited_are_exactly_those_with_something_to_see(seed, blocks) -> None:
-    tree = grown(random.Random(seed).choice([1, 15, 16, 17, 200]), seed)
+def test_blocks_that_are_visited_are_exactly_those_with_something_to_see(tree, blocks) -> None:
     count = len(tree.until)
     reach = Reach.of(tree.until, tree.positions, blocks, torch.device("cpu"))
     at = np.arange(count)
