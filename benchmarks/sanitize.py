@@ -14,9 +14,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from xprobe_kernels import Unembedding, capture, lens
+from xprobe_kernels.attention import Blocks, Reach, tree_attention
 from xprobe_kernels.configs import Config
 from xprobe_kernels.readout import MIB
 
@@ -105,6 +107,31 @@ def capture_error(norm: str | None, strided: bool) -> float:
     return float(off.nan_to_num(nan=float("inf")).max()) / 2e-2
 
 
+def attention_error(dtype: torch.dtype, tokens: int, width: int, **options: Any) -> float:
+    """Attention over a packed tree: a beginning, two halves that continue it, and a sequence of its own behind them."""
+    random = torch.Generator().manual_seed(tokens + width)
+    query, key, value = (torch.randn(n, tokens, width, generator=random).to(dtype) for n in (4, 2, 2))
+    at, third = np.arange(tokens), tokens // 3
+    until = np.select([at < third, at < 2 * third, at < tokens - 5], [tokens - 5, 2 * third, tokens - 5], tokens)
+    positions = np.where(at < 2 * third, at, np.where(at < tokens - 5, at - third, at - tokens + 5))
+    reach = Reach.of(until, positions, Blocks.choose(dtype.itemsize, width), torch.device(DEVICE))
+    sinks = torch.randn(4, generator=random) if options.pop("sinks", False) else None
+    there = None if sinks is None else sinks.to(DEVICE)
+    found = tree_attention(*(t.to(DEVICE) for t in (query, key, value)), reach, scale=0.2, sinks=there, **options)
+
+    scores = query.double() @ key.double().repeat_interleave(2, 0).transpose(1, 2) * 0.2
+    if cap := options.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    seen = torch.from_numpy((at[None] <= at[:, None]) & (at[:, None] < until[None]))
+    if window := options.get("window"):
+        seen &= torch.from_numpy(positions[:, None] - positions[None] < window)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(4, tokens, 1)], 2)
+    known = (scores.softmax(-1)[..., :tokens] @ value.double().repeat_interleave(2, 0)).transpose(0, 1)
+    return float((found.cpu().double() - known).abs().nan_to_num(nan=float("inf")).max()) / 5e-2
+
+
 def cases() -> Iterator[Case]:
     def pass_(name: str, *shape: int, own: bool = True, backend: str = "triton", **options: Any) -> Case:
         return name, own, lambda: lens_error(*shape, backend=backend, **options)
@@ -127,6 +154,14 @@ def cases() -> Iterator[Case]:
         for strided in (False, True):
             name = f"capture, {norm or 'no'} norm{', strided' if strided else ''}"
             yield name, True, lambda n=norm, s=strided: capture_error(n, s)
+    for tokens, width, options in (
+        (200, 64, {}),
+        (130, 128, {"window": 9, "softcap": 3.0, "sinks": True}),
+        (70, 256, {"sinks": True}),
+    ):
+        name = f"attention, {tokens} tokens, heads of {width}{', '.join(['', *options])}"
+        yield name, True, lambda t=tokens, w=width, o=options: attention_error(SHORT, t, w, **o)
+    yield "attention, fp32", True, lambda: attention_error(torch.float32, 90, 128)
 
 
 def main() -> int:

@@ -77,6 +77,7 @@ def test_every_command_and_option_that_pages_name_exists():
     elsewhere = {
         "--nproc-per-node",
         "--limit-gib",
+        "--minutes",
         "--torch-products",
         "--layers",
         "--questions",

@@ -144,6 +144,23 @@ def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monk
     assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]
 
 
+def test_a_wave_that_was_computed_is_kept_though_the_progress_of_the_one_before_raises(tiny, tmp_path):
+    kept = []
+
+    def stopping(stage, done, total):
+        if stage == "forward and lens":
+            kept.append((done, total))
+            if done:
+                raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        xprobe.run(str(tiny), setting=("en-x", "x-x"), out=out, progress=stopping, **SMALL)
+    shards = [RunFolder(out).read_shard(name)[1] for name in RunFolder(out).finished_shards()]
+    assert len(shards) == 2  # the one whose progress was told, and the one that was computed meanwhile
+    assert kept[-1] == (sum(len(metadata["examples"]) for metadata in shards), kept[0][1])
+
+
 @pytest.mark.parametrize("status", ["running", "done"])
 def test_a_damaged_shard_is_computed_again(tiny, tmp_path, status):
     out = tmp_path / "run"

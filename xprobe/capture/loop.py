@@ -46,12 +46,6 @@ def run_waves(
         with watch.timed("write"):
             return write_wave(folder, wave, wanted, leaving)
 
-    def finish() -> None:
-        nonlocal writing
-        if writing is not None:
-            ready, writing = writing, None
-            written(ready.result())
-
     with ThreadPoolExecutor(1, "xprobe-write") as writer:
         try:
             while True:
@@ -61,8 +55,10 @@ def run_waves(
                     break
                 with watch.timed("lens", device):
                     leaving = Leaving(captured, engine.anatomy.head, backend, store_rows)
-                finish()
-                writing = writer.submit(write, wave, leaving)
+                before, writing = writing, writer.submit(write, wave, leaving)
+                if before is not None:
+                    written(before.result())
         finally:
-            finish()  # whatever happened: what is computed is kept
+            if writing is not None:  # whatever happened: what is computed is kept
+                written(writing.result())
     watch.settle()
