@@ -242,7 +242,9 @@ class _Run:
         folder.write_manifest(manifest)
         self._compute_waves(engine, plan, folder)
         way = {} if engine.way == plan.way else engine.plan(groups).to_dict()  # a sweep found out that it must change
-        manifest["plan"] |= {**way, "batch_tokens": plan.batch_tokens, "remarks": engine.remarks}
+        kernel = engine.kernel and engine.way == "tree"
+        manifest["plan"] |= {**way, "batch_tokens": plan.batch_tokens, "attention_kernel": kernel}
+        manifest["plan"]["remarks"] = engine.remarks
         return {**manifest, "parity_error": engine.parity_error}, folder
 
     def _open(self, source: loading.Source) -> tuple[Engine | LayerwiseEngine, Any]:

@@ -95,6 +95,11 @@ def _visits(until: NDArray, blocks: Blocks) -> tuple[NDArray, NDArray]:
     return np.stack([starts, starts + whole.sum(1), ends], 1).astype(np.int32), order[kept]
 
 
+def available(device: torch.device) -> bool:
+    """Whether there is a kernel for ``device`` here."""
+    return device.type == "cuda" and util.find_spec("triton") is not None
+
+
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether ``tree_attention`` can take these (heads first, tokens, width)."""
     narrow = (torch.float32, torch.float16) + (() if interpreted() else (torch.bfloat16,))

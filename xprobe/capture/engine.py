@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xprobe_kernels import attention
 from xprobe_kernels.transfer import upload
 
 from xprobe.capture.cascade import Layout, packed_attention
@@ -61,7 +62,7 @@ class Engine:
         self.model, self.anatomy, self.batch_tokens = model, anatomy, batch_tokens
         self._notify = notify or (lambda message: None)
         self.way: Way = "tree"
-        self.kernel = input_device(model).type == "cuda"  # whether packed trees may use the attention kernel
+        self.kernel = attention.available(input_device(model))  # whether packed trees may use the attention kernel
         self.alone_beyond = rotary_limit(model.config)
         self.remarks: list[str] = []
         self.parity_error: float | None = None

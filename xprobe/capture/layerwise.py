@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from xprobe_kernels import attention
 
 from xprobe.capture.cascade import NotShareable
 from xprobe.capture.engine import Notify, disagreement, make_pass
@@ -50,7 +51,7 @@ class LayerwiseEngine:
         self.remarks: list[str] = []
         self.progress = progress or (lambda stage, done, total: None)
         self.way: Way = "tree"
-        self.kernel = streamed.model.device.type == "cuda"  # as Engine has it
+        self.kernel = attention.available(streamed.model.device)  # as Engine has it
         self.sample: list[Prompt] = []
         self.parity_error: float | None = None
         self.bytes_read = 0
