@@ -58,20 +58,27 @@ class Leaving:
         return values, self._rows.wait()
 
 
-def write_wave(folder: RunFolder, wave: Wave, wanted: Container[str], leaving: Leaving) -> int:
+def write_wave(
+    folder: RunFolder,
+    wave: Wave,
+    wanted: Container[str],
+    offsets: Tensor,
+    values: AnswerReadout,
+    rows: dict[str, Tensor],
+) -> int:
     """Writes the groups of a wave whose keys are ``wanted``, one shard each; returns the number of examples written.
 
-    The others were computed again to give these the same bits.
+    The others were computed again to give these the same bits. ``offsets`` as in ``Captured``, ``values`` and ``rows``
+    as ``Leaving.wait`` gives them.
     """
-    values, rows = leaving.wait()
     written = start = 0
     for group in wave.groups:
         stop = start + len(group.prompts)
         if group.key in wanted:
-            offsets = leaving.offsets[start : stop + 1]
-            first, last = offsets[[0, -1]].tolist()
+            own = offsets[start : stop + 1]
+            first, last = own[[0, -1]].tolist()
             tensors: dict[str, Any] = {name: getattr(values.part(first, last), name) for name in FIELDS}
-            tensors |= {"offsets": offsets - first, "targets": rows["targets"][first:last]}
+            tensors |= {"offsets": own - first, "targets": rows["targets"][first:last]}
             tensors |= {name: rows[name][:, start:stop].transpose(0, 1) for name in rows if name != "targets"}
             folder.write_shard(group.key, tensors, {"examples": [_describe(prompt) for prompt in group.prompts]})
             written += len(group.prompts)

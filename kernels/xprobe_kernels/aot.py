@@ -136,9 +136,10 @@ def small_variants() -> Iterator[Variant]:
     yield Variant(
         "row_kernel", "top 5",
         {
-            "products_ptr": "*fp32", "bias_ptr": "*bf16", "tokens_ptr": "*i64", "thresholds_ptr": "*fp32",
+            "products_ptr": "*fp32", "stride": "i32:16", "bias_ptr": "*bf16", "tokens_ptr": "*i64",
+            "thresholds_ptr": "*fp32",
             "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32", "first_row": "i32",
-            "count": "i32", "first_token": "i32", "tokens": "i32:16", "vocabulary": "i32", "scale": "fp32",
+            "count": "i32", "first_token": "i32", "tokens": "i32", "vocabulary": "i32", "scale": "fp32",
             "cap": "fp32",
         },
         {"part": 1, "lookups": 1, "HAS_BIAS": True, "HAS_CAP": True, "LOOKUPS": 1, "K": 5, "PLACES": 8, "BN": 4096}, 8,

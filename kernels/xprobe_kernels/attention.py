@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xprobe_kernels.readout import interpreted
-from xprobe_kernels.transfer import upload
+from xprobe_kernels.transfer import on, upload
 from xprobe_kernels.unembedding import describe
 
 MAX_WIDTH = 256  # of a head's queries, keys and values
@@ -74,8 +74,14 @@ class Reach:
             raise ValueError(f"until and positions must hold N numbers each, until[i] from i + 1 to N; N is {count}")
         bounds, visits = _visits(until, blocks)
         parts = (until, positions, bounds.ravel(), visits)
-        together = upload(torch.from_numpy(np.concatenate(parts)), device).split([len(part) for part in parts])
-        return cls(together[0], together[1], together[2].view(-1, 3), together[3], blocks)
+        # each at a multiple of 16 bytes: the kernel would be compiled once more for every other alignment
+        starts = np.cumsum([0, *(-(-len(part) // 4) * 4 for part in parts)])
+        together = np.zeros(starts[-1], dtype=np.int32)
+        for start, part in zip(starts, parts, strict=False):
+            together[start : start + len(part)] = part
+        there = upload(torch.from_numpy(together), device)
+        found = [there[start : start + len(part)] for start, part in zip(starts, parts, strict=False)]
+        return cls(found[0], found[1], found[2].view(-1, 3), found[3], blocks)
 
 
 def _visits(until: NDArray, blocks: Blocks) -> tuple[NDArray, NDArray]:
@@ -163,4 +169,5 @@ def tree_attention(
         raise ValueError(f"reach is of {len(reach.until)} tokens on {reach.until.device}, query is {describe(query)}")
     from xprobe_kernels.triton_attention import attend
 
-    return attend(query, key, value, reach, scale, window, softcap, sinks)
+    with on(query.device):
+        return attend(query, key, value, reach, scale, window, softcap, sinks)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xprobe_kernels.readout import interpreted
+from xprobe_kernels.transfer import on
 from xprobe_kernels.unembedding import Unembedding, describe
 
 
@@ -62,7 +63,7 @@ def capture(
         )
     if check:
         check_spans(spans, batch, length)
-    with torch.no_grad():
+    with torch.no_grad(), on(hidden.device):
         if _use_kernel(backend, hidden, out):
             from xprobe_kernels.triton_capture import capture_rows
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -126,6 +127,7 @@ def _older(architecture: str) -> list[str]:
     return sorted((name for name in known if ages[name] <= own), key=lambda name: -ages[name])
 
 
+@cache
 def choose_splits(row_tiles: int, tiles: int, slots: int, row_tile_bytes: int = 0, level2: int = 0) -> int:
     """Into how many parts to split the ``tiles`` of the vocabulary: parts x ``row_tiles`` programs run on ``slots``.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, util
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from xprobe_kernels.transfer import on
 from xprobe_kernels.unembedding import Unembedding, describe
 
 MAX_TOP_K = 32
@@ -141,7 +141,7 @@ def lens(
     name = _backend(backend, hidden, head)
     if final_rows is not None and name not in KERNELS:
         final_rows = final_rows.to(hidden.device)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), _on(hidden.device):
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on(hidden.device):
         fields = _function(name)(hidden, head, lookup, top_k, final_rows, workspace_bytes, precision)
     return Readout(**fields, backend=name, precision=precision)
 
@@ -167,11 +167,6 @@ def _backend(asked: str, hidden: Tensor, head: Unembedding) -> str:
 def _function(name: str) -> Callable[..., dict[str, Any]]:
     module, function = BACKENDS[name][0].split(":")
     return getattr(import_module(f"xprobe_kernels.{module}"), function)
-
-
-def _on(device: torch.device) -> AbstractContextManager[None]:
-    """Kernels are launched on the current device: make it the rows' own."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _checked_lookup(hidden: Tensor, head: Unembedding, lookup: Tensor, check: bool) -> Tensor:

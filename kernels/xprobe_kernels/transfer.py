@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """Kernels are launched on the current device: make it that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

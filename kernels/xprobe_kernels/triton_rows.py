@@ -21,7 +21,7 @@ from xprobe_kernels.unembedding import Unembedding
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 TIES = tl.constexpr(TIE_ROUNDINGS * torch.finfo(torch.float32).eps)
-NAN = tl.constexpr(float("nan"))
+# NaN is written out below: before a launch Triton compares the globals that a kernel uses with what they were
 
 
 @triton.jit
@@ -106,10 +106,10 @@ def prepare_kernel(
         tl.store(thresholds_ptr + at * lookups + a, tl.where(tl.abs(z) == INFINITY, z, z + slack))
         if HAS_CAP:
             z = softcapped(z, cap)
-        tl.store(logits_ptr + at * lookups + a, tl.where(known, z, NAN))
+        tl.store(logits_ptr + at * lookups + a, tl.where(known, z, float("nan")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "count"])
 def merge_kernel(
     sums_ptr,  # [S, 3, R]
     above_ptr,  # [S, R, A] int32
@@ -146,8 +146,10 @@ def merge_kernel(
     rescale = tl.where(peak == -INFINITY, 0.0, tl.exp(move))
     moment = tl.sum(rescale * (moment + move * total), 0)
     total = tl.sum(rescale * total, 0)
-    tl.store(logsumexp_ptr + at, tl.where(finite, highest + tl.log(total), NAN))
-    tl.store(entropy_ptr + at, tl.where(finite, tl.maximum(tl.log(total) - moment / total, 0.0), NAN))
+    tl.store(logsumexp_ptr + at, tl.where(finite, highest + tl.log(total), float("nan")))
+    entropy = tl.log(total) - moment / total
+    entropy = tl.where(entropy < 0, 0.0, entropy)  # a maximum with 0 would hide NaN
+    tl.store(entropy_ptr + at, tl.where(finite, entropy, float("nan")))
 
     for a in range(lookups):
         above = tl.sum(tl.load(above_ptr + (s * count + at) * lookups + a, mask=mask, other=0), 0)
@@ -167,7 +169,7 @@ def merge_kernel(
             shown = tl.where(best == LOWEST, -INFINITY, best)
             if HAS_CAP:
                 shown = softcapped(shown, cap)
-            tl.store(out_ptr + at * K + k, tl.where(finite, shown, NAN))
+            tl.store(out_ptr + at * K + k, tl.where(finite, shown, float("nan")))
             tl.store(out_ids_ptr + at * K + k, tl.where(finite, found, -1).to(tl.int64))
 
 
@@ -258,12 +260,14 @@ def merge(partials: Partials, prepared: Prepared, head: Unembedding, lookup: Ten
     top = torch.empty(rows, top_k, dtype=torch.float32, device=device)
     top_ids = torch.empty(rows, top_k, dtype=torch.int64, device=device)
     if rows:
-        candidates = triton.next_power_of_2(max(splits * top_k, 1))
+        # few sizes, whatever the numbers of splits: each is compiled anew
+        places = max(triton.next_power_of_2(splits), 64)
+        candidates = places * triton.next_power_of_2(top_k) if top_k else 1
         merge_kernel[(rows,)](
             partials.sums, partials.above, partials.top, partials.top_ids, lookup, prepared.finite,
             float(head.softcap or 0.0),
             splits, rows, lookup.shape[1], logsumexp, entropy, rank, top, top_ids,
-            HAS_CAP=head.softcap is not None, K=top_k, BS=triton.next_power_of_2(splits), BC=candidates,
+            HAS_CAP=head.softcap is not None, K=top_k, BS=places, BC=candidates,
             num_warps=min(max(candidates // 256, 1), 8),
         )  # fmt: skip
     return {

@@ -20,7 +20,8 @@ from xprobe_kernels.unembedding import Unembedding
 
 @triton.jit
 def row_kernel(
-    products_ptr,  # [r, v] of the workspace, contiguous
+    products_ptr,  # [r, v] of the workspace, rows stride apart: a multiple of 16 numbers, or loads are one by one
+    stride,
     bias_ptr,  # [V]
     tokens_ptr,
     thresholds_ptr,  # [R, A]
@@ -52,7 +53,7 @@ def row_kernel(
     for offset in range(0, tokens, BN):
         columns = first_token + offset + tl.arange(0, BN)
         inside = columns < end
-        z = tl.load(products_ptr + at * tokens + offset + tl.arange(0, BN), mask=inside, other=0.0)
+        z = tl.load(products_ptr + at * stride + offset + tl.arange(0, BN), mask=inside, other=0.0)
         z = scaled(z[None, :], columns, bias_ptr, vocabulary, scale, HAS_BIAS)
         peak, total, moment, above, top, top_ids = fold(
             z, columns, rows, peak, total, moment, above, top, top_ids,
@@ -79,19 +80,20 @@ def readout(
     rows, dtype = len(hidden), prepared.normed.dtype
     converted = 4 * head.width if head.weight.dtype != dtype else 0  # bytes per token of a weight of another dtype
     columns = max(1, min(head.vocab_size, workspace_bytes // (4 + converted)))
-    step = max(1, min(rows, (workspace_bytes - converted * columns) // (4 * columns)))
+    padded = -(-columns // 16) * 16
+    step = max(1, min(rows, (workspace_bytes - converted * columns) // (4 * padded)))
     parts = triton.cdiv(head.vocab_size, columns)
     partials = Partials.empty(parts, rows, lookup.shape[1], top_k, hidden.device)
-    logits = torch.empty(step * columns, dtype=torch.float32, device=hidden.device)
+    logits = torch.empty(step * padded, dtype=torch.float32, device=hidden.device)
     with matmul_precision(precision):
         for part in range(parts):
             first, end = part * columns, min((part + 1) * columns, head.vocab_size)
             weight = head.weight[first:end].to(dtype)
             for at in range(0, rows, step):
                 some = prepared.normed[at : at + step]
-                out = logits[: len(some) * (end - first)].view(len(some), end - first)
+                out = logits[: len(some) * padded].view(len(some), padded)[:, : end - first]
                 row_kernel[(len(some),)](
-                    product(some, weight, out=out), head.bias, lookup, prepared.thresholds,
+                    product(some, weight, out=out), padded, head.bias, lookup, prepared.thresholds,
                     partials.sums, partials.above, partials.top, partials.top_ids,
                     at, rows, first, end - first, head.vocab_size, part, lookup.shape[1],
                     float(head.scale), float(head.softcap or 0.0),

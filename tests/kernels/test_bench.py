@@ -33,7 +33,9 @@ def tiny(monkeypatch) -> None:
 
 
 def quick(**settings: Any) -> dict[str, Any]:
-    return measure(Settings(shape="tiny", rows="many", rounds=3, quick=True, backends=(FIRST,), **settings))
+    return measure(
+        Settings(shape="tiny", rows="many", rounds=3, quick=True, backends=(FIRST,), device="cpu", **settings)
+    )
 
 
 def entry(result: dict[str, Any], name: str) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def test_inputs_that_do_not_fit_cost_one_shape_only(tiny, monkeypatch) -> None:
         return make(each, *arguments, **options)
 
     monkeypatch.setattr(baselines, "make", first_fails)
-    first, second = measure(Settings(shape="tiny", rounds=1, quick=True))["lens"]
+    first, second = measure(Settings(shape="tiny", rounds=1, quick=True, device="cpu"))["lens"]
     assert first["message"] == "inputs: OutOfMemoryError: too large"
     assert "NOT MEASURED" in table.lens_text(first)
     assert second["variants"]
@@ -220,7 +222,7 @@ def test_what_does_not_fit_is_done_in_chunks_and_says_so(tiny, monkeypatch) -> N
 
 def test_a_tiny_run_end_to_end(tiny) -> None:
     said: list[str] = []
-    settings = Settings(kernel="all", shape="tiny", rounds=3, quick=True, kl=True)
+    settings = Settings(kernel="all", shape="tiny", rounds=3, quick=True, kl=True, device="cpu")
     result = json.loads(json.dumps(measure(settings, said.append), allow_nan=False))
     assert set(result) == {"benchmark", "schema", "environment", "settings", "lens", "capture"}
     assert result["schema"] == command.SCHEMA
@@ -310,6 +312,7 @@ def test_a_figure_of_nothing_is_refused(tmp_path) -> None:
 def test_the_program_writes_json_and_answers_bad_usage_in_one_line(tiny, tmp_path, capsys) -> None:
     target = tmp_path / "bench.json"
     arguments = ["--shape", "tiny", "--rows", "few", "--rounds", "1", "--quick", "--backend", FIRST]
+    arguments += ["--device", "cpu"]
     assert program.main([*arguments, "--json", str(target)]) == 0
     assert "x naive" in capsys.readouterr().out
     assert json.loads(target.read_text())["lens"][0]["name"] == "tiny/few"

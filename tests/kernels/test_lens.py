@@ -19,10 +19,11 @@ from support.lens_truth import (
     assert_ranks,
     assert_statistic,
     assert_top,
+    lens_here,
     same_bits,
     worst,
 )
-from xprobe_kernels import Unembedding, cpu, lens
+from xprobe_kernels import Unembedding, cpu
 from xprobe_kernels.readout import KERNELS
 
 # -- the rule --------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def test_divergence_of_two_tokens_by_hand(backend) -> None:
     head = Unembedding(torch.eye(2), norm="none")
     odds = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
     final_rows = torch.tensor([1, 1])
-    readout = lens(odds, head, torch.tensor([0, 0]), final_rows=final_rows, backend=backend)
+    readout = lens_here(odds, head, torch.tensor([0, 0]), final_rows=final_rows, backend=backend)
     assert readout.kl is not None
     assert readout.kl.tolist() == pytest.approx(
         [0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), 0.0], abs=1e-6

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support.lens_cases import each_backend, each_dtype, random_case
-from support.lens_truth import INF, NAN, STATISTICS, same_bits
-from xprobe_kernels import Unembedding, lens
+from support.lens_truth import INF, NAN, STATISTICS, lens_here, same_bits
+from xprobe_kernels import Unembedding
 
 
 @each_backend
@@ -101,7 +101,9 @@ def test_no_rows_give_empty_outputs(backend, top_k, with_kl, shape) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     head = Unembedding(torch.ones(20, 8))
     lookup = torch.zeros(shape, dtype=torch.int64)
-    readout = lens(torch.zeros(0, 8), head, lookup, top_k=top_k, final_rows=none if with_kl else None, backend=backend)
+    readout = lens_here(
+        torch.zeros(0, 8), head, lookup, top_k=top_k, final_rows=none if with_kl else None, backend=backend
+    )
     assert readout.logits.shape == readout.rank.shape == (0, lookup[:, None].shape[-1] if lookup.ndim == 1 else 2)
     assert readout.logsumexp.shape == readout.entropy.shape == (0,)
     assert (readout.kl is not None) == with_kl

@@ -17,9 +17,9 @@ from support.lens_cases import (
     read,
     whole_numbers,
 )
-from support.lens_truth import INF, TIE_ULPS, Case, raw_logits, same_bits
+from support.lens_truth import INF, TIE_ULPS, Case, lens_here, raw_logits, same_bits
 from torch import Tensor
-from xprobe_kernels import Unembedding, lens
+from xprobe_kernels import Unembedding
 from xprobe_kernels.readout import KERNELS
 
 # -- ties ------------------------------------------------------------------------------------------------
@@ -111,7 +111,8 @@ def test_no_token_ranks_behind_itself_though_equal_addends_all_round_one_way(bac
     for rows in (1, 16):
         lookup = torch.full((rows,), 99)
         assert (
-            lens(hidden[:rows], Unembedding(weight, norm="none"), lookup, backend=backend).rank.tolist() == [[1]] * rows
+            lens_here(hidden[:rows], Unembedding(weight, norm="none"), lookup, backend=backend).rank.tolist()
+            == [[1]] * rows
         )
 
 
@@ -123,7 +124,7 @@ def test_duplicates_tie_though_equal_addends_all_round_one_way(backend) -> None:
             hidden, weight = torch.full((16, width), number), torch.full((100, width), number)
             for rows in (1, 16):
                 lookup = torch.full((rows,), 50)
-                readout = lens(hidden[:rows], Unembedding(weight, norm="none"), lookup, backend=backend)
+                readout = lens_here(hidden[:rows], Unembedding(weight, norm="none"), lookup, backend=backend)
                 assert bool((readout.rank == 1).all())
 
 
@@ -152,7 +153,7 @@ def test_logits_that_underflow_tie_whatever_their_sign(backend) -> None:
     """They are 0.0 and -0.0 by turns."""
     weight = torch.where(torch.arange(200) % 2 == 0, -1e-20, 1e-20)[:, None]
     head = Unembedding(weight, norm="none", scale=1e-30)
-    readout = lens(torch.ones(1, 1), head, torch.tensor([7]), top_k=5, backend=backend)
+    readout = lens_here(torch.ones(1, 1), head, torch.tensor([7]), top_k=5, backend=backend)
     assert readout.top_logits is not None
     assert readout.top_logits.tolist() == [[0.0] * 5]
     assert readout.top_ids is not None
@@ -170,7 +171,7 @@ def test_the_soft_cap_does_not_widen_ties(backend) -> None:
     weight[:, 0] = torch.linspace(100, 140, 2000) / 24
     lookup = torch.arange(0, 2000, 50)[None]
     for softcap in (30.0, 1.0):  # the second maps them all to 1.0
-        readout = lens(hidden, Unembedding(weight, norm="none", softcap=softcap), lookup, top_k=9, backend=backend)
+        readout = lens_here(hidden, Unembedding(weight, norm="none", softcap=softcap), lookup, top_k=9, backend=backend)
         assert readout.rank.equal(2000 - lookup)
         assert readout.top_ids is not None
         assert readout.top_ids.tolist() == [list(range(1999, 1990, -1))]
@@ -223,7 +224,7 @@ def test_banned_tokens_come_last_lowest_id_first(backend) -> None:
     bias = torch.full((40,), -INF)
     bias[[30, 7, 22]] = torch.tensor([1.0, 2.0, 3.0])
     head = Unembedding(torch.zeros(40, 4), norm="none", bias=bias)
-    readout = lens(torch.zeros(1, 4), head, torch.tensor([[22, 30, 0, 39]]), top_k=8, backend=backend)
+    readout = lens_here(torch.zeros(1, 4), head, torch.tensor([[22, 30, 0, 39]]), top_k=8, backend=backend)
     assert readout.top_ids is not None
     assert readout.top_ids.tolist() == [[22, 7, 30, 0, 1, 2, 3, 4]]
     assert readout.rank.tolist() == [[1, 3, 4, 4]]

@@ -39,15 +39,16 @@ class Case:
 
     def read(self, backend: str, **changes: Any) -> Readout:
         options = {"top_k": min(self.top_k, self.head.vocab_size), "final_rows": self.final_rows, "backend": backend}
-        options |= changes
-        if not (GPU and backend in KERNELS):
-            return lens(self.hidden, self.head, self.lookup, **options)
-        if options["final_rows"] is not None:
-            options["final_rows"] = options["final_rows"].cuda()
-        readout = lens(self.hidden.cuda(), on_gpu(self.head), self.lookup.cuda(), **options)
-        return replace(
-            readout, **{name: value.cpu() for name, value in vars(readout).items() if isinstance(value, Tensor)}
-        )
+        return lens_here(self.hidden, self.head, self.lookup, **options | changes)
+
+
+def lens_here(hidden: Tensor, head: Unembedding, lookup: Tensor, *, backend: str, **options: Any) -> Readout:
+    """``lens`` of CPU tensors, its results there too; the kernels run on the GPU if there is one."""
+    if not (GPU and backend in KERNELS):
+        return lens(hidden, head, lookup, backend=backend, **options)
+    options = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}
+    readout = lens(hidden.cuda(), on_gpu(head), lookup.cuda(), backend=backend, **options)
+    return replace(readout, **{name: value.cpu() for name, value in vars(readout).items() if isinstance(value, Tensor)})
 
 
 def on_gpu(head: Unembedding) -> Unembedding:

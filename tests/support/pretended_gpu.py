@@ -169,7 +169,7 @@ class Interpreted:
 def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
     """Inside, ``device="cuda"`` works; the kernels run in the interpreter."""
     global _CURRENT
-    from xprobe_kernels import readout, transfer, triton_attention, triton_capture, triton_lens, triton_rows, workspace
+    from xprobe_kernels import transfer, triton_attention, triton_capture, triton_lens, triton_rows, workspace
 
     from xprobe.models.streaming import StreamedModel
 
@@ -188,7 +188,7 @@ def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
             patch.setattr(module, name, Interpreted(getattr(module, name), gpu))
         patch.setattr(StreamedModel, "load", load_there)
         patch.setattr(triton_lens, "device_limits", lambda device: ("interpreter", 3))
-        patch.setattr(readout, "_on", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(transfer, "page_locked", lambda tensor: tensor.clone())
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "Event", Event)

@@ -43,8 +43,9 @@ def run_waves(
     writing: Future[int] | None = None
 
     def write(wave: Wave, leaving: Leaving) -> int:
+        values, rows = leaving.wait()
         with watch.timed("write"):
-            return write_wave(folder, wave, wanted, leaving)
+            return write_wave(folder, wave, wanted, leaving.offsets, values, rows)
 
     with ThreadPoolExecutor(1, "xprobe-write") as writer:
         try:

@@ -100,7 +100,9 @@ def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
             keys = {group.key for wave in plan.waves for group in wave.groups}
             folders[place].write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
             found = [(wave, Leaving(rows, anatomy.head, "auto", True)) for wave, rows in engine.waves(plan, keys)]
-            written = [write_wave(folders[place], wave, keys, leaving) for wave, leaving in found]
+            written = [
+                write_wave(folders[place], wave, keys, leaving.offsets, *leaving.wait()) for wave, leaving in found
+            ]
             assert sum(written) == len(PROMPTS)
     for name in folders["cpu"].finished_shards():
         (ours, described), (theirs, also) = (folders[place].read_shard(name) for place in ("gpu", "cpu"))

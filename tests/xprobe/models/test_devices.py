@@ -60,7 +60,7 @@ MAPS = {
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "mixtral"])
 @pytest.mark.parametrize("name", MAPS)
 def test_rows_lens_and_parity_are_those_of_the_model_in_memory(folders, family, name, dtype):
-    plain = opened(folders[family], dtype=dtype)
+    plain = opened(folders[family], dtype=dtype, device="cpu")
     if family == "llama_tied" and name == "norm and head on disk":
         with pytest.raises(ModelError, match=r"lm_head.weight and model.embed_tokens.weight are the same weights"):
             opened(folders[family], dtype=dtype, device_map=MAPS[name])
@@ -85,7 +85,7 @@ def test_rows_lens_and_parity_are_those_of_the_model_in_memory(folders, family, 
 
 
 def test_weights_that_are_kept_on_disk_are_whole_when_they_are_read(folders):
-    plain = opened(folders["llama"])
+    plain = opened(folders["llama"], device="cpu")
     spread = opened(folders["llama"], device_map=MAPS["norm and head on disk"])
     head = spread.model.get_output_embeddings()
     assert head.weight.is_meta
@@ -105,7 +105,7 @@ def test_what_is_written_for_weights_on_disk_goes_with_the_model(folders, tmp_pa
 
 
 def test_a_study_of_a_spread_model_is_that_of_the_model_in_memory(folders, tmp_path):
-    plain = xprobe.run(str(folders["llama"]), out=tmp_path / "plain", **SMALL)
+    plain = xprobe.run(str(folders["llama"]), out=tmp_path / "plain", device="cpu", **SMALL)
     spread = xprobe.run(str(folders["llama"]), out=tmp_path / "spread", device_map=MAPS["a block on disk"], **SMALL)
     assert spread.manifest["config"]["device_map"]["model.layers.2"] == "disk"
     assert spread.stability.equals(plain.stability)

@@ -1,0 +1,100 @@
+"""Every kernel is specialised and compiled as a real launch would, for a GPU that is not there.
+
+The interpreter takes no notice of what a launch does before the kernel runs: which arguments are compiled in, what is
+aligned, whether globals that a kernel uses are what they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 20.0  # seconds for one kernel: one that takes longer has gone wrong in the compiler
+
+SCRIPT = """
+import json, sys, time
+import numpy as np
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_active_torch_device(self): return torch.device("cpu")
+
+triton.runtime.driver.set_active(Driver())
+from xprobe_kernels import Unembedding, triton_attention, triton_capture, triton_lens, triton_rows, workspace
+from xprobe_kernels.attention import Blocks, Reach
+
+found = []
+
+class Compiled:
+    def __init__(self, kernel): self.kernel = kernel
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            started = time.perf_counter()
+            self.kernel.warmup(*args, grid=grid, **options)
+            found.append((self.kernel.fn.__name__, time.perf_counter() - started))
+        return launch
+
+for module, name in (
+    (triton_attention, "tree_attention_kernel"), (triton_capture, "capture_kernel"), (triton_lens, "lens_kernel"),
+    (triton_rows, "prepare_kernel"), (triton_rows, "merge_kernel"), (workspace, "row_kernel"),
+):
+    setattr(module, name, Compiled(getattr(module, name)))
+triton_lens.device_limits = lambda device: ("sm_90", 132)
+cpu = torch.device("cpu")
+
+for dtype, width, vocabulary, lookups, options in (
+    (torch.bfloat16, 64, 4099, 1, {"norm": "rms"}),
+    (torch.bfloat16, 64, 4096, 1, {"norm": "rms", "gamma": torch.ones(64), "softcap": 30.0}),
+    (torch.float32, 33, 517, 3, {"norm": "layer", "bias": torch.zeros(517), "scale": 0.5}),
+):
+    head = Unembedding(torch.randn(vocabulary, width).to(dtype), **options)
+    for rows in (1, 37):
+        hidden, lookup = torch.randn(rows, width).to(dtype), torch.zeros(rows, lookups, dtype=torch.int64)
+        triton_lens.readout(hidden, head, lookup, 5, None, 1 << 28, "ieee")
+        workspace.readout(hidden, head, lookup, 0, None, 1 << 20, "ieee")
+    hidden, spans = torch.randn(2, 9, width).to(dtype), torch.tensor([[0, 1, 2], [1, 2, 7]])
+    triton_capture.capture_rows(hidden, spans, torch.empty(2, width, dtype=dtype), head)
+    triton_capture.capture_rows(hidden, spans, torch.empty(2, width, dtype=dtype), None)
+    for tokens, heads in ((1, 1), (70, 4)):
+        query = torch.randn(tokens, heads, 64).to(dtype).transpose(0, 1)
+        key = torch.randn(max(1, heads // 2), tokens, 64).to(dtype)
+        blocks = Blocks.choose(dtype.itemsize, 64)
+        reach = Reach.of(np.full(tokens, tokens), np.arange(tokens), blocks, cpu)
+        triton_attention.attend(query, key, key, reach, 0.1, None, None, None)
+        triton_attention.attend(query, key, key, reach, 0.1, 7, 3.0, torch.zeros(heads))
+
+kinds = len(found)
+for tokens in range(64, 73):  # reaches of any length: nothing new to be compiled
+    reach = Reach.of(np.arange(1, tokens + 1), np.zeros(tokens, dtype=int), Blocks.choose(4, 64), cpu)
+    assert all(part.data_ptr() % 16 == 0 for part in (reach.until, reach.positions, reach.bounds, reach.visits))
+json.dump(found[:kinds], sys.stdout)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: every other test launches the kernels on it")
+def test_every_kernel_passes_what_a_launch_checks_and_compiles_in_time(tmp_path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=environment | {"PYTHONPATH": str(ROOT / "kernels"), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert {name for name, _ in found} == {
+        *("lens_kernel", "prepare_kernel", "merge_kernel", "row_kernel", "capture_kernel", "tree_attention_kernel")
+    }
+    assert max(seconds for _, seconds in found) < LIMIT, sorted(found, key=lambda each: -each[1])[:3]
