@@ -264,7 +264,9 @@ def test_capture_that_captures_other_rows_is_wrong(monkeypatch) -> None:
     options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "rounds": 1, "seconds": 0.0, "quick": True}
     block = capture_speed.make(TINY.width, capture_speed.SPANS, 2, 64, options["device"], torch.bfloat16)
     assert block.touched == 2 * (6 * 16 + 6) * TINY.width
-    monkeypatch.setattr(capture_speed, "capture", lambda hidden, spans, out: out.copy_(hidden[0, 0].expand_as(out)))
+    monkeypatch.setattr(
+        capture_speed, "capture", lambda hidden, spans, out, check: out.copy_(hidden[0, 0].expand_as(out))
+    )
     for case in (capture_speed.POSITIONS, capture_speed.SPANS):
         result = capture_speed.compare(TINY, case, **options)
         assert [each["status"] for each in result["variants"]] == ["ok", "ok", "wrong"]

@@ -76,6 +76,10 @@ class Event:
         return 1.0
 
 
+class Current(nullcontext):
+    """Stands in for torch.cuda.device."""
+
+
 class PretendedGpu(TorchDispatchMode):
     """``waits``: operations that would have made the host wait, with their place in the code."""
 
@@ -188,7 +192,7 @@ def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
             patch.setattr(module, name, Interpreted(getattr(module, name), gpu))
         patch.setattr(StreamedModel, "load", load_there)
         patch.setattr(triton_lens, "device_limits", lambda device: ("interpreter", 3))
-        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "device", Current)
         patch.setattr(transfer, "page_locked", lambda tensor: tensor.clone())
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "Event", Event)
