@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from xprobe_kernels.transfer import Arrival
 from xprobe.capture.readout import FIELDS, AnswerReadout, start_reading
 from xprobe.phases.signals import example_signals
 from xprobe.store import RunFolder
+from xprobe.timing import Stopwatch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,13 +66,14 @@ def write_wave(
     offsets: Tensor,
     values: AnswerReadout,
     rows: dict[str, Tensor],
-) -> int:
-    """Writes the groups of a wave whose keys are ``wanted``, one shard each; returns the number of examples written.
+    watch: Stopwatch,
+) -> Iterator[int]:
+    """Writes the groups of a wave whose keys are ``wanted``, one shard each; yields each one's number of examples.
 
     The others were computed again to give these the same bits. ``offsets`` as in ``Captured``, ``values`` and ``rows``
-    as ``Leaving.wait`` gives them.
+    as ``Leaving.wait`` gives them. Stage in ``watch``: write.
     """
-    written = start = 0
+    start = 0
     for group in wave.groups:
         stop = start + len(group.prompts)
         if group.key in wanted:
@@ -80,10 +82,10 @@ def write_wave(
             tensors: dict[str, Any] = {name: getattr(values.part(first, last), name) for name in FIELDS}
             tensors |= {"offsets": own - first, "targets": rows["targets"][first:last]}
             tensors |= {name: rows[name][:, start:stop].transpose(0, 1) for name in rows if name != "targets"}
-            folder.write_shard(group.key, tensors, {"examples": [_describe(prompt) for prompt in group.prompts]})
-            written += len(group.prompts)
+            with watch.timed("write"):
+                folder.write_shard(group.key, tensors, {"examples": [_describe(prompt) for prompt in group.prompts]})
+            yield len(group.prompts)
         start = stop
-    return written
 
 
 def read_signals(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, NDArray]]:

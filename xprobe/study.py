@@ -128,6 +128,7 @@ class _Run:
     progress: Progress
     watch: Stopwatch = field(default_factory=Stopwatch)
     template: Template = field(init=False)
+    told: Exception | None = None  # what the caller's ``progress`` raised
 
     def go(self) -> Study:
         check_writable(self.out)
@@ -284,7 +285,11 @@ class _Run:
         def written(count: int) -> None:
             nonlocal done
             done += count
-            self.progress(STAGE, done, total)
+            try:
+                self.progress(STAGE, done, total)
+            except Exception as error:  # the caller's, and no failure of the run
+                self.told = error
+                raise
 
         written(0)
         with self._failing(lambda: f"{done} of {total} examples are kept in {self.out}"):
@@ -299,6 +304,8 @@ class _Run:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
+            if error is self.told:
+                raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise XprobeError(
                 f"the run failed: {reason}. {kept()}; if memory ran out, add --resume and a smaller --batch-tokens"

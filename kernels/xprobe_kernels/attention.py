@@ -137,13 +137,14 @@ def tree_attention(
     key : Tensor [G, N, d]
     value : Tensor [G, N, e]
         fp32, fp16 or bf16; G divides H, and ``H / G`` neighbouring query heads share keys and values. Scores and sums
-        are fp32; weights are cast to the dtype of the values before the second product, as libraries do.
+        are fp32; weights are cast to the dtype of the values before the second product, as libraries do. Values must
+        be finite: 0 times infinity is NaN, in every query of a block that visits it.
     reach : Reach
         Of N tokens, on the device of the query.
     scale : float
         Multiplies the dot products.
     window : int, optional
-        A token attends to its last ``window`` positions only, its own included.
+        A token attends to its last ``window`` positions only, its own included. Blocks out of its reach are visited.
     softcap : float, optional
         c in ``c * tanh(scale * score / c)``.
     sinks : Tensor [H], optional
@@ -167,6 +168,10 @@ def tree_attention(
                          f"{describe(query)}, {describe(value)}")  # fmt: skip
     if len(reach.until) != tokens or reach.until.device != query.device:
         raise ValueError(f"reach is of {len(reach.until)} tokens on {reach.until.device}, query is {describe(query)}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window!r}")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must have shape [{heads}], got {describe(sinks)}")
     from xprobe_kernels.triton_attention import attend
 
     with on(query.device):

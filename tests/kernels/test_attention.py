@@ -181,6 +181,10 @@ def test_what_cannot_be_served_is_refused_by_name() -> None:
         tree_attention(query, key[:, :19], value, reach, scale=1.0)
     with pytest.raises(ValueError, match="reach is of 20 tokens"):
         tree_attention(query[:, :9], key[:, :9], value[:, :9], reach, scale=1.0)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        tree_attention(query, key, value, reach, scale=1.0, window=0)
+    with pytest.raises(ValueError, match=r"sinks must have shape \[4\]"):
+        tree_attention(query, key, value, reach, scale=1.0, sinks=torch.zeros(3))
     with pytest.raises(ValueError, match="at most 256 wide"):
         tree_attention(*(numbers(s, 1, 20, 257) for s in range(3)), reach, scale=1.0)
     assert not serves(query.double(), key.double(), value.double())

@@ -7,6 +7,7 @@ for. It says nothing of speed, of races or of the compiler.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,6 +23,9 @@ WAITING = (
     "item",
     "nonzero",
     "unique",
+    "unique_consecutive",
+    "unique_dim",
+    "repeat_interleave.Tensor",
     "_unique2",
     "masked_select",
     "equal",
@@ -69,6 +73,8 @@ class Event:
 
     def synchronize(self) -> None:
         assert _CURRENT is not None
+        if threading.current_thread() is threading.main_thread():
+            _CURRENT._waited("event")
         for target, source in _CURRENT.copies[: self.at]:
             target.copy_(source)
 
@@ -88,6 +94,12 @@ class PretendedGpu(TorchDispatchMode):
         self.waits: list[str] = []
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.operations = self.launches = 0
+        self.locked: set[int] = set()  # where page-locked memory begins
+
+    def lock(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        self.locked.add(copy.data_ptr())
+        return copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -117,6 +129,13 @@ class PretendedGpu(TorchDispatchMode):
                 self._waited(f"{name} by a mask")
             if any(not isinstance(i, OnGpu) for i in indices):
                 self._waited(f"{name} by indices in main memory")
+        others = [
+            leaf for leaf in leaves if not isinstance(leaf, OnGpu) and leaf.dim() and not name.startswith("index")
+        ]
+        if there and others and not moves and not name.startswith(("copy_.", "detach", "set_")):
+            self._waited(f"{name} of tensors in two memories")
+        if moves and to_gpu and not there and not waits and args[0].data_ptr() not in self.locked:
+            self._waited(f"{name} to the GPU from pageable memory")
         plain, named = tree_map(inner, args), tree_map(inner, dict(kwargs))
         if name == "mm.dtype":  # the CPU does not know it
             found: Any = torch.mm(plain[0].float(), plain[1].float())
@@ -193,7 +212,7 @@ def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
         patch.setattr(StreamedModel, "load", load_there)
         patch.setattr(triton_lens, "device_limits", lambda device: ("interpreter", 3))
         patch.setattr(torch.cuda, "device", Current)
-        patch.setattr(transfer, "page_locked", lambda tensor: tensor.clone())
+        patch.setattr(transfer, "page_locked", gpu.lock)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: None)

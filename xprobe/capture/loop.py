@@ -1,9 +1,10 @@
-"""The loop of a run: one wave is computed while the one before it is written."""
+"""The loop of a run. A GPU computes one wave while a thread waits for the one before it and writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from xprobe.shards import Leaving, write_wave
@@ -29,9 +30,10 @@ def run_waves(
 ) -> None:
     """Computes every wave of ``plan`` that holds a group of ``wanted`` and writes those groups' shards.
 
-    A GPU is waited for by the thread that writes alone, so the next wave is on its way before the last has arrived.
-    ``written`` is called from this thread with the number of examples of each wave that has been written; also of the
-    last one computed when something fails. Stages in ``watch``: forward, lens, write.
+    On a CPU a wave is written before the next is computed. A GPU is waited for by a thread of its own alone, which
+    writes what arrives, so the next wave is on its way meanwhile; if something fails or stops the run, what was
+    computed is still written before this returns. ``written`` is called from the caller's thread with the number of
+    examples that have been written since the last call. Stages in ``watch``: forward, lens, write.
 
     Raises
     ------
@@ -40,26 +42,65 @@ def run_waves(
     """
     device = engine.anatomy.head.weight.device
     waves = engine.waves(plan, wanted, backend)
-    writing: Future[int] | None = None
 
-    def write(wave: Wave, leaving: Leaving) -> int:
+    def compute() -> tuple[Wave, Leaving] | None:
+        with watch.timed("forward", device):
+            wave, captured = next(waves, (None, None))
+        if wave is None or captured is None:
+            return None
+        with watch.timed("lens", device):
+            return wave, Leaving(captured, engine.anatomy.head, backend, store_rows)
+
+    def write(wave: Wave, leaving: Leaving, kept: Callable[[int], None]) -> None:
         values, rows = leaving.wait()
-        with watch.timed("write"):
-            return write_wave(folder, wave, wanted, leaving.offsets, values, rows)
+        for count in write_wave(folder, wave, wanted, leaving.offsets, values, rows, watch):
+            kept(count)
 
-    with ThreadPoolExecutor(1, "xprobe-write") as writer:
-        try:
-            while True:
-                with watch.timed("forward", device):
-                    wave, captured = next(waves, (None, None))
-                if wave is None or captured is None:
-                    break
-                with watch.timed("lens", device):
-                    leaving = Leaving(captured, engine.anatomy.head, backend, store_rows)
-                before, writing = writing, writer.submit(write, wave, leaving)
-                if before is not None:
-                    written(before.result())
-        finally:
-            if writing is not None:  # whatever happened: what is computed is kept
-                written(writing.result())
+    if device.type != "cuda":
+        while (found := compute()) is not None:
+            write(*found, written)
+        return
+    _overlapped(compute, write, written)
     watch.settle()
+
+
+def _overlapped(
+    compute: Callable[[], tuple[Wave, Leaving] | None],
+    write: Callable[[Wave, Leaving, Callable[[int], None]], None],
+    written: Callable[[int], None],
+) -> None:
+    counts: list[int] = []  # of groups that are on the disk and were not told of yet
+
+    def tell() -> None:
+        total = sum(counts.pop(0) for _ in range(len(counts)))
+        if total:
+            written(total)
+
+    writer = ThreadPoolExecutor(1, "xprobe-write")
+    futures: list[Future[None]] = []
+    try:
+        while (found := compute()) is not None:
+            futures.append(writer.submit(write, *found, counts.append))
+            if len(futures) > 1:
+                futures.pop(0).result()
+            tell()
+        for future in futures:
+            future.result()
+    except BaseException:
+        _finish(writer, futures)
+        with suppress(BaseException):  # what the caller raises once more: the first one is what happened
+            tell()  # so that what was told in the end is true
+        raise
+    _finish(writer, futures)
+    tell()
+
+
+def _finish(writer: ThreadPoolExecutor, futures: list[Future[None]]) -> None:
+    """Waits for what is being written, whatever interrupts: the folder is locked as long as somebody writes to it."""
+    while True:
+        try:
+            wait(futures)
+            writer.shutdown()
+            return
+        except KeyboardInterrupt:
+            continue

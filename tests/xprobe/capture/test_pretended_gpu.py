@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,8 +15,10 @@ from support.prompts import family_of_prompts
 from xprobe_kernels import lens
 from xprobe_kernels.transfer import Arrival, upload
 
+from xprobe.capture import loop
 from xprobe.capture.engine import Engine
 from xprobe.capture.layerwise import LayerwiseEngine
+from xprobe.capture.loop import run_waves
 from xprobe.capture.plan import group_prompts
 from xprobe.capture.readout import FIELDS, start_reading
 from xprobe.models.anatomy import inspect
@@ -47,8 +50,9 @@ def test_the_pretended_gpu_notices_who_waits(monkeypatch) -> None:
         gpu.waits.clear()
         arrival = Arrival({"x": there * 2})
         assert (arrival._tensors["x"] == RUBBISH).all()
-        assert arrival.wait()["x"].tolist() == [0, 2, 4, 6, 8, 10]
         assert not gpu.waits
+        assert arrival.wait()["x"].tolist() == [0, 2, 4, 6, 8, 10]
+        assert len(gpu.waits) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gpt2", "olmo2"])
@@ -101,7 +105,9 @@ def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
             folders[place].write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
             found = [(wave, Leaving(rows, anatomy.head, "auto", True)) for wave, rows in engine.waves(plan, keys)]
             written = [
-                write_wave(folders[place], wave, keys, leaving.offsets, *leaving.wait()) for wave, leaving in found
+                count
+                for wave, leaving in found
+                for count in write_wave(folders[place], wave, keys, leaving.offsets, *leaving.wait(), Stopwatch())
             ]
             assert sum(written) == len(PROMPTS)
     for name in folders["cpu"].finished_shards():
@@ -152,6 +158,71 @@ def test_a_streamed_model_on_a_gpu_gives_the_values_of_the_cpu(monkeypatch, tmp_
             assert abs(getattr(ours, name).astype(float) - getattr(theirs, name)).max() < 1e-5, name
         for name in ("prompt_end", "question_mean"):
             assert torch.allclose(rows[name], also[name], atol=1e-5)
+
+
+def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, tmp_path) -> None:
+    """A wave is written while the next is computed: here each write waits until that has begun."""
+    model, begun, done = tiny_model("llama"), [threading.Event() for _ in range(99)], []
+    real = loop.write_wave
+
+    def write(*args):
+        begun[len(done) + 1].wait(30)
+        done.append(begun[len(done) + 1].is_set())
+        return real(*args)
+
+    monkeypatch.setattr(loop, "write_wave", write)
+    with pretended_gpu(monkeypatch) as gpu:
+        anatomy = inspect(to_gpu(model))
+        engine = Engine(model, anatomy, 120)
+        plan = engine.plan(group_prompts(PROMPTS))
+        keys = {group.key for wave in plan.waves for group in wave.groups}
+        folder, watch, told = RunFolder.create(tmp_path / "run"), Stopwatch(), []
+        folder.write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
+        number, take = iter(range(99)), engine.capture
+
+        def capture(prompts):
+            begun[next(number)].set()
+            return take(prompts)
+
+        monkeypatch.setattr(engine, "capture", capture)
+        monkeypatch.setattr(watch, "settle", lambda: [event.set() for event in begun])
+        gpu.waits.clear()
+        threading.Timer(20, lambda: [event.set() for event in begun]).start()  # the last wave has no next one
+        begun[len(plan.waves)].set()
+        run_waves(engine, plan, keys, folder, watch, told.append)
+        assert gpu.waits == []
+    assert sum(told) == len(PROMPTS)
+    assert len(done) == len(plan.waves)
+    assert all(done)
+    assert len(folder.finished_shards()) == len(keys)
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_loop_that_fails_has_written_what_it_computed_and_told_of_it(broken, monkeypatch, tmp_path) -> None:
+    """Whether computing fails or writing: the folder and what was told agree."""
+    model = tiny_model("llama")
+    with pretended_gpu(monkeypatch):
+        anatomy = inspect(to_gpu(model))
+        engine = Engine(model, anatomy, 120)
+        plan = engine.plan(group_prompts(PROMPTS))
+        keys = {group.key for wave in plan.waves for group in wave.groups}
+        folder, told, calls = RunFolder.create(tmp_path / "run"), [], []
+        folder.write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
+        owner, name = (engine, "capture") if broken == 1 else (folder, "write_shard")
+        real = getattr(owner, name)
+
+        def failing(*args, **options):
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("planted")
+            return real(*args, **options)
+
+        object.__setattr__(owner, name, failing)
+        with pytest.raises(RuntimeError, match="planted"):
+            run_waves(engine, plan, keys, folder, Stopwatch(), told.append)
+    kept = [folder.read_shard(shard)[1]["examples"] for shard in folder.finished_shards()]
+    assert sum(told) == sum(map(len, kept)) > 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("xprobe-write")]
 
 
 def test_final_rows_in_main_memory_spare_the_wait(monkeypatch) -> None:
