@@ -5,22 +5,24 @@
     python benchmarks/whole_run.py OUT.json --batch-tokens 4096,16384 --seconds 60
 
 Every budget of ``--batch-tokens`` runs the loop of ``xprobe run`` (forward with capture, lens, shards on the disk) over
-as many contexts as fit its share of the time, after one context that warms up. Beside it, by turns: ``usual``, the lens
-that most notebooks have (all positions, layer by layer, every example alone), and ``careful`` (rows of the answer
-alone, all layers in one product), as in engine_speed.py. Ratios are medians over rounds.
+as many contexts as fit its share of ``--seconds``, after about two waves, twice, that warm up and are not counted in.
+Beside it, by turns: ``usual``, the lens that most notebooks have (all positions, layer by layer, every example alone),
+and ``careful`` (rows of the answer alone, all layers in one product), as in engine_speed.py. Ratios are medians over
+rounds.
 
-On a GPU also: the share of the wall time in which kernels run and the longest of them (torch's profiler), the
-capture's share of the forward pass (events around it, in a run of its own), what made the host wait inside the loop
+On a GPU also: the share of the wall time in which kernels and copies run and the longest of them (torch's profiler),
+the capture's share of the forward pass (events around it, in a run of its own), what made the host wait inside the loop
 (torch's warnings of synchronisation), and the rate of a large library product, the ceiling. The floor is the arithmetic
-of the tokens that the plan runs over and of the lens, at that ceiling. Prompts of a random model are made by the demo
-model's tokenizer (``--tokenizer`` names another model), whose tokens are shorter than a large model's: seconds for all
-of XQuAD are for these tokens, and an extrapolation.
+of the tokens that the plan runs over and of the lens, at that ceiling; attention is left out of it. Prompts of a random
+model are made by the demo model's tokenizer (``--tokenizer`` names another model), whose tokens are shorter than a
+large model's: seconds for all of XQuAD are for these tokens, and an extrapolation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -30,6 +32,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes, as `xprobe run` does
 
 import torch
 from xprobe_kernels import lens
@@ -41,6 +45,7 @@ from xprobe.capture.engine import Engine
 from xprobe.capture.loop import run_waves
 from xprobe.capture.plan import Group, Plan, group_prompts
 from xprobe.config import StudyConfig
+from xprobe.errors import XprobeError
 from xprobe.models import loading
 from xprobe.models.anatomy import Anatomy, inspect
 from xprobe.qa.parallel import load_data
@@ -323,7 +328,20 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for the loop, all budgets together")
     parser.add_argument("--rounds", type=int, default=5, help="of the comparison; 0: none (default: 5)")
     parser.add_argument("--commit", help="what is being measured, where git cannot tell")
-    result = measure(parser.parse_args(given))
+    options = parser.parse_args(given)
+    if not all(part.isdecimal() and int(part) > 0 for part in options.batch_tokens.split(",")):
+        parser.error(f"--batch-tokens must be whole numbers above 0 with commas between, got {options.batch_tokens!r}")
+    if options.seconds <= 0 or options.rounds < 0 or (options.questions is not None and options.questions < 1):
+        parser.error("--seconds and --questions must be above 0, --rounds not below")
+    try:
+        options.out.write_text("{}\n", encoding="utf-8")
+    except OSError as error:
+        parser.error(f"cannot write {options.out}: {error.strerror}")
+    try:
+        result = measure(options)
+    except XprobeError as error:
+        print(f"whole_run.py: {error}", file=sys.stderr)
+        return 1
     for found in result["rates"]:
         print(json.dumps({k: v for k, v in found.items() if k != "longest_kernels"}, indent=1))
     print(json.dumps(result.get("against"), indent=1))

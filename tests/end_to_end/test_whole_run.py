@@ -48,6 +48,10 @@ def test_the_lens_by_hand_agrees_and_is_slower(found) -> None:
 
 
 def test_runs_are_gathered_and_waits_are_complained_of(found, tmp_path) -> None:
+    (tmp_path / "library.json").write_text(json.dumps(found))
+    assert "not run with the attention kernel" in gpu.add_run(tmp_path / "library.json", tmp_path)
+    (tmp_path / "run.json").unlink()
+    found = {**found, "rates": [{**rate, "attention_kernel": True} for rate in found["rates"]]}
     for name in ("run-demo", "run-large"):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
         assert gpu.add_run(tmp_path / f"{name}.json", tmp_path) is None
@@ -56,3 +60,16 @@ def test_runs_are_gathered_and_waits_are_complained_of(found, tmp_path) -> None:
     (tmp_path / "waiting.json").write_text(json.dumps(waiting))
     assert gpu.add_run(tmp_path / "waiting.json", tmp_path) == "waiting waits for the GPU: rows.py:12 x 3"
     assert gpu.add_run(tmp_path / "nothing.json", tmp_path) == "no figures of nothing"
+
+
+@pytest.mark.parametrize(
+    "options", [["--batch-tokens", "abc"], ["--batch-tokens", "0"], ["--questions", "0"], ["--seconds", "0"]]
+)
+def test_bad_options_are_refused_before_anything_is_loaded(options, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        whole_run.main([str(tmp_path / "out.json"), *options])
+    assert ended.value.code == 2
+    assert options[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        whole_run.main([str(tmp_path / "no" / "out.json")])
+    assert "cannot write" in capsys.readouterr().err
