@@ -44,7 +44,13 @@ def make_folder(path: Path) -> list[Path]:
         if folder.exists():
             break
         made.append(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    for left in reversed(range(20)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            break
+        except FileExistsError:  # a file; or a folder that another process took away again at this moment
+            if not left or path.is_file():
+                raise
     for folder in made:
         sync(folder.parent)
     return made

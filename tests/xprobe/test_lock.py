@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,8 @@ def test_of_many_processes_at_once_never_two_hold_it(tmp_path: Path) -> None:
             try:
                 count()
                 code = 0
+            except BaseException:
+                traceback.print_exc()  # shown with the failure: what a fork raises is seen by nobody else
             finally:
                 os._exit(code)
         children.append(pid)
