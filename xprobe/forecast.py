@@ -19,7 +19,7 @@ from xprobe.capture.readout import ROW_BYTES
 from xprobe.config import StudyConfig
 from xprobe.errors import DataError
 from xprobe.models import loading
-from xprobe.models.quiet import quiet
+from xprobe.models.placement import without_weights
 from xprobe.models.streaming import SPILL_BYTES
 from xprobe.qa.prompts import build_prompts
 from xprobe.study import read_questions
@@ -85,7 +85,7 @@ def forecast(config: StudyConfig) -> Forecast:
         raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
     device = loading.pick_device(config.device)
     dtype = _dtype(config, model_config, device)
-    model = _without_weights(model_config, dtype, config.trust_remote_code)
+    model = without_weights(model_config, dtype, trust_remote_code=config.trust_remote_code)
     way: Way = "tree" if getattr(model, "_supports_attention_backend", False) else "prefix"
     if config.stream and way == "prefix":
         way = "plain"
@@ -237,10 +237,3 @@ def _dtype(config: StudyConfig, model_config: Any, device: str) -> torch.dtype:
         return getattr(torch, config.dtype)
     stored = getattr(model_config, "dtype", None)
     return stored if device != "cpu" and isinstance(stored, torch.dtype) else torch.float32
-
-
-def _without_weights(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    import transformers
-
-    with quiet(), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

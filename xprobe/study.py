@@ -263,16 +263,23 @@ class _Run:
         def say(message: str) -> None:
             self.progress(message, 0, 0)
 
+        heard: list[str] = []  # of transformers, while it reads weights and tokenizer
+        engine: Engine | LayerwiseEngine
         if config.stream:
             from xprobe.capture.layerwise import LayerwiseEngine
             from xprobe.models.streaming import open_streamed
 
             trust = config.trust_remote_code
-            streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=trust)
-            tokenizer = loading.load_tokenizer(source, config)
-            return LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self.progress), tokenizer
-        loaded = loading.load(source, config)
-        return Engine(loaded.model, inspect(loaded.model), config.batch_tokens, say), loaded.tokenizer
+            streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=trust, heard=heard)
+            tokenizer = loading.load_tokenizer(source, config, heard)
+            engine = LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self.progress)
+        else:
+            loaded = loading.load(source, config, heard)
+            tokenizer = loaded.tokenizer
+            engine = Engine(loaded.model, inspect(loaded.model), config.batch_tokens, say)
+        for message in heard:
+            engine.warn(f"transformers: {message}")
+        return engine, tokenizer
 
     def _compute_waves(self, engine: Engine | LayerwiseEngine, plan: Plan, folder: RunFolder) -> None:
         from xprobe.capture.loop import run_waves

@@ -73,7 +73,8 @@ class Engine:
         """How ``groups`` are run by this engine."""
         return make_plan(groups, self.batch_tokens, self.way, self.alone_beyond)
 
-    def _say(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Keeps a warning in ``remarks`` and hands it to ``notify``."""
         self.remarks.append(message)
         self._notify(message)
 
@@ -108,9 +109,9 @@ class Engine:
                 self.way = way
                 return way
             by = ", and the attention kernel" if self.kernel else ""
-            self._say(f"{type(self.model).__name__} cannot be run with {WAYS[way]}{by} ({reason})")
+            self.warn(f"{type(self.model).__name__} cannot be run with {WAYS[way]}{by} ({reason})")
         self.way = "plain"
-        self._say(f"it is run with {WAYS['plain']}")
+        self.warn(f"it is run with {WAYS['plain']}")
         return self.way
 
     def waves(self, plan: Plan, wanted: Container[str], backend: str = "auto") -> Iterator[tuple[Wave, Captured]]:
@@ -147,7 +148,7 @@ class Engine:
             # outside of the handler: the error's traceback holds the tensors of the pass that failed
             release_memory()
             self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(prompts, waiting[0], way)) // 2)
-            self._say(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
+            self.warn(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
             left = [i for part in waiting for i in part]
             waiting = split(prompts, left, self.batch_tokens, way, self.alone_beyond)
         return captured

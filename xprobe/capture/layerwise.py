@@ -60,7 +60,8 @@ class LayerwiseEngine:
         """How ``groups`` are run by this engine."""
         return make_plan(groups, self.batch_tokens, self.way, self.alone_beyond)
 
-    def _say(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Keeps a warning in ``remarks`` and hands it to ``notify``."""
         self.remarks.append(message)
         self._notify(message)
 
@@ -90,9 +91,9 @@ class LayerwiseEngine:
             try:
                 self._sweep(waves, prompts, captured)
             except NotShareable as reason:
-                self._say(f"{type(model).__name__} cannot be run with {WAYS[self.way]} ({reason})")
+                self.warn(f"{type(model).__name__} cannot be run with {WAYS[self.way]} ({reason})")
                 self.way = "plain"
-                self._say(f"it is run with {WAYS['plain']}")
+                self.warn(f"it is run with {WAYS['plain']}")
                 self._sweep(waves, prompts, captured)
         self.bytes_read += self.streamed.checkpoint.bytes_read - before
         self._check_parity(captured.part(0, min(PARITY_PROMPTS, len(prompts))), backend)

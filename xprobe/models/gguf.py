@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xprobe.cache import cache_dir
 from xprobe.errors import ModelError
-from xprobe.models.quiet import quiet
+from xprobe.models.messages import quiet
 
 CONVERSION = 1  # part of the cache key: raise it when the conversion changes
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import json
 import re
-import socket
 import tempfile
-import urllib.parse
-import urllib.request
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,39 +14,16 @@ from typing import Any
 
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, UsageError
-from xprobe.models import gguf, team
-from xprobe.models.quiet import quiet
+from xprobe.models import team
+from xprobe.models.checkpoint import PICKLES, Checkpoint, check_plain
+from xprobe.models.completeness import check_complete
+from xprobe.models.messages import quiet
+from xprobe.models.sources import TOKENIZER_FILES, Source, location_and_options, resolve, unknown
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+__all__ = ["LoadedModel", "Source", "load", "load_config", "load_tokenizer", "pick_device", "resolve", "window"]
 
-
-# weights, configuration, tokenizers in all their forms, and code that a model brings
-FINGERPRINTED = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".py"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from. ``kind`` is ``folder``, ``gguf`` or ``hub``; ``location`` its path or id."""
-
-    name: str
-    kind: str
-    location: str
-
-    def fingerprint(self) -> str:
-        """SHA-256 that changes when the files do: whole small files; name, size, head and tail of large ones."""
-        if self.kind == "hub":
-            return hashlib.sha256(self.location.encode()).hexdigest()
-        path = Path(self.location)
-        if self.kind == "gguf":
-            return gguf.checksum(path)
-        digest = hashlib.sha256()
-        for file in sorted(p for p in path.iterdir() if p.suffix in FINGERPRINTED):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as handle:
-                digest.update(handle.read(1 << 20))
-                handle.seek(max(file.stat().st_size - (1 << 20), 0))
-                digest.update(handle.read(1 << 20))
-        return digest.hexdigest()
+# model types by what they read besides text; ``architectures`` and the auto classes of transformers say the rest
+_WITH_TEXT = ("vision_config", "audio_config", "vision_tower_config", "vit_config", "visual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,37 +36,10 @@ class LoadedModel:
     window: int | None  # longest input in tokens; None if the model has no bound
 
 
-def resolve(name: str) -> Source:
-    """Finds what ``name`` stands for, without loading it.
-
-    Raises
-    ------
-    UsageError
-        ``name`` is a path that does not exist, or cannot be the name of a model.
-    ModelError
-        The alias is known and its package is not installed; or a folder without config.json.
-    """
-    if not name.strip():
-        raise UsageError("the name of the model is empty; `xprobe run` without one takes the demo model")
-    if name in gguf.ALIASES:
-        return Source(name, "gguf", str(gguf.find_alias(name)))
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UsageError(f"model {name!r} is a file but not a .gguf: give its folder instead")
-        return Source(name, "gguf", str(path.resolve()))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json: expected a folder as written by save_pretrained")
-        return Source(name, "folder", str(path.resolve()))
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
-    if looks_like_path or not name or any(c.isspace() for c in name):
-        raise UsageError(f"no model at {name!r}: no such file or folder")
-    return Source(name, "hub", name)
-
-
-def load(source: Source, config: StudyConfig) -> LoadedModel:
+def load(source: Source, config: StudyConfig, heard: list[str] | None = None) -> LoadedModel:
     """Loads weights and tokenizer; never runs code or unpickles weights unless ``config`` asks for it.
+
+    ``heard`` gets the warnings of transformers that may concern weights or tokens.
 
     Raises
     ------
@@ -106,39 +53,61 @@ def load(source: Source, config: StudyConfig) -> LoadedModel:
 
     if config.tensor_parallel and team.size() == 1:
         raise UsageError("tensor_parallel is for `torchrun -m xprobe_cli run`, or inside of xprobe.models.team.lead()")
-    location, options = _where(source, config)
+    heard = [] if heard is None else heard
+    location, options = location_and_options(source, config.trust_remote_code)
     team.tell("open")
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    with quiet(), ExitStack() as undo:
+    model_config = load_config(source, config, heard)
+    team.check_heads(model_config, source.name)
+    _check_files(source, location, config)
+    tokenizer = load_tokenizer(source, config, heard)
+    said: list[str] = []
+    with quiet(said), ExitStack() as undo:
         placing = _placing(config, undo)
         try:
-            model_config = transformers.AutoConfig.from_pretrained(location, **options)
-            check_decoder(model_config, source.name)
-            team.check_heads(model_config, source.name)
-            tokenizer = load_tokenizer(source, config)
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 location,
                 config=model_config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=None if config.allow_pickle else True,
+                ignore_mismatched_sizes=True,  # check_complete names them; transformers' own error does not
+                output_loading_info=True,
                 **options,
                 **placing,
             )
         except ModelError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ... for bad input
-            raise ModelError(_explain(source, error)) from error
+            raise ModelError(_explain(source, location, error)) from error
         weakref.finalize(model, undo.pop_all().close)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
             f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model"
         )
+    check_complete(
+        model,
+        source.name,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=info["mismatched_keys"],
+    )
+    heard += [message for message in said if message not in heard]
     _check_tied(model)
     model = model.eval() if placing else model.to(device).eval()
+    use_plain_experts(model)
     return LoadedModel(source, model, tokenizer, window(model.config))
+
+
+def use_plain_experts(model: Any) -> None:
+    """Has a mixture of experts in fp64 compute expert by expert: transformers' fused products know no fp64."""
+    import torch
+
+    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        with quiet():
+            model.set_experts_implementation("eager")
 
 
 def _placing(config: StudyConfig, undo: ExitStack) -> dict[str, Any]:
@@ -175,7 +144,7 @@ def _check_tied(model: Any) -> None:
             )
 
 
-def load_tokenizer(source: Source, config: StudyConfig) -> Any:
+def load_tokenizer(source: Source, config: StudyConfig, heard: list[str] | None = None) -> Any:
     """The tokenizer that belongs to a model.
 
     Raises
@@ -185,47 +154,62 @@ def load_tokenizer(source: Source, config: StudyConfig) -> Any:
     """
     import transformers
 
-    location, options = _where(source, config)
+    heard = [] if heard is None else heard
+    location, options = location_and_options(source, config.trust_remote_code)
     if source.kind == "folder":
-        _check_folder(Path(location), source.name)
-    with quiet():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(location, **options)
-        except Exception as error:  # as above
-            raise ModelError(_explain(source, error)) from error
+        _check_tokenizer_files(Path(location), source.name)
+
+    def read(**more: Any) -> tuple[Any, list[str]]:
+        said: list[str] = []
+        with quiet(said):
+            try:
+                return transformers.AutoTokenizer.from_pretrained(location, **options, **more), said
+            except Exception as error:  # as in load
+                raise ModelError(_explain_tokenizer(source, error)) from error
+
+    tokenizer, said = read()
+    if any("fix_mistral_regex" in message for message in said):
+        tokenizer, said = read(fix_mistral_regex=True)
+        said.append(
+            f"the tokenizer of {source.name} was saved with a wrong rule for splitting words, as early Mistral "
+            "tokenizers were: it is used with the right one (fix_mistral_regex)"
+        )
+    heard += [message for message in said if message not in heard]
+    return tokenizer
 
 
-def load_config(source: Source, config: StudyConfig) -> Any:
-    """The model's configuration, refused if it is not that of a causal decoder.
+def load_config(source: Source, config: StudyConfig, heard: list[str] | None = None) -> Any:
+    """The model's configuration, refused if it is not that of a causal decoder with plain weights.
 
     Raises
     ------
     ModelError
-        It cannot be read, or is of another kind of model.
+        It cannot be read, is of another kind of model, or of a quantised one.
     """
     import transformers
 
-    location, options = _where(source, config)
-    with quiet():
+    location, options = location_and_options(source, config.trust_remote_code)
+    with quiet(heard):
         try:
-            found = transformers.AutoConfig.from_pretrained(location, **options)
-        except Exception as error:  # as above
-            raise ModelError(_explain(source, error)) from error
-    check_decoder(found, source.name)
-    return found
+            model_config = transformers.AutoConfig.from_pretrained(location, **options)
+        except Exception as error:  # as in load
+            raise ModelError(_explain(source, location, error)) from error
+    check_decoder(model_config, source.name)
+    check_plain(model_config, source.name)
+    return with_own_attention(model_config, heard)
 
 
-def _where(source: Source, config: StudyConfig) -> tuple[str, dict[str, Any]]:
-    """What transformers is to load from, and how."""
-    location = source.location
-    if source.kind == "gguf":
-        location = str(gguf.converted(Path(source.location)))
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if source.kind == "hub" and not _hub_answers():
-        if not _in_hub_cache(location):
-            raise ModelError(_unknown(source))
-        options["local_files_only"] = True
-    return location, options
+def with_own_attention(model_config: Any, heard: list[str] | None = None) -> Any:
+    """``model_config`` with transformers' default attention where it asks for a package's (flash attention).
+
+    Which kernel computes the attention is no property of the weights, and those of packages know no float32.
+    """
+    asked = getattr(model_config, "_attn_implementation", None)
+    if asked not in (None, "eager", "sdpa"):
+        model_config._attn_implementation = None
+        if heard is not None:
+            heard.append(f"config.json asks for the attention {asked!r}: transformers' default is used in its place")
+    return model_config
 
 
 def pick_device(name: str) -> str:
@@ -256,92 +240,91 @@ def window(config: Any) -> int | None:
     return None
 
 
-def local_folder(source: Source) -> Path:
-    """Folder with the files of ``source``; those of a model on the hub are fetched, unless the cache has them, and a
-    GGUF file is converted (which takes memory for all of its weights, once).
-
-    Raises
-    ------
-    ModelError
-        The hub does not answer or has no such model, or a GGUF file cannot be converted.
-    """
-    if source.kind == "folder":
-        return Path(source.location)
-    if source.kind == "gguf":
-        return gguf.converted(Path(source.location))
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
-    options: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": ["consolidated*", "original/*"]}
-    with quiet():
-        try:
-            return Path(snapshot_download(source.location, local_files_only=not _hub_answers(), **options))
-        except Exception as error:  # huggingface_hub raises OSError, ValueError, HTTP errors, ... for bad input
-            if not _in_hub_cache(source.location):
-                raise ModelError(_unknown(source)) from error
-            raise ModelError(_explain(source, error)) from error
-
-
 def check_decoder(config: Any, name: str) -> None:
     """Raises a ModelError that names the architecture if ``config`` is not of a decoder that predicts tokens."""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): xprobe reads decoder-only models")
     architectures = getattr(config, "architectures", None) or []
     heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    if architectures and not any(a.endswith(heads) for a in architectures):
+    if not _is_causal(config) and any(getattr(config, part, None) is not None for part in _WITH_TEXT):
         raise ModelError(
-            f"{name} is not a causal decoder ({', '.join(architectures)}): "
+            f"{name} reads images or sound besides text ({config.model_type}): the text decoder inside of it is not "
+            "read yet. If its text part is published by itself, use that"
+        )
+    if not _is_causal(config) or (architectures and not any(a.endswith(heads) for a in architectures)):
+        raise ModelError(
+            f"{name} is not a causal decoder ({', '.join(architectures) or config.model_type}): "
             "xprobe reads models that predict the next token"
         )
 
 
-def _check_folder(folder: Path, name: str) -> None:
+def _is_causal(config: Any) -> bool:
+    """Whether transformers, or the model's own code, has a causal language model for ``config``."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _check_files(source: Source, location: str, config: StudyConfig) -> None:
+    """Says what is wrong with a folder's weights before transformers does: damaged, cut off, missing or quantised."""
+    if source.kind != "folder":
+        return
+    folder = Path(location)
+    pickles = [path.name for path in folder.iterdir() if path.name.endswith(PICKLES)]
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        if not (config.allow_pickle and pickles):
+            Checkpoint(folder)
+    elif not pickles:
+        raise ModelError(f"{source.name} holds no weights: expected model.safetensors, or its shards and their index")
+    elif not config.allow_pickle:
+        raise ModelError(
+            f"{source.name} holds its weights in a pickle ({pickles[0]}), which can run code: --allow-pickle loads "
+            "them all the same"
+        )
+
+
+def _check_tokenizer_files(folder: Path, name: str) -> None:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ModelError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...): save one into the folder")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder / file
+        try:
+            if path.is_file():
+                json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"cannot read {path} ({error}): save the tokenizer again") from error
 
 
-def _hub_answers() -> bool:
-    """False where the hub's name cannot be looked up: asking it would only mean half a minute of retries."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _in_hub_cache(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
-        return False
-
-
-def _unknown(source: Source) -> str:
-    return (
-        f"unknown model {source.name!r}: not an alias ({', '.join(gguf.ALIASES)}), no such folder or .gguf file here, "
-        "and the Hugging Face hub does not answer or has no model of that name"
-    )
-
-
-def _explain(source: Source, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+def _explain(source: Source, location: str, error: Exception) -> str:
+    reason = _one_line(error)
     if source.kind == "hub" and ("not a valid model identifier" in reason or "couldn't connect" in reason):
-        return _unknown(source)
-    if re.search(r"no file named \S*safetensors", reason) and not isinstance(error, ImportError):
-        reason += ". Weights in a pickle can run code: --allow-pickle loads them all the same"
+        return unknown(source)
     if "trust_remote_code" in reason:
         return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
     if "has no `tp_plan`" in reason:
         return (
             f"transformers cannot share {source.name} among processes: leave --tensor-parallel, try --device-map auto"
         )
+    if source.kind == "hub" and re.search(r"no file named \S*(safetensors|\.bin)", reason):
+        return (
+            f"{source.name} has no weights in safetensors format on the hub. If it has them in a pickle, which can run "
+            "code, --allow-pickle loads them all the same"
+        )
+    if "above report" in reason:
+        return (
+            f"cannot load {source.name}: transformers could not convert its tensors to those of "
+            "the model in config.json: weights and configuration are not of the same model"
+        )
     return f"cannot load {source.name}: {reason[:400]}"
+
+
+def _explain_tokenizer(source: Source, error: Exception) -> str:
+    reason = _one_line(error)
+    if "trust_remote_code" in reason:
+        return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
+    return f"cannot read the tokenizer of {source.name}: {reason[:400]}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

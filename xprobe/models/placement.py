@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 
 from xprobe.errors import ModelError
 from xprobe.models.checkpoint import Checkpoint
+from xprobe.models.completeness import check_complete
+from xprobe.models.messages import quiet
 
 OUTSIDE = ("", -1)  # owner of what belongs to no block; a block's is (name of its list, index)
 
@@ -26,16 +27,10 @@ def build_empty(config: Any, dtype: torch.dtype, device: str, *, trust_remote_co
     ModelError
         transformers knows no causal model for the configuration, or a buffer cannot be filled.
     """
-    import transformers
     from transformers import initialization
 
-    try:
-        with torch.device("meta"), initialization.meta_device_safe_creation_ops():
-            model: Any = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, ImportError, OSError, NotImplementedError, RuntimeError) as error:
-        raise ModelError(f"cannot build a model of type {config.model_type}: {' '.join(str(error).split())}") from error
+    with initialization.meta_device_safe_creation_ops():
+        model = without_weights(config, dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             if (buffer := module._buffers[name]) is not None:
@@ -45,6 +40,26 @@ def build_empty(config: Any, dtype: torch.dtype, device: str, *, trust_remote_co
         value._is_hf_initialized = True  # transformers' mark: leave alone
     model.initialize_weights()
     return model.eval()
+
+
+def without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The model of ``config`` with everything on the meta device.
+
+    Raises
+    ------
+    ModelError
+        transformers knows no causal model for the configuration, or its code fails.
+    """
+    import transformers
+
+    try:
+        with quiet(), torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a family's own code builds it: it may raise anything for a bad configuration
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ModelError(f"cannot build a model of type {config.model_type}: {reason}") from error
 
 
 @dataclass
@@ -71,7 +86,7 @@ class Placement:
     Raises
     ------
     ModelError
-        The checkpoint lacks tensors of the model, or ties a block's tensors to others.
+        The checkpoint lacks tensors of the model or holds others, or ties a block's tensors to others.
     """
 
     def __init__(
@@ -93,7 +108,7 @@ class Placement:
         }
         self._shares: dict[tuple[str, int], _Share] = {}
         self._arrived: set[str] = set()
-        self.unused: list[str] = []
+        self._left_over: list[str] = []
         for name in _in_order(checkpoint):
             self._assign(name)
         self._check_complete()
@@ -161,7 +176,7 @@ class Placement:
         if target not in self._empty and name in self._empty:
             target, pattern = rename_source_key(name, [], [], prefix, self._empty)
         if target not in self._empty:
-            self.unused.append(name)
+            self._left_over.append(target)
             return
         owner = next((self._prefixes[p] for p in _stems(target) if p in self._prefixes), OUTSIDE)
         share = self._shares.setdefault(owner, _Share())
@@ -180,21 +195,12 @@ class Placement:
             raise ModelError(
                 f"{type(self.model).__name__} ties {inside[0]} to other weights: its blocks cannot be run one at a time"
             )
-        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         present = {name for pair in tied.items() if self._arrived & set(pair) for name in pair}
         for target, source in tied.items():  # more than two names of one weight share their source
             if source in present:
                 present.add(target)
-        missing = [
-            name
-            for name in self._empty
-            if name not in self._arrived | present and not any(pattern.search(name) for pattern in ignored)
-        ]
-        if missing:
-            raise ModelError(
-                f"{self.checkpoint.folder} lacks {len(missing)} tensors of {type(self.model).__name__} ({missing[0]}, "
-                "...): incomplete, or of another model"
-            )
+        missing = self._empty.keys() - (self._arrived | present)
+        check_complete(self.model, str(self.checkpoint.folder), missing=missing, unexpected=self._left_over)
 
     def _reader(self, name: str, target: str) -> Any:
         dtype = self._dtype_of(target)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from xprobe.errors import ModelError
-from xprobe.models.anatomy import first_tensor
+from xprobe.models.block_io import entering, hidden_argument, leaving, own_code, with_entering
 
-# how a block may hand on its hidden state: as the tensor, or as the first of a tuple
-FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda hidden: hidden, lambda hidden: (hidden,), lambda h: (h, None))
+# how a block may hand on its hidden state: as the tensor, as the first of a tuple, or under a name
+FORMS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda hidden: hidden, lambda hidden: (hidden,), lambda h: (h, None), lambda h: {"hidden_states": h},
+)  # fmt: skip
 Forward = Callable[..., Any]
 Stand = Callable[[int, tuple, dict, Forward], Any]
 
@@ -42,16 +44,6 @@ def standing_in(blocks: Iterable[nn.Module], stand: Stand) -> Iterator[None]:
             stack.callback(restore, block, block.__dict__.get("forward"))
             block.__dict__["forward"] = shadow(index, block.forward)
         yield
-
-
-def entering(args: tuple, kwargs: dict) -> Tensor:
-    """The hidden state among a block's arguments."""
-    return first_tensor(args) if args else kwargs["hidden_states"]
-
-
-def with_entering(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
-    """The same arguments with another hidden state."""
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 class Drive:
@@ -83,11 +75,11 @@ class Drive:
             if hidden is not None:
                 given = hidden
                 args, kwargs = with_entering(args, kwargs, hidden)
-            left = first_tensor(own(*args, **kwargs))
+            left = leaving(own(*args, **kwargs))
             result.extend((given, left))
             return self.form(left)
 
-        with torch.inference_mode(), standing_in(self.blocks, stand):
+        with torch.inference_mode(), standing_in(self.blocks, stand), own_code(self.model):
             self.model.base_model(**inputs, use_cache=False)
         return result[0], result[1]
 
@@ -134,8 +126,9 @@ class Drive:
                 at: int, args: tuple, kwargs: dict, own: Forward, shift: float = shift, calls: Any = calls
             ) -> Any:
                 hidden = entering(args, kwargs)
-                rest = {f"argument {place}": value for place, value in enumerate(args) if place > 0}
-                rest |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                where = hidden_argument(args, kwargs)
+                rest = {f"argument {place}": value for place, value in enumerate(args) if place != where}
+                rest |= {name: value for name, value in kwargs.items() if name != where}
                 calls.append(rest)
                 return self.form(hidden * (1 + shift) + shift)
 

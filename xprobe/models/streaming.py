@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xprobe.capture.passes import Pass
 from xprobe.errors import ModelError
-from xprobe.models import loading
+from xprobe.models import loading, sources
 from xprobe.models.anatomy import (
     Anatomy,
     block_lists,
@@ -26,11 +26,12 @@ from xprobe.models.anatomy import (
     probe_ids,
     the_one_that_ran,
 )
+from xprobe.models.block_io import entering, short_run
 from xprobe.models.checkpoint import Checkpoint, check_plain
+from xprobe.models.messages import quiet
 from xprobe.models.placement import Placement, build_empty
-from xprobe.models.quiet import quiet
 from xprobe.models.spill import HiddenStore
-from xprobe.models.standins import FORMS, Drive, entering, standing_in
+from xprobe.models.standins import FORMS, Drive, standing_in
 
 SPILL_BYTES = 2 << 30
 ROWS_AT_ONCE = 64  # of own_logits
@@ -85,7 +86,12 @@ class SweepReport:
 
 
 def open_streamed(
-    name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", *, trust_remote_code: bool = False
+    name: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    heard: list[str] | None = None,
 ) -> StreamedModel:
     """Opens a checkpoint for block-by-block runs; reads what lies outside the blocks.
 
@@ -97,6 +103,8 @@ def open_streamed(
         Weights are converted to it as they are read; ``auto``: float32 on the CPU, else as the configuration says.
     device : str
         ``cpu``, ``cuda``, ...; ``auto``: the first accelerator that torch sees.
+    heard : list of str, optional
+        Gets the warnings of transformers that may concern weights.
 
     Raises
     ------
@@ -106,17 +114,19 @@ def open_streamed(
     import transformers
 
     device = loading.pick_device(device)
-    folder = loading.local_folder(loading.resolve(str(name)))
+    folder = sources.local_folder(sources.resolve(str(name)))
     checkpoint = Checkpoint(folder)
-    with quiet():
+    with quiet(heard):
         try:
             config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"cannot read {folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from error
         loading.check_decoder(config, str(name))
         check_plain(config, str(name))
+        config = loading.with_own_attention(config, heard)
         chosen = _pick_dtype(dtype, config, checkpoint, device)
         model = build_empty(config, chosen, device, trust_remote_code=trust_remote_code)
+        loading.use_plain_experts(model)
         candidates = block_lists(model)
         placement = Placement(model, checkpoint, candidates, chosen, device)
         placement.load_outside()
@@ -192,7 +202,7 @@ def own_logits(streamed: StreamedModel, last_hidden: Tensor) -> Tensor:
         given = rows.to(model.device)[None]
         with torch.inference_mode(), streamed.drive.ending_in(lambda hidden, given=given: given):  # type: ignore[misc]
             ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=model.device)
-            parts.append(model(input_ids=ids, use_cache=False).logits[0])
+            parts.append(short_run(model, ids)[0])
     return torch.cat(parts)
 
 

@@ -17,7 +17,8 @@ from xprobe.capture.readout import read_answers
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import loading
-from xprobe.models.anatomy import inspect, weights_of
+from xprobe.models.anatomy import inspect
+from xprobe.models.head import weights_of
 
 PROMPTS = family_of_prompts()
 SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]

@@ -1,0 +1,178 @@
+"""What the name of a model stands for: a folder, a GGUF file, or an id on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xprobe.errors import ModelError, UsageError
+from xprobe.models import gguf
+from xprobe.models.completeness import MERGE
+from xprobe.models.messages import quiet
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+ADAPTER_CONFIG = "adapter_config.json"
+
+# weights, configuration, tokenizers in all their forms, and code that a model brings
+FINGERPRINTED = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".py"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. ``kind`` is ``folder``, ``gguf`` or ``hub``; ``location`` its path or id."""
+
+    name: str
+    kind: str
+    location: str
+
+    def fingerprint(self) -> str:
+        """SHA-256 that changes when the files do: whole small files; name, size, head and tail of large ones."""
+        if self.kind == "hub":
+            return hashlib.sha256(self.location.encode()).hexdigest()
+        path = Path(self.location)
+        if self.kind == "gguf":
+            return gguf.checksum(path)
+        digest = hashlib.sha256()
+        for file in sorted(p for p in path.iterdir() if p.suffix in FINGERPRINTED):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with file.open("rb") as handle:
+                digest.update(handle.read(1 << 20))
+                handle.seek(max(file.stat().st_size - (1 << 20), 0))
+                digest.update(handle.read(1 << 20))
+        return digest.hexdigest()
+
+
+def resolve(name: str) -> Source:
+    """Finds what ``name`` stands for, without loading it.
+
+    Raises
+    ------
+    UsageError
+        ``name`` is a path that does not exist, or cannot be the name of a model.
+    ModelError
+        The alias is known and its package is not installed; a folder without config.json; or an adapter.
+    """
+    if not name.strip():
+        raise UsageError("the name of the model is empty; `xprobe run` without one takes the demo model")
+    if name in gguf.ALIASES:
+        return Source(name, "gguf", str(gguf.find_alias(name)))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UsageError(f"model {name!r} is a file but not a .gguf: give its folder instead")
+        return Source(name, "gguf", str(path.resolve()))
+    if path.is_dir():
+        if (path / ADAPTER_CONFIG).is_file():
+            raise _adapter(path / ADAPTER_CONFIG)
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json: expected a folder as written by save_pretrained")
+        return Source(name, "folder", str(path.resolve()))
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
+    if looks_like_path or not name or any(c.isspace() for c in name):
+        raise UsageError(f"no model at {name!r}: no such file or folder")
+    return Source(name, "hub", name)
+
+
+def location_and_options(source: Source, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """What transformers is to load from, and how.
+
+    Raises
+    ------
+    ModelError
+        The hub does not answer and the model is not in its cache; it is an adapter; or a GGUF file cannot be converted.
+    """
+    location = source.location
+    if source.kind == "gguf":
+        location = str(gguf.converted(Path(source.location)))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.kind == "hub":
+        if not hub_answers():
+            if not in_hub_cache(location):
+                raise ModelError(unknown(source))
+            options["local_files_only"] = True
+        _check_no_adapter_on_hub(location, bool(options.get("local_files_only")))
+    return location, options
+
+
+def local_folder(source: Source) -> Path:
+    """Folder with the files of ``source``; those of a model on the hub are fetched, unless the cache has them, and a
+    GGUF file is converted (which takes memory for all of its weights, once).
+
+    Raises
+    ------
+    ModelError
+        The hub does not answer or has no such model, it is an adapter, or a GGUF file cannot be converted.
+    """
+    if source.kind == "folder":
+        return Path(source.location)
+    if source.kind == "gguf":
+        return gguf.converted(Path(source.location))
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
+    options: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": ["consolidated*", "original/*"]}
+    with quiet():
+        try:
+            folder = Path(snapshot_download(source.location, local_files_only=not hub_answers(), **options))
+        except Exception as error:  # huggingface_hub raises OSError, ValueError, HTTP errors, ... for bad input
+            if not in_hub_cache(source.location):
+                raise ModelError(unknown(source)) from error
+            raise ModelError(f"cannot fetch {source.name}: {' '.join(str(error).split())[:400]}") from error
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise _adapter(Path(source.name) / ADAPTER_CONFIG)
+    return folder
+
+
+def hub_answers() -> bool:
+    """False where the hub's name cannot be looked up: asking it would only mean half a minute of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def in_hub_cache(name: str) -> bool:
+    """Whether the hub's cache holds the model's configuration (or an adapter's)."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", ADAPTER_CONFIG))
+    except HFValidationError:
+        return False
+
+
+def unknown(source: Source) -> str:
+    """Message for a name that stands for nothing."""
+    return (
+        f"unknown model {source.name!r}: not an alias ({', '.join(gguf.ALIASES)}), no such folder or .gguf file here, "
+        "and the Hugging Face hub does not answer or has no model of that name"
+    )
+
+
+def _check_no_adapter_on_hub(name: str, offline: bool) -> None:
+    from transformers.utils import find_adapter_config_file
+
+    with quiet():
+        try:
+            found = find_adapter_config_file(name, local_files_only=offline)
+        except Exception:  # whatever keeps it from being found, loading the model says better
+            return
+    if found is not None:
+        raise _adapter(Path(name) / ADAPTER_CONFIG)
+
+
+def _adapter(file: Path) -> ModelError:
+    return ModelError(f"{file} makes this an adapter, which is not read, not even beside its base weights: {MERGE}")
