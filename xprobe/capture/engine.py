@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from xprobe_kernels import attention
 from xprobe_kernels.transfer import upload
 
@@ -30,14 +29,13 @@ from xprobe.capture.plan import (
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, Receiver, RowSpace
+from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
 from xprobe.capture.tree import grow
 from xprobe.models import team
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
+from xprobe.models.block_io import own_code
 from xprobe.models.parity import check_parity
 from xprobe.qa.prompts import Prompt
-
-# Largest difference of a row made another way, relative to the row's largest entry, that is still rounding
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 # Packed sequences end at a multiple of it
 MULTIPLE = 64
@@ -92,15 +90,23 @@ class Engine:
         prompts = list(sample)
         team.tell("settle", prompts)
         whole = max(self.batch_tokens, sum(fed_length(prompt) for prompt in prompts))
-        found = self._capture(prompts, "plain", 1)
-        wanted = Captured(found.answers.clone(), found.offsets, found.questions.clone(), found.targets)
+        stateful = carries_state(self.model, self.anatomy.blocks)
+        if stateful is not None:
+            return self._without_sharing(f"{type(self.model).__name__} cannot share beginnings: {stateful}")
+        wanted = self._capture(prompts, "plain", 1).copy()
+        noise = self._capture(prompts, "plain", whole).copy()
         kernel = self.kernel
         for way, self.kernel in _ways(kernel):
             try:
+                if way == "tree":
+                    for one in Isolation(self.model, self.kernel).passes:
+                        run_pass(self.model, self.anatomy, one)
                 # in one pass, whatever the budget: prompts that run alone say nothing of sharing
-                reason = _disagreement(self._capture(prompts, way, whole), wanted)
+                reason = self._disagreement(self._capture(prompts, way, whole), wanted, noise)
                 if reason is None and self._together < min(2, len(prompts)):
                     reason = "no two prompts of the check could be run together"
+            except NotIsolated as found:
+                reason = str(found)
             except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
                 if is_out_of_memory(error):
                     raise
@@ -110,9 +116,19 @@ class Engine:
                 return way
             by = ", and the attention kernel" if self.kernel else ""
             self.warn(f"{type(self.model).__name__} cannot be run with {WAYS[way]}{by} ({reason})")
+        return self._without_sharing()
+
+    def _without_sharing(self, reason: str | None = None) -> Way:
         self.way = "plain"
+        if reason is not None:
+            self.warn(reason)
         self.warn(f"it is run with {WAYS['plain']}")
         return self.way
+
+    def _disagreement(self, found: Captured, wanted: Captured, noise: Captured) -> str | None:
+        """In words, how far rows are from those they should equal; None if only by rounding."""
+        layers = range(self.anatomy.n_layers)
+        return next((r for k in layers if (r := disagreement(found, wanted, noise, self.anatomy.head, k))), None)
 
     def waves(self, plan: Plan, wanted: Container[str], backend: str = "auto") -> Iterator[tuple[Wave, Captured]]:
         """Every wave of ``plan`` that holds a group of ``wanted``, and its rows, valid until the next is asked for."""
@@ -154,7 +170,7 @@ class Engine:
         return captured
 
     def _run(self, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> None:
-        with torch.inference_mode(), fast_products(self.model):
+        with torch.inference_mode(), fast_products(self.model), own_code(self.model):
             if self.alone_beyond is not None and fed_length(prompts[part[0]]) > self.alone_beyond:
                 # dynamic NTK keeps the angles of the longest prompt until a short one comes
                 self.model.base_model(input_ids=pad([prompts[part[0]].ids[:1]], self.model.device), use_cache=False)
@@ -205,19 +221,3 @@ def run_pass(model: Any, anatomy: Anatomy, one: Pass) -> None:
     """One forward pass of the decoder without its head."""
     with torch.inference_mode(), watch_states(anatomy.blocks, one.receive), one.active():
         model.base_model(**one.inputs, use_cache=False)
-
-
-def _disagreement(found: Captured, wanted: Captured) -> str | None:
-    """In words, how far rows are from those they should equal; None if only by rounding."""
-    for layer in range(wanted.answers.shape[0]):
-        for name in ("answers", "questions"):
-            if reason := disagreement(getattr(found, name)[layer], getattr(wanted, name)[layer], layer):
-                return reason
-    return None
-
-
-def disagreement(ours: Tensor, theirs: Tensor, layer: int) -> str | None:
-    """In words, how far rows [R, D] of a layer are from those they should equal; None if only by rounding."""
-    ours, wide = ours.float(), theirs.float()
-    error = float(((ours - wide).abs().amax(-1) / wide.abs().amax(-1).clamp(min=1e-30)).max())
-    return None if error <= TOLERANCE[theirs.dtype] else f"its rows differ by {error:.1e} from layer {layer} on"

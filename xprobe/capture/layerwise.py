@@ -17,12 +17,13 @@ from torch import Tensor
 from xprobe_kernels import attention
 
 from xprobe.capture.cascade import NotShareable
-from xprobe.capture.engine import Notify, disagreement, make_pass
+from xprobe.capture.engine import Notify, make_pass
 from xprobe.capture.memory import is_out_of_memory
 from xprobe.capture.passes import Pass
 from xprobe.capture.plan import WAYS, Group, Plan, Wave, Way, fed_length, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, RowSpace
+from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
 from xprobe.errors import RunFolderError
 from xprobe.models.parity import compare_with_own
 from xprobe.models.streaming import StreamedModel, own_logits, sweep
@@ -134,30 +135,43 @@ class LayerwiseEngine:
         sample = [p for p in self.sample if limit is None or fed_length(p) <= limit]
         if len(sample) < min(2, len(self.sample)):
             raise NotShareable(f"the check has no two prompts of at most {limit} tokens")
+        stateful = carries_state(self.model, self.anatomy.blocks)
+        if stateful is not None:
+            raise NotShareable(stateful)
         shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.model.device)
-        wanted, found = RowSpace(*shape).take(sample), RowSpace(*shape).take(sample)
-        passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in range(len(sample))]
-        packed = make_pass(self.model, sample, range(len(sample)), found, self.way, self.kernel)
+        wanted, noise, found = (RowSpace(*shape).take(sample) for _ in range(3))
+        everyone = range(len(sample))
+        passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in everyone]
+        passes.append(make_pass(self.model, sample, everyone, noise, "plain"))
+        packed = make_pass(self.model, sample, everyone, found, self.way, self.kernel)
 
         def receive(layer: int, hidden: Tensor) -> None:
             packed.receive(layer, hidden)
-            for name in ("answers", "questions"):
-                if reason := disagreement(getattr(found, name)[layer], getattr(wanted, name)[layer], layer):
-                    raise NotShareable(reason)
+            if reason := disagreement(found, wanted, noise, self.anatomy.head, layer):
+                raise NotShareable(reason)
+
+        isolation = [self._guarded(one, one.receive) for one in Isolation(self.model, self.kernel).passes]
+        return [*isolation, *passes, self._guarded(packed, receive)]
+
+    @staticmethod
+    def _guarded(one: Pass, receive: Callable[[int, Tensor], None]) -> Pass:
+        """A pass of the check: whatever fails in it says that the model cannot be run so."""
 
         @contextmanager
         def active() -> Iterator[None]:
             try:
-                with packed.active():
+                with one.active():
                     yield
             except NotShareable:
                 raise
+            except NotIsolated as error:
+                raise NotShareable(str(error)) from error
             except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
                 if is_out_of_memory(error):
                     raise
                 raise NotShareable(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
 
-        return [*passes, Pass(packed.inputs, receive, active)]
+        return Pass(one.inputs, receive, active)
 
 
 class _MappedSpace(RowSpace):

@@ -44,6 +44,10 @@ class Captured:
         """Rows at the last prompt token [L + 1, N, D]."""
         return self.answers[:, upload(self.offsets[:-1], self.answers.device)]
 
+    def copy(self) -> Captured:
+        """The same rows in memory of their own, which the next pass does not overwrite."""
+        return Captured(self.answers.clone(), self.offsets, self.questions.clone(), self.targets)
+
     def part(self, start: int, stop: int) -> Captured:
         """Prompts ``start:stop`` alone; the same memory."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])

@@ -68,7 +68,9 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
     with quiet(said), ExitStack() as undo:
         placing = _placing(config, undo)
         try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model: Any
+            info: dict[str, Any]
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 location,
                 config=model_config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),

@@ -1,0 +1,137 @@
+"""Whether prompts that share a forward pass keep the rows of their own plain runs.
+
+Two questions are put to the model itself, since its family's name answers neither. *Isolation*: does a token of a
+packed sequence depend on tokens that it must not see? Tokens that may see nothing but themselves are run in two orders;
+what each of them gives may not change. Attention obeys the packing, convolutions and recurrences do not, and this test
+sees the smallest of their effects. *Agreement*: are the rows those of plain runs as far as the lens can tell?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from xprobe_kernels import Unembedding, reference
+from xprobe_kernels.transfer import upload
+
+from xprobe.capture.cascade import Layout, packed_attention
+from xprobe.capture.passes import Pass
+from xprobe.capture.rows import Captured
+from xprobe.capture.tree import Segment, Tree
+from xprobe.models.anatomy import input_device
+
+ISOLATED_TOKENS = 64
+ISOLATED_ROUNDINGS = 8  # of a channel's largest entry: experts may add their tokens up in another order
+PARTS = ("answers", "questions")
+
+
+class NotIsolated(Exception):
+    """A token depends on tokens of other prompts."""
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Which rows count (the worst one for 1.0), and how far they may be off, as a share of the spread of the logits.
+
+    16-bit rows are off by routing decisions that rounding tips over, so the median row counts there.
+    """
+
+    quantile: float
+    floor: float
+    noise: float  # times the difference between plain runs of other batch sizes, if that is more than the floor
+
+
+BOUNDS = {
+    torch.float64: _Bound(1.0, 1e-6, 8),
+    torch.float32: _Bound(1.0, 3e-4, 8),
+    torch.float16: _Bound(0.5, 2e-2, 3),
+    torch.bfloat16: _Bound(0.5, 5e-2, 3),
+}
+
+
+def carries_state(model: Any, blocks: Sequence[nn.Module]) -> str | None:
+    """Why neighbouring tokens meet outside of attention, by what the model declares; None if nothing says so."""
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a state from token to token"
+    modules = (module for block in blocks for module in block.modules())
+    if any(isinstance(module, nn.Conv1d) and max(module.kernel_size) > 1 for module in modules):
+        return "its blocks hold a convolution over tokens"
+    return None
+
+
+class Isolation:
+    """Two passes over the same tokens in two orders, each token alone, and the comparison of what they give."""
+
+    def __init__(self, model: Any, kernel: bool) -> None:
+        self._first: dict[int, Tensor] = {}
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        generator = torch.Generator().manual_seed(2)
+        ids = torch.randint(min(10, vocabulary - 1), vocabulary, (ISOLATED_TOKENS,), generator=generator)
+        self._order = torch.randperm(ISOLATED_TOKENS, generator=generator)
+        self.passes = [
+            _alone(model, ids, kernel, self._keep),
+            _alone(model, ids[self._order], kernel, self._compare),
+        ]
+
+    def _keep(self, layer: int, hidden: Tensor) -> None:
+        self._first[layer] = hidden[0].clone()
+
+    def _compare(self, layer: int, hidden: Tensor) -> None:
+        wanted = self._first.pop(layer)[self._order.to(hidden.device)].float()
+        difference = (hidden[0].float() - wanted).abs().amax(0)
+        bound = ISOLATED_ROUNDINGS * torch.finfo(hidden.dtype).eps * wanted.abs().amax(0)
+        if bool((difference > bound).any()):
+            raise NotIsolated(f"from layer {layer} on a token depends on tokens of other prompts")
+
+
+def _alone(model: Any, ids: Tensor, kernel: bool, receive: Any) -> Pass:
+    """A packed pass in which every token is a prompt of its own."""
+    count = ids.shape[0]
+    segments = tuple(Segment(i, i + 1, i + 1, 0) for i in range(count))
+    tree = Tree(tuple(ids.tolist()), (0,) * count, segments, tuple((segment,) for segment in segments))
+    device = input_device(model)
+    layout = Layout(tree, device, kernel)
+    inputs = {"input_ids": upload(ids[None], device), "position_ids": layout.positions[None]}
+    return Pass(inputs, receive, lambda: packed_attention(model, layout))
+
+
+def disagreement(
+    found: Captured, wanted: Captured, noise: Captured | None, head: Unembedding, layer: int
+) -> str | None:
+    """In words, how far the rows of a layer are from those of plain runs; None if only by rounding.
+
+    Compared are log-probabilities over the whole vocabulary, not the rows themselves: in real models a few channels are
+    hundreds of times larger than the others, and nothing that happens to the others shows beside them.
+
+    Parameters
+    ----------
+    noise : Captured
+        Rows of the same prompts, run plainly in batches of another size: their difference from ``wanted`` is rounding.
+    """
+    for part in PARTS:
+        theirs = getattr(wanted, part)[layer]
+        bound = BOUNDS[theirs.dtype]
+        error = _difference(getattr(found, part)[layer], theirs, head, bound.quantile)
+        if error <= bound.floor:
+            continue
+        rounding = _difference(getattr(noise, part)[layer], theirs, head, bound.quantile)
+        if not error <= max(bound.floor, bound.noise * rounding):
+            return f"its log-probabilities at layer {layer} differ by {error:.1e} of their spread"
+    return None
+
+
+def _difference(ours: Tensor, theirs: Tensor, head: Unembedding, quantile: float) -> float:
+    """How far log-probabilities of rows [R, D] are from those of others: root mean square over the vocabulary, as a
+    share of the spread of the logits, of the row at this quantile."""
+    dtype = torch.float64 if theirs.dtype == torch.float64 else torch.float32
+    one, other = (
+        reference.logits(rows.to(head.weight.device, dtype), head, dtype).log_softmax(-1) for rows in (ours, theirs)
+    )
+    usable = torch.isfinite(other)
+    apart = torch.where(usable, one - other, 0.0).square().mean(-1).sqrt()
+    spread = torch.where(usable, other, other.nan_to_num(neginf=0.0).mean()).std(-1)
+    # a row that is not a number is as far off as can be
+    return float((apart / spread.clamp(min=1e-30)).nan_to_num(nan=float("inf")).quantile(quantile))
