@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.memory import PeakMemory
 
+from xprobe.phases import encoding
 from xprobe.phases.encoding import paragraph_encoding, retrieve
 from xprobe.phases.segmentation import encoding_depths
 
@@ -108,6 +112,90 @@ def test_ties_between_some_candidates_share_their_ranks():
     found = retrieve(np.array([[[1.0, 0.1]]]), candidates, np.array([1]))
     assert found.encoding[0, 0] == pytest.approx(1 - np.log2(1.5) / np.log2(3))
     assert found.top1[0, 0] == 0.5
+
+
+def pair_by_pair(cosines, right):
+    """Encoding, control, top-1 and margin of one query: every candidate against every other."""
+    m = len(cosines)
+    ahead = [sum(other - own > 1e-9 for other in cosines) for own in cosines]
+    equal = [sum(abs(other - own) <= 1e-9 for other in cosines) - 1 for own in cosines]
+    values = [1 - np.log2(1 + a + e / 2) / np.log2(m) for a, e in zip(ahead, equal, strict=True)]
+    top1 = 1 / (1 + equal[right]) if ahead[right] == 0 else 0.0
+    return values[right], np.mean(values), top1, cosines[right] - np.mean(np.delete(cosines, right))
+
+
+def by_cosine(cosines):
+    """Candidates [M, 1, 2] whose cosines with the query (1, 0) are these."""
+    cosines = np.asarray(cosines, float)
+    return np.stack([cosines, np.sqrt(1 - cosines**2)], axis=-1)[:, None]
+
+
+QUERY = np.array([[[1.0, 0.0]]])
+
+
+@settings(deadline=None)
+@given(
+    # a few coarse values that many share, with steps around the size of a tie beside them
+    st.lists(st.tuples(st.sampled_from([-0.5, 0.0, 0.25]), st.integers(-6, 6)), min_size=2, max_size=40),
+    st.data(),
+)
+def test_ranks_and_ties_are_those_of_all_pairs(parts, data):
+    cosines = [coarse + 0.45e-9 * fine for coarse, fine in parts]
+    right = data.draw(st.integers(0, len(parts) - 1))
+    found = retrieve(QUERY, by_cosine(cosines), np.array([right]))
+    wanted = pair_by_pair(cosines, right)
+    assert [found.encoding[0, 0], found.control[0, 0], found.top1[0, 0], found.margin[0, 0]] == pytest.approx(
+        wanted, abs=1e-12
+    )
+
+
+def test_a_chain_of_ties_is_no_tie_of_its_ends():
+    cosines = [0.0, 0.8e-9, 1.6e-9]  # ranks 2.5, 2, 1.5: each end ties with the middle alone
+    found = [retrieve(QUERY, by_cosine(cosines), np.array([right])) for right in range(3)]
+    assert [f.encoding[0, 0] for f in found] == pytest.approx(1 - np.log2([2.5, 2, 1.5]) / np.log2(3))
+    assert [f.top1[0, 0] for f in found] == [0, 1 / 3, 1 / 2]
+    assert found[0].control[0, 0] == pytest.approx(np.mean(1 - np.log2([2.5, 2, 1.5]) / np.log2(3)))
+
+
+def test_a_cosine_that_is_not_a_number_gives_no_value():
+    queries = np.array([[[1.0, 0.0]], [[np.nan, 0.0]]])
+    found = retrieve(queries, by_cosine([0.1, 0.2, 0.3]), np.array([2, 2]))
+    for values in vars(found).values():
+        assert np.isfinite(values[0]).all()
+        assert np.isnan(values[1]).all()
+
+
+@pytest.mark.parametrize("size", [1, 3000, 20_000])
+def test_blocks_change_no_value(unbalanced, monkeypatch, size):
+    whole = paragraph_encoding(*unbalanced)
+    monkeypatch.setattr(encoding, "BLOCK_BYTES", size)
+    for name, values in vars(paragraph_encoding(*unbalanced)).items():
+        assert values == pytest.approx(getattr(whole, name), abs=1e-12, nan_ok=True)
+
+
+def test_a_book_with_800_questions_on_one_text_takes_little_memory():
+    """All pairs of candidates would be 4 layers x 800 x 800 x 800 numbers of 8 bytes: 16 GB and more."""
+    m, generator = 800, np.random.default_rng(0)
+    direction = generator.normal(size=(m, 1, 4, 32))
+    states = (direction + 0.1 * generator.normal(size=(m, 2, 4, 32))).astype(np.float32)
+    states[:, :, 0] = 1  # as the last prompt token at layer 0: all tie
+    with PeakMemory() as peak:
+        found = paragraph_encoding(states.reshape(2 * m, 4, 32), np.repeat(np.arange(m), 2), np.tile(["en", "de"], m))
+    assert peak.growth < 2 * encoding.BLOCK_BYTES
+    assert np.allclose(found.encoding[:, 0], 1 - np.log2((m + 1) / 2) / np.log2(m))
+    assert (found.encoding[:, 1:] == 1).all()
+    assert np.allclose(found.control[:, 1:], np.mean(1 - np.log2(np.arange(1, m + 1)) / np.log2(m)))
+
+
+def test_many_layers_are_centred_a_few_at_a_time():
+    """4 questions in 12 languages, 200 layers, 512 wide: the states alone are 39 MB in fp64, 20 MB as given."""
+    states = np.random.default_rng(0).normal(size=(48, 200, 512)).astype(np.float32)
+    questions, languages = np.repeat(list("abcd"), 12), np.tile([f"l{i}" for i in range(12)], 4)
+    with PeakMemory() as peak:
+        found = paragraph_encoding(states, questions, languages)
+    assert peak.growth < states.size * 8
+    last = paragraph_encoding(states[:, -1:], questions, languages)
+    assert np.array_equal(found.encoding[:, -1:], last.encoding)
 
 
 @pytest.mark.parametrize("languages", [["en"] * 4, ["en", "de"] * 2])
