@@ -39,7 +39,11 @@ def list_sets(as_json: bool) -> None:
     for entry in sets:
         held = f"{entry['questions']} questions on {entry['paragraphs']} paragraphs in {' '.join(entry['languages'])}"
         click.echo(f"{entry['name']:<8}  {entry['missing'] or held}")
-    click.echo("\nAny folder of NAME.<lang>.json files in SQuAD v1.1 format works as well: xprobe run --data FOLDER")
+    click.echo(
+        "\nA folder of your own works as well: xprobe run --data FOLDER. It holds one file per language, "
+        "NAME.<lang>.json or\nNAME.<lang>.jsonl, perhaps with .gz, in SQuAD v1.1 format or with flat records "
+        "(docs/data.md)."
+    )
 
 
 @command.command("check")
@@ -48,7 +52,11 @@ def list_sets(as_json: bool) -> None:
 @click.option("--strict", is_flag=True, help="Stop at the first problem.")
 @common
 def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: bool) -> int:
-    """Validate every record of DATA: builtin, xquad, a folder, or one file. Exit code 1 if there are problems."""
+    """Validate every record of DATA: builtin, xquad, a folder, or one file. Exit code 1 if there are problems.
+
+    Files are named NAME.<lang>.json or NAME.<lang>.jsonl, perhaps with .gz, and hold SQuAD v1.1 or flat records
+    (docs/data.md).
+    """
     found = load_data(data, languages, strict=strict)
     if as_json:
         echo_json({

@@ -24,7 +24,9 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     default="builtin",
     show_default=True,
     metavar="builtin|xquad|DIR|FILE",
-    help="Question set: the built-in one, XQuAD, a folder of NAME.<lang>.json files, or one such file.",
+    help="Question set: the built-in one, XQuAD, a folder with one file per language, or one such file. Files are "
+    "named NAME.<lang>.json or NAME.<lang>.jsonl, perhaps with .gz, and hold SQuAD v1.1 or flat "
+    "records (docs/data.md).",
 )
 @click.option(
     "--setting",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -60,6 +61,30 @@ def test_check_as_json_and_strict(capsys, damaged):
     }  # fmt: skip
     assert main(["data", "check", str(damaged), "--strict"]) == 1
     assert "toy.en.json" in capsys.readouterr().err
+
+
+def test_check_reads_lines_and_compressed_files(capsys, tmp_path):
+    record = {"id": "q0", "context": "A b c.", "question": "What?", "answers": {"text": ["b"], "answer_start": [2]}}
+    bad = {**record, "id": "q1", "answers": {"text": ["b"], "answer_start": [0]}}
+    (tmp_path / "toy.en.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps(bad)}\n{{\n")
+    (tmp_path / "toy.de.json.gz").write_bytes(gzip.compress(json.dumps([record]).encode()))
+    assert main(["data", "check", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "toy.en.jsonl: line 2, id q1: answer is not at answer_start ('b' is not at 0; it stands at 2)" in out
+    assert "toy.en.jsonl: line 3: not valid JSON" in out
+    assert "en  1 usable questions\nde  1 usable questions\n2 problems" in out
+    assert main(["data", "check", str(tmp_path / "toy.de.json.gz"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == {"de": 1}
+
+
+def test_help_names_the_layouts(capsys):
+    for arguments in (["run", "--help"], ["data", "check", "--help"]):
+        assert main(arguments) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "NAME.<lang>.jsonl, perhaps with .gz" in out
+        assert "flat records" in out
+    assert main(["data", "list"]) == 0
+    assert "flat records" in capsys.readouterr().out
 
 
 def test_fetch_that_cannot_reach_its_address_says_what_else_to_do(capsys, empty_cache):

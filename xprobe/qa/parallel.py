@@ -1,33 +1,39 @@
-"""Parallel sets: the built-in one, XQuAD, a folder of ``NAME.<lang>.json`` files, or one such file."""
+"""Parallel sets: the built-in one, XQuAD, a folder of files named by language, one such file, or records in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from xprobe.cache import cache_dir
 from xprobe.errors import DataError, UsageError
+from xprobe.qa.layouts import read_file
 from xprobe.qa.records import Dataset, Problem, Record
-from xprobe.qa.squad import read_squad
+from xprobe.qa.validation import Collector
 
 BUILTIN_DIR = Path(__file__).with_name("builtin")
 XQUAD_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
-_FILE_NAME = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3}(?:[-_][A-Za-z0-9]+)*)\.json$")
+_ENDING = r"\.jsonl?(?:\.gz)?$"
+_FILE_NAME = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3}(?:[-_][A-Za-z0-9]+)*)" + _ENDING)
+_DATA_FILE = re.compile(r"[^.].*" + _ENDING)
 
 
 def load_data(
-    spec: str, languages: Iterable[str] | None = None, *, strict: bool = False, needed: Iterable[str] = ()
+    spec: Any, languages: Iterable[str] | None = None, *, strict: bool = False, needed: Iterable[str] = ()
 ) -> Dataset:
-    """Reads the dataset that ``spec`` names.
+    """Reads the dataset that ``spec`` names, or takes the records that it holds.
 
     Parameters
     ----------
-    spec : str
-        ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files in SQuAD v1.1 format, or one such file.
+    spec : str, path, Dataset, or records
+        ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files, or one such file. A file is in SQuAD v1.1
+        format or holds flat records as Hugging Face's sets do; it may hold JSON lines (``.jsonl``) and be compressed
+        (``.gz``). Records in memory: see ``xprobe.qa.memory.read_records``. A ``Dataset`` is returned as it is.
     languages : iterable of str, optional
         Read only these (and ``needed``); all if None.
     strict : bool
@@ -38,34 +44,72 @@ def load_data(
     Raises
     ------
     UsageError
-        Nothing at ``spec``, or an unknown language.
+        Nothing at ``spec``, an unknown language, or something that is no data.
     DataError
-        A file is not JSON or not SQuAD, no usable record is left, or (``strict``) a record is bad.
+        A file is in no known format, no usable record is left, or (``strict``) a record is bad.
     """
+    if isinstance(spec, Dataset):
+        _wanted(spec.languages, languages, needed, spec.name)
+        if strict:
+            _check_strictly(spec.problems)
+        return spec
+    if isinstance(spec, str | os.PathLike):
+        return _load_files(os.fsdecode(spec), languages, strict, needed)
+    from xprobe.qa import memory  # loads pandas
+
+    collected, problems = memory.read_records(spec)
+    kept = _wanted(collected, languages, needed, memory.NAME)
+    parts = {language: (f"data[{language!r}]", collected[language]) for language in kept}
+    return _joined(memory.NAME, parts, problems, strict)
+
+
+def _load_files(spec: str, languages: Iterable[str] | None, strict: bool, needed: Iterable[str]) -> Dataset:
     files = find_files(spec)
-    misnamed = _misnamed(files)
-    if languages is not None:
-        asked = tuple(languages)
-        for language in asked:
-            if language not in files:
-                raise UsageError(f"language {language!r} is not in {spec}; available: {', '.join(files)}")
-        files = {language: path for language, path in files.items() if language in {*asked, *needed}}
-    records: dict[str, dict[str, Record]] = {}
-    problems = misnamed
+    misnamed = [] if _path(spec).is_file() else _misnamed(files)
+    kept = _wanted(files, languages, needed, spec)
+    parts = {language: (str(files[language]), read_file(files[language], language)) for language in kept}
+    data = _joined(spec, parts, misnamed, strict, f". `xprobe data check {spec}` lists every problem")
+    return replace(data, files=tuple(str(files[language]) for language in kept))
+
+
+def _wanted(present: Iterable[str], languages: Iterable[str] | None, needed: Iterable[str], name: str) -> list[str]:
+    """The languages to read, in the order of ``present``."""
+    known = list(present)
+    if languages is None:
+        return known
+    asked = tuple(languages)
+    for language in asked:
+        if language not in known:
+            raise UsageError(f"language {language!r} is not in {name}; available: {', '.join(known)}")
+    return [language for language in known if language in {*asked, *needed}]
+
+
+def _joined(
+    name: str, parts: dict[str, tuple[str, Collector]], problems: list[Problem], strict: bool, advice: str = ""
+) -> Dataset:
+    """One dataset of what was read of each language, which comes with the name of its source."""
+    records = {language: part.records for language, (_, part) in parts.items()}
+    problems = [*problems, *(problem for _, part in parts.values() for problem in part.problems)]
+    reported = {(language, problem.id) for language, (_, part) in parts.items() for problem in part.problems}
+    problems += _align(records, {language: Path(source).name for language, (source, _) in parts.items()}, reported)
+    if strict:
+        _check_strictly(problems)
     digest = hashlib.sha256()
-    for language, path in files.items():
-        records[language], found, checksum = read_squad(path, language)
-        problems += found
-        digest.update(f"{language} {checksum}\n".encode())
-    problems += _align(records, files, problems)
-    if strict and problems:
+    for language, (source, part) in parts.items():
+        if not part.records:
+            own = part.problems
+            counted = f": {len(own)} left out, the first: {own[0]}" if own else ""
+            raise DataError(f"{source} holds no usable question{counted}{advice}")
+        digest.update(f"{language} {part.checksum}\n".encode())
+    return Dataset(name, records, (), tuple(problems), digest.hexdigest())
+
+
+def _check_strictly(problems: Sequence[Problem]) -> None:
+    if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{more}; mend the file, or run without --strict to leave such records out")
-    for language, path in files.items():
-        if not records[language]:
-            counted = f": {len(problems)} left out, the first: {problems[0]}" if problems else ""
-            raise DataError(f"{path} holds no usable question{counted}. `xprobe data check {spec}` lists every problem")
-    return Dataset(spec, records, tuple(str(path) for path in files.values()), tuple(problems), digest.hexdigest())
+        raise DataError(
+            f"{problems[0]}{more}; mend it, or run without --strict (strict=False) to leave such records out"
+        )
 
 
 def find_files(spec: str) -> dict[str, Path]:
@@ -74,33 +118,48 @@ def find_files(spec: str) -> dict[str, Path]:
         return _folder(BUILTIN_DIR, spec)
     if spec == "xquad":
         return _folder(xquad_dir(), spec)
-    path = Path(spec).expanduser()
+    path = _path(spec)
     if path.is_dir():
         return _folder(path, spec)
     if path.is_file():
         match = _FILE_NAME.match(path.name)
         if match is None:
-            raise UsageError(f"cannot tell the language of {path}: name it like xquad.en.json (NAME.<language>.json)")
+            raise UsageError(
+                f"cannot tell the language of {path}: name it like xquad.en.json "
+                "(NAME.<language>.json, or .jsonl, .json.gz, .jsonl.gz)"
+            )
         return {match["language"]: path}
     raise UsageError(f"no data at {spec!r}: not a file, not a folder, not one of builtin, xquad")
+
+
+def _path(spec: str) -> Path:
+    return Path(os.path.expanduser(spec))  # Path.expanduser raises where there is no such user
 
 
 def xquad_dir() -> Path:
     """Where XQuAD lies: ``$XPROBE_XQUAD_DIR`` if set, else the cache that ``xprobe data fetch xquad`` fills."""
     named = os.environ.get("XPROBE_XQUAD_DIR")
     folder = Path(named).expanduser() if named else cache_dir() / "data" / "xquad"
-    if not folder.is_dir() or not any(folder.glob("*.json")):
+    if not folder.is_dir() or not _data_files(folder):
         where = f"$XPROBE_XQUAD_DIR is {folder}" if named else f"nothing in {folder}"
         raise UsageError(f"XQuAD is not here ({where}): run `xprobe data fetch xquad`, or give its folder with --data")
     return folder
 
 
+def _data_files(folder: Path) -> list[Path]:
+    """Files that may hold records, by their names; hidden ones left out."""
+    return sorted(path for path in folder.iterdir() if _DATA_FILE.match(path.name))
+
+
 def _folder(folder: Path, spec: str) -> dict[str, Path]:
     found: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in _data_files(folder):
         match = _FILE_NAME.match(path.name)
-        if match is not None and not path.name.startswith("."):
-            found.setdefault(match["name"], {})[match["language"]] = path
+        if match is None:
+            continue
+        other = found.setdefault(match["name"], {}).setdefault(match["language"], path)
+        if other != path:
+            raise UsageError(f"{folder} holds {match['language']!r} twice: keep {other.name} or {path.name}")
     if not found:
         raise UsageError(f"no data in {folder}: expected files like xquad.en.json (NAME.<language>.json)")
     if len(found) > 1:
@@ -116,27 +175,31 @@ def _misnamed(files: dict[str, Path]) -> list[Problem]:
     first = next(iter(files.values()))
     match = _FILE_NAME.match(first.name)
     stem = match["name"] if match else first.stem
-    beside = sorted(first.parent.glob("*.json")) if len(files) > 1 else []
     return [
         Problem(path.name, "file", f"name is not {stem}.<language>.json")
-        for path in beside
+        for path in _data_files(first.parent)
         if path.name.startswith(f"{stem}.") and path not in files.values()
     ]
 
 
-def _align(records: dict[str, dict[str, Record]], files: dict[str, Path], known: Iterable[Problem]) -> list[Problem]:
+def _align(
+    records: dict[str, dict[str, Record]], names: dict[str, str], reported: Set[tuple[str, str]]
+) -> list[Problem]:
     """Reports ids that one language has and another lacks, and gives every paragraph one key in all languages.
 
     Paragraphs are matched by any question id that they share: the key is the paragraph's place in the first language
     (English if present) that holds it. A paragraph that shares none keeps its own place, with its language before it
-    if that key is another paragraph's. Ids reported already for a file (``known``) are not reported again.
+    if that key is another paragraph's; so does the second of two that one paragraph of another language is split into,
+    since a key stands for one context in each language. A language and id in ``reported`` are not reported again.
     """
     common: dict[str, str] = {}
     for language in records:
         keys: dict[str, str] = {}
+        claimed: set[str] = set()
         for id_, record in records[language].items():
-            if id_ in common:
-                keys.setdefault(record.paragraph, common[id_])
+            if id_ in common and record.paragraph not in keys and common[id_] not in claimed:
+                keys[record.paragraph] = common[id_]
+                claimed.add(common[id_])
         taken = set(common.values())
         for record in records[language].values():
             own = record.paragraph
@@ -144,10 +207,9 @@ def _align(records: dict[str, dict[str, Record]], files: dict[str, Path], known:
         for id_, record in records[language].items():
             records[language][id_] = replace(record, paragraph=keys[record.paragraph])
             common.setdefault(id_, keys[record.paragraph])
-    reported = {(problem.file, problem.where) for problem in known}
     return [
-        Problem(files[language].name, f"id {id_}", "id is missing in a parallel file")
+        Problem(names[language], f"id {id_}", "id is missing in a parallel file", "", id_)
         for language in records
         for id_ in common
-        if id_ not in records[language] and (files[language].name, f"id {id_}") not in reported
+        if id_ not in records[language] and (language, id_) not in reported
     ]

@@ -10,7 +10,10 @@ from xprobe.errors import UsageError
 
 @dataclass(frozen=True)
 class Record:
-    """One question in one language. ``context[answer_start:answer_start + len(answer)] == answer`` holds."""
+    """One question in one language. ``context[answer_start:answer_start + len(answer)] == answer`` holds.
+
+    ``answers`` are the distinct texts of all gold answers, ``answer`` first; ``(answer,)`` if not given.
+    """
 
     id: str
     language: str
@@ -19,6 +22,10 @@ class Record:
     question: str
     answer: str
     answer_start: int
+    answers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _fill_in_answers(self)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Problem:
     where: str  # the record's id, or its place in the file
     reason: str  # short, the same for all problems of one kind: what is counted
     detail: str = ""
+    id: str = field(default="", compare=False)  # the record's, if it has a usable one
 
     def __str__(self) -> str:
         return printable(f"{self.file}: {self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
@@ -36,7 +44,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Example:
-    """A question in one language as one setting asks it: what becomes one prompt."""
+    """A question in one language as one setting asks it: what becomes one prompt.
+
+    ``answers`` are the distinct texts of all gold answers in the context's language, ``answer`` first; ``(answer,)`` if
+    not given.
+    """
 
     setting: str
     language: str
@@ -47,6 +59,10 @@ class Example:
     question: str
     answer: str
     answer_start: int
+    answers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _fill_in_answers(self)
 
     @property
     def id(self) -> str:
@@ -96,7 +112,7 @@ class Dataset:
             if setting == "en-x" and "en" not in self.records:
                 raise UsageError(
                     f"setting en-x needs English contexts, and {self.name} holds only {', '.join(self.languages)}: "
-                    f"give a folder with its .en.json file as well, or use --setting x-x"
+                    f"give the English records as well (NAME.en.json in the same folder), or use --setting x-x"
                 )
             for id_ in self._selected(setting, languages, limit):
                 for language in languages:
@@ -132,4 +148,10 @@ def _join(setting: str, asked: Record, told: Record) -> Example:
         question=asked.question,
         answer=told.answer,
         answer_start=told.answer_start,
+        answers=told.answers,
     )
+
+
+def _fill_in_answers(item: Record | Example) -> None:
+    if not item.answers:
+        object.__setattr__(item, "answers", (item.answer,))  # frozen, and not yet in anybody's hands

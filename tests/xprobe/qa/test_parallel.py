@@ -12,7 +12,7 @@ import pytest
 
 from xprobe.errors import DataError, UsageError
 from xprobe.qa.parallel import BUILTIN_DIR, XQUAD_LANGUAGES, find_files, load_data
-from xprobe.qa.records import Dataset
+from xprobe.qa.records import Dataset, Example
 
 MakeSet = Callable[..., Path]
 
@@ -162,12 +162,14 @@ def test_a_file_that_lacks_a_paragraph_still_lines_up(make_set: MakeSet) -> None
 @pytest.mark.parametrize(
     "languages",
     [
+        {"en": EN, "de": [(DE[0][0], DE[0][1][:1]), (DE[0][0] + " ", DE[0][1][1:]), DE[1]]},
         {"en": EN, "de": DE[1:]},
         {"en": EN[:1], "de": DE[1:]},
         {"en": EN, "de": [*DE[1:], ("Bonn ist klein.", [("q5", "Wer?", "Bonn")])]},
         {"en": [EN[0], (EN[1][0], EN[1][1][:1])], "de": DE[1:]},
     ],
     ids=[
+        "one splits a paragraph",
         "one lacks a paragraph",
         "nothing shared",
         "one lacks the first, the other the last",
@@ -216,6 +218,24 @@ def test_x_x_stays_in_each_language(three: Dataset) -> None:
             own.question, own.context, own.answer, own.answer_start,
         )  # fmt: skip
         assert (example.setting, example.context_language) == ("x-x", example.language)
+
+
+def test_examples_have_all_gold_answers_of_their_context(make_set: MakeSet) -> None:
+    folder = make_set({"en": EN, "de": DE})
+    for name, text in (("small.en.json", "in 1874"), ("small.de.json", "wurde 1874")):
+        document = json.loads((folder / name).read_text(encoding="utf-8"))
+        paragraph = document["data"][0]["paragraphs"][0]
+        start = paragraph["context"].index(text)
+        paragraph["qas"][0]["answers"].append({"text": text, "answer_start": start})
+        (folder / name).write_text(json.dumps(document), encoding="utf-8")
+    answers = {example.id: example.answers for example in load_data(str(folder)).examples(["en-x", "x-x"])}
+    assert answers["en-x/de/q1"] == answers["en-x/en/q1"] == answers["x-x/en/q1"] == ("1874", "in 1874")
+    assert answers["x-x/de/q1"] == ("1874", "wurde 1874")
+    assert answers["x-x/de/q2"] == ("Turm",)
+
+
+def test_an_example_made_with_one_answer_has_that_answer() -> None:
+    assert Example("en-x", "en", "q1", "p1", "en", "A context.", "Which?", "context", 2).answers == ("context",)
 
 
 def test_examples_come_setting_by_setting_question_by_question_in_the_order_asked(three: Dataset) -> None:

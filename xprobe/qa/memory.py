@@ -1,0 +1,182 @@
+"""Records that are in memory: dictionaries, data frames, and what can be made a data frame."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from xprobe.errors import UsageError
+from xprobe.qa.flat import FIELDS, is_record, is_table, rows_of
+from xprobe.qa.layouts import add_items
+from xprobe.qa.records import Problem
+from xprobe.qa.validation import Collector, is_clean
+
+NAME = "records in memory"
+ACCEPTED = (
+    "the name of a set, a path, a list of records or a data frame with a column 'language', "
+    "or a dictionary from language to records"
+)
+_CODE = re.compile(r"(?!all$)[a-z]{2,3}(?:[-_][A-Za-z0-9]+)*")
+_LANGUAGE_KEYS = ("language", "lang")
+_KEYS = (*FIELDS, "paragraphs")  # of a flat record, of an article of SQuAD
+_DEPTH = 8  # lists and dictionaries deeper in each other are no record's
+
+Items = list[tuple[str, Any]]  # place in words, record
+
+
+def read_records(data: Any) -> tuple[dict[str, Collector], list[Problem]]:
+    """Records and problems of each language, English first, and the problems of records whose language is not known.
+
+    Parameters
+    ----------
+    data : object
+        A dictionary from language to records, or records with a key ``language`` (or ``lang``). Records are a list of
+        dictionaries, a pandas DataFrame, an object with a method ``to_pandas`` (a Hugging Face dataset), or a
+        dictionary of columns. Each is a flat record: ``id``, ``context``, ``question``, ``answers``.
+
+    Raises
+    ------
+    UsageError
+        ``data`` is something else, or holds no record.
+
+    Examples
+    --------
+    >>> answers = {"text": ["Ada"], "answer_start": [0]}
+    >>> record = {"id": "q1", "context": "Ada sold 40 boats.", "question": "Who?", "answers": answers}
+    >>> collected, problems = read_records({"en": [record]})
+    >>> collected["en"].records["q1"].answer
+    'Ada'
+    """
+    problems: list[Problem] = []
+    by_language: dict[str, Items] = {}
+    names: dict[str, str] = {}
+    if isinstance(data, Mapping) and not _is_columns(data):
+        if is_record(data):
+            raise UsageError(
+                f"data is a single record, with the keys {', '.join(map(str, data))}: give a list of records"
+            )
+        for language, records in data.items():
+            if not _is_code(language):
+                keys = "its keys must be language codes such as 'en' or 'zh-Hans'"
+                raise UsageError(f"data is a dictionary, so {keys}; got {language!r}")
+            names[language] = f"data[{language!r}]"
+            by_language[language] = _numbered(records, names[language])
+    else:
+        by_language = _split(_numbered(data, "data"), problems)
+        names = dict.fromkeys(by_language, "data")
+    if not by_language:
+        raise UsageError(
+            f"data holds no record with a language: {problems[0]}" if problems else "data is empty: it holds no record"
+        )
+    collected = {}
+    for language in sorted(by_language, key=lambda code: (code != "en", code)):
+        collected[language] = Collector(names[language], language, _checksum(by_language[language]))
+        add_items(by_language[language], collected[language])
+    return collected, problems
+
+
+def _split(items: Items, problems: list[Problem]) -> dict[str, Items]:
+    """Items by the language that each of them names."""
+    found: dict[str, Items] = {}
+    for place, item in items:
+        fields = item if isinstance(item, dict) else {}
+        language = next((fields[key] for key in _LANGUAGE_KEYS if fields.get(key) is not None), None)
+        id_ = fields.get("id")
+        usable = isinstance(id_, str) and bool(id_.strip()) and is_clean(id_)
+        where, known = (f"id {id_}", str(id_)) if usable else (place, "")
+        if not isinstance(item, dict):
+            detail = f"a record must be a dictionary, got {type(item).__name__}"
+            problems.append(Problem("data", place, "wrong type", detail))
+        elif language is None:
+            problems.append(Problem("data", where, 'missing "language"', "", known))
+        elif not _is_code(language):
+            detail = f"it must be a code such as 'en' or 'zh-Hans', got {language!r}"
+            problems.append(Problem("data", where, 'bad "language"', detail, known))
+        else:
+            found.setdefault(language, []).append((place, item))
+    return found
+
+
+def _numbered(records: Any, name: str) -> Items:
+    """Records as dictionaries of plain values, each with its place."""
+    if not isinstance(records, pd.DataFrame | list | tuple | Mapping) and callable(getattr(records, "to_pandas", None)):
+        kind = type(records).__name__
+        try:
+            records = records.to_pandas()
+        except Exception as error:
+            raise UsageError(
+                f"{name} is a {kind}, and its to_pandas() failed: {' '.join(str(error).split())}"
+            ) from error
+    if isinstance(records, pd.DataFrame):
+        if not records.columns.is_unique:
+            twice = records.columns[records.columns.duplicated()][0]
+            raise UsageError(f"{name} is a data frame with two columns named {twice!r}: keep one")
+        records = records.to_dict("records")
+    elif isinstance(records, Mapping) and _is_columns(records):
+        try:
+            records = rows_of(_plain(records), _LANGUAGE_KEYS)
+        except ValueError as error:
+            raise UsageError(f"{name} cannot be read as a table: {error}") from error
+    elif isinstance(records, Mapping) and isinstance(records.get("data"), list):
+        records = records["data"]  # the document of a SQuAD file
+    if not isinstance(records, list | tuple):
+        wanted = ACCEPTED if name == "data" else "a list of records or a data frame"
+        raise UsageError(f"{name} must be {wanted}; got {_described(records)}")
+    if records and not any(isinstance(record, Mapping) for record in records):
+        raise UsageError(
+            f"{name} must hold dictionaries, one for each record; its first entry is {_described(records[0])}"
+        )
+    return [(f"record {number}", _kept(record)) for number, record in enumerate(records, start=1)]
+
+
+def _is_columns(data: Mapping) -> bool:
+    return is_table({key: _plain(data[key], 1) for key in ("context", "question") if key in data})
+
+
+def _kept(record: Any) -> Any:
+    """What counts of a record, without what is missing."""
+    if not isinstance(record, Mapping):
+        return record
+    values = {key: _plain(record[key]) for key in (*_KEYS, *_LANGUAGE_KEYS) if key in record}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _plain(value: Any, depth: int = _DEPTH) -> Any:
+    """``value`` in the types of JSON, as far as it has them; not-a-number, as data frames fill gaps, becomes None."""
+    if value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str | int | float | type(None)):
+        return value
+    if callable(getattr(value, "tolist", None)):  # numpy's arrays and numbers, pandas' series
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry, depth - 1) for key, entry in value.items()} if depth else {}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, depth - 1) for entry in value] if depth else []
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _checksum(items: Items) -> str:
+    """SHA-256 of the records as JSON: the same for the same records, whatever held them."""
+    plain = [
+        {key: value for key, value in item.items() if key in _KEYS} if isinstance(item, dict) else None
+        for _, item in items
+    ]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_code(language: Any) -> bool:
+    return isinstance(language, str) and _CODE.fullmatch(language) is not None
+
+
+def _described(value: Any) -> str:
+    """Type and, if short, value."""
+    text = repr(value) if isinstance(value, str | int | float | bytes | type(None)) else ""
+    return f"{type(value).__name__} {text}" if text and len(text) <= 40 else f"a {type(value).__name__}"
