@@ -59,7 +59,7 @@ def read_records(data: Any) -> tuple[dict[str, Collector], list[Problem]]:
     if isinstance(data, Mapping) and not _is_columns(data):
         if is_record(data):
             raise UsageError(
-                f"data is a single record, with the keys {', '.join(map(str, data))}: give a list of records"
+                f"data is a single record, with the keys {', '.join(map(repr, data))}: give a list of records"
             )
         for language, records in data.items():
             if not _is_code(language):

@@ -65,7 +65,7 @@ def load_data(
 
 def _load_files(spec: str, languages: Iterable[str] | None, strict: bool, needed: Iterable[str]) -> Dataset:
     files = find_files(spec)
-    misnamed = [] if _path(spec).is_file() else _misnamed(files)
+    misnamed = [] if _kind(spec) == "file" else _misnamed(files)
     kept = _wanted(files, languages, needed, spec)
     parts = {language: (str(files[language]), read_file(files[language], language)) for language in kept}
     data = _joined(spec, parts, misnamed, strict, f". `xprobe data check {spec}` lists every problem")
@@ -118,10 +118,10 @@ def find_files(spec: str) -> dict[str, Path]:
         return _folder(BUILTIN_DIR, spec)
     if spec == "xquad":
         return _folder(xquad_dir(), spec)
-    path = _path(spec)
-    if path.is_dir():
+    path, kind = _path(spec), _kind(spec)
+    if kind == "folder":
         return _folder(path, spec)
-    if path.is_file():
+    if kind == "file":
         match = _FILE_NAME.match(path.name)
         if match is None:
             raise UsageError(
@@ -129,11 +129,21 @@ def find_files(spec: str) -> dict[str, Path]:
                 "(NAME.<language>.json, or .jsonl, .json.gz, .jsonl.gz)"
             )
         return {match["language"]: path}
-    raise UsageError(f"no data at {spec!r}: not a file, not a folder, not one of builtin, xquad")
+    shown = spec if len(spec) <= 200 else spec[:60] + "..."
+    raise UsageError(f"no data at {shown!r}: not a file, not a folder, not one of builtin, xquad")
 
 
 def _path(spec: str) -> Path:
     return Path(os.path.expanduser(spec))  # Path.expanduser raises where there is no such user
+
+
+def _kind(spec: str) -> str:
+    """What lies at a path: ``file``, ``folder`` or ``""``; also for text that can be no path, as too long a one."""
+    try:
+        path = _path(spec)
+        return "" if not spec else "folder" if path.is_dir() else "file" if path.is_file() else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def xquad_dir() -> Path:
@@ -148,7 +158,10 @@ def xquad_dir() -> Path:
 
 def _data_files(folder: Path) -> list[Path]:
     """Files that may hold records, by their names; hidden ones left out."""
-    return sorted(path for path in folder.iterdir() if _DATA_FILE.match(path.name))
+    try:
+        return sorted(path for path in folder.iterdir() if _DATA_FILE.match(path.name))
+    except OSError as error:
+        raise UsageError(f"cannot read the folder {folder}: {error.strerror or error}") from error
 
 
 def _folder(folder: Path, spec: str) -> dict[str, Path]:

@@ -307,3 +307,19 @@ def test_a_misnamed_file_beside_the_set_is_reported(ending: str, tmp_path: Path)
 def test_a_home_folder_of_nobody_is_no_data(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no data at '~nobody-by-this-name/x'"):
         load_data("~nobody-by-this-name/x")
+
+
+@pytest.mark.parametrize("spec", ["", json.dumps(FLAT * 20), "a\0b"], ids=["empty", "records as text", "no path"])
+def test_text_that_is_no_path_is_no_data(spec: str) -> None:
+    with pytest.raises(UsageError, match=r"no data at .*not one of builtin, xquad") as caught:
+        load_data(spec)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UsageError, match=rf"cannot read the folder {tmp_path}: Permission denied"):
+        load_data(str(tmp_path))

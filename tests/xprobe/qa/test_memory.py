@@ -247,7 +247,7 @@ NO_DATA: dict[str, tuple[Any, str]] = {
     "a dictionary of splits": ({"train": EN}, "its keys must be language codes .*; got 'train'"),
     "a dictionary of numbers": ({1: EN}, "its keys must be language codes .*; got 1"),
     "all as a language": ({"all": EN}, "its keys must be language codes .*; got 'all'"),
-    "one record": (ROWS[0], "data is a single record, with the keys id, context, question, .*: give a list"),
+    "one record": (ROWS[0], "data is a single record, with the keys 'id', 'context', 'question', .*: give a list"),
     "uneven columns": ({**columns(ROWS), "id": ["q1"]}, "data cannot be read as a table: .*differ in length"),
     "two columns of one name": (pd.DataFrame([["a", "b"]], columns=["id", "id"]), "two columns named 'id'"),
     "a broken to_pandas": (Broken(), r"data is a Broken, and its to_pandas\(\) failed: out of order"),
