@@ -110,7 +110,7 @@ def retrieve(queries: Floats, candidates: Floats, right: NDArray[np.int64]) -> R
     """Ranks candidates by their cosine with each query; an all-zero vector has cosine 0 with everything.
 
     Time per layer is that of one product [N, D] x [D, M] and of sorting N rows of M cosines. The temporary arrays take
-    at most ``BLOCK_BYTES``, or ``COPIES`` times one layer's vectors where these are more.
+    at most ``BLOCK_BYTES``, or about three times one layer's vectors where these are more.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def paragraph_encoding(states: NDArray, questions: NDArray, languages: NDArray) 
 
     With M questions in G languages, time per layer is that of G products [M, D] x [D, M] and of sorting G M rows of M
     cosines. Beside the states given and the values returned, memory is twice ``BLOCK_BYTES`` (64 MiB in all), whatever
-    M and K are; a layer whose G M D states do not fit into that takes ``COPIES`` times their size in fp64.
+    M and K are; a layer whose G M D states do not fit into that takes up to five times their size in fp64.
 
     Parameters
     ----------

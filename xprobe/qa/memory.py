@@ -15,7 +15,7 @@ from xprobe.errors import UsageError
 from xprobe.qa.flat import FIELDS, is_record, is_table, rows_of
 from xprobe.qa.layouts import add_items
 from xprobe.qa.records import Problem
-from xprobe.qa.validation import Collector, is_clean
+from xprobe.qa.validation import Collector, usable_id
 
 NAME = "records in memory"
 ACCEPTED = (
@@ -87,17 +87,16 @@ def _split(items: Items, problems: list[Problem]) -> dict[str, Items]:
     for place, item in items:
         fields = item if isinstance(item, dict) else {}
         language = next((fields[key] for key in _LANGUAGE_KEYS if fields.get(key) is not None), None)
-        id_ = fields.get("id")
-        usable = isinstance(id_, str) and bool(id_.strip()) and is_clean(id_)
-        where, known = (f"id {id_}", str(id_)) if usable else (place, "")
+        id_ = usable_id(item)
+        where = f"id {id_}" if id_ else place
         if not isinstance(item, dict):
             detail = f"a record must be a dictionary, got {type(item).__name__}"
             problems.append(Problem("data", place, "wrong type", detail))
         elif language is None:
-            problems.append(Problem("data", where, 'missing "language"', "", known))
+            problems.append(Problem("data", where, 'missing "language"', "", id_))
         elif not _is_code(language):
             detail = f"it must be a code such as 'en' or 'zh-Hans', got {language!r}"
-            problems.append(Problem("data", where, 'bad "language"', detail, known))
+            problems.append(Problem("data", where, 'bad "language"', detail, id_))
         else:
             found.setdefault(language, []).append((place, item))
     return found

@@ -154,4 +154,4 @@ def _join(setting: str, asked: Record, told: Record) -> Example:
 
 def _fill_in_answers(item: Record | Example) -> None:
     if not item.answers:
-        object.__setattr__(item, "answers", (item.answer,))  # frozen, and not yet in anybody's hands
+        object.__setattr__(item, "answers", (item.answer,))  # the class is frozen

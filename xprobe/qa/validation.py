@@ -64,8 +64,8 @@ class Collector:
                 raise BadRecord("duplicate id", "the first one is kept")
             self.records[record.id] = record
         except BadRecord as bad:
-            id_ = item.get("id") if isinstance(item, dict) else None
-            if isinstance(id_, str) and id_.strip() and is_clean(id_):
+            id_ = usable_id(item)
+            if id_:
                 where = f"{place}, id {id_}" if place.startswith("line ") else f"id {id_}"
                 self.reject(where, bad.reason, bad.detail, id_)
             else:
@@ -93,6 +93,12 @@ def text_of(item: dict[str, Any], key: str) -> str:
     if not value.strip():
         raise BadRecord(f'empty "{key}"')
     return value
+
+
+def usable_id(item: Any) -> str:
+    """The id of a record, by which a problem can name it; ``""`` if there is none."""
+    id_ = item.get("id") if isinstance(item, dict) else None
+    return id_ if isinstance(id_, str) and id_.strip() and is_clean(id_) else ""
 
 
 def is_clean(text: str) -> bool:

@@ -304,6 +304,12 @@ def test_a_misnamed_file_beside_the_set_is_reported(ending: str, tmp_path: Path)
     assert [str(p) for p in data.problems] == [f"dom.DE.{ending}: file: name is not dom.<language>.json"]
 
 
+def test_xquad_may_lie_there_as_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, lines(FLAT), "xquad.en.jsonl.gz")
+    monkeypatch.setenv("XPROBE_XQUAD_DIR", str(tmp_path))
+    assert load_data("xquad", strict=True).languages == ("en",)
+
+
 def test_a_home_folder_of_nobody_is_no_data(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no data at '~nobody-by-this-name/x'"):
         load_data("~nobody-by-this-name/x")
