@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xprobe.cache import cache_dir
 from xprobe.errors import ModelError
+from xprobe.models.completeness import check_complete
+from xprobe.models.gguf_header import Header
 from xprobe.models.messages import quiet
 
-CONVERSION = 1  # part of the cache key: raise it when the conversion changes
+CONVERSION = 2  # part of the cache key: raise it when the conversion changes
+HEARD = "conversion-warnings.json"
 
 
 @dataclass(frozen=True)
@@ -93,15 +98,24 @@ def _convert(path: Path, folder: Path) -> None:
     import torch
     import transformers
 
+    header = Header.read(path)
     options = {"gguf_file": path.name}
     quantization = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told otherwise
         quantization = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    heard: list[str] = []
     try:
-        with quiet():
+        with quiet(heard):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(path.parent), dtype=torch.float32, **options, **quantization
+            model: Any
+            info: dict[str, Any]
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                str(path.parent),
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+                **quantization,
             )
     except ImportError as error:
         raise ModelError(f"reading {path.name} needs the gguf extra: pip install 'xprobe[gguf]' ({error})") from error
@@ -115,8 +129,26 @@ def _convert(path: Path, folder: Path) -> None:
         raise ModelError(
             f"{path.name} was not dequantised ({packed[0]} is packed): use another version of transformers"
         )
+    check_complete(
+        model,
+        path.name,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=info["mismatched_keys"],
+    )
+    header.apply(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    (folder / HEARD).write_text(json.dumps(heard), encoding="utf-8")
+
+
+def heard_then(folder: Path) -> list[str]:
+    """The warnings of transformers while the model in ``folder`` was converted; [] for any other folder."""
+    file = folder / HEARD
+    try:
+        return [str(message) for message in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    except (OSError, ValueError, TypeError):
+        return []

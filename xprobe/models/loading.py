@@ -17,6 +17,7 @@ from xprobe.errors import ModelError, UsageError
 from xprobe.models import team
 from xprobe.models.checkpoint import PICKLES, Checkpoint, check_plain
 from xprobe.models.completeness import check_complete
+from xprobe.models.gguf import heard_then
 from xprobe.models.messages import quiet
 from xprobe.models.sources import TOKENIZER_FILES, Source, location_and_options, resolve, unknown
 
@@ -55,6 +56,7 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
         raise UsageError("tensor_parallel is for `torchrun -m xprobe_cli run`, or inside of xprobe.models.team.lead()")
     heard = [] if heard is None else heard
     location, options = location_and_options(source, config.trust_remote_code)
+    heard += heard_then(Path(location))
     team.tell("open")
     device = pick_device(config.device)
     dtype = config.dtype

@@ -28,6 +28,7 @@ from xprobe.models.anatomy import (
 )
 from xprobe.models.block_io import entering, short_run
 from xprobe.models.checkpoint import Checkpoint, check_plain
+from xprobe.models.gguf import heard_then
 from xprobe.models.messages import quiet
 from xprobe.models.placement import Placement, build_empty
 from xprobe.models.spill import HiddenStore
@@ -115,6 +116,8 @@ def open_streamed(
 
     device = loading.pick_device(device)
     folder = sources.local_folder(sources.resolve(str(name)))
+    if heard is not None:
+        heard += heard_then(folder)
     checkpoint = Checkpoint(folder)
     with quiet(heard):
         try:
