@@ -19,6 +19,7 @@ from xprobe.capture.readout import ROW_BYTES
 from xprobe.config import StudyConfig
 from xprobe.errors import DataError
 from xprobe.models import loading
+from xprobe.models.anatomy import block_lists
 from xprobe.models.placement import without_weights
 from xprobe.models.streaming import SPILL_BYTES
 from xprobe.qa.prompts import build_prompts
@@ -137,13 +138,7 @@ class _Shape:
     @classmethod
     def of(cls, model: Any, config: Any) -> _Shape:
         text = config.get_text_config(decoder=True)
-        blocks = [
-            module
-            for name, module in model.base_model.named_modules()
-            if isinstance(module, torch.nn.ModuleList)
-            and len(module) == text.num_hidden_layers
-            and not any(part.isdigit() for part in name.split("."))
-        ]
+        blocks = list(block_lists(model).values())
         inside = list(blocks[0]) if blocks else []
         sizes = [sum(p.numel() for p in block.parameters()) for block in inside]
         total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
@@ -155,7 +150,7 @@ class _Shape:
             largest_block=max(sizes, default=0),
             head=head.numel(),
             outside=total - sum(sizes),
-            n_blocks=text.num_hidden_layers,
+            n_blocks=len(inside),
             width=head.shape[1],
             vocab_size=head.shape[0],
             widest=max((max(p.shape[-2:]) for block in inside for p in block.parameters() if p.ndim > 1), default=0),

@@ -107,20 +107,33 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
     Where no list has that length (LongCat-Flash counts two layers for each block), every outermost list of at least
     two modules.
     """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    counts = _layer_counts(model)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    for some in ([entry for entry in lists if len(entry[1]) == count], [entry for entry in lists if len(entry[1]) > 1]):
+    for some in (
+        [entry for entry in lists if len(entry[1]) in counts],
+        [entry for entry in lists if len(entry[1]) > 1],
+    ):
         if some:
             return {name: m for name, m in some if not any(name.startswith(other + ".") for other, _ in some)}
     return {}
 
 
+def _layer_counts(model: Any) -> set[int]:
+    """How many layers the model has, by its configuration: those of a decoder may have an entry of their own."""
+    text = model.config.get_text_config(decoder=True)
+    numbers = {getattr(text, name, None) for name in ("num_hidden_layers", "decoder_layers")}
+    return {number for number in numbers if isinstance(number, int)}
+
+
 def the_one_that_ran(model: Any, ran: set[str]) -> str:
     """The only name in ``ran``, or a ModelError that tells which lists of blocks ran."""
     if len(ran) != 1:
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        counts = " or ".join(map(str, sorted(_layer_counts(model)))) or "unknown number of"
         found = ", ".join(sorted(ran)) or "none"
-        raise ModelError(f"cannot tell the {count} blocks of {type(model).__name__}: lists that ran: {found}")
+        raise ModelError(
+            f"cannot tell the {counts} blocks of {type(model).__name__}: lists whose modules ran once each, in order, "
+            f"and handed a hidden state on: {found}"
+        )
     return next(iter(ran))
 
 

@@ -169,7 +169,7 @@ def _taken_keys(path: Path, architecture: str) -> set[str]:
     def plain(name: str) -> str:
         return name.replace("-", "").replace("_", "")
 
-    tables: dict[str, dict[str, Any]] = GGUF_CONFIG_MAPPING
+    tables: dict[str, Any] = GGUF_CONFIG_MAPPING
     mappings = [keys for name, keys in tables.items() if plain(name) == plain(architecture)]
     taken = {key for keys in mappings for key, target in keys.items() if target not in (None, -1)}
     if plain(architecture) == "gptoss":  # its rotary scaling alone is read

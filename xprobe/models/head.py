@@ -58,6 +58,7 @@ def read_head(
     head_module = model.get_output_embeddings()
     chain = _chain(calls, state, head_module)
     head, norm_name = _without_scale(model, chain, head_module, state)
+    before = next((call.given for call in calls if call.module is head_module), None)
     rows = _rows(head, ids.shape[1], state)
     modules = [*(call.module for call in chain), head_module]
     with _wide(modules) as wide:
@@ -75,7 +76,16 @@ def read_head(
     tolerance = ratio = TOLERANCE
     if wide.itemsize < 4:
         tolerance, ratio = COARSE_ROUNDINGS * torch.finfo(wide).eps, COARSE_RATIO
-    return _with_scale(model, head, rows, logits, tolerance, ratio), norm_name
+    try:
+        return _with_scale(model, head, rows, logits, tolerance, ratio), norm_name
+    except ModelError:
+        end = chain[-1].result if chain else state
+        if before is None or not _proportional(end, before):
+            raise ModelError(
+                f"{type(model).__name__} changes the hidden state between {chain[-1].name if chain else 'its blocks'} "
+                "and its head in a way that was not understood"
+            ) from None
+        raise
 
 
 def _rows(head: Unembedding, count: int, state: Tensor) -> Tensor:
@@ -177,6 +187,14 @@ def _chain(calls: list[Call], state: Tensor, head: nn.Module) -> list[Call]:
         chain.append(call)
         current = result
     return chain
+
+
+def _proportional(one: Tensor, other: Tensor) -> bool:
+    """Whether one tensor is a multiple of the other, up to rounding."""
+    if one.shape != other.shape:
+        return False
+    a, b = one.double().flatten().to(other.device), other.double().flatten()
+    return float(a @ b) ** 2 > 0.999 * float(a @ a) * float(b @ b)
 
 
 def _without_scale(model: Any, chain: list[Call], head_module: Any, state: Tensor) -> tuple[Unembedding, str]:
@@ -316,9 +334,16 @@ def _guess_cap(raw: Tensor, wanted: Tensor) -> float | None:
 
 
 def _snap(ratio: float, values: dict[str, float], tolerance: float) -> float:
-    """The exact number behind a measured ratio: 1, an entry of the configuration, or one over it; else the ratio."""
+    """The exact number behind a measured ratio; else the ratio.
+
+    1, an entry of the configuration that speaks of a scale, one over it, or a quotient of two whole numbers there
+    (MiniCPM: ``dim_model_base / hidden_size``).
+    """
     named = [v for k, v in values.items() if v > 0 and any(w in k for w in ("scal", "multiplier", "logit"))]
     for exact in [1.0, *named, *(1 / v for v in named)]:
         if abs(ratio - exact) <= tolerance * abs(exact):
             return exact
-    return ratio
+    whole = sorted({v for v in values.values() if v > 1 and v == int(v)})
+    quotients = [one / other for one, other in product(whole, whole) if one != other]
+    closest = min(quotients, key=lambda exact: abs(ratio - exact), default=ratio)
+    return closest if abs(ratio - closest) <= tolerance * abs(closest) else ratio

@@ -249,13 +249,12 @@ def check_decoder(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): xprobe reads decoder-only models")
     architectures = getattr(config, "architectures", None) or []
-    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if not _is_causal(config) and any(getattr(config, part, None) is not None for part in _WITH_TEXT):
         raise ModelError(
             f"{name} reads images or sound besides text ({config.model_type}): the text decoder inside of it is not "
             "read yet. If its text part is published by itself, use that"
         )
-    if not _is_causal(config) or (architectures and not any(a.endswith(heads) for a in architectures)):
+    if not _is_causal(config) or (architectures and not any(_predicts(name) for name in architectures)):
         raise ModelError(
             f"{name} is not a causal decoder ({', '.join(architectures) or config.model_type}): "
             "xprobe reads models that predict the next token"
@@ -268,6 +267,14 @@ def _is_causal(config: Any) -> bool:
 
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     return own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _predicts(architecture: str) -> bool:
+    """Whether a class predicts the next token, by its name or by what transformers lists."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    return architecture.endswith(heads) or architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _check_files(source: Source, location: str, config: StudyConfig) -> None:

@@ -110,8 +110,15 @@ def test_frequencies_beside_another_scaling_are_refused(tmp_path):
 
 @pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize(
-    "name", ["blk.0.attn_q.bias", "blk.1.attn_sinks.weight", "output.bias", "rope_factors_long.weight", f"blk.{BLOCKS}.attn_q.weight"]
-)  # fmt: skip
+    "name",
+    [
+        "blk.0.attn_q.bias",
+        "blk.1.attn_sinks.weight",
+        "output.bias",
+        "rope_factors_long.weight",
+        f"blk.{BLOCKS}.attn_q.weight",
+    ],
+)
 def test_tensors_that_would_be_lost_are_refused_by_name(tmp_path, name):
     with pytest.raises(ModelError, match="holds tensors that transformers does not read") as caught:
         gguf.converted(write_gguf(tmp_path / "m.gguf", tiny_llama(), tensors={name: np.ones(WIDTH)}))
