@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from xprobe.capture.plan import Plan, Way, group_prompts, make_plan, part_tokens, rotary_limit
 from xprobe.capture.products import fast_linear_products
 from xprobe.capture.readout import ROW_BYTES
+from xprobe.capture.sharing import carries_state
 from xprobe.config import StudyConfig
 from xprobe.errors import DataError
 from xprobe.models import loading
@@ -88,11 +89,11 @@ def forecast(config: StudyConfig) -> Forecast:
     dtype = _dtype(config, model_config, device)
     model = without_weights(model_config, dtype, trust_remote_code=config.trust_remote_code)
     way: Way = "tree" if getattr(model, "_supports_attention_backend", False) else "prefix"
-    if config.stream and way == "prefix":
+    shape = _Shape.of(model, model_config)
+    if (config.stream and way == "prefix") or carries_state(model, shape.blocks) is not None:
         way = "plain"
     groups = group_prompts(prompts)
     plan = make_plan(groups, config.batch_tokens, way, rotary_limit(model_config))
-    shape = _Shape.of(model, model_config)
     return Forecast(
         model=source.name,
         parameters=shape.parameters,
@@ -134,6 +135,7 @@ class _Shape:
     width: int
     vocab_size: int
     widest: int  # of a product's result within a block
+    blocks: tuple[torch.nn.Module, ...]
 
     @classmethod
     def of(cls, model: Any, config: Any) -> _Shape:
@@ -150,10 +152,11 @@ class _Shape:
             largest_block=max(sizes, default=0),
             head=head.numel(),
             outside=total - sum(sizes),
-            n_blocks=len(inside),
+            n_blocks=len(inside) or getattr(text, "num_hidden_layers", 0),
             width=head.shape[1],
             vocab_size=head.shape[0],
             widest=max((max(p.shape[-2:]) for block in inside for p in block.parameters() if p.ndim > 1), default=0),
+            blocks=tuple(inside),
         )
 
 

@@ -109,13 +109,8 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
     """
     counts = _layer_counts(model)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    for some in (
-        [entry for entry in lists if len(entry[1]) in counts],
-        [entry for entry in lists if len(entry[1]) > 1],
-    ):
-        if some:
-            return {name: m for name, m in some if not any(name.startswith(other + ".") for other, _ in some)}
-    return {}
+    some = [entry for entry in lists if len(entry[1]) in counts] or [entry for entry in lists if len(entry[1]) > 1]
+    return {name: m for name, m in some if not any(name.startswith(other + ".") for other, _ in some)}
 
 
 def _layer_counts(model: Any) -> set[int]:
