@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from xprobe.capture.engine import Engine
     from xprobe.capture.layerwise import LayerwiseEngine
     from xprobe.capture.plan import Group, Plan
+    from xprobe.models.loading import LoadedModel
     from xprobe.qa.prompts import Prompt
 
 # progress(stage, done, total): called from the thread of `run`; a total of 0 means "not known"
@@ -38,9 +40,10 @@ STAGE = "forward and lens"
 
 
 def run(
-    model: str = DEFAULT_MODEL,
+    model: Any = DEFAULT_MODEL,
     *,
-    data: str = "builtin",
+    tokenizer: Any = None,
+    data: Any = "builtin",
     setting: str | Iterable[str] = "en-x",
     languages: Iterable[str] | None = None,
     out: str | Path | None = None,
@@ -52,10 +55,15 @@ def run(
 
     Parameters
     ----------
-    model : str
-        Alias, Hugging Face id, local folder or ``.gguf`` file.
-    data : str
-        ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files or one such file.
+    model : str, path or PreTrainedModel
+        Alias, Hugging Face id, local folder or ``.gguf`` file; or a loaded transformers model, which is used as it is
+        (dtype, device) and left as it was. The manifest identifies such a model by its configuration, its tokenizer,
+        and a sample of every tensor.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Of a loaded model; needed there, and only there.
+    data : str, path, or records
+        ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files or one such file; or records in memory: a list of
+        dictionaries, a data frame, or a dictionary from language to one of these (docs/data.md).
     setting : str or iterable of str
         ``en-x``, ``x-x`` or both.
     languages : iterable of str, optional
@@ -74,30 +82,60 @@ def run(
         Says what is wrong, where, and what to do. Shards already written stay valid. A UsageError if another process
         or thread is at work in ``out``.
     """
+    from xprobe.models import given
+    from xprobe.qa import memory
+
+    loaded = None
+    if not isinstance(model, str | os.PathLike):
+        loaded = given.adopt(model, tokenizer)
+        model = loaded.source.name
+    elif tokenizer is not None:
+        raise UsageError("tokenizer is for a model in memory: the model that is loaded by name has its own")
+    records = None
+    if not isinstance(data, str | os.PathLike):
+        records, data = data, memory.NAME
     settings = (setting,) if isinstance(setting, str) else tuple(setting)
     languages = None if languages is None else tuple([languages] if isinstance(languages, str) else languages)
     try:
-        config = StudyConfig(model=model, data=data, settings=settings, languages=languages, **options)
+        config = StudyConfig(
+            model=os.fspath(model), data=os.fspath(data), settings=settings, languages=languages, **options
+        )
     except TypeError as error:
         raise UsageError(
             f"{str(error).replace('StudyConfig.__init__()', 'xprobe.run()')}; see xprobe.StudyConfig"
         ) from error
-    return run_config(config, out=out, resume=resume, progress=progress)
+    return run_config(config, out=out, resume=resume, progress=progress, loaded=loaded, records=records)
 
 
 def run_config(
-    config: StudyConfig, *, out: str | Path | None = None, resume: bool = False, progress: Progress | None = None
+    config: StudyConfig,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    loaded: LoadedModel | None = None,
+    records: Any = None,
 ) -> Study:
-    """``run`` with a configuration made beforehand."""
-    return _Run(config, Path(out) if out is not None else default_out(config), resume, progress or _no_progress).go()
+    """``run`` with a configuration made beforehand.
+
+    ``loaded`` (``xprobe.models.given.adopt``) and ``records`` stand for what the configuration can only name.
+    """
+    folder = Path(out) if out is not None else default_out(config)
+    if loaded is None:
+        return _Run(config, folder, resume, progress or _no_progress, records=records).go()
+    from xprobe.models.given import borrowed, check_options
+
+    check_options(config)
+    with borrowed(loaded.model):
+        return _Run(config, folder, resume, progress or _no_progress, loaded, records).go()
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
-def read_questions(config: StudyConfig) -> tuple[Template, Dataset, list[Example]]:
-    """The wording, the data and the examples that a configuration asks for.
+def read_questions(config: StudyConfig, records: Any = None) -> tuple[Template, Dataset, list[Example]]:
+    """The wording, the data and the examples that a configuration asks for; ``records`` in memory in place of its data.
 
     Raises
     ------
@@ -106,7 +144,8 @@ def read_questions(config: StudyConfig) -> tuple[Template, Dataset, list[Example
     """
     template = load_template(config.template)
     needed = ("en",) if "en-x" in config.settings else ()
-    data = load_data(config.data, config.languages, strict=config.strict, needed=needed)
+    source = config.data if records is None else records
+    data = load_data(source, config.languages, strict=config.strict, needed=needed)
     examples = data.examples(config.settings, config.languages, config.limit)
     if not examples:
         raise DataError(f"{config.data} holds no question for {', '.join(config.settings)} in these languages")
@@ -126,6 +165,8 @@ class _Run:
     out: Path
     resume: bool
     progress: Progress
+    loaded: LoadedModel | None = None  # a model that the caller has in memory
+    records: Any = None  # and questions
     watch: Stopwatch = field(default_factory=Stopwatch)
     template: Template = field(init=False)
     told: Exception | None = None  # what the caller's ``progress`` raised
@@ -145,8 +186,8 @@ class _Run:
         from xprobe.analysis import analyse
 
         config = self.config
-        self.template, data, examples = read_questions(config)
-        source = loading.resolve(config.model)
+        self.template, data, examples = read_questions(config, self.records)
+        source = loading.resolve(config.model) if self.loaded is None else self.loaded.source
         identity = self._identity(source, data)
         before, finished = self._earlier(identity)
         if finished:
@@ -168,6 +209,8 @@ class _Run:
     # -- what the run is made of, and whether it is the one in the folder ------------------------------------
 
     def _identity(self, source: loading.Source, data: Dataset) -> dict[str, Any]:
+        from xprobe.models.given import IDENTITY
+
         with self.watch.timed("fingerprints"):
             model = {
                 "name": source.name,
@@ -175,6 +218,8 @@ class _Run:
                 "location": source.location,
                 "files_sha256": source.fingerprint(),
             }
+            if self.loaded is not None:
+                model["identity"] = IDENTITY
         return {
             "format": FORMAT,
             "config": self.config.to_dict(),
@@ -200,10 +245,18 @@ class _Run:
         found = differences(manifest, identity)
         finished = manifest["status"] == "done" and folder.manifest_is_untouched() and folder.holds(manifest["groups"])
         if not finished and not found:
-            found = other_device(manifest, self.config.device)
+            found = other_device(manifest, self._device())
         if found:
             raise UsageError(f"cannot resume {self.out}: {'; '.join(found)}. Choose another --out")
         return manifest, finished
+
+    def _device(self) -> str:
+        """The device as asked for; that of a model in memory."""
+        if self.loaded is None:
+            return self.config.device
+        from xprobe.models.anatomy import input_device
+
+        return str(input_device(self.loaded.model))
 
     # -- forward, lens, shards -------------------------------------------------------------------------------
 
@@ -256,7 +309,7 @@ class _Run:
         from xprobe.models.anatomy import inspect
 
         config = self.config
-        backends = available_backends(loading.pick_device(config.device))
+        backends = available_backends(loading.pick_device(self._device()))
         if config.backend not in ("auto", *backends):
             raise UsageError(f"unknown backend {config.backend!r}; available here: auto, {', '.join(backends)}")
 
@@ -274,7 +327,7 @@ class _Run:
             tokenizer = loading.load_tokenizer(source, config, heard)
             engine = LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self.progress)
         else:
-            loaded = loading.load(source, config, heard)
+            loaded = self.loaded or loading.load(source, config, heard)
             tokenizer = loaded.tokenizer
             engine = Engine(loaded.model, inspect(loaded.model), config.batch_tokens, say)
         for message in heard:

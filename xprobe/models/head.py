@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -61,7 +60,7 @@ def read_head(
     before = next((call.given for call in calls if call.module is head_module), None)
     rows = _rows(head, ids.shape[1], state)
     modules = [*(call.module for call in chain), head_module]
-    with _wide(modules) as wide:
+    with _widened(modules, torch.float32) as wide:
         rows = rows.to(wide)
         with _ending_in(blocks, rows):
             logits = short_run(model, ids)[0]
@@ -119,24 +118,24 @@ def _ending_in(blocks: nn.ModuleList, rows: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _wide(modules: list[nn.Module]) -> Iterator[torch.dtype]:
-    """Gives the modules' own parameters in fp32 while inside, and says in which dtype they then are.
+def _widened(modules: list[nn.Module], dtype: torch.dtype) -> Iterator[torch.dtype]:
+    """Gives the modules' parameters in ``dtype`` while inside, if they are coarser, and says in which dtype they are.
 
     Parameters that are elsewhere or in parts (offloaded, shared among processes) stay as they are.
     """
-    own = [
-        (module, name, value) for module in modules for name, value in module._parameters.items() if value is not None
-    ]
-    narrow = [(module, name, value) for module, name, value in own if value.dtype.itemsize < 4]
-    if any(value.is_meta or hasattr(value, "full_tensor") for _, _, value in narrow) or any(
-        hasattr(module, "_hf_hook") for module in modules
-    ):
-        yield min((value.dtype for _, _, value in own), key=lambda dtype: dtype.itemsize)
+    members = list(dict.fromkeys(member for module in modules for member in module.modules()))
+    own = [(m, name, value) for m in members for name, value in m._parameters.items() if value is not None]
+    finest = max((value.dtype for _, _, value in own), key=lambda kind: kind.itemsize, default=dtype)
+    away = any(value.is_meta or hasattr(value, "full_tensor") for _, _, value in own)
+    if away or any(hasattr(member, "_hf_hook") for member in members):
+        yield min((value.dtype for _, _, value in own), key=lambda kind: kind.itemsize, default=dtype)
         return
+    wanted = max(dtype, finest, key=lambda kind: kind.itemsize)
+    narrow = [entry for entry in own if entry[2].dtype != wanted]
     for module, name, value in narrow:
-        module._parameters[name] = nn.Parameter(value.detach().float(), requires_grad=False)
+        module._parameters[name] = nn.Parameter(value.detach().to(wanted), requires_grad=False)
     try:
-        yield torch.float64 if all(value.dtype == torch.float64 for _, _, value in own) else torch.float32
+        yield wanted
     finally:
         for module, name, value in narrow:
             module._parameters[name] = value
@@ -241,10 +240,8 @@ def _read_norm(call: Call, config: Any) -> dict[str, Any]:
     shape = (16, call.given.shape[-1])
     # a mean in proportion to the spread: beside a large one, the spread itself would be rounding
     rows = (torch.randn(shape, generator=generator) + 0.5) * torch.logspace(-5, 2, 16)[:, None]
-    rows = rows.to(call.result.device, call.given.dtype)
-    if not hasattr(module, "_hf_hook") and not any(hasattr(value, "full_tensor") for value in module.parameters()):
-        module, rows = deepcopy(module).double(), rows.double()
-    with torch.inference_mode():
+    with _widened([module], torch.float64) as wide, torch.inference_mode():
+        rows = rows.to(call.result.device, wide if own else call.given.dtype)
         wanted = module(rows).double()
     best: tuple[float, dict[str, Any]] = (float("inf"), {})
     for kind, gamma, eps in product(("rms", "layer"), gammas, sorted(epsilons | {1e-5, 1e-6})):
