@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from xprobe.config import StudyConfig
 from xprobe.provenance import environment
-from xprobe.qa.prompts import is_chat
+from xprobe.qa.prompts import describe_format
 
 if TYPE_CHECKING:
     from xprobe.capture.plan import Plan
@@ -47,8 +47,8 @@ def describe_work(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompt": {
             "template": config.template,
-            "chat": is_chat(template, tokenizer),
-            "example": tokenizer.decode(prompts[0].ids),
+            **describe_format(template, tokenizer),
+            "example": tokenizer.decode(prompts[0].ids, clean_up_tokenization_spaces=False),
         },
         "counts": {
             "examples": len(prompts),

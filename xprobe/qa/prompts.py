@@ -3,25 +3,25 @@
 A span is found through the tokenizer's character offsets and believed only after decoding it again: byte-level BPE
 that splits a Thai letter in three, SentencePiece that normalises, tokenizers that glue a space to the next word all
 give spans that hold the text and no whole token more. An example that cannot be verified is skipped and reported.
+Text of the data is tokenised as text, also where it looks like a control token of the tokenizer.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xprobe.errors import ModelError, PromptError
+from xprobe.qa.chat import ChangedMessageError, ChatFormat
+from xprobe.qa.encoding import ControlTokenError, Span, Text, Tokens, encode_texts
 from xprobe.qa.records import Example, printable
 from xprobe.qa.templates import Template
 
 TOO_LONG = "longer than the model's window"
 NOT_VERIFIED = "token span could not be verified by decoding"
-# arguments for chat templates that would otherwise change with the day, or open a "thinking" block before the answer
-CHAT_ARGUMENTS = {"date_string": "26 Jul 2024", "enable_thinking": False}
-
-Span = tuple[int, int]
+MESSAGE_CHANGED = "message changed by the chat template"
+CONTROL_TOKEN = "text that the tokenizer takes for a control token"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Skipped:
     """An example that no prompt could be made of, and why."""
 
     example: Example
-    reason: str  # one of TOO_LONG, NOT_VERIFIED: what is counted
+    reason: str  # one of TOO_LONG, NOT_VERIFIED, MESSAGE_CHANGED, CONTROL_TOKEN: what is counted
     detail: str
 
     def __str__(self) -> str:
@@ -79,6 +79,14 @@ def is_chat(template: Template, tokenizer: Any) -> bool:
     return has_one and template.format != "plain"
 
 
+def describe_format(template: Template, tokenizer: Any) -> dict[str, Any]:
+    """What the manifest says of the prompts' form: ``chat``, and for a chat ``reasoning`` and ``date``."""
+    if not is_chat(template, tokenizer):
+        return {"chat": False}
+    chat = ChatFormat.from_tokenizer(tokenizer)
+    return {"chat": True, "reasoning": chat.reasoning, "date": chat.date}
+
+
 def build_prompts(
     examples: Sequence[Example], tokenizer: Any, template: Template, window: int | None
 ) -> tuple[list[Prompt], list[Skipped]]:
@@ -94,7 +102,7 @@ def build_prompts(
     ModelError
         The tokenizer gives no character offsets.
     PromptError
-        The chat template fails, or does not hold the message as it was given.
+        The chat template fails, leaves open where the answer begins, or changes every message.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
@@ -103,135 +111,61 @@ def build_prompts(
         )
     if not examples:
         return [], []
-    chat = is_chat(template, tokenizer)
-    between = _chat_separator(tokenizer) if chat else None
-    rendered = [_render(example, tokenizer, template, chat) for example in examples]
-    answers = [
-        (template.separator_for(example.context_language) if between is None else between) + example.answer
-        for example in examples
-    ]
-    heads = _encode(tokenizer, [text for text, _ in rendered], special=not chat)
-    texts = [text + answer for (text, _), answer in zip(rendered, answers, strict=True)]
-    wholes = _encode(tokenizer, texts, special=not chat)
-    prompts: list[Prompt] = []
-    skipped: list[Skipped] = []
-    for example, (text, places), (ids, offsets), (whole, _), words in zip(
-        examples, rendered, heads, wholes, answers, strict=True
-    ):
-        answer = _answer_ids(tokenizer, ids, whole, words)
+    chat = ChatFormat.from_tokenizer(tokenizer) if is_chat(template, tokenizer) else None
+    outcomes: dict[int, Prompt | Skipped] = {}
+    texts: dict[int, Text] = {}
+    for index, example in enumerate(examples):
         try:
-            spans = {name: _find_span(tokenizer, ids, offsets, text, place) for name, place in places.items()}
-            _verify_answer(tokenizer, answer, example.answer)
-        except _Unverified as why:
-            skipped.append(Skipped(example, NOT_VERIFIED, str(why)))
-            continue
-        if window is not None and len(ids) + len(answer) > window:
-            skipped.append(Skipped(example, TOO_LONG, f"{len(ids) + len(answer)} tokens, window {window}"))
-            continue
-        prompts.append(Prompt(example, (*ids, *answer), len(ids), spans))
-    return prompts, skipped
+            texts[index] = _text_of(example, template, chat)
+        except ChangedMessageError as error:
+            outcomes[index] = Skipped(example, MESSAGE_CHANGED, str(error))
+    if not texts:
+        raise PromptError(f"the chat template changes every message, the first is {outcomes[0]}: use --template plain")
+
+    for index, result in zip(texts, encode_texts(list(texts.values()), tokenizer, chat=chat is not None), strict=True):
+        example = examples[index]
+        if isinstance(result, Tokens):
+            if window is not None and len(result.ids) > window:
+                outcomes[index] = Skipped(example, TOO_LONG, f"{len(result.ids)} tokens, window {window}")
+            else:
+                outcomes[index] = Prompt(example, result.ids, result.length, result.spans)
+        else:
+            reason = CONTROL_TOKEN if isinstance(result, ControlTokenError) else NOT_VERIFIED
+            outcomes[index] = Skipped(example, reason, str(result))
+    in_order = [outcomes[index] for index in range(len(examples))]
+    prompts = [outcome for outcome in in_order if isinstance(outcome, Prompt)]
+    return prompts, [outcome for outcome in in_order if isinstance(outcome, Skipped)]
 
 
-class _Unverified(Exception):
-    """What did not decode to what."""
+def _text_of(example: Example, template: Template, chat: ChatFormat | None) -> Text:
+    """The prompt and the gold answer as text.
 
-
-def _render(example: Example, tokenizer: Any, template: Template, chat: bool) -> tuple[str, dict[str, Span]]:
-    """The prompt's text, and the character spans of context, question and gold answer in it."""
-    pieces = template.pieces(example.context_language, example.context, example.question)
+    Raises
+    ------
+    ChangedMessageError
+        The chat template does not hold the message as it was given.
+    """
+    language, answer_start = example.context_language, example.answer_start
+    pieces = template.pieces(language, example.context, example.question)
+    if chat is None:
+        cue = template.cue_for(language)
+        if cue:
+            pieces.append(("template", f"\n{cue}"))
+        return Text(tuple(pieces), template.separator_for(language), example.answer, answer_start)
     message = "".join(text for _, text in pieces)
-    if chat:
-        prompt = _apply_chat(tokenizer, [{"role": "user", "content": message}], add_generation_prompt=True)
-        if prompt.count(message) != 1:
-            raise PromptError(
-                f"the chat template does not hold the message of {example.id} exactly once as given, "
-                "so spans cannot be found: use --template plain"
-            )
-        at = prompt.index(message)
-    else:
-        cue = template.cue_for(example.context_language)
-        prompt, at = f"{message}\n{cue}" if cue else message, 0
-    places: dict[str, Span] = {}
+    held = chat.held_message(message)
+    leading = message.index(held)
+    pieces = _cut(pieces, leading, leading + len(held))
+    if pieces[0][0] == "template" and not pieces[0][1]:
+        answer_start -= leading  # the context comes first, and the template took blanks away from it
+    pieces = [("template", chat.before), *pieces, ("template", chat.tail)]
+    return Text(tuple(pieces), "", example.answer, answer_start)
+
+
+def _cut(pieces: list[tuple[str, str]], start: int, stop: int) -> list[tuple[str, str]]:
+    """``pieces`` without the characters outside of ``start`` to ``stop``."""
+    cut, at = [], 0
     for name, text in pieces:
-        if name != "template":
-            places[name] = (at, at + len(text))
+        cut.append((name, text[max(start - at, 0) : max(stop - at, 0)]))
         at += len(text)
-    start = places["context"][0] + example.answer_start
-    places["answer_in_context"] = (start, start + len(example.answer))
-    return prompt, places
-
-
-def _apply_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **CHAT_ARGUMENTS
-        )
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
-        raise PromptError(f"the tokenizer's chat template failed ({error}): use --template plain") from error
-
-
-def _chat_separator(tokenizer: Any) -> str:
-    """The blanks that the chat template puts between the generation prompt and the assistant's words."""
-    user, marker = {"role": "user", "content": "a"}, "answer"
-    prompt = _apply_chat(tokenizer, [user], add_generation_prompt=True)
-    try:
-        whole = _apply_chat(tokenizer, [user, {"role": "assistant", "content": marker}], add_generation_prompt=False)
-    except PromptError:
-        return ""
-    if not whole.startswith(prompt):
-        return ""
-    between = whole[len(prompt) :].split(marker)[0]
-    return between if between.isspace() else ""
-
-
-def _encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[tuple[list[int], list[Span]]]:
-    """(ids, character offsets) of every text, without the special tokens that a tokenizer may put at the end."""
-    encoded = tokenizer(
-        texts, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True, padding=False
-    )
-    result = []
-    for ids, offsets, mask in zip(
-        encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
-    ):
-        stop = len(ids)
-        while special and stop and mask[stop - 1] and offsets[stop - 1][0] == offsets[stop - 1][1]:
-            stop -= 1
-        result.append((list(ids[:stop]), [(int(a), int(b)) for a, b in offsets[:stop]]))
-    return result
-
-
-def _answer_ids(tokenizer: Any, prompt: list[int], whole: list[int], answer: str) -> list[int]:
-    """The answer's tokens as they follow the prompt: tokenised together, or alone where the two would be merged."""
-    if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
-        return whole[len(prompt) :]
-    return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-
-
-def _find_span(tokenizer: Any, ids: list[int], offsets: list[Span], text: str, place: Span) -> Span:
-    """Tokens that hold a character of ``text[place]``, verified by decoding."""
-    start, stop = place
-    inside = [at for at, (a, b) in enumerate(offsets) if a < stop and b > start and a < b]
-    if not inside:
-        raise _Unverified(f"no token holds {_short(text[start:stop])}")
-    first, last = inside[0], inside[-1] + 1
-    decoded = _plain(tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False)).strip("\ufffd")
-    covered = text[min(offsets[at][0] for at in inside) : max(offsets[at][1] for at in inside)]
-    if _plain(text[start:stop]) not in decoded or decoded not in _plain(covered):
-        raise _Unverified(f"{_short(text[start:stop])} decodes to {_short(decoded)}")
-    return first, last
-
-
-def _verify_answer(tokenizer: Any, ids: list[int], answer: str) -> None:
-    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
-    if not ids or _plain(decoded) != _plain(answer):
-        raise _Unverified(f"answer {_short(answer)} decodes to {_short(decoded)}")
-
-
-def _plain(text: str) -> str:
-    """Text without what tokenizers may change and give back: blanks, case, compatibility forms, format characters."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in folded if not c.isspace() and unicodedata.category(c) != "Cf")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:18]} … {text[-18:]}")
+    return cut

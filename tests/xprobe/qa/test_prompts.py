@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 
 import pytest
 from support.families import tiny_tokenizer
 
 from xprobe.errors import ModelError, PromptError
 from xprobe.qa.parallel import load_data
-from xprobe.qa.prompts import NOT_VERIFIED, TOO_LONG, Prompt, build_prompts
-from xprobe.qa.templates import load_template
+from xprobe.qa.prompts import MESSAGE_CHANGED, NOT_VERIFIED, TOO_LONG, Prompt, build_prompts
+from xprobe.qa.templates import Template, load_template
 
 KINDS = ("byte_bpe", "byte_bpe_large", "metaspace_bpe", "unigram")
 CHATML = (
@@ -21,6 +22,11 @@ BRACKETS = (  # strips the message and puts a blank before the assistant's words
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<s>[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' </s>' }}{% endif %}{% endfor %}"
 )
+
+
+def in_brackets(example) -> str:
+    pieces = load_template("chat").pieces(example.context_language, example.context, example.question)
+    return f"<s>[INST] {''.join(text for _, text in pieces)} [/INST]"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -99,13 +105,26 @@ def test_prompts_on_one_context_share_their_beginning(tokenizer):
     assert len({prompt.ids[: stop - 1] for prompt in prompts}) == 1
 
 
-def test_the_blank_that_a_chat_template_puts_before_the_answer_is_kept():
-    tokenizer = tiny_tokenizer("byte_bpe")
+@pytest.mark.parametrize("kind", ["byte_bpe", "byte_bpe_large", "metaspace_bpe"])
+def test_the_blank_that_a_chat_template_puts_before_the_answer_is_kept_and_is_no_target_of_its_own(kind):
+    tokenizer = tiny_tokenizer(kind)
+    tokenizer.chat_template = BRACKETS
+    examples = load_data("builtin", ["en", "de"]).examples(["x-x"])
+    prompts, skipped = build_prompts(examples, tokenizer, load_template("chat"), None)
+    assert not skipped
+    for example, prompt in zip(examples, prompts, strict=True):
+        seen = tokenizer(f"{in_brackets(example)} {example.answer}", add_special_tokens=False)["input_ids"]
+        assert list(prompt.ids) == seen
+        assert tokenizer.decode(prompt.targets[:1]).strip()  # a blank alone, or glued to the answer's first word
+
+
+def test_a_blank_that_is_a_token_of_its_own_belongs_to_the_prompt():
+    tokenizer = tiny_tokenizer("byte_bpe")  # knows no merge of a blank and a capital M
     tokenizer.chat_template = BRACKETS
     example = load_data("builtin", ["en"]).examples(["en-x"], limit=1)[0]
     (prompt,), _ = build_prompts([example], tokenizer, load_template("chat"), None)
-    assert tokenizer.decode(prompt.targets) == " " + example.answer
-    assert tokenizer.decode(prompt.ids[: prompt.length]).endswith("[/INST]")
+    assert tokenizer.decode(prompt.targets) == example.answer == "Marta Velin"
+    assert tokenizer.decode(prompt.ids[: prompt.length]).endswith("[/INST] ")
 
 
 def test_examples_longer_than_the_window_are_set_aside_and_never_cut():
@@ -160,6 +179,56 @@ def test_a_chat_template_that_fails_or_changes_the_message_is_refused(template):
     example = load_data("builtin", ["en"]).examples(["en-x"], limit=1)
     with pytest.raises(PromptError, match="--template plain"):
         build_prompts(example, tokenizer, load_template("chat"), None)
+
+
+NO_DIGITS = (
+    "{% if '1874' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}<u>{{ messages[0]['content'] }}"
+)
+ESCAPED = "<u>{{ messages[0]['content'] | replace('\u00e4', 'ae') }}</u>"
+
+
+@pytest.mark.parametrize(("template", "broken"), [(NO_DIGITS, "1874"), (ESCAPED, "\u00e4")])
+def test_one_message_that_the_chat_template_changes_or_refuses_is_skipped_and_the_rest_goes_on(template, broken):
+    tokenizer = tiny_tokenizer("byte_bpe")
+    tokenizer.chat_template = template
+    examples = load_data("builtin", ["en", "de"]).examples(["x-x"])
+    wording = load_template("chat")
+    changed = [
+        e for e in examples if broken in "".join(t for _, t in wording.pieces(e.language, e.context, e.question))
+    ]
+    assert 0 < len(changed) < len(examples)
+    prompts, skipped = build_prompts(examples, tokenizer, wording, None)
+    assert [s.example for s in skipped] == changed
+    assert {s.reason for s in skipped} == {MESSAGE_CHANGED}
+    assert [p.example for p in prompts] == [e for e in examples if e not in changed]
+
+
+def test_a_message_that_holds_the_templates_own_words_is_still_found():
+    tokenizer = tiny_tokenizer("byte_bpe")
+    tokenizer.chat_template = "Text: Q<{% for m in messages %}{{ m['content'] }}{% endfor %}>Text: Q"
+    example = replace(load_data("builtin", ["en"]).examples(["en-x"], limit=1)[0], question="Text: Q")
+    wording = Template("auto", {"en": "{context}{question}"}, {"en": ""}, {"en": ""})
+    example = replace(example, context="Text: Q", answer="Q", answer_start=6)
+    (prompt,), _ = build_prompts([example], tokenizer, wording, None)
+    assert tokenizer.decode(prompt.ids[: prompt.spans["context"][0]]) == "Text: Q<"
+    assert decoded(tokenizer, prompt, "context") == decoded(tokenizer, prompt, "question") == "Text: Q"
+    assert tokenizer.decode(prompt.ids[prompt.spans["question"][1] : prompt.length]) == ">Text: Q"
+
+
+def test_blanks_around_a_message_that_the_template_trims_do_not_move_the_spans():
+    tokenizer = tiny_tokenizer("byte_bpe")
+    tokenizer.chat_template = BRACKETS
+    wording = Template("auto", {"en": "{context}\n{question}"}, {"en": ""}, {"en": ""})
+    example = load_data("builtin", ["en"]).examples(["en-x"], limit=1)[0]
+    padded = replace(
+        example,
+        context=f"  {example.context}",
+        question=f"{example.question} \n",
+        answer_start=example.answer_start + 2,
+    )
+    (trimmed, plain), _ = build_prompts([padded, example], tokenizer, wording, None)
+    assert trimmed.ids == plain.ids
+    assert trimmed.spans == plain.spans
 
 
 def test_a_tokenizer_without_offsets_is_refused():
