@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from xprobe.qa.parallel import load_data
@@ -249,3 +250,60 @@ def test_the_single_bytes_of_a_fallback_are_no_control_tokens():
     assert {"<0xE9>", "<0xAC>", "<0xB1>"} <= set(inside)
     assert "<0x0A>" not in inside
     assert "</s>" not in inside
+
+
+def wordpiece_tokenizer() -> Any:
+    """As BERT has it: lower case, control characters and private characters removed, [CLS] and [SEP] around."""
+    letters = "abcdefghijklmnopqrstuvwxyz[].?<>|_/:,"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({piece: id_ for id_, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    tokenizer.add_tokens([AddedToken("<|Turn|>", normalized=True, special=True)])
+    return tokenizer
+
+
+def unigram_tokenizer() -> Any:
+    """As SentencePiece has it: control tokens are pieces of the model, spaces are glued to words by the normaliser."""
+    pieces = ["<unk>", "<s>", "</s>", *"▁abcdefghijklmnopqrstuvwxyzT<>|/.,?:[]", "▁it", "▁is", "▁red"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.add_tokens([AddedToken("<|Turn|>", normalized=True, special=True)])
+    return tokenizer
+
+
+TURNS = (
+    "{% for m in messages %}{{ '<|Turn|>' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|Turn|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+@pytest.mark.parametrize(
+    ("make", "controls"),
+    [
+        (wordpiece_tokenizer, ["[CLS]", "[SEP]", "[PAD]", "[UNK]", "<|Turn|>"]),
+        (unigram_tokenizer, ["<s>", "</s>", "<unk>", "<|Turn|>"]),
+    ],
+)
+def test_normalisers_and_models_of_every_kind_keep_data_free_of_control_tokens(make, controls, template):
+    tokenizer = make()
+    tokenizer.chat_template = TURNS.replace("</s>", "[SEP]") if make is wordpiece_tokenizer else TURNS
+    wording = Template(template, {"en": "{context} ? {question}"}, {"en": ""}, {"en": " "})
+    usual = example("it is red.", "what is it", "red")
+    asked = [example(f"it is {c} red {c}.", f"what {c}is", f"red {c}") for c in controls]
+    prompts, skipped = build_prompts([usual, *asked], tokenizer, wording, None)
+    assert not skipped
+    own = [id_ for id_ in prompts[0].ids if id_ in tokenizer.added_tokens_decoder]
+    for prompt in prompts[1:]:
+        assert [id_ for id_ in prompt.ids if id_ in tokenizer.added_tokens_decoder] == own
+        answer = tokenizer.decode(prompt.targets).replace(" ", "")
+        assert answer.casefold() == prompt.example.answer.replace(" ", "").casefold()
