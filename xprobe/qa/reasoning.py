@@ -30,6 +30,9 @@ _OPPOSITES = (("start", "end"), ("begin", "end"), ("open", "close"), ("prefix", 
 
 _SWITCH = re.compile(r"think|reason|thought|(?:^|_)cot(?:_|$)|deliberat|reflect", re.IGNORECASE)
 _NEGATIVE = re.compile(r"^(?:no|not|non|disable|skip|without|suppress|hide)(?:_|(?=think|reason))", re.IGNORECASE)
+_YES_OR_NO = re.compile(r"^(?:enable|use|with|allow|do|should|force)_", re.IGNORECASE)
+# what no yes or no can stand for, though a template may ask whether it is there
+_NEVER_YES_OR_NO = re.compile(r"effort|level|budget|mode|style|format|content|text|prompt|token|tag", re.IGNORECASE)
 # values that mean "do not reason", or "as little as you can", where a template compares a variable with them
 _OFF = (
     "none", "off", "disabled", "disable", "no", "false", "no_think", "nothink", "/no_think", "non_thinking",
@@ -147,7 +150,7 @@ def switches(tree: nodes.Template | None) -> dict[str, Any]:
     """The variables of a template that govern reasoning, each with the value that turns it off.
 
     A variable counts if its name speaks of reasoning and the template asks whether it is true, or compares it with
-    a number or a word; one whose text is printed does not.
+    a number or a word; one whose text is printed does not, unless its name is that of a yes or no.
     """
     if tree is None:
         return {"enable_thinking": False, "thinking": False}
@@ -157,6 +160,9 @@ def switches(tree: nodes.Template | None) -> dict[str, Any]:
             uses.setdefault(name, set()).add(use)
     found: dict[str, Any] = {}
     for name, kinds in uses.items():
+        if _YES_OR_NO.search(name) and "number" not in kinds:
+            found[name] = False
+            continue
         if kinds & {"printed", "called"}:
             continue
         words = {kind[1] for kind in kinds if isinstance(kind, tuple)}
@@ -165,7 +171,7 @@ def switches(tree: nodes.Template | None) -> dict[str, Any]:
             found[name] = off
         elif "number" in kinds:
             found[name] = 0
-        elif "truth" in kinds and "text" not in kinds and not words:
+        elif "truth" in kinds and "text" not in kinds and not (words or _NEVER_YES_OR_NO.search(name)):
             found[name] = bool(_NEGATIVE.search(name))
     return found
 
@@ -252,7 +258,7 @@ def _use_of(node: nodes.Node, field: str, use: Any) -> Any:
         return "truth" if isinstance(value, bool) else {int: "number", str: "text"}.get(type(value), use)
     if isinstance(node, nodes.Filter | nodes.And | nodes.Or):
         return use
-    if isinstance(node, nodes.Output | nodes.Concat | nodes.Add | nodes.Getitem | nodes.Call):
+    if isinstance(node, nodes.Output | nodes.Concat | nodes.Add | nodes.Getitem):
         return "printed"
     return "passed on"
 

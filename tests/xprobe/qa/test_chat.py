@@ -109,6 +109,12 @@ OFF = r"{% if enable_thinking is defined and enable_thinking is false %}{{ '<thi
         ("{{ '<a>' + m.content }}", "<a>{% if thinking_budget != 0 %}<think>{% endif %}", "", "<a>", SWITCHED_OFF),
         ("{{ '<a>' + m.content }}", "<a>{% if thinking_mode != 'off' %}<think>{% endif %}", "", "<a>", SWITCHED_OFF),
         ("{{ '<a>' + m.content }}", "<a>{% if not no_thinking %}<think>{% endif %}", "", "<a>", SWITCHED_OFF),
+        ("{{ '<a>' + m.content }}", "{{ begin(thinking) }}{% if thinking %}{{ '<think>' }}{% endif %}",
+         "{% if thinking is not defined %}{% set thinking = true %}{% endif %}"
+         "{% macro begin(on) %}{{ '<a>' }}{% endmacro %}", "<a>", SWITCHED_OFF),
+        ("{{ '<a>' + m.content }}", "<a>{{ '<think>' if enable_thinking else '' }}",
+         "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}{{ enable_thinking }}",
+         "<a>", SWITCHED_OFF),
         # no switch: the dialogue shows the empty block
         (r"{{ '<a>\n<think>\n' + '\n</think>\n\n' + m.content }}", r"{{ '<a>\n<think>\n' }}", "",
          "<a>\n<think>\n\n</think>\n\n", CLOSED_BY_TEMPLATE),
