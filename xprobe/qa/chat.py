@@ -153,7 +153,7 @@ def _stand_ins(source: str) -> tuple[str, str]:
 
 
 def _open(tokenizer: Any, source: str, tree: nodes.Template | None, message: str) -> tuple[_Renderer, str]:
-    """The call of the template that it bears, and what it writes around ``message``; no open reasoning block if it can.
+    """A call that the template accepts, and the text that it gives; if possible without an open reasoning block.
 
     Raises
     ------

@@ -174,7 +174,7 @@ class _Reader:
         return head, alone.ids
 
     def _check_text(self, encoded: _Encoded, span: Span, text: str, place: Span, name: str) -> None:
-        """Raises ControlTokenError if a control token in ``span`` holds a character of ``text[place]``."""
+        """Raises ControlTokenError if a control token among the tokens of ``span`` holds text of ``text[place]``."""
         if self.controls.keys().isdisjoint(encoded.ids[span[0] : span[1]]):
             return
         for index, id_ in enumerate(encoded.ids[slice(*span)], span[0]):
