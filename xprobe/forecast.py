@@ -80,7 +80,7 @@ def forecast(config: StudyConfig) -> Forecast:
     """
     template, _, examples = read_questions(config)
     source = loading.resolve(config.model)
-    model_config = loading.load_config(source, config)
+    model_config = loading.load_config(source, config.trust_remote_code)
     tokenizer = loading.load_tokenizer(source, config)
     prompts, skipped = build_prompts(examples, tokenizer, template, loading.window(model_config))
     if not prompts:

@@ -331,7 +331,7 @@ class _Run:
             tokenizer = loaded.tokenizer
             engine = Engine(loaded.model, inspect(loaded.model), config.batch_tokens, say)
         for message in heard:
-            engine.warn(f"transformers: {message}")
+            engine.warn(message)
         return engine, tokenizer
 
     def _compute_waves(self, engine: Engine | LayerwiseEngine, plan: Plan, folder: RunFolder) -> None:

@@ -62,7 +62,7 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    model_config = load_config(source, config, heard)
+    model_config = load_config(source, config.trust_remote_code, heard)
     team.check_heads(model_config, source.name)
     _check_files(source, location, config)
     tokenizer = load_tokenizer(source, config, heard)
@@ -182,7 +182,7 @@ def load_tokenizer(source: Source, config: StudyConfig, heard: list[str] | None 
     return tokenizer
 
 
-def load_config(source: Source, config: StudyConfig, heard: list[str] | None = None) -> Any:
+def load_config(source: Source, trust_remote_code: bool = False, heard: list[str] | None = None) -> Any:
     """The model's configuration, refused if it is not that of a causal decoder with plain weights.
 
     Raises
@@ -192,7 +192,7 @@ def load_config(source: Source, config: StudyConfig, heard: list[str] | None = N
     """
     import transformers
 
-    location, options = location_and_options(source, config.trust_remote_code)
+    location, options = location_and_options(source, trust_remote_code)
     with quiet(heard):
         try:
             model_config = transformers.AutoConfig.from_pretrained(location, **options)
@@ -248,7 +248,8 @@ def check_decoder(config: Any, name: str) -> None:
     """Raises a ModelError that names the architecture if ``config`` is not of a decoder that predicts tokens."""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): xprobe reads decoder-only models")
-    architectures = getattr(config, "architectures", None) or []
+    listed = getattr(config, "architectures", None)
+    architectures = [str(entry) for entry in listed] if isinstance(listed, list) else []
     if not _is_causal(config) and any(getattr(config, part, None) is not None for part in _WITH_TEXT):
         raise ModelError(
             f"{name} reads images or sound besides text ({config.model_type}): the text decoder inside of it is not "
@@ -313,6 +314,8 @@ def _explain(source: Source, location: str, error: Exception) -> str:
         return unknown(source)
     if "trust_remote_code" in reason:
         return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
+    if "Weights only load failed" in reason:
+        return f"cannot load {source.name}: its pickle is damaged, or holds something else than tensors"
     if "has no `tp_plan`" in reason:
         return (
             f"transformers cannot share {source.name} among processes: leave --tensor-parallel, try --device-map auto"
@@ -334,7 +337,10 @@ def _explain_tokenizer(source: Source, error: Exception) -> str:
     reason = _one_line(error)
     if "trust_remote_code" in reason:
         return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
-    return f"cannot read the tokenizer of {source.name}: {reason[:400]}"
+    return (
+        f"cannot read the tokenizer of {source.name} ({type(error).__name__}: {reason[:300]}): save it again, with the "
+        "versions of transformers and tokenizers that are installed here"
+    )
 
 
 def _one_line(error: Exception) -> str:

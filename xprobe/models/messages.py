@@ -86,5 +86,5 @@ def _listening(logger: logging.Logger, collector: logging.Handler) -> Iterator[N
 
 def _keep(heard: list[str], message: str) -> None:
     line = " ".join(_COLOURS.sub("", message).split())[:MOST]
-    if line and not HARMLESS.search(line) and line not in heard:
-        heard.append(line)
+    if line and not HARMLESS.search(line) and (said := f"transformers: {line}") not in heard:
+        heard.append(said)

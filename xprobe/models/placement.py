@@ -109,6 +109,7 @@ class Placement:
         self._shares: dict[tuple[str, int], _Share] = {}
         self._arrived: set[str] = set()
         self._left_over: list[str] = []
+        self._misshapen: list[tuple[str, Any, Any]] = []
         for name in _in_order(checkpoint):
             self._assign(name)
         self._check_complete()
@@ -181,6 +182,9 @@ class Placement:
         owner = next((self._prefixes[p] for p in _stems(target) if p in self._prefixes), OUTSIDE)
         share = self._shares.setdefault(owner, _Share())
         if pattern is None:
+            stored, wanted = self.checkpoint[name].shape, tuple(self._empty[target].shape)
+            if stored != wanted:
+                self._misshapen.append((target, stored, wanted))
             share.plain[target] = name
             self._arrived.add(target)
             return
@@ -200,7 +204,13 @@ class Placement:
             if source in present:
                 present.add(target)
         missing = self._empty.keys() - (self._arrived | present)
-        check_complete(self.model, str(self.checkpoint.folder), missing=missing, unexpected=self._left_over)
+        check_complete(
+            self.model,
+            str(self.checkpoint.folder),
+            missing=missing,
+            unexpected=self._left_over,
+            mismatched=self._misshapen,
+        )
 
     def _reader(self, name: str, target: str) -> Any:
         dtype = self._dtype_of(target)

@@ -27,7 +27,7 @@ from xprobe.models.anatomy import (
     the_one_that_ran,
 )
 from xprobe.models.block_io import entering, short_run
-from xprobe.models.checkpoint import Checkpoint, check_plain
+from xprobe.models.checkpoint import Checkpoint
 from xprobe.models.gguf import heard_then
 from xprobe.models.messages import quiet
 from xprobe.models.placement import Placement, build_empty
@@ -112,21 +112,14 @@ def open_streamed(
     ModelError
         Weights that cannot be read tensor by tensor or are quantised, or blocks that cannot be run one at a time.
     """
-    import transformers
-
     device = loading.pick_device(device)
-    folder = sources.local_folder(sources.resolve(str(name)))
+    source = sources.resolve(str(name))
+    folder = sources.local_folder(source)
     if heard is not None:
         heard += heard_then(folder)
+    config = loading.load_config(source, trust_remote_code, heard)
     checkpoint = Checkpoint(folder)
     with quiet(heard):
-        try:
-            config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"cannot read {folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from error
-        loading.check_decoder(config, str(name))
-        check_plain(config, str(name))
-        config = loading.with_own_attention(config, heard)
         chosen = _pick_dtype(dtype, config, checkpoint, device)
         model = build_empty(config, chosen, device, trust_remote_code=trust_remote_code)
         loading.use_plain_experts(model)

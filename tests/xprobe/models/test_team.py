@@ -98,7 +98,7 @@ def test_each_process_takes_its_own_device(other):
 
 
 def test_heads_that_cannot_be_dealt_out_are_refused(tiny, monkeypatch):
-    config = loading.load_config(loading.resolve(str(tiny)), StudyConfig(model=str(tiny)))
+    config = loading.load_config(loading.resolve(str(tiny)))
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
     monkeypatch.setattr(team, "size", lambda: 2)
     team.check_heads(config, "tiny")

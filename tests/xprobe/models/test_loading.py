@@ -1,0 +1,328 @@
+"""Loading, whole and block by block: never a number from weights or tokens that are not the model's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.families import save_tiny_model
+
+from xprobe.config import StudyConfig
+from xprobe.errors import ModelError, XprobeError
+from xprobe.forecast import forecast
+from xprobe.models import loading
+from xprobe.models.messages import quiet
+from xprobe.models.streaming import open_streamed
+
+Change = Callable[[Path], Any]
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    """A copy of the tiny model, to be changed."""
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def whole(folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    heard: list[str] = []
+    config = StudyConfig(model=str(folder), **options)
+    return loading.load(loading.resolve(str(folder)), config, heard).model, heard
+
+
+def streamed(folder: Path) -> tuple[Any, list[str]]:
+    heard: list[str] = []
+    return open_streamed(folder, device="cpu", heard=heard).model, heard
+
+
+WAYS = pytest.mark.parametrize("read", [whole, streamed])
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Change:
+    def apply(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, {"format": "pt"})
+
+    return apply
+
+
+def configured(**entries: Any) -> Change:
+    def apply(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+    return apply
+
+
+def without(*names: str) -> Change:
+    return tensors(lambda named: {name: value for name, value in named.items() if name not in names})
+
+
+def beside(**more: torch.Tensor) -> Change:
+    return tensors(lambda named: {**named, **{name.replace("__", "."): value for name, value in more.items()}})
+
+
+def scaled(dtype: torch.dtype) -> Change:
+    """Weights as an FP8 checkpoint has them: a scale beside each; stored as fp8, or cast without the scale."""
+
+    def change(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        chosen = [name for name in named if ".mlp." in name]
+        return {
+            **{name: value.to(dtype) if name in chosen else value for name, value in named.items()},
+            **{f"{name}_scale_inv": torch.full((1, 1), 3.0) for name in chosen},
+        }
+
+    return tensors(change)
+
+
+MISFITS: dict[str, tuple[Change, str]] = {
+    "saved while compiled": (
+        tensors(lambda named: {f"_orig_mod.{name}": value for name, value in named.items()}),
+        r"lacks 39 tensors .* every name begins with '_orig_mod\.', .*\(torch.compile\)",
+    ),
+    "saved inside of a wrapper": (
+        tensors(lambda named: {f"module.{name}": value for name, value in named.items()}),
+        r"every name begins with 'module\.'",
+    ),
+    "no head": (without("lm_head.weight"), r"lacks 1 tensor of LlamaForCausalLM \(lm_head.weight\).*tie_word_embed"),
+    "one tensor missing": (without("model.layers.2.mlp.up_proj.weight"), "lacks 1 tensor .*would be random numbers"),
+    "fp8": (scaled(torch.float8_e4m3fn), "stored as F8_E4M3, which is a quantised format"),
+    "fp8 cast without its scales": (scaled(torch.float32), "holds 12 tensors .*_scale_inv.*quantised weights"),
+    "another width": (configured(intermediate_size=64), r"has shape \[32, 48\], .* asks for \[32, 64\]"),
+    "fewer layers in config.json": (configured(num_hidden_layers=3), r"holds 9 tensors .*model.layers.3"),
+    "more layers in config.json": (configured(num_hidden_layers=5), r"lacks 9 tensors .*model.layers.4"),
+    "a bias that the class does not know": (
+        beside(model__layers__0__self_attn__q_proj__bias=torch.ones(32)),
+        r"holds 1 tensor that LlamaForCausalLM has no place for \(model.layers.0.self_attn.q_proj.bias\)",
+    ),
+    "an adapter's tensors": (
+        beside(model__layers__0__self_attn__q_proj__lora_A__weight=torch.ones(2, 32)),
+        "an adapter's: merge it",
+    ),
+    "an adapter beside the weights": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+        r"adapter_config.json makes this an adapter.*merge_and_unload",
+    ),
+    "an adapter alone": (
+        lambda folder: [(folder / "config.json").unlink(), (folder / "adapter_config.json").write_text("{}")],
+        "makes this an adapter",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "quantised by its configuration": (
+        configured(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}),
+        r"quantised checkpoint \(fp8\)",
+    ),
+    "a configuration of the wrong type": (configured(hidden_size="x"), "hidden_size"),
+    "heads that do not divide the width": (configured(num_attention_heads=5), "attention heads"),
+    "code of its own": (
+        configured(auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}, model_type="unknown-one"),
+        "--trust-remote-code",
+    ),
+    "a vision-language model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}'),
+        r"reads images or sound besides text \(qwen2_5_vl\)",
+    ),
+    "a part of one": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "mllama_text_model"}'),
+        "not a causal decoder",
+    ),
+}  # fmt: skip
+
+
+@WAYS
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_checkpoint_that_is_not_the_models_is_refused_by_tensor_and_cause(folder, misfit, read):
+    change, cause = MISFITS[misfit]
+    change(folder)
+    with pytest.raises(ModelError, match=cause):
+        read(folder)
+
+
+@WAYS
+def test_what_the_class_declares_as_ignorable_is_ignored(folder, read):
+    beside(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))(folder)
+    read(folder)
+
+
+@WAYS
+def test_a_head_that_is_tied_needs_no_tensor(tmp_path, read):
+    folder = save_tiny_model(tmp_path / "tied", "llama_tied")
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model, heard = read(folder)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert heard == []
+
+
+@WAYS
+def test_two_weights_that_config_json_calls_one_are_said(folder, read):
+    configured(tie_word_embeddings=True)(folder)
+    model, heard = read(folder)
+    stored = load_file(folder / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+    assert any("with different values" in message for message in heard)
+
+
+@WAYS
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_an_attention_of_a_package_gives_way_to_the_default(folder, tiny, attention, read):
+    configured(attn_implementation=attention)(folder)
+    model, heard = read(folder)
+    assert any(attention in message for message in heard)
+    assert model.config._attn_implementation in ("sdpa", "eager")
+    forecast(StudyConfig(model=str(folder), limit=1, languages=("en",)))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"model_type": "llava"},
+        {"model_type": "qwen2_vl", "attn_implementation": "flash_attention_2"},
+        {"model_type": "mllama_text_model"},
+        {"model_type": "emu3_text_model"},
+        {"model_type": "whisper"},
+        {"model_type": "t5"},
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        {"model_type": "nobody-knows"},
+        {},
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(folder, entries):
+    (folder / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ModelError) as dry:
+        forecast(StudyConfig(model=str(folder), limit=1, languages=("en",)))
+    with pytest.raises(ModelError) as run:
+        whole(folder)
+    assert str(dry.value) == str(run.value)
+    assert "\n" not in str(run.value)
+
+
+def test_a_pickle_is_named_only_where_there_is_one(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds no weights") as caught:
+        whole(folder)
+    assert "--allow-pickle" not in str(caught.value)
+    torch.save({"x": torch.zeros(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pickle \(pytorch_model.bin\).*--allow-pickle"):
+        whole(folder)
+
+
+def test_a_pickle_is_checked_like_other_weights(folder):
+    named = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(named, folder / "pytorch_model.bin")
+    model, _ = whole(folder, allow_pickle=True)
+    assert torch.equal(model.lm_head.weight, named["lm_head.weight"])
+    del named["lm_head.weight"]
+    torch.save(named, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"lacks 1 tensor .*lm_head"):
+        whole(folder, allow_pickle=True)
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(ModelError, match="its pickle is damaged"):
+        whole(folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', ""])
+def test_a_tokenizer_that_cannot_be_read_is_named(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="tokenizer"):
+        whole(folder)
+
+
+def test_a_mistral_tokenizer_with_the_wrong_rule_is_mended_and_it_is_said(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = save_tiny_model(tmp_path / "mistral", "mistral")
+    configured(transformers_version="4.50.0")(folder)
+    words = json.loads((folder / "tokenizer.json").read_text())
+    words["model"]["vocab"] |= {f"<filler {number}>": number for number in range(300, 100_100)}  # as large as theirs
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    source, config = loading.resolve(str(folder)), StudyConfig(model=str(folder))
+    heard: list[str] = []
+    tokenizer = loading.load_tokenizer(source, config, heard)
+    assert any("used with the right one" in message for message in heard)
+    right = AutoTokenizer.from_pretrained(folder, fix_mistral_regex=True)
+    wrong = AutoTokenizer.from_pretrained(folder, fix_mistral_regex=False)
+    text = "Numbers like 1234567 and CamelCaseWords'll differ."
+    assert tokenizer(text)["input_ids"] == right(text)["input_ids"]
+    assert right.backend_tokenizer.to_str() != wrong.backend_tokenizer.to_str()
+    configured(transformers_version="5.0.0")(folder)
+    heard.clear()
+    loading.load_tokenizer(source, config, heard)
+    assert heard == []
+
+
+def test_warnings_of_transformers_reach_the_run_and_its_manifest(folder, tmp_path):
+    import xprobe
+
+    configured(tie_word_embeddings=True)(folder)
+    said: list[str] = []
+    study = xprobe.run(
+        folder, languages=["en", "de"], limit=2, probes=(), bootstrap=20, out=tmp_path / "run",
+        progress=lambda stage, done, total: said.append(stage),
+    )  # fmt: skip
+    kept = [message for message in study.manifest["plan"]["remarks"] if "different values" in message]
+    assert len(kept) == 1
+    assert kept[0] in said
+
+
+def test_nothing_of_the_caller_is_changed_while_transformers_is_kept_quiet(capsys):
+    logger = logging.getLogger("transformers")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    heard: list[str] = []
+
+    def read() -> None:
+        with quiet(heard):
+            logging.getLogger("transformers.models").warning("the weights\nare odd")
+            logging.getLogger("transformers.models").info("nothing")
+            logging.getLogger("transformers.models").warning("`torch_dtype` is deprecated! Use `dtype` instead!")
+            warnings.warn("tokens were lost", stacklevel=1)
+            warnings.warn("old name", DeprecationWarning, stacklevel=1)
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        read()
+    assert heard == ["transformers: the weights are odd", "transformers: tokens were lost"]
+    assert (logger.handlers[:], logger.level, logger.propagate) == before
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mixture_of_experts_runs_in_fp64(tmp_path):
+    import xprobe
+
+    folder = save_tiny_model(tmp_path / "moe", "qwen3_moe")
+    options = {"dtype": "float64", "languages": ["en", "de"], "limit": 2, "probes": (), "bootstrap": 20}
+    one = xprobe.run(folder, out=tmp_path / "a", **options)
+    other = xprobe.run(folder, out=tmp_path / "b", stream=True, **options)
+    assert one.manifest["parity_error"] < 1e-6
+    together = one.layers.merge(other.layers, on=["setting", "layer", "language", "signal"])
+    assert len(together) == len(one.layers)
+    assert (together["value_x"] - together["value_y"]).abs().max() < 1e-6
+
+
+def outcome(folder: Path) -> str:
+    """What a dry run says: "" if it goes through."""
+    try:
+        forecast(StudyConfig(model=str(folder), limit=1, languages=("en",)))
+    except XprobeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("value", [None, -1, "x", []])
+def test_a_spoiled_entry_of_config_json_ends_in_one_line_or_does_no_harm(folder, value):
+    file = folder / "config.json"
+    entries = json.loads(file.read_text())
+    said = {}
+    for name in entries:
+        file.write_text(json.dumps({**entries, name: value}))
+        said[name] = outcome(folder)
+    assert not any("\n" in line for line in said.values())
+    assert said["hidden_size"] != ""
+    assert said["bos_token_id"] == "" or value is not None
