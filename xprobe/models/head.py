@@ -303,8 +303,8 @@ def _fit(raw: Tensor, wanted: Tensor, cap: float | None, values: dict[str, float
         bounded = cap * torch.atanh((wanted / cap).clamp(-0.999, 0.999))
     if not bool(steep.any()):
         return _Fit(float("inf"), 1.0, cap)
-    ratio = float((raw * bounded)[steep].sum() / raw.square()[steep].sum().clamp(min=1e-300))
-    scale = _snap(ratio, values, ratio)
+    measured = float((raw * bounded)[steep].sum() / raw.square()[steep].sum().clamp(min=1e-300))
+    scale = _snap(measured, values, within)
     guess = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
     error = float((guess - wanted)[usable].abs().max() / wanted[usable].abs().max().clamp(min=1e-300))
     return _Fit(error if scale else float("inf"), scale, cap)
@@ -330,7 +330,7 @@ def _guess_cap(raw: Tensor, wanted: Tensor) -> float | None:
     return largest * (1 + 10.0 ** float(found.x))
 
 
-def _snap(ratio: float, values: dict[str, float], tolerance: float) -> float:
+def _snap(ratio: float, values: dict[str, float], within: float) -> float:
     """The exact number behind a measured ratio; else the ratio.
 
     1, an entry of the configuration that speaks of a scale, one over it, or a quotient of two whole numbers there
@@ -338,9 +338,9 @@ def _snap(ratio: float, values: dict[str, float], tolerance: float) -> float:
     """
     named = [v for k, v in values.items() if v > 0 and any(w in k for w in ("scal", "multiplier", "logit"))]
     for exact in [1.0, *named, *(1 / v for v in named)]:
-        if abs(ratio - exact) <= tolerance * abs(exact):
+        if abs(ratio - exact) <= within * abs(exact):
             return exact
     whole = sorted({v for v in values.values() if v > 1 and v == int(v)})
     quotients = [one / other for one, other in product(whole, whole) if one != other]
     closest = min(quotients, key=lambda exact: abs(ratio - exact), default=ratio)
-    return closest if abs(ratio - closest) <= tolerance * abs(closest) else ratio
+    return closest if abs(ratio - closest) <= within * abs(closest) else ratio
