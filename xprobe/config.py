@@ -24,6 +24,7 @@ PROBES = {
     "correctness": "whether the first answer token will be on top at the last layer",
 }
 
+MAX_DRAWS = 1_000_000  # of the bootstrap and the permutations: more would only fill the memory
 MAX_SEED = 2**32 - 1  # of scikit-learn's and numpy's generators
 
 PROBE_COLUMNS = ("setting", "probe", "state", "layer", "metric", "score", "lo", "hi", "baseline", "control",
@@ -138,6 +139,9 @@ class StudyConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name in ("bootstrap", "permutations"):
+            if getattr(self, name) > MAX_DRAWS:
+                raise UsageError(f"{name} must be a whole number of at most {MAX_DRAWS}, got {getattr(self, name)}")
         if self.seed > MAX_SEED:
             raise UsageError(f"seed must be a whole number of at most {MAX_SEED}, got {self.seed}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,94 @@ def check_writable(path: Path) -> None:
     while not nearest.exists() and nearest.parent != nearest:
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise UsageError(f"cannot make {path}: {nearest} is a file")
+        raise UsageError(f"cannot make {path}: {nearest} is {what_is(nearest)}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RunFolderError(f"cannot write {nearest}: permission denied; choose another --out")
+
+
+# what else than a file can lie under a name
+_KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a link"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+DEAD_LINK = "a link to nothing"
+
+
+def what_is(path: Path, *, follow: bool = True) -> str | None:
+    """What lies under a name, in words; None if nothing does. Opens nothing: a named pipe would not answer.
+
+    With ``follow`` a link is what it leads to.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if follow and stat.S_ISLNK(mode):
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            return DEAD_LINK
+    return next((words for test, words in _KINDS if test(mode)), "a file")
+
+
+REMEDY = "move it away, then go on with --resume"
+
+
+def expect(path: Path, *wanted: str, follow: bool = True, remedy: str = REMEDY) -> bool:
+    """Whether ``path`` is there.
+
+    Raises
+    ------
+    RunFolderError
+        It is something else than ``wanted`` (a file if none is given), in the words of ``what_is``.
+    """
+    wanted = wanted or ("a file",)
+    kind = what_is(path, follow=follow)
+    if kind is not None and kind not in wanted:
+        raise RunFolderError(f"{path} is {kind}, not {wanted[0]}: {remedy}")
+    return kind is not None
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def read_file(path: Path) -> bytes:
+    """Content of a regular file.
+
+    Raises
+    ------
+    RunFolderError
+        Something else lies there, or it cannot be read.
+    """
+    expect(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> RunFolderError:
+    """The error of the system as one that names the path and says what to do."""
+    advice = "give yourself the right to read it" if error.errno in _FORBIDDEN else "check the disk"
+    return RunFolderError(f"cannot read {path}: {error.strerror or error}; {advice}, then try again")
+
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
+_ADVICE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or choose another --out"),
+    errno.EROFS: "choose another --out",
+    **dict.fromkeys(
+        (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO),
+        "move away what stands in the way, or choose another --out",
+    ),
+}
 
 
 @contextmanager
@@ -32,9 +118,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunFolderError(
-            f"cannot write {error.filename or path}: {error.strerror or error}; choose another --out or make room"
-        ) from error
+        advice = _ADVICE.get(error.errno or 0, "choose another --out or make room")
+        raise RunFolderError(f"cannot write {error.filename or path}: {error.strerror or error}; {advice}") from error
 
 
 def make_folder(path: Path) -> list[Path]:
@@ -73,8 +158,10 @@ def sync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str | None:
-    """SHA-256 of a file; None if there is no such file, or it cannot be read."""
+    """SHA-256 of a regular file; None if there is no such file, or it cannot be read."""
     try:
+        if not path.is_file():
+            return None
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except (OSError, ValueError):

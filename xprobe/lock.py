@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from xprobe.disk import make_folder, writing
+from xprobe.disk import expect, make_folder, writing
 from xprobe.errors import UsageError
 
 try:
@@ -72,6 +72,7 @@ class FolderLock:
     def _open(self) -> int:
         """Handle of the lock file, locked, and still the one that others find under its name."""
         for _ in range(_TRIES):
+            expect(self.path / LOCK, follow=False)
             try:
                 handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # the process that made the folder has just removed it

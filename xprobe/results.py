@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.store import EXAMPLES, LAYERS, PROBE_TABLE, RunFolder
+from xprobe.store import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,19 +146,45 @@ def load_study(path: str | Path) -> Study:
     UsageError
         ``path`` is not a run folder.
     RunFolderError
-        The run is not finished, or its files cannot be read.
+        The run is not finished, an entry of its manifest is missing or wrong, or a table is not the one that this run
+        wrote.
     """
     folder = RunFolder.open(Path(path))
-    manifest = folder.read_run()
-    if manifest.get("status") != "done":
-        raise RunFolderError(f"the run in {path} is not finished ({manifest.get('status')}): continue it with --resume")
-    tables = folder.read_table(LAYERS), folder.read_table(EXAMPLES), _probes(folder, manifest)
+    manifest = folder.read_finished()
+    tables = read_tables(folder, manifest)
+    without = sorted(set(manifest["results"]) - set(tables[0]["setting"]))
+    if without:
+        raise RunFolderError(
+            f"{folder.path / MANIFEST}: entry results names a setting that {LAYERS} does not hold ({without[0]}); "
+            f"{folder.resume_command} writes it again"
+        )
     return Study(folder.path, manifest, *tables)
 
 
-def _probes(folder: RunFolder, manifest: dict[str, Any]) -> pd.DataFrame:
+def read_tables(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The tables of a finished run: layers, examples, probes (empty if none was trained).
+
+    Raises
+    ------
+    RunFolderError
+        A table is missing, cannot be read, or is not the one that this run wrote.
+    """
     import pandas as pd
 
     from xprobe.config import PROBE_COLUMNS
 
-    return folder.read_table(PROBE_TABLE) if manifest.get("probes") else pd.DataFrame(columns=list(PROBE_COLUMNS))
+    digests = manifest.get("tables", {})
+    names = table_names(manifest)
+    unknown = [name for name in names if name not in digests]
+    if unknown:
+        raise RunFolderError(
+            f"{folder.path / MANIFEST} holds no checksum of {', '.join(unknown)}: another version of xprobe wrote it; "
+            f"{folder.resume_command} writes the tables and their checksums again from the shards"
+        )
+    layers, examples, *probes = (folder.read_table(name, digests[name]) for name in names)
+    return layers, examples, probes[0] if probes else pd.DataFrame(columns=list(PROBE_COLUMNS))
+
+
+def table_names(manifest: dict[str, Any]) -> list[str]:
+    """File names of the tables that a run with this manifest has."""
+    return [LAYERS, EXAMPLES, *([PROBE_TABLE] if manifest["probes"] else [])]

@@ -92,18 +92,29 @@ def read_signals(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFr
     """Example rows (a data frame) and signals [N, L + 1], in the order of the plan, from the shards alone.
 
     ``first_token_correct`` in the frame: whether the first answer token is on top at the last layer.
+
+    Raises
+    ------
+    RunFolderError
+        Names the shards that are not what this run wrote, or the entry of the manifest that does not fit them.
     """
     import pandas as pd
+
+    folder.check_shards(manifest["groups"])
+    model = manifest["model"]
 
     rows: list[dict[str, Any]] = []
     signals: dict[str, list[NDArray]] = {}
     for key in manifest["groups"]:
         arrays, metadata = folder.read_shard(folder.shard_name(key), (*FIELDS, "offsets"))
         values = AnswerReadout(**{name: arrays[name] for name in FIELDS})
+        folder.check_fit("model.n_blocks", model["n_blocks"], arrays["rank"].shape[1] - 1)
+        if (largest := int(arrays["rank"].max(initial=0))) > model["vocab_size"]:
+            folder.check_fit("model.vocab_size", model["vocab_size"], largest)
         correct = arrays["rank"][arrays["offsets"][:-1], -1] == 1
         for row, right in zip(metadata["examples"], correct.tolist(), strict=True):
             rows.append({**{k: v for k, v in row.items() if k != "spans"}, "first_token_correct": right})
-        for name, table in example_signals(values, arrays["offsets"], manifest["model"]["vocab_size"]).items():
+        for name, table in example_signals(values, arrays["offsets"], model["vocab_size"]).items():
             signals.setdefault(name, []).append(table)
     return pd.DataFrame(rows), {name: np.concatenate(tables) for name, tables in signals.items()}
 

@@ -45,10 +45,17 @@ class StoredStates:
         ------
         UsageError
             The run kept no states (``--no-rows``).
+        RunFolderError
+            The shards cannot be read, or do not fit the manifest.
         """
         if not manifest["config"].get("store_rows", True):
             raise UsageError(f"{folder.path} holds no hidden states: run it again without --no-rows")
-        return cls(folder, frame, manifest["model"]["n_blocks"] + 1, manifest["model"]["width"])
+        n_layers, width = manifest["model"]["n_blocks"] + 1, manifest["model"]["width"]
+        for key in manifest["groups"][:1]:
+            layers_there, width_there = folder.row_shape(folder.shard_name(key), "prompt_end")
+            folder.check_fit("model.n_blocks", n_layers - 1, layers_there - 1)
+            folder.check_fit("model.width", width, width_there)
+        return cls(folder, frame, n_layers, width)
 
     @property
     def shards(self) -> list[tuple[str, NDArray[np.int64]]]:

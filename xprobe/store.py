@@ -8,30 +8,32 @@ too. So the journal never knows more than the disk holds, and what it knows has 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from xprobe.disk import checksum, make_folder, sync, writing
+from xprobe import journal
+from xprobe.disk import checksum, entries, expect, make_folder, read_file, sync, what_is, writing
 from xprobe.errors import RunFolderError, UsageError
 from xprobe.lock import LOCK
+from xprobe.schema import finished_complaint, identity_complaint
+from xprobe.serialization import shard_bytes
 
 FORMAT = 1  # of the run folder; raised when older readers would misread it
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
 LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
 MAY_CHANGE = ("batch_tokens", "model", "data")  # of the configuration on resume; the bytes of model and data may not
-_NEEDED: dict[str, type | tuple[type, ...]] = {
-    "status": str, "config": dict, "model": dict, "data": dict, "template_sha256": str, "groups": list,
-    "counts": dict, "left_out": dict, "parity_error": (int, float),
-}  # fmt: skip
-_NEEDED_DONE: dict[str, type | tuple[type, ...]] = {"results": dict, "phase_definition": int, "timings": dict}
 _SELF = "sha256"  # entry of the manifest: checksum of all the others
 ROWS = ".rows-"  # beginning of the name that a file of hidden rows has before it loses it
+SHARD = ".safetensors"  # end of a shard's name
+_REPLACED = ("a file", "a link")  # what a new file may take the name of
+_NAMED = 5  # shards that a message names
 _PART = ".{}.part"  # temporary name of a file that is being written
 
 
@@ -41,16 +43,18 @@ class RunFolder:
 
     path: Path
 
-    @staticmethod
-    def check(path: Path, *, resume: bool = False) -> None:
-        """Raises the UsageError of ``create`` without making anything."""
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file: give --out a folder")
+    @classmethod
+    def check(cls, path: Path, *, resume: bool = False) -> None:
+        """Raises the errors of ``create`` without making anything."""
+        kind = what_is(path)
+        if kind not in (None, "a folder"):
+            raise UsageError(f"{path} is {kind}: give --out a folder")
         filled = holds_something(path)
         if filled and not resume:
             raise UsageError(f"{path} is not empty: choose another --out, or --resume the run in it")
-        if filled and not (path / MANIFEST).is_file():
+        if filled and not cls(path).has_manifest():
             raise UsageError(f"{path} holds no run to resume (no {MANIFEST}): choose another --out")
+        cls(path).check_places()
 
     @classmethod
     def create(cls, path: Path, *, resume: bool = False) -> RunFolder:
@@ -61,35 +65,69 @@ class RunFolder:
         UsageError
             The folder already holds something (and ``resume`` is False), or holds no run to resume.
         RunFolderError
-            It cannot be written.
+            It cannot be written, or something else than a file lies where the run keeps one.
         """
         cls.check(path, resume=resume)
         with writing(path):
             make_folder(path / SHARDS)
             sync(path)
-        if not os.access(path, os.W_OK):
-            raise RunFolderError(f"cannot write {path}: permission denied; choose another --out")
+        for folder in (path, path / SHARDS):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise RunFolderError(f"cannot write {folder}: permission denied; choose another --out")
         return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """A folder that holds a run already."""
-        if not (path / MANIFEST).is_file():
+        if not cls(path).has_manifest():
             raise UsageError(f"{path} is not a run folder: it holds no {MANIFEST}")
         return cls(path)
+
+    def has_manifest(self) -> bool:
+        """Whether a run was begun here.
+
+        Raises
+        ------
+        RunFolderError
+            Something else than a file has the manifest's name.
+        """
+        return expect(self.path / MANIFEST, remedy="put the run's own manifest there, or choose another --out")
+
+    def check_places(self) -> None:
+        """Says what stands where the run keeps a file or the folder of its shards, if it is something else.
+
+        Raises
+        ------
+        RunFolderError
+            Names the path, what it is, and what to do. Links in the place of shards and tables are not followed when
+            they are written, and stand in nobody's way.
+        """
+        if what_is(self.path) is None:
+            return
+        self.has_manifest()
+        expect(self.path / JOURNAL)
+        expect(self.path / LOCK, follow=False)
+        for name in (LAYERS, EXAMPLES, PROBE_TABLE):
+            expect(self.path / name, *_REPLACED, follow=False)
+        folders = [self.path, self.path / SHARDS] if expect(self.path / SHARDS, "a folder") else [self.path]
+        for place in (place for folder in folders for place in entries(folder)):
+            if place.name.startswith(ROWS) or (place.name.startswith(".") and place.name.endswith(".part")):
+                expect(place, follow=False)
+            elif place.suffix == SHARD:
+                expect(place, *_REPLACED, follow=False)
 
     # -- manifest --------------------------------------------------------------------------------------------
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; empty if there is none yet."""
         path = self.path / MANIFEST
-        if not path.is_file():
+        if not self.has_manifest():
             return {}
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = json.loads(read_file(path).decode("utf-8"))
             if not isinstance(manifest, dict):
                 raise ValueError("not an object")
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RunFolderError(
                 f"cannot read {path} ({error}): the run cannot be used; start it in a new folder"
             ) from error
@@ -102,42 +140,68 @@ class RunFolder:
         return manifest
 
     def read_run(self) -> dict[str, Any]:
-        """The manifest of a run that was started, checked for the entries that every reader relies on."""
+        """The manifest of a run that was started, with all that says what the run is made of.
+
+        Raises
+        ------
+        RunFolderError
+            An entry is missing or wrong.
+        """
         manifest = self.read_manifest()
-        done = manifest.get("status") == "done"
-        needed = _NEEDED | (_NEEDED_DONE if done else {})
-        if not done and manifest.get("parity_error", 0) is None:  # block by block it is known at the end of the sweep
-            needed = {name: kind for name, kind in needed.items() if name != "parity_error"}
-        missing = sorted(set(needed) - set(manifest))
-        wrong = sorted(name for name in set(needed) - set(missing) if not isinstance(manifest[name], needed[name]))
-        if not missing and not wrong and not all(isinstance(group, str) for group in manifest["groups"]):
-            wrong = ["groups"]
-        if missing or wrong:
-            reasons = [f"lacks {', '.join(missing)}"] * bool(missing)
-            reasons += [f"holds something else than expected as {', '.join(wrong)}"] * bool(wrong)
-            what = f"{self.path / MANIFEST} {' and '.join(reasons)}"
-            raise RunFolderError(f"{what}: the run cannot be used; start it in a new folder")
+        wrong = identity_complaint(manifest)
+        if wrong is not None:
+            raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; the run cannot be used: start it in a new folder")
         return manifest
+
+    def read_finished(self) -> dict[str, Any]:
+        """The manifest of a finished run, with all that any reader relies on.
+
+        Raises
+        ------
+        RunFolderError
+            The run is not finished, or an entry is missing or wrong.
+        """
+        manifest = self.read_run()
+        if manifest["status"] != "done":
+            raise RunFolderError(
+                f"the run in {self.path} is not finished ({manifest['status']}): continue it with --resume"
+            )
+        wrong = finished_complaint(manifest)
+        if wrong is not None:
+            raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; {self.resume_command} writes it again")
+        return manifest
+
+    @property
+    def resume_command(self) -> str:
+        """The command that mends what can be mended, for messages."""
+        return f"`xprobe run --out {self.path} --resume`"
+
+    def is_finished(self, manifest: dict[str, Any]) -> bool:
+        """Whether nothing has to be computed: the manifest is as it was written, and every shard is there."""
+        done = manifest["status"] == "done" and finished_complaint(manifest) is None
+        return done and self.manifest_is_untouched() and self.holds(manifest["groups"])
 
     def manifest_is_untouched(self) -> bool:
         """Whether the manifest still has the checksum that it was written with."""
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads(read_file(self.path / MANIFEST).decode("utf-8"))
             return manifest.pop(_SELF) == _own_checksum(manifest)
-        except (OSError, ValueError, RecursionError, AttributeError, KeyError):
+        except (RunFolderError, ValueError, RecursionError, AttributeError, KeyError):
             return False
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         manifest = json.loads(json.dumps(manifest))  # as readers will see it
         manifest[_SELF] = _own_checksum(manifest)
         self.__dict__.pop("_run_key", None)
-        self.write_bytes(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        self.write_bytes(MANIFEST, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
 
     @cached_property
     def _run_key(self) -> str:
         """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
         manifest = self.read_manifest()
-        parts = {name: dict(manifest.get(name) or {}) for name in ("config", "model", "data")}
+        found = {name: manifest.get(name) for name in ("config", "model", "data")}
+        parts = {name: part if isinstance(part, dict) else {} for name, part in found.items()}
         values = {
             "config": {name: value for name, value in parts["config"].items() if name not in MAY_CHANGE},
             "model": parts["model"].get("files_sha256"),
@@ -154,55 +218,27 @@ class RunFolder:
     # -- shards ----------------------------------------------------------------------------------------------
 
     def shard_name(self, group: str) -> str:
-        return group.replace("/", ".") + ".safetensors"
+        return group.replace("/", ".") + SHARD
 
     def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Stores one context group (numpy arrays or torch tensors) and enters it in the journal with its checksum."""
-        from safetensors.torch import save
-
         name = self.shard_name(group)
-        # one entry: safetensors writes several in an order that changes from process to process
-        content = save(_as_torch(tensors), {"xprobe": json.dumps({"group": group, **metadata}, ensure_ascii=False)})
+        content = shard_bytes(tensors, {"group": group, **metadata})
         with writing(self.path):
             with self._renamed(f"{SHARDS}/{name}") as temporary:
                 temporary.write_bytes(content)
             digest = hashlib.sha256(content).hexdigest()
-            self._enter({"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key})
-
-    def _enter(self, entry: dict[str, Any]) -> None:
-        """Appends a line to the journal and waits until the disk has it."""
-        path = self.path / JOURNAL
-        new = not path.exists()
-        with path.open("ab+", buffering=0) as journal:
-            if journal.seek(0, os.SEEK_END):
-                journal.seek(-1, os.SEEK_END)
-                new_line = b"" if journal.read(1) == b"\n" else b"\n"  # after the last line of a run killed in it
-            else:
-                new_line = b""
-            line = new_line + json.dumps(entry).encode() + b"\n"
-            while line:
-                line = line[os.write(journal.fileno(), line) :]
-            os.fsync(journal.fileno())
-        if new:
-            sync(self.path)
+            line = {"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key}
+            journal.enter(self.path / JOURNAL, line)
 
     def _entries(self) -> dict[str, dict[str, Any]]:
-        """The journal's last line on each shard of this run; lines that are damaged or of another run left out."""
-        entries: dict[str, dict[str, Any]] = {}
-        path = self.path / JOURNAL
-        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue  # cut off where a run was killed while writing it
-            if isinstance(entry, dict) and isinstance(entry.get("shard"), str) and entry.get("run") == self._run_key:
-                entries[entry["shard"]] = entry
-        return entries
+        """The journal's last line on each shard of this run."""
+        return journal.entries(self.path / JOURNAL, self._run_key)
 
     def finished_shards(self) -> list[str]:
         """Names of shards that the journal knows and whose bytes still have the checksum entered there, in order."""
-        entries = self._entries()
-        return [name for name in entries if checksum(self.path / SHARDS / name) == entries[name].get("sha256", "")]
+        known = self._entries()
+        return [name for name in known if checksum(self.path / SHARDS / name) == known[name].get("sha256", "")]
 
     def tidy(self, groups: list[str]) -> None:
         """Leaves the folder as a run that nobody interrupted leaves it.
@@ -214,15 +250,43 @@ class RunFolder:
             for folder in (self.path, self.path / SHARDS):
                 for part in [*folder.glob(_PART.format("*")), *folder.glob(f"{ROWS}*")]:
                     part.unlink()
-            entries = self._entries()
+            known = self._entries()
             names = [self.shard_name(group) for group in groups]
-            lines = "".join(json.dumps(entries[name]) + "\n" for name in names if name in entries).encode()
-            if (self.path / JOURNAL).read_bytes() != lines:
+            lines = "".join(json.dumps(known[name]) + "\n" for name in names if name in known).encode()
+            if read_file(self.path / JOURNAL) != lines:
                 self.write_bytes(JOURNAL, lines)
 
     def holds(self, groups: list[str]) -> bool:
         """Whether every one of ``groups`` has a finished shard."""
-        return {self.shard_name(group) for group in groups} <= set(self.finished_shards())
+        return not self._damaged(groups)
+
+    def check_shards(self, groups: list[str]) -> None:
+        """Reads every shard of ``groups`` once and compares its checksum with the journal's.
+
+        Raises
+        ------
+        RunFolderError
+            Names the shards that are not what this run wrote.
+        """
+        self.check_places()
+        damaged = self._damaged(groups)
+        if damaged:
+            names = ", ".join(damaged[:_NAMED]) + (f" and {len(damaged) - _NAMED} more" if damaged[_NAMED:] else "")
+            what, again = ("is not the shard", "it") if len(damaged) == 1 else ("are not the shards", "them")
+            place = self.path / SHARDS
+            raise RunFolderError(
+                f"{names} in {place} {what} that this run wrote: {self.resume_command} computes {again} again"
+            )
+
+    def _damaged(self, groups: list[str]) -> list[str]:
+        """Names of shards that are missing, unknown to the journal, or have other bytes than it says."""
+        known = self._entries()
+        names = [self.shard_name(group) for group in groups]
+        return [
+            name
+            for name in names
+            if name not in known or checksum(self.path / SHARDS / name) != known[name].get("sha256", "")
+        ]
 
     def read_shard(self, name: str, keys: tuple[str, ...] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arrays (only ``keys`` if given; bf16 comes back as float32) and metadata of one shard."""
@@ -246,6 +310,25 @@ class RunFolder:
         except Exception as error:  # safetensors raises its own error type, OSError, KeyError
             raise RunFolderError(f"cannot read {path} ({error}): compute it again with --resume") from error
 
+    def check_fit(self, entry: str, value: int, there: int) -> None:
+        """Compares an entry of the manifest with the shards.
+
+        Raises
+        ------
+        RunFolderError
+            They differ.
+        """
+        if value != there:
+            raise RunFolderError(
+                f"{self.path / MANIFEST}: entry {entry} is {value}, the shards hold {there}; "
+                f"{self.resume_command} writes it again"
+            )
+
+    def row_shape(self, name: str, key: str) -> tuple[int, ...]:
+        """Shape of one example in an array of a shard."""
+        with self._opened(name) as handle:
+            return tuple(handle.get_slice(key).get_shape()[1:])
+
     def read_layers(self, name: str, key: str, layers: range) -> Any:
         """Layers of one array [N, K, D] of a shard as float32 [N, len(layers), D]; nothing else of it is read."""
         with self._opened(name) as handle:
@@ -253,26 +336,58 @@ class RunFolder:
 
     # -- tables ----------------------------------------------------------------------------------------------
 
-    def write_table(self, name: str, frame: Any) -> None:
-        with writing(self.path), self._renamed(name) as temporary:
-            frame.to_parquet(temporary, index=False)
+    def write_table(self, name: str, frame: Any) -> str:
+        """Writes one table; its checksum."""
+        with self.writing_tables({name: frame}) as digests:
+            pass
+        return digests[name]
 
-    def read_table(self, name: str) -> Any:
+    @contextmanager
+    def writing_tables(self, frames: dict[str, Any]) -> Iterator[dict[str, str]]:
+        """Tables by file name, written whole under temporary names; they get their own names when the block ends.
+
+        Gives their checksums by file name. A block that raises, and a disk that is full, leave the old tables.
+        """
+        with writing(self.path), ExitStack() as stack:
+            digests: dict[str, str] = {}
+            for name, frame in frames.items():
+                temporary = stack.enter_context(self._renamed(name))
+                frame.to_parquet(temporary, index=False)
+                digests[name] = checksum(temporary) or ""
+            yield digests
+
+    def read_table(self, name: str, digest: str | None = None) -> Any:
+        """A table as a data frame.
+
+        Raises
+        ------
+        RunFolderError
+            It is not there, cannot be read, or has another checksum than ``digest``.
+        """
         import pandas as pd
 
         path = self.path / name
-        if not path.is_file():
-            raise RunFolderError(f"{self.path} holds no {name}: the run is not finished; continue it with --resume")
+        if not expect(path):
+            raise RunFolderError(f"{self.path} holds no {name}: {self.resume_command} writes it from the shards")
+        content = read_file(path)
+        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+            raise RunFolderError(
+                f"{path} is not the table that this run wrote: {self.resume_command} writes it again from the shards"
+            )
         try:
-            return pd.read_parquet(path)
+            return pd.read_parquet(io.BytesIO(content))
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"cannot read {path} ({error}): write it again with --resume") from error
+            raise RunFolderError(
+                f"cannot read {path} ({error}): {self.resume_command} writes it again from the shards"
+            ) from error
 
     @contextmanager
     def _renamed(self, name: str) -> Iterator[Path]:
         """A temporary name to write to; what is there in the end is on the disk under its own name."""
         final = self.path / name
         temporary = final.with_name(_PART.format(final.name))
+        expect(final, *_REPLACED, follow=False)
+        expect(temporary, follow=False)
         try:
             yield temporary
             sync(temporary)  # before the renaming: a name must never stand for bytes that the disk does not have
@@ -288,21 +403,9 @@ def holds_something(path: Path) -> bool:
     if not path.is_dir():
         return False
     nothing = {LOCK, _PART.format(MANIFEST)}
-    rest = [entry for entry in path.iterdir() if entry.name not in nothing]
-    return any(entry.name != SHARDS or not entry.is_dir() or any(entry.iterdir()) for entry in rest)
+    rest = [entry for entry in entries(path) if entry.name not in nothing]
+    return any(entry.name != SHARDS or not entry.is_dir() or bool(entries(entry)) for entry in rest)
 
 
 def _own_checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _as_torch(tensors: dict[str, Any]) -> dict[str, Any]:
-    import numpy as np
-    import torch
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            return torch.from_numpy(np.ascontiguousarray(value))
-        return value.detach().cpu().contiguous()
-
-    return {name: convert(value) for name, value in tensors.items()}

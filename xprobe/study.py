@@ -22,7 +22,7 @@ from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
 from xprobe.qa.templates import Template, load_template
 from xprobe.results import Study, load_study
-from xprobe.store import FORMAT, MANIFEST, RunFolder
+from xprobe.store import FORMAT, RunFolder
 from xprobe.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -194,9 +194,11 @@ class _Run:
             self.progress(f"{self.out} holds the finished run: shown from its files", 0, 0)
             manifest, folder = before, RunFolder.open(self.out)
         else:
-            manifest, folder = self._compute(source, data, examples, identity)
-            manifest["created"] = before.get("created", manifest["created"])
-        if not (finished and _is_readable(folder)):
+            manifest, folder = self._compute(source, data, examples, identity, before)
+        stale = _stale(folder) if finished else None
+        if stale:
+            self.progress(f"tables are written again from the shards: {stale}", 0, 0)
+        if stale or not finished:
             manifest = analyse(config, manifest, folder, self.watch.seconds, self.progress)
         if not finished:
             self.watch.add("total", time.perf_counter() - started)
@@ -239,11 +241,11 @@ class _Run:
         if not self.resume:
             return {}, False
         folder = RunFolder.create(self.out, resume=True)
-        if not (folder.path / MANIFEST).is_file():
+        if not folder.has_manifest():
             return {}, False
         manifest = folder.read_run()
         found = differences(manifest, identity)
-        finished = manifest["status"] == "done" and folder.manifest_is_untouched() and folder.holds(manifest["groups"])
+        finished = folder.is_finished(manifest)
         if not finished and not found:
             found = other_device(manifest, self._device())
         if found:
@@ -261,8 +263,9 @@ class _Run:
     # -- forward, lens, shards -------------------------------------------------------------------------------
 
     def _compute(
-        self, source: loading.Source, data: Dataset, examples: list[Example], identity: dict[str, Any]
-    ) -> tuple[dict[str, Any], RunFolder]:
+        self, source: loading.Source, data: Dataset, examples: list[Example], identity: dict[str, Any],
+        before: dict[str, Any],
+    ) -> tuple[dict[str, Any], RunFolder]:  # fmt: skip
         from xprobe.capture.plan import group_prompts
         from xprobe.manifest import describe_model, describe_work
         from xprobe.qa.prompts import build_prompts
@@ -287,11 +290,12 @@ class _Run:
         plan = engine.plan(groups)
         self.progress(f"shared beginnings save {plan.saved:.0%} of {plan.tokens} tokens", 0, 0)
         folder = RunFolder.create(self.out, resume=self.resume)
-        manifest = {
+        manifest: dict[str, Any] = {
             **identity,
             **describe_work(prompts, skipped, data, plan, config, self.template, tokenizer),
             "model": {**identity["model"], **describe_model(engine.model, engine.anatomy, window)},
             "parity_error": parity,
+            **{name: before[name] for name in ("created", "probes") if name in before},
         }
         folder.write_manifest(manifest)
         self._compute_waves(engine, plan, folder)
@@ -372,13 +376,13 @@ class _Run:
             ) from error
 
 
-def _is_readable(folder: RunFolder) -> bool:
-    """Whether a finished run has all of its tables; else they are made again from the shards."""
+def _stale(folder: RunFolder) -> str | None:
+    """What is wrong with the tables of a finished run; None if nothing is."""
     try:
         load_study(folder.path)
-    except RunFolderError:
-        return False
-    return True
+    except RunFolderError as error:
+        return str(error)
+    return None
 
 
 def _shortest_and_longest(prompts: list[Prompt], count: int) -> list[Prompt]:

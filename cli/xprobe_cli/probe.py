@@ -61,11 +61,11 @@ def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool,
     """
     from xprobe.analysis import retrain
     from xprobe.probing import ProbeSettings
-    from xprobe.results import load_study
+    from xprobe.store import RunFolder
     from xprobe_cli.probe_tables import probe_report
 
     if seed is None:
-        seed = load_study(run).manifest["config"]["seed"]
+        seed = RunFolder.open(run).read_finished()["config"]["seed"]
     settings = ProbeSettings(seed=seed, **options)
     with Progress() as progress:
         study = retrain(run, probes or tuple(PROBES), settings, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import click
 from click.core import ParameterSource
 
 from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, MAX_SEED, PROBES, SETTINGS, SIGNALS, StudyConfig
-from xprobe.errors import RunFolderError, UsageError, XprobeError
-from xprobe.store import MANIFEST, RunFolder
+from xprobe.errors import UsageError
+from xprobe.store import RunFolder
 from xprobe_cli.options import Names, common, echo_json
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
@@ -165,17 +166,14 @@ def _show_forecast(config: StudyConfig, as_json: bool) -> int:
 
 def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """For what the command line leaves open, the values of the run in ``out``; {} if there is none."""
-    if not (out / MANIFEST).is_file():
+    if not RunFolder(out).has_manifest():
         if context.get_parameter_source("model") is ParameterSource.DEFAULT:
             raise UsageError(f"{out} holds no run to resume: to begin one there, name the MODEL")
         return {}
     config = RunFolder.open(out).read_run()["config"]
-    try:
-        StudyConfig.from_dict(config)
-    except (XprobeError, TypeError) as error:
-        raise RunFolderError(f"the configuration in {out / MANIFEST} cannot be used ({error}): start anew") from error
-    left_open = (name for name in chosen if context.get_parameter_source(name) is ParameterSource.DEFAULT)
-    before = {name: config[name] for name in left_open if name in config}
+    given = {name for name in chosen if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    known = {field.name for field in fields(StudyConfig)}  # some have no option: a run from Python may have set them
+    before = {name: value for name, value in config.items() if name in known - given}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
 
 

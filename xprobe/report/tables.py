@@ -85,9 +85,20 @@ def replace_signals(
         bootstrap = ClusterBootstrap(part["paragraph"].to_numpy(), draws, seed)
         own = {name: values[rows] for name, values in signals.items()}
         old = layers[(layers["setting"] == setting) & ~layers["signal"].isin(list(signals))].drop(columns="setting")
-        fresh.append(_joined(str(setting), [old, *_means_and_ranks(own, part["language"].to_numpy(), bootstrap)]))
+        languages = part["language"].to_numpy()
+        table = _joined(str(setting), [old, *_means_and_ranks(own, languages, bootstrap)])
+        fresh.append(_in_order(table, languages))
     last = {f"{name}_last": values[:, -1] for name, values in signals.items()}
     return pd.concat(fresh, ignore_index=True), examples.assign(**last)
+
+
+def _in_order(table: pd.DataFrame, languages: NDArray) -> pd.DataFrame:
+    """Rows of one setting in the order of ``layer_table``: in each layer, all signals of one language together."""
+    order = {name: rank for rank, name in enumerate((ALL, *dict.fromkeys(languages.tolist())))}
+    ranks = table["language"].map(order).to_numpy()
+    ranks = np.where(table["signal"] == "agreement_en", -1, ranks)
+    ranks = np.where(table["signal"] == "stability", -2, ranks)
+    return table.iloc[np.lexsort((ranks, table["layer"]))].reset_index(drop=True)
 
 
 def _block(signal: str, language: str, estimate: tuple[NDArray, ...]) -> pd.DataFrame:

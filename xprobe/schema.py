@@ -1,0 +1,251 @@
+"""What a manifest must hold before anything reads it: one table of entries, one form of complaint."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from xprobe.config import MAX_SEED, StudyConfig
+from xprobe.errors import XprobeError
+
+_LARGEST = 2**53  # whole numbers up to here are exact in every JSON reader, and fit an int64
+_SHOWN = 60  # characters of a wrong value in a message
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value without names inside: ``words`` completes "must be"."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """An object with known names. Names that are in neither table are allowed: a later version may have added them."""
+
+    needed: Mapping[str, Rule]
+    optional: Mapping[str, Rule] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Every:
+    """An object with any names, whose values all follow one rule."""
+
+    rule: Rule
+    filled: bool = False
+
+
+@dataclass(frozen=True)
+class Depending:
+    """A rule that depends on the names that an object holds."""
+
+    choose: Callable[[set[str]], Rule]
+
+
+Rule = Value | Entries | Every | Depending
+
+
+def complaint(value: Any, rule: Rule, name: str = "") -> str | None:
+    """The first thing that is wrong with ``value``; None if nothing is.
+
+    Examples
+    --------
+    >>> complaint({"n_blocks": "six"}, Entries({"n_blocks": whole(1, 100)}), "model")
+    'entry model.n_blocks must be a whole number from 1 to 100, is "six"'
+    >>> complaint({}, Entries({"n_blocks": whole(1, 100)}), "model")
+    'entry model.n_blocks must be a whole number from 1 to 100, is missing'
+    >>> complaint({"n_blocks": 6, "new": None}, Entries({"n_blocks": whole(1, 100)}), "model")
+    """
+    if isinstance(rule, Depending):
+        return complaint(value, rule.choose(set(value) if isinstance(value, dict) else set()), name)
+    if isinstance(rule, Value):
+        return None if rule.fits(value) else _wrong(name, rule, _shown(value))
+    inside = f"{name}." if name else ""
+    if not isinstance(value, dict) or (isinstance(rule, Every) and rule.filled and not value):
+        return _wrong(name, rule, _shown(value))
+    if isinstance(rule, Every):
+        pairs = [(key, rule.rule) for key in value]
+    else:
+        missing = [key for key in rule.needed if key not in value]
+        if missing:
+            return _wrong(inside + missing[0], rule.needed[missing[0]], "missing")
+        pairs = [(key, some) for key, some in {**rule.needed, **rule.optional}.items() if key in value]
+    found = (complaint(value[key], some, f"{inside}{key}") for key, some in pairs)
+    return next((some for some in found if some is not None), None)
+
+
+def _wrong(name: str, rule: Rule, what: str) -> str:
+    if isinstance(rule, Value):
+        words = rule.words
+    else:
+        words = "an object that is not empty" if isinstance(rule, Every) and rule.filled else "an object"
+    return f"entry {name} must be {words}, is {what}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+_HEX = frozenset("0123456789abcdef")
+
+# -- values -------------------------------------------------------------------------------------------------------
+
+
+def whole(least: int, most: int = _LARGEST) -> Value:
+    """A whole number; true and false are none."""
+    return Value(f"a whole number from {least} to {most}", lambda v: type(v) is int and least <= v <= most)
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and -1e300 < value < 1e300  # False for NaN
+
+
+TEXT = Value("text", lambda v: isinstance(v, str) and "\0" not in v)
+COUNT = whole(0)
+NUMBER = Value("a number", _finite)
+POSITIVE = Value("a number above 0", lambda v: _finite(v) and v > 0)
+SECONDS = Value("a number of at least 0", lambda v: _finite(v) and v >= 0)
+MAYBE = Value("a number or null", lambda v: v is None or _finite(v))
+SHARE = Value("a number from 0 to 1", lambda v: _finite(v) and 0 <= v <= 1)
+MAYBE_SHARE = Value("a number from 0 to 1, or null", lambda v: v is None or SHARE.fits(v))
+ORDER = Value("0, 1 or null", lambda v: v is None or (_finite(v) and v in (0, 1)))
+DIGEST = Value("a SHA-256 in hexadecimal", lambda v: isinstance(v, str) and len(v) == 64 and set(v) <= _HEX)
+TEXTS = Value("a list of texts", lambda v: isinstance(v, list) and all(map(TEXT.fits, v)))
+NAMES = Value(
+    "a list of different texts that is not empty", lambda v: TEXTS.fits(v) and len(v) > 0 and len(set(v)) == len(v)
+)
+STATUS = Value('"running" or "done"', lambda v: v in ("running", "done"))
+
+
+def _config_rules() -> dict[str, Rule]:
+    hints = get_type_hints(StudyConfig)
+    return {f.name: Value(_in_words(hints[f.name]), _fitting(hints[f.name])) for f in fields(StudyConfig)}
+
+
+def _fitting(hint: Any) -> Callable[[Any], bool]:
+    return lambda value: _is_of(value, hint)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON fits a type hint of ``StudyConfig``; tuples are lists there."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_is_of(value, some) for some in inner)
+    if origin is tuple:
+        return isinstance(value, list) and all(_is_of(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(item, inner[1]) for item in value.values())
+    return TEXT.fits(value) if hint is str else type(value) is hint
+
+
+def _in_words(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_in_words(some) for some in inner)
+    plain = {str: "text", int: "a whole number", bool: "true or false", tuple: "a list of texts", dict: "an object"}
+    return plain.get(origin or hint, "null")
+
+
+# -- the manifest -------------------------------------------------------------------------------------------------
+
+_ESTIMATE = Entries({"value": MAYBE, "lo": MAYBE, "hi": MAYBE})
+_PHASES: dict[str, Rule] = {
+    "boundary": _ESTIMATE,
+    "relative_boundary": _ESTIMATE,
+    "spread": _ESTIMATE,
+    "phased_fraction": Entries({"value": SHARE, "lo": MAYBE, "hi": MAYBE}),
+    "without_onset": COUNT,
+    "n": COUNT,
+}
+_ENCODING: dict[str, Rule] = {
+    "encoding_depth": _ESTIMATE,
+    "encoding_peak": _ESTIMATE,
+    "phase_order": Entries({"value": ORDER, "share": MAYBE_SHARE}),
+}
+_SETTING: dict[str, Rule] = {"alpha": _ESTIMATE, "paragraphs": COUNT, **_PHASES}
+_PLAIN_SETTING = Entries({**_SETTING, "languages": Every(Entries(_PHASES))})
+_ENCODED_SETTING = Entries({**_SETTING, **_ENCODING, "languages": Every(Entries({**_PHASES, **_ENCODING}))})
+_RESULTS = Every(Depending(lambda names: _ENCODED_SETTING if names & set(_ENCODING) else _PLAIN_SETTING), filled=True)
+_PROBE = Entries({
+    "folds": whole(2), "n_components": whole(1), "alpha": POSITIVE, "C": POSITIVE, "seed": whole(0, MAX_SEED),
+    "device": TEXT,
+})  # fmt: skip
+_CONFIG = _config_rules()
+_IDENTITY: dict[str, Rule] = {
+    "status": STATUS,
+    "config": Entries({}, _CONFIG),
+    "model": Entries({"name": TEXT, "files_sha256": TEXT, "device": TEXT}),
+    "data": Entries({"name": TEXT, "files_sha256": TEXT}),
+    "template_sha256": TEXT,
+}
+_CARRIED: dict[str, Rule] = {"created": TEXT, "probes": Every(_PROBE)}
+
+IDENTITY = Entries(_IDENTITY, _CARRIED)  # what `--resume` relies on; the rest it can write again
+FINISHED = Entries(
+    {
+        **_IDENTITY,
+        "config": Entries({name: _CONFIG[name] for name in ("seed", "bootstrap", "store_rows")}, _CONFIG),
+        "model": Entries({
+            "name": TEXT, "n_blocks": whole(1, 10**6), "width": whole(1, 10**9), "vocab_size": whole(2),
+        }),
+        "groups": NAMES,
+        "counts": Entries(
+            {"examples": COUNT, "skipped": Every(COUNT), "bad_records": Every(COUNT)},
+            {"answer_tokens": COUNT, "languages": COUNT, "paragraphs": COUNT},
+        ),
+        "left_out": Every(TEXTS),
+        "plan": Entries({}, {"remarks": TEXTS}),
+        "parity_error": SECONDS,
+        "phase_definition": COUNT,
+        "results": _RESULTS,
+        "timings": Every(SECONDS),
+        "probes": Every(_PROBE),
+    },
+    {"created": TEXT, "tables": Every(DIGEST)},
+)  # fmt: skip
+
+
+def identity_complaint(manifest: dict[str, Any]) -> str | None:
+    """What keeps a run from being continued; None if nothing does."""
+    found = _complaint_at_any_depth(manifest, IDENTITY)
+    if found is not None:
+        return found
+    try:
+        config_from(manifest)
+    except (XprobeError, TypeError) as error:
+        return f"entry config cannot be used: {error}"
+    return None
+
+
+def finished_complaint(manifest: dict[str, Any]) -> str | None:
+    """What keeps a finished run from being read; None if nothing does."""
+    found = _complaint_at_any_depth(manifest, FINISHED)
+    try:
+        if found is None and not _all_finite(manifest["results"]):
+            found = "entry results must hold finite numbers, holds another"
+    except RecursionError:
+        found = "entry results is nested too deeply"
+    return found
+
+
+def _complaint_at_any_depth(manifest: dict[str, Any], rule: Rule) -> str | None:
+    try:
+        return complaint(manifest, rule)
+    except RecursionError:  # of writing the wrong value into the message
+        return "an entry is nested too deeply"
+
+
+def _all_finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_all_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or _finite(value)
+
+
+def config_from(manifest: dict[str, Any]) -> StudyConfig:
+    """The configuration of a run; entries that this version does not know are left out."""
+    return StudyConfig.from_dict({name: value for name, value in manifest["config"].items() if name in _CONFIG})
