@@ -32,6 +32,9 @@ PROBE_COLUMNS = ("setting", "probe", "state", "layer", "metric", "score", "lo", 
 
 DEFAULT_MODEL = "smollm2-135m"
 
+# what a manifest calls a model, and questions, that a script had in memory
+MODEL_IN_MEMORY, RECORDS_IN_MEMORY = "memory", "records in memory"
+
 
 @dataclass(frozen=True)
 class StudyConfig:

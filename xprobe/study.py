@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xprobe.config import DEFAULT_MODEL, StudyConfig
+from xprobe.config import DEFAULT_MODEL, RECORDS_IN_MEMORY, StudyConfig
 from xprobe.disk import check_writable
 from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
 from xprobe.identity import differences, other_device
@@ -83,7 +83,6 @@ def run(
         or thread is at work in ``out``.
     """
     from xprobe.models import given
-    from xprobe.qa import memory
 
     loaded = None
     if not isinstance(model, str | os.PathLike):
@@ -93,7 +92,7 @@ def run(
         raise UsageError("tokenizer is for a model in memory: the model that is loaded by name has its own")
     records = None
     if not isinstance(data, str | os.PathLike):
-        records, data = data, memory.NAME
+        records, data = data, RECORDS_IN_MEMORY
     settings = (setting,) if isinstance(setting, str) else tuple(setting)
     languages = None if languages is None else tuple([languages] if isinstance(languages, str) else languages)
     try:

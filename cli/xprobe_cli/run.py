@@ -10,7 +10,18 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from xprobe.config import DEFAULT_MODEL, DEVICE_MAPS, DTYPES, MAX_SEED, PROBES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.config import (
+    DEFAULT_MODEL,
+    DEVICE_MAPS,
+    DTYPES,
+    MAX_SEED,
+    MODEL_IN_MEMORY,
+    PROBES,
+    RECORDS_IN_MEMORY,
+    SETTINGS,
+    SIGNALS,
+    StudyConfig,
+)
 from xprobe.errors import UsageError
 from xprobe.store import RunFolder
 from xprobe_cli.options import Names, common, echo_json
@@ -170,8 +181,16 @@ def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dic
         if context.get_parameter_source("model") is ParameterSource.DEFAULT:
             raise UsageError(f"{out} holds no run to resume: to begin one there, name the MODEL")
         return {}
-    config = RunFolder.open(out).read_run()["config"]
+    manifest = RunFolder.open(out).read_run()
+    config = manifest["config"]
     given = {name for name in chosen if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    held = {"a model": manifest["model"].get("kind"), "questions": manifest["data"]["name"]}
+    what = [name for name, value in held.items() if value in (MODEL_IN_MEMORY, RECORDS_IN_MEMORY)]
+    if what:
+        raise UsageError(
+            f"the run in {out} was made with {' and '.join(what)} in memory, which only the script that made it has: "
+            "resume it there, with xprobe.run(..., out=..., resume=True)"
+        )
     known = {field.name for field in fields(StudyConfig)}  # some have no option: a run from Python may have set them
     before = {name: value for name, value in config.items() if name in known - given}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}

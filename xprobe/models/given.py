@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xprobe.config import StudyConfig
+from xprobe.config import MODEL_IN_MEMORY, StudyConfig
 from xprobe.errors import ModelError, UsageError
 from xprobe.models.completeness import MERGE
 from xprobe.models.loading import LoadedModel, check_decoder, use_plain_experts, window
 from xprobe.models.messages import quiet
 from xprobe.models.sources import Source
 
-KIND = "memory"
 SAMPLE = 256  # numbers of each tensor that enter the fingerprint
 IDENTITY = f"configuration, tokenizer, and of every tensor name, shape, dtype and up to {SAMPLE} values"
 _FREE = ("_name_or_path", "transformers_version", "_attn_implementation", "_attn_implementation_autoset", "torch_dtype")
@@ -71,7 +70,7 @@ def adopt(model: Any, tokenizer: Any) -> LoadedModel:
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(f"{name} is quantised: the lens needs plain weights, so use the original model")
     check_decoder(model.config, name)
-    source = GivenSource(name, KIND, "", fingerprint(model, tokenizer))
+    source = GivenSource(name, MODEL_IN_MEMORY, "", fingerprint(model, tokenizer))
     return LoadedModel(source, model, tokenizer, window(model.config))
 
 

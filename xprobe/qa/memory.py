@@ -17,7 +17,6 @@ from xprobe.qa.layouts import add_items
 from xprobe.qa.records import Problem
 from xprobe.qa.validation import Collector, usable_id
 
-NAME = "records in memory"
 ACCEPTED = (
     "the name of a set, a path, a list of records or a data frame with a column 'language', "
     "or a dictionary from language to records"

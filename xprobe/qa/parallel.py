@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xprobe.cache import cache_dir
+from xprobe.config import RECORDS_IN_MEMORY
 from xprobe.errors import DataError, UsageError
 from xprobe.qa.layouts import read_file
 from xprobe.qa.records import Dataset, Problem, Record
@@ -58,9 +59,9 @@ def load_data(
     from xprobe.qa import memory  # loads pandas
 
     collected, problems = memory.read_records(spec)
-    kept = _wanted(collected, languages, needed, memory.NAME)
+    kept = _wanted(collected, languages, needed, RECORDS_IN_MEMORY)
     parts = {language: (f"data[{language!r}]", collected[language]) for language in kept}
-    return _joined(memory.NAME, parts, problems, strict)
+    return _joined(RECORDS_IN_MEMORY, parts, problems, strict)
 
 
 def _load_files(spec: str, languages: Iterable[str] | None, strict: bool, needed: Iterable[str]) -> Dataset:
