@@ -1,0 +1,144 @@
+"""A leak between prompts of one pass is found however small it is, and however large other channels are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.families import FAMILIES, save_tiny_model, tiny_model
+from support.prompts import family_of_prompts
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from xprobe_kernels import reference
+
+from xprobe.capture.engine import Engine
+from xprobe.capture.sharing import carries_state
+from xprobe.models.anatomy import inspect
+
+SAMPLE = family_of_prompts(groups=1, each=3)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+RECURRENT = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 160, "state_size": 8, "time_step_rank": 4},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 160, "attention_hidden_size": 32},
+    "qwen3_next": {**FAMILIES["qwen3"][1], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+                   "layer_types": ["linear_attention", "full_attention"] * 2},
+}  # fmt: skip
+
+
+class Smeared(nn.Module):
+    """A module that adds a little of the token before to each token: no convolution, no attention, no cache."""
+
+    def __init__(self, inner: nn.Module, share: float) -> None:
+        super().__init__()
+        self.inner, self.share = inner, share
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+        return self.inner(hidden + self.share * before)
+
+
+def smeared(share: float, dtype: torch.dtype):
+    model = tiny_model("llama", dtype=dtype)
+    model.model.layers[1].mlp = Smeared(model.model.layers[1].mlp, share)
+    return model
+
+
+def strategy(model) -> tuple[str, list[str]]:
+    engine = Engine(model, inspect(model), 10_000)
+    return engine.settle(SAMPLE), engine.remarks
+
+
+def furthest(model, way: str) -> float:
+    """Largest difference in log-probability, over layers and vocabulary, of rows made this way from plain ones."""
+    anatomy = inspect(model)
+    engine = Engine(model, anatomy, 10_000)
+    prompts = family_of_prompts()
+    wanted = engine._capture(prompts, "plain", 1).copy()
+    got = engine._capture(prompts, way, 10_000)
+    one, other = (
+        reference.logits(rows.answers.double().flatten(0, 1), anatomy.head).log_softmax(-1) for rows in (got, wanted)
+    )
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_channel_hides_no_leak(dtype):
+    """Real models have channels a thousand times larger than the others; nothing shows beside them."""
+    model = tiny_model("lfm2", dtype=dtype)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 300.0
+    assert strategy(model)[0] == "plain"
+    model = smeared(0.05, dtype)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 300.0
+    way, said = strategy(model)
+    assert way != "tree"
+    assert "from layer 2 on a token depends on tokens of other prompts" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("share", [1e-1, 1e-3, 1e-5])
+def test_the_smallest_leak_is_found(share, dtype):
+    assert strategy(smeared(share, dtype))[0] != "tree"
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-1])
+def test_leaks_are_found_in_16_bit(share):
+    assert strategy(smeared(share, torch.bfloat16))[0] != "tree"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_channel_alone_costs_no_sharing(dtype):
+    model = tiny_model("llama", dtype=dtype)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 300.0
+    assert strategy(model) == ("tree", [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_models_that_carry_state_share_nothing(kind, dtype):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **RECURRENT[kind])).eval().to(dtype)
+    way, said = strategy(model)
+    assert way == "plain"
+    assert "keeps a state from token to token" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_ignores_the_positions_it_is_given_is_not_packed(dtype):
+    model = tiny_model("llama", dtype=dtype)
+    own = model.model.rotary_emb.forward
+
+    def by_place(hidden: torch.Tensor, position_ids: torch.Tensor):
+        return own(hidden, torch.arange(hidden.shape[1])[None])
+
+    model.model.rotary_emb.forward = by_place
+    assert strategy(model)[0] != "tree"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen3_moe", "bloom", "lfm2"])
+def test_the_strategy_that_is_chosen_gives_the_log_probabilities_of_plain_runs(family):
+    model = tiny_model(family)
+    assert furthest(model, strategy(model)[0]) < 1e-4
+
+
+def test_a_convolution_in_the_blocks_is_seen_before_anything_runs():
+    model = tiny_model("lfm2")
+    assert "convolution" in str(carries_state(model, inspect(model).blocks))
+    model = tiny_model("llama")
+    assert carries_state(model, inspect(model).blocks) is None
+
+
+def test_a_streamed_model_that_carries_state_is_not_packed(tmp_path):
+    import xprobe
+
+    folder = save_tiny_model(tmp_path / "lfm2", "lfm2")
+    options = {"languages": ["en", "de"], "limit": 2, "probes": (), "bootstrap": 20}
+    streamed = xprobe.run(folder, stream=True, out=tmp_path / "a", **options)
+    whole = xprobe.run(folder, out=tmp_path / "b", **options)
+    assert streamed.manifest["plan"]["way"] == whole.manifest["plan"]["way"] == "plain"
+    both = streamed.layers.merge(whole.layers, on=["setting", "layer", "language", "signal"])
+    readiness = both[both["signal"] == "readiness"]
+    assert (readiness["value_x"] - readiness["value_y"]).abs().max() < 1e-4
