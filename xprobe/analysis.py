@@ -132,7 +132,7 @@ def encoding_signals(stored: StoredStates) -> Signals:
     shape = (len(stored.frame), stored.n_layers)
     signals: Signals = {}
     for state, name in STATES.items():
-        for rows, states in stored.paragraphs(state):
+        for rows, layers, states in stored.paragraphs(state):
             part = stored.frame.iloc[rows]
             found = paragraph_encoding(states, part["question_id"].to_numpy(), part["language"].to_numpy())
             values = {
@@ -143,7 +143,7 @@ def encoding_signals(stored: StoredStates) -> Signals:
                 f"{name}_margin": found.margin,
             }
             for key, value in values.items():
-                signals.setdefault(key, np.full(shape, np.nan))[rows] = value
+                signals.setdefault(key, np.full(shape, np.nan))[rows, layers.start : layers.stop] = value
     return signals
 
 

@@ -64,15 +64,23 @@ class StoredStates:
         groups = keys.groupby(keys, sort=False).indices.items()
         return [(self.folder.shard_name(str(key)), np.asarray(rows)) for key, rows in groups]
 
-    def paragraphs(self, state: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Rows and states [n, L + 1, D] of the examples on each paragraph, one setting after the other."""
+    def paragraphs(
+        self, state: str, limit: int = LAYER_BYTES
+    ) -> Iterator[tuple[NDArray[np.int64], range, NDArray[np.float32]]]:
+        """Rows, layers and states [n, K, D] of the examples on each paragraph, one setting after the other.
+
+        All layers at once where ``limit`` bytes hold them; else the same rows come several times, some layers each.
+        """
         together: dict[tuple[str, str], list[tuple[str, NDArray[np.int64]]]] = {}
         for name, rows in self.shards:
             first = self.frame.iloc[rows[0]]
             together.setdefault((first["setting"], first["paragraph"]), []).append((name, rows))
         for shards in together.values():
-            arrays = [self.folder.read_shard(name, (state,))[0][state] for name, _ in shards]
-            yield np.concatenate([rows for _, rows in shards]), np.concatenate(arrays)
+            rows = np.concatenate([rows for _, rows in shards])
+            step = max(1, min(self.n_layers, limit // max(1, len(rows) * self.width * 4)))
+            for start in range(0, self.n_layers, step):
+                some = range(start, min(start + step, self.n_layers))
+                yield rows, some, np.concatenate([self.folder.read_layers(name, state, some) for name, _ in shards])
 
     def layers(
         self, state: str, rows: NDArray[np.int64], limit: int = LAYER_BYTES

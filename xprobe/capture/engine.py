@@ -90,11 +90,12 @@ class Engine:
         prompts = list(sample)
         team.tell("settle", prompts)
         whole = max(self.batch_tokens, sum(fed_length(prompt) for prompt in prompts))
+        wanted = self._capture(prompts, "plain", 1).copy()
+        noise = self._capture(prompts, "plain", len(prompts) * max(map(fed_length, prompts))).copy()
         stateful = carries_state(self.model, self.anatomy.blocks)
         if stateful is not None:
-            return self._without_sharing(f"{type(self.model).__name__} cannot share beginnings: {stateful}")
-        wanted = self._capture(prompts, "plain", 1).copy()
-        noise = self._capture(prompts, "plain", whole).copy()
+            self.warn(f"{type(self.model).__name__} cannot share beginnings: {stateful}")
+            return self._without_sharing(wanted, noise)
         kernel = self.kernel
         for way, self.kernel in _ways(kernel):
             try:
@@ -116,16 +117,19 @@ class Engine:
                 return way
             by = ", and the attention kernel" if self.kernel else ""
             self.warn(f"{type(self.model).__name__} cannot be run with {WAYS[way]}{by} ({reason})")
-        return self._without_sharing()
+        return self._without_sharing(wanted, noise)
 
-    def _without_sharing(self, reason: str | None = None) -> Way:
+    def _without_sharing(self, wanted: Captured, together: Captured) -> Way:
+        """Plain batches; one prompt at a time if even these change the rows."""
         self.way = "plain"
-        if reason is not None:
-            self.warn(reason)
-        self.warn(f"it is run with {WAYS['plain']}")
+        if (reason := self._disagreement(together, wanted, None)) is None:
+            self.warn(f"it is run with {WAYS['plain']}")
+        else:
+            self.batch_tokens = 1
+            self.warn(f"it is run one prompt at a time: its rows depend on the batch ({reason})")
         return self.way
 
-    def _disagreement(self, found: Captured, wanted: Captured, noise: Captured) -> str | None:
+    def _disagreement(self, found: Captured, wanted: Captured, noise: Captured | None) -> str | None:
         """In words, how far rows are from those they should equal; None if only by rounding."""
         layers = range(self.anatomy.n_layers)
         return next((r for k in layers if (r := disagreement(found, wanted, noise, self.anatomy.head, k))), None)

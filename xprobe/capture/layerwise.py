@@ -90,12 +90,17 @@ class LayerwiseEngine:
         before = self.streamed.checkpoint.bytes_read
         with fast_products(model):
             try:
-                self._sweep(waves, prompts, captured)
+                self._sweep(waves, prompts, captured, self._checks())
             except NotShareable as reason:
                 self.warn(f"{type(model).__name__} cannot be run with {WAYS[self.way]} ({reason})")
                 self.way = "plain"
-                self.warn(f"it is run with {WAYS['plain']}")
-                self._sweep(waves, prompts, captured)
+                try:
+                    self._sweep(waves, prompts, captured, self._checks())
+                    self.warn(f"it is run with {WAYS['plain']}")
+                except NotShareable as why:
+                    self.batch_tokens = 1
+                    self.warn(f"it is run one prompt at a time: its rows depend on the batch ({why})")
+                    self._sweep(waves, prompts, captured, [])
         self.bytes_read += self.streamed.checkpoint.bytes_read - before
         self._check_parity(captured.part(0, min(PARITY_PROMPTS, len(prompts))), backend)
         start = 0
@@ -113,8 +118,10 @@ class LayerwiseEngine:
         own = own_logits(self.streamed, last)
         self.parity_error = compare_with_own(self.model, last, own, self.anatomy.head, targets, backend)
 
-    def _sweep(self, waves: Sequence[Wave], prompts: Sequence[Prompt], captured: Captured) -> None:
-        passes: list[Pass] = [] if self.way == "plain" else self._checks()
+    def _sweep(
+        self, waves: Sequence[Wave], prompts: Sequence[Prompt], captured: Captured, checks: Sequence[Pass]
+    ) -> None:
+        passes = list(checks)
         parts: list[list[int]] = []
         start = 0
         for wave in waves:
@@ -128,21 +135,29 @@ class LayerwiseEngine:
         sweep(self.streamed, passes, folder=self.folder, progress=lambda done, total: self.progress(STAGE, done, total))
 
     def _checks(self) -> list[Pass]:
-        """The sample one by one, then packed: a pass that raises NotShareable at the first layer where they differ."""
+        """The sample one by one, then together: NotShareable is raised at the first layer where the two differ."""
         if not self.sample:
             return []
         limit = self.alone_beyond
         sample = [p for p in self.sample if limit is None or fed_length(p) <= limit]
         if len(sample) < min(2, len(self.sample)):
             raise NotShareable(f"the check has no two prompts of at most {limit} tokens")
-        stateful = carries_state(self.model, self.anatomy.blocks)
-        if stateful is not None:
-            raise NotShareable(stateful)
         shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.model.device)
         wanted, noise, found = (RowSpace(*shape).take(sample) for _ in range(3))
         everyone = range(len(sample))
         passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in everyone]
-        passes.append(make_pass(self.model, sample, everyone, noise, "plain"))
+        batch = make_pass(self.model, sample, everyone, noise, "plain")
+        if self.way == "plain":
+
+            def compare(layer: int, hidden: Tensor) -> None:
+                batch.receive(layer, hidden)
+                if reason := disagreement(noise, wanted, None, self.anatomy.head, layer):
+                    raise NotShareable(reason)
+
+            return [*passes, Pass(batch.inputs, compare, batch.active)]
+        stateful = carries_state(self.model, self.anatomy.blocks)
+        if stateful is not None:
+            raise NotShareable(stateful)
         packed = make_pass(self.model, sample, everyone, found, self.way, self.kernel)
 
         def receive(layer: int, hidden: Tensor) -> None:
@@ -151,7 +166,7 @@ class LayerwiseEngine:
                 raise NotShareable(reason)
 
         isolation = [self._guarded(one, one.receive) for one in Isolation(self.model, self.kernel).passes]
-        return [*isolation, *passes, self._guarded(packed, receive)]
+        return [*isolation, *passes, batch, self._guarded(packed, receive)]
 
     @staticmethod
     def _guarded(one: Pass, receive: Callable[[int, Tensor], None]) -> Pass:

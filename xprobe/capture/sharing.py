@@ -109,8 +109,9 @@ def disagreement(
 
     Parameters
     ----------
-    noise : Captured
+    noise : Captured, optional
         Rows of the same prompts, run plainly in batches of another size: their difference from ``wanted`` is rounding.
+        Without it anything that rounding could make passes.
     """
     for part in PARTS:
         theirs = getattr(wanted, part)[layer]
@@ -118,8 +119,11 @@ def disagreement(
         error = _difference(getattr(found, part)[layer], theirs, head, bound.quantile)
         if error <= bound.floor:
             continue
-        rounding = _difference(getattr(noise, part)[layer], theirs, head, bound.quantile)
-        if not error <= min(max(bound.floor, bound.noise * rounding), bound.ceiling):
+        allowed = bound.ceiling
+        if noise is not None:
+            rounding = _difference(getattr(noise, part)[layer], theirs, head, bound.quantile)
+            allowed = min(max(bound.floor, bound.noise * rounding), bound.ceiling)
+        if not error <= allowed:
             return f"its log-probabilities at layer {layer} differ by {error:.1e} of their spread"
     return None
 

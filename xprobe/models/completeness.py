@@ -19,7 +19,7 @@ _QUANTISED = re.compile(
     r"(?:_scale_inv|weight_scale|input_scale|activation_scale|_scales?|\.scales?|qweight|qzeros|g_idx|absmax|"
     r"quant_map|quant_state|SCB|weight_packed|weight_shape|zero_point|_blocks)(?:\.|$|_)"
 )
-_ADAPTER = re.compile(r"lora_(?:A|B|embedding|magnitude)|adapter|ia3_|prompt_encoder")
+_ADAPTER = re.compile(r"\.(?:lora_(?:A|B|embedding|magnitude)|ia3_|lokr_|hada_|oft_|vera_lambda|prompt_encoder)")
 
 
 def check_complete(

@@ -62,8 +62,19 @@ def read_head(
     modules = [*(call.module for call in chain), head_module]
     with _widened(modules, torch.float32) as wide:
         rows = rows.to(wide)
-        with _ending_in(blocks, rows):
-            logits = short_run(model, ids)[0]
+        try:
+            with _ending_in(blocks, rows):
+                logits = short_run(model, ids)[0]
+        except ModelError as error:  # it has run as it is: what it does with rows of ours is not understood
+            reason = str(error).rpartition("its own code fails: ")[2]
+            raise ModelError(
+                f"what {type(model).__name__} does between its last block and its logits was not understood ({reason})"
+            ) from error
+    if logits.shape[0] != len(rows):
+        raise ModelError(
+            f"{type(model).__name__} gives logits for {logits.shape[0]} tokens where its last block has {len(rows)}: "
+            "it does not predict one token from each state"
+        )
     columns = logits.shape[-1]
     if columns > head.vocab_size:
         raise ModelError(
@@ -179,13 +190,19 @@ def _chain(calls: list[Call], state: Tensor, head: nn.Module) -> list[Call]:
             break
         if given.shape != current.shape or result.shape[0] != given.shape[0]:
             continue
-        if not torch.equal(given, current.to(given.device)):
+        if not _equal(given, current):
             continue
         if result.shape == given.shape and torch.equal(result.to(given.device), given):
             continue  # dropout, identity
         chain.append(call)
         current = result
     return chain
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, in the coarser of their dtypes: some residual streams are in fp32."""
+    dtype = min(one.dtype, other.dtype, key=lambda kind: kind.itemsize)
+    return torch.equal(one.to(dtype), other.to(one.device, dtype))
 
 
 def _proportional(one: Tensor, other: Tensor) -> bool:

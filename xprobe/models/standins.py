@@ -18,7 +18,8 @@ from xprobe.models.block_io import entering, hidden_argument, leaving, own_code,
 
 # how a block may hand on its hidden state: as the tensor, as the first of a tuple, or under a name
 FORMS: tuple[Callable[[Tensor], Any], ...] = (
-    lambda hidden: hidden, lambda hidden: (hidden,), lambda h: (h, None), lambda h: {"hidden_states": h},
+    lambda hidden: hidden, lambda hidden: (hidden,), lambda h: (h, None), lambda h: (h, None, None),
+    lambda h: {"hidden_states": h},
 )  # fmt: skip
 Forward = Callable[..., Any]
 Stand = Callable[[int, tuple, dict, Forward], Any]

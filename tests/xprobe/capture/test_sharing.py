@@ -124,6 +124,31 @@ def test_the_strategy_that_is_chosen_gives_the_log_probabilities_of_plain_runs(f
     assert furthest(model, strategy(model)[0]) < 1e-4
 
 
+class Counting(nn.Module):
+    """Its result depends on how many prompts are in the pass, as experts with a capacity do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden) * (1 + hidden.shape[0] / 10 + hidden.shape[1] / 1000)
+
+
+def test_a_model_whose_rows_depend_on_the_batch_is_run_one_prompt_at_a_time():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = Counting(model.model.layers[1].mlp)
+    anatomy = inspect(model)
+    engine = Engine(model, anatomy, 10_000)
+    assert engine.settle(SAMPLE) == "plain"
+    assert "one prompt at a time: its rows depend on the batch" in engine.remarks[-1]
+    prompts = family_of_prompts()
+    got = engine.capture(prompts).copy()
+    for number, one in enumerate(prompts):
+        alone = engine.capture([one])
+        assert torch.equal(got.part(number, number + 1).answers, alone.answers)
+
+
 def test_a_convolution_in_the_blocks_is_seen_before_anything_runs():
     model = tiny_model("lfm2")
     assert "convolution" in str(carries_state(model, inspect(model).blocks))

@@ -164,7 +164,7 @@ def test_the_epsilon_of_a_layer_norm_is_found(dtype, eps):
 def test_a_model_that_counts_two_layers_for_each_block_is_read():
     options = {**COMMON, "num_layers": 3, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
                "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "moe_topk": 2,
-               "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "zero_expert_num": 1}  # fmt: skip
+               "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "zero_expert_num": 1, "head_dim": 8}  # fmt: skip
     options.pop("num_hidden_layers")
     model = of_type("longcat_flash", **options)
     anatomy = inspect(model)
