@@ -1,0 +1,212 @@
+"""What xprobe does with every causal family of the installed transformers: makes docs/families.md.
+
+    python benchmarks/families.py --out docs/families.md --json families.json
+    python benchmarks/families.py --only llama,qwen3            # prints the rows of a part
+    python benchmarks/families.py --from families.json --out docs/families.md
+
+Every family is a tiny random model (``tiny_families.py``) that is saved, loaded, read, shared, streamed and forecast
+(``family_checks.py``) in a process of its own, with a limit of time and memory. Runs on a CPU, without network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import pkgutil
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import family_table
+import tiny_families
+
+import xprobe
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"  # for the tests' tokenizer and prompts
+SECONDS, MEMORY = 120, 12 << 30  # limits of one family
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table: a model type, perhaps with an entry of its configuration changed."""
+
+    model_type: str
+    options: tuple[tuple[str, Any], ...] = ()
+    wrapper: bool = False  # of the second table
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.model_type, *(f"{key}={value}" for key, value in self.options)])
+
+
+def cases(only: Iterable[str] = ()) -> list[Case]:
+    """All rows of both tables, or those of the model types ``only``."""
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    causal = sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    wrappers = sorted(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - set(causal))
+    found = []
+    for model_type in causal:
+        found.append(Case(model_type))
+        config_class = CONFIG_MAPPING[model_type]
+        if getattr(config_class, "is_decoder", None) is False and not getattr(
+            config_class, "is_encoder_decoder", False
+        ):
+            found.append(Case(model_type, (("is_decoder", True),)))
+    found += [Case(model_type, wrapper=True) for model_type in wrappers]
+    wanted = set(only)
+    unknown = wanted - {case.model_type for case in found}
+    if unknown:
+        raise SystemExit(f"transformers knows no causal model of type {', '.join(sorted(unknown))}")
+    return [case for case in found if not wanted or case.model_type in wanted]
+
+
+def sweep(chosen: list[Case], jobs: int, seconds: float = SECONDS) -> dict[str, Record]:
+    """The checks of every case, each in a process of its own."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.path.insert(0, str(TESTS))
+    from support.families import tiny_tokenizer
+
+    import_module("family_checks")
+    for module in pkgutil.walk_packages(xprobe.__path__, "xprobe."):
+        import_module(module.name)  # once here, so that children need not
+
+    context = multiprocessing.get_context("fork")
+    tokenizer = tiny_tokenizer("byte_bpe")
+    waiting, running, results = list(chosen), {}, {}
+    with tempfile.TemporaryDirectory(prefix="xprobe-families-") as scratch:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                case = waiting.pop(0)
+                folder = Path(scratch, case.name.replace(" ", "_"))
+                process = context.Process(target=_child, args=(case, folder, tokenizer))
+                process.start()
+                running[case] = process, folder, time.monotonic()
+            for case, (process, folder, start) in list(running.items()):
+                late = time.monotonic() - start > seconds
+                if process.is_alive() and not late:
+                    continue
+                if process.is_alive():
+                    process.kill()
+                process.join()
+                del running[case]
+                result = folder / "result.json"
+                record = json.loads(result.read_text()) if result.is_file() else {}
+                if process.exitcode:
+                    why = f"stopped after {seconds:.0f} s" if late else f"ended with exit code {process.exitcode}"
+                    record["stopped"] = {"fault": why}
+                record["seconds"] = round(time.monotonic() - start, 1)
+                results[case.name] = {"wrapper": case.wrapper, **record}
+                print(f"{len(results)}/{len(chosen)} {family_table.in_short(case.name, record)}", flush=True)
+            time.sleep(0.05)
+    return {case.name: results[case.name] for case in chosen}
+
+
+def _child(case: Case, folder: Path, tokenizer: Any) -> None:
+    import family_checks
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True)
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    model_folder = folder / "model"
+
+    def save(record: Record) -> None:
+        text = json.dumps(record).replace(str(model_folder), "FOLDER")
+        (folder / "result.part").write_text(text)
+        (folder / "result.part").replace(folder / "result.json")
+
+    record: Record = {}
+    try:
+        (_save_wrapper if case.wrapper else _save_model)(case, model_folder, record)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        record["build"] = {**record.get("build", {}), "fault": reason}
+        save(record)
+        return
+    tokenizer.save_pretrained(model_folder)
+    checks = family_checks.Checks(model_folder, record, save)
+    checks.wrapper() if case.wrapper else checks.run()
+
+
+def _save_model(case: Case, folder: Path, record: Record) -> None:
+    """A tiny random model, as ``save_pretrained`` writes it."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_families.tiny_model(
+        tiny_families.tiny_config(case.model_type, **dict(case.options)), AutoModelForCausalLM
+    )
+    record["build"] = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+    if case.model_type in tiny_families.NOT_ALONE:
+        record["build"]["note"] = tiny_families.NOT_ALONE[case.model_type]
+    else:
+        tiny_families.check_runs(model)
+    model.save_pretrained(folder)
+
+
+def _save_wrapper(case: Case, folder: Path, record: Record) -> None:
+    """The configuration of a vision-language model alone: its weights are not what decides."""
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        config = tiny_families.tiny_config(case.model_type)
+    except Exception:  # sizes that do not fit together, in a part that is never built
+        config = CONFIG_MAPPING[case.model_type]()
+    name = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[case.model_type]
+    config.architectures = [name if isinstance(name, str) else name[0]]
+    record["build"] = {"class": config.architectures[0]}
+    config.save_pretrained(folder)
+
+
+def versions() -> Record:
+    """What the table was made with."""
+    import torch
+    import transformers
+
+    return {
+        "date": date.today().isoformat(), "xprobe": xprobe.__version__, "transformers": transformers.__version__,
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the tables to this Markdown file")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--from", dest="source", type=Path, help="results of an earlier sweep instead of a new one")
+    parser.add_argument("--only", default="", help="model types, separated by commas")
+    parser.add_argument("--jobs", type=int, default=2, help="families at the same time")
+    options = parser.parse_args()
+    if options.source:
+        results = json.loads(options.source.read_text())
+    else:
+        start = time.monotonic()
+        chosen = cases(filter(None, options.only.split(",")))
+        results = {"made": versions(), "cases": sweep(chosen, options.jobs)}
+        results["made"]["minutes"] = round((time.monotonic() - start) / 60, 1)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    if options.out:
+        options.out.write_text(family_table.document(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

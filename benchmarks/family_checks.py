@@ -1,0 +1,220 @@
+"""What xprobe does with one saved model: every check of ``families.py``, in the order of a run.
+
+All names of xprobe's internals that the sweep needs are in ``INTERNALS`` below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.prompts import family_of_prompts
+from torch import Tensor
+from xprobe_kernels import lens
+from xprobe_kernels.reference import logits as reference_logits
+
+import xprobe
+from xprobe.capture.engine import Engine
+from xprobe.capture.plan import group_prompts
+from xprobe.config import StudyConfig
+from xprobe.errors import XprobeError
+from xprobe.forecast import forecast
+from xprobe.models import loading
+from xprobe.models.anatomy import inspect, watch_states
+from xprobe.models.parity import check_parity
+from xprobe.store import RunFolder
+from xprobe.study import _sample
+
+PROBE_TOKENS = 12
+RUN = {"data": "builtin", "languages": ("en", "de"), "limit": 2, "probes": (), "bootstrap": 20, "permutations": 20}
+Record = dict[str, Any]
+
+
+# -- xprobe's internals, in one place ---------------------------------------------------------------------------------
+
+
+def load(folder: Path, dtype: str) -> Any:
+    """The model of a folder as a run loads it."""
+    return loading.load(loading.resolve(str(folder)), StudyConfig(model=str(folder), dtype=dtype)).model
+
+
+def strategy(engine: Engine, prompts: list[Any]) -> tuple[str, list[str]]:
+    """How the engine decides to share work between prompts, and the warnings that it gives."""
+    return engine.settle(_sample(group_prompts(prompts))), list(engine.remarks)
+
+
+def rows_of(engine: Engine, prompts: list[Any], way: str, budget: int) -> Tensor:
+    """Answer and question rows [L + 1, P + N, D] of ``prompts`` by one strategy."""
+    captured = engine._capture(prompts, way, budget)  # type: ignore[arg-type]
+    return torch.cat([captured.answers, captured.questions], 1).clone()
+
+
+def log_probabilities_of_run(study: Any) -> dict[str, Tensor]:
+    """Lens log-probabilities [P, L + 1] of the gold tokens of every stored group."""
+    folder = RunFolder.open(study.path)
+    found = {}
+    for key in study.manifest["groups"]:
+        arrays, _ = folder.read_shard(folder.shard_name(key), ("logit", "logsumexp"))
+        found[key] = torch.as_tensor(arrays["logit"]) - torch.as_tensor(arrays["logsumexp"])
+    return found
+
+
+# -- the checks -------------------------------------------------------------------------------------------------------
+
+
+class Checks:
+    """Results of the checks of one model; ``save`` is called after each, so that a check that never ends is known."""
+
+    def __init__(self, folder: Path, record: Record, save: Callable[[Record], None]) -> None:
+        self.folder, self.record, self._save = folder, record, save
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[Record]:
+        """One check. What it raises is kept: ``refused`` for an XprobeError, ``fault`` for anything else."""
+        entry: Record = {"unfinished": True}
+        self.record[name] = entry
+        self._save(self.record)
+        start = time.perf_counter()
+        try:
+            yield entry
+        except XprobeError as error:
+            entry["refused"] = str(error)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            own = [f for f in traceback.extract_tb(error.__traceback__) if "/xprobe/" in f.filename][-1:]
+            place = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in (last, *own))
+            entry["fault"] = " ".join(f"{type(error).__name__}: {error}".split())[:300] + f" [{place}]"
+        entry["seconds"] = round(time.perf_counter() - start, 2)
+        del entry["unfinished"]
+        self._save(self.record)
+
+    def ended(self, name: str) -> bool:
+        """Whether a check gave a result."""
+        return not {"refused", "fault"} & self.record[name].keys()
+
+    def run(self) -> Record:
+        """All checks that make sense for this model."""
+        anatomies: dict[str, tuple[Any, Any]] = {}
+        for dtype in ("float32", "float64", "bfloat16"):
+            with self.step(f"open {dtype}") as entry:
+                model = load(self.folder, dtype)
+                entry["class"] = type(model).__name__
+                anatomy = inspect(model)
+                entry["anatomy"] = {**anatomy.names, "blocks_found": len(anatomy.blocks), "scale": anatomy.head.scale,
+                                    "softcap": anatomy.head.softcap}  # fmt: skip
+                anatomies[dtype] = model, anatomy
+        if "float64" not in anatomies and "float32" in anatomies:
+            with self.step("open float64, plain experts"):
+                model = load(self.folder, "float64")
+                model.set_experts_implementation("eager")
+                anatomies["float64"] = model, inspect(model)
+        prompts = family_of_prompts(vocab=300)
+        if "float64" in anatomies:
+            with self.step("read") as entry:
+                entry.update(_read(*anatomies["float64"]))
+        for dtype in ("float32", "bfloat16"):
+            if dtype in anatomies:
+                with self.step(f"parity {dtype}") as entry:
+                    entry["nats"] = check_parity(*anatomies[dtype], prompts[:4])
+        for dtype in ("float32", "float64"):
+            if dtype in anatomies:
+                with self.step(f"sharing {dtype}") as entry:
+                    entry.update(_sharing(*anatomies[dtype], prompts))
+        anatomies.clear()
+        self._runs()
+        return self.record
+
+    def wrapper(self) -> Record:
+        """Of a vision-language model: what is said when it is opened, and by ``--dry-run``."""
+        with self.step("open float32") as entry:
+            model = load(self.folder, "float32")
+            entry["class"] = type(model).__name__
+            inspect(model)
+        with self.step("dry run") as entry:
+            entry["way"] = forecast(StudyConfig(model=str(self.folder), languages=("en", "de"), limit=2)).way
+        return self.record
+
+    def _runs(self) -> None:
+        studies: Record = {}
+        for name, stream in (("run", False), ("stream", True)):
+            with self.step(name) as entry:
+                study = xprobe.run(str(self.folder), out=self.folder / name, dtype="float32", stream=stream, **RUN)  # type: ignore[arg-type]
+                studies[name] = study
+                plan = study.manifest["plan"]
+                entry |= {"way": plan["way"], "remarks": plan["remarks"], "parity": study.manifest["parity_error"]}
+                entry["prompt_tokens"] = plan["tokens"]
+        if len(studies) == 2:
+            with self.step("stream against run") as entry:
+                one, other = (log_probabilities_of_run(study) for study in studies.values())
+                entry["nats"] = max(_difference(one[key], other[key]) for key in one)
+        for name, stream in (("dry run", False), ("dry run, stream", True)):
+            with self.step(name) as entry:
+                found = forecast(StudyConfig(model=str(self.folder), stream=stream, data="builtin",
+                                             languages=("en", "de"), limit=2))  # fmt: skip
+                entry |= {"way": found.way, "blocks": found.n_blocks}
+
+
+def _read(model: Any, anatomy: Any) -> Record:
+    """The lens at every layer against the model's own final modules, whole vocabulary, fp64."""
+    ids = torch.randint(10, 300, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(1))
+    states: list[Tensor] = []
+    with torch.inference_mode(), watch_states(anatomy.blocks, lambda layer, hidden: states.append(hidden.clone())):
+        model(input_ids=ids, use_cache=False)
+    worst, ranks = 0.0, 0
+    gold = torch.arange(10, 10 + PROBE_TOKENS)
+    for state in states:
+        rows = state[0]
+        wanted = _own_lens(model, anatomy, rows)
+        defined = reference_logits(rows, anatomy.head).log_softmax(-1)
+        values = lens(rows, anatomy.head, gold)
+        target = wanted.gather(1, gold[:, None])
+        worst = max(worst, _difference(defined, wanted), _difference(values.log_probability, target))
+        ranks += int((values.rank[:, 0] != 1 + (wanted > target).sum(-1)).sum())
+    return {"nats": worst, "wrong_ranks": ranks, "layers": len(states)}
+
+
+def _own_lens(model: Any, anatomy: Any, hidden: Tensor) -> Tensor:
+    """Log-probabilities of ``hidden`` [T, D] by the model itself, which is handed them as its last block's output."""
+
+    def replaced(module: Any, args: tuple, output: Any) -> Any:
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        return rows if isinstance(output, Tensor) else (rows, *output[1:])
+
+    hook = anatomy.blocks[-1].register_forward_hook(replaced)
+    ids = torch.randint(10, 300, (1, len(hidden)), generator=torch.Generator().manual_seed(2))
+    try:
+        with torch.inference_mode():
+            return model(input_ids=ids, use_cache=False).logits[0, :, : anatomy.head.vocab_size].log_softmax(-1)
+    finally:
+        hook.remove()
+
+
+def _sharing(model: Any, anatomy: Any, prompts: list[Any]) -> Record:
+    """Rows of the chosen strategy, and of plain batches, against prompts that run alone; in nats of the lens."""
+    engine = Engine(model, anatomy, 4096)
+    way, remarks = strategy(engine, prompts)
+    alone = _lens_of(rows_of(engine, prompts, "plain", 1), anatomy)
+    shared = _lens_of(rows_of(engine, prompts, way, 4096), anatomy)
+    batched = shared if way == "plain" else _lens_of(rows_of(engine, prompts, "plain", 4096), anatomy)
+    return {
+        "way": way,
+        "remarks": remarks,
+        "nats": _difference(shared, alone),
+        "plain_batch_nats": _difference(batched, alone),
+    }
+
+
+def _lens_of(rows: Tensor, anatomy: Any) -> Tensor:
+    return reference_logits(rows.reshape(-1, rows.shape[-1]), anatomy.head).log_softmax(-1)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Largest difference; infinite where one is infinite or NaN and the other is not."""
+    one, other = one.double().flatten(), other.double().flatten()
+    same = (one == other) | (one.isnan() & other.isnan())
+    return float((one - other).abs().masked_fill(same, 0.0).nan_to_num(nan=float("inf")).max())

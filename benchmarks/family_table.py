@@ -1,0 +1,184 @@
+"""Turns the results of a sweep over families into docs/families.md, and reads the document's rows back."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+Record = dict[str, Any]
+
+READ_RIGHT = 2e-6  # nats in fp64: many models compute their final norm in fp32 whatever their dtype
+SHARED_RIGHT = 1e-3  # nats in fp32
+COLUMNS = ("model type", "class", "lens", "sharing", "sharing differs by", "stream", "dry run", "remark")
+OUTCOMES = ("lens", "sharing", "stream", "dry run")  # columns that a test compares with a new sweep
+
+INTRODUCTION = """# Model families
+
+What xprobe does with every model type that transformers {transformers} can load as a causal language model. The tables
+are made, not written: each family is a tiny random model (4 layers, width 32, 300 tokens), built from the default
+configuration of its type, saved, and then loaded, read, run and streamed as `xprobe run` does it.
+
+    python benchmarks/families.py --out docs/families.md        # about {minutes:.0f} minutes on 2 CPU cores
+
+Made on {date} with xprobe {xprobe}, transformers {transformers}, torch {torch}, Python {python}, on a CPU.
+
+## Summary
+
+{summary}
+
+## Causal language models
+
+A tiny random model shows whether xprobe reads a family's code correctly. It says nothing about how well a published
+model answers questions, and nothing about published checkpoints whose configuration differs much from the default.
+
+| column | meaning |
+| --- | --- |
+| model type | `model_type` in the model's `config.json`. `is_decoder=True` is a second row for types that are encoders unless their configuration says otherwise. |
+| class | The class that `AutoModelForCausalLM` makes of it. |
+| lens | `right`: at every layer the lens gives the log-probabilities that the model's own final modules give for that layer's states, in fp64, over the whole vocabulary; ranks are equal. The number is the largest difference in nats. It is near 1e-15 where the final norm follows the model's dtype, and near 1e-7 where the norm always computes in fp32. `wrong`: they differ by more than {read_right:g} nats. `refused`: xprobe says that it does not read this model; the remark has its line. `fault`: xprobe ends in an error that is not its own. `not run`: the family's own code does not run here; the remark says why. |
+| sharing | How prompts with common beginnings are run together: `tree` (packed as a tree, each shared token once), `prefix` (a cache for the common beginning), `plain` (padded batches of whole prompts, nothing is shared). xprobe chooses by comparing rows; see [capture.md](capture.md). |
+| sharing differs by | Largest difference, over all layers, of the lens log-probabilities between the chosen strategy and prompts that run one by one, in fp32, in nats. |
+| stream | `yes`: `--stream` gives the numbers of the run in memory. `refused`: xprobe says that the blocks cannot be run one at a time. |
+| dry run | `yes`: `--dry-run` works. It estimates the sharing from the configuration; where its estimate is not what the run chooses, the cell says so. |
+| remark | The line of each refusal or error, and by which option it came: `bfloat16` is a run with `--dtype bfloat16`, and so on. |
+
+"""  # noqa: E501
+SECOND = """
+## Vision-language models
+
+Model types that transformers loads with `AutoModelForImageTextToText` and not with `AutoModelForCausalLM`. Types that
+it loads with both are in the first table. xprobe loads models with `AutoModelForCausalLM`, so this is what it says to
+their configuration.
+
+"""
+
+
+def in_short(name: str, record: Record) -> str:
+    """One case for the terminal."""
+    row = cells(name, record)
+    return " | ".join(row[column] for column in COLUMNS if row[column])
+
+
+def cells(name: str, record: Record) -> dict[str, str]:
+    """A row of the first table, by column."""
+    row = dict.fromkeys(COLUMNS, "")
+    row["model type"] = f"`{name}`"
+    row["class"] = next((e["class"] for e in record.values() if isinstance(e, dict) and "class" in e), "")
+    row["remark"] = "<br>".join(_remarks(record))
+    opened = _state(record, "open float32")
+    if "fault" in record.get("build", {}) and opened == "missing":
+        return row | {"lens": "not run"}
+    if opened != "done":
+        row["lens"] = opened
+    elif _state(record, "read") != "done":
+        row["lens"] = _state(record, "read")
+    else:
+        read = record["read"]
+        right = read["nats"] <= READ_RIGHT and read["wrong_ranks"] == 0
+        row["lens"] = f"{'right' if right else 'wrong'}, {read['nats']:.0e}"
+    shared = record.get("sharing float32", {})
+    if "way" in shared:
+        wrong = "" if shared["nats"] <= SHARED_RIGHT else "wrong, "
+        row["sharing"], row["sharing differs by"] = shared["way"], f"{wrong}{shared['nats']:.0e}"
+    row["stream"] = _state(record, "stream")
+    if row["stream"] == "done":
+        compared = record.get("stream against run", {}).get("nats")
+        row["stream"] = "yes" if compared is not None and compared <= SHARED_RIGHT else f"wrong, {compared}"
+    row["dry run"] = _state(record, "dry run")
+    if row["dry run"] == "done":
+        estimate, taken = record["dry run"]["way"], record.get("run", {}).get("way")
+        row["dry run"] = "yes" if taken in (None, estimate) else f"yes, says {estimate}"
+    return row
+
+
+def document(results: Record) -> str:
+    """All of docs/families.md."""
+    plain = {name: record for name, record in results["cases"].items() if not record["wrapper"]}
+    rows = [cells(name, record) for name, record in plain.items()]
+    head = INTRODUCTION.format(**results["made"], summary=_summary(rows), read_right=READ_RIGHT)
+    first = _table(COLUMNS, rows)
+    columns = ("model type", "memory", "dry run", "remark")
+    wrappers = {name: record for name, record in results["cases"].items() if record["wrapper"]}
+    second = _table(columns, [_wrapper_cells(name, record) for name, record in wrappers.items()])
+    return head + first + SECOND + second
+
+
+def outcomes(text: str) -> dict[str, dict[str, str]]:
+    """Of every row of the first table of a document: the word of each outcome column, without its number."""
+    rows = {}
+    for line in text.split(SECOND.splitlines()[1])[0].splitlines():
+        parts = [part.strip() for part in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(parts) == len(COLUMNS) and parts[0].startswith("`"):
+            row = dict(zip(COLUMNS, parts, strict=True))
+            rows[row["model type"].strip("`")] = outcome(row)
+    return rows
+
+
+def outcome(row: dict[str, str]) -> dict[str, str]:
+    """The words of a row's outcome columns."""
+    return {column: row[column].split(",")[0] for column in OUTCOMES}
+
+
+def _wrapper_cells(name: str, record: Record) -> dict[str, str]:
+    words = {"done": "loads", "missing": "not run"}
+    memory, dry = _state(record, "open float32"), _state(record, "dry run")
+    return {
+        "model type": f"`{name}`",
+        "memory": words.get(memory, memory),
+        "dry run": {"done": "yes"}.get(dry, dry),
+        "remark": "<br>".join(_remarks(record, build=False)),
+    }
+
+
+def _state(record: Record, step: str) -> str:
+    entry = record.get(step)
+    if entry is None:
+        return "missing"
+    return next((word for word in ("refused", "fault", "unfinished") if word in entry), "done")
+
+
+def _remarks(record: Record, build: bool = True) -> list[str]:
+    """Every different line that was said, with the steps that said it."""
+    by_line: dict[str, list[str]] = {}
+    for step, entry in record.items():
+        if not isinstance(entry, dict) or (step == "build" and not build):
+            continue
+        for word in ("fault", "refused", "unfinished"):
+            if word in entry:
+                line = "was still at it" if word == "unfinished" else str(entry[word])
+                by_line.setdefault(line, []).append(step.removeprefix("open "))
+    if len(record.get("note", "")):
+        by_line.setdefault(record["note"], []).append("note")
+    found = []
+    for line, steps in by_line.items():
+        if {"float32", "run"} <= set(steps):  # whatever follows from a model that does not open at all
+            steps = ["all" if {"stream", "bfloat16"} <= set(steps) else "memory"]
+        found.append(f"{', '.join(dict.fromkeys(steps))}: {_shortened(line)}")
+    return found
+
+
+def _shortened(line: str) -> str:
+    line = re.sub(r"Model type should be one of .*", "Model type should be one of ...", line)
+    line = line.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _table(columns: tuple[str, ...], rows: list[dict[str, str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(rows: list[dict[str, str]]) -> str:
+    def counted(column: str, of: list[dict[str, str]]) -> str:
+        counts = Counter(row[column].split(",")[0] or "-" for row in of)
+        return ", ".join(f"{word} {count}" for word, count in counts.most_common())
+
+    right = [row for row in rows if row["lens"].startswith("right")]
+    lines = [
+        f"- Rows: {len(rows)}. Lens: {counted('lens', rows)}.",
+        f"- Of the {len(right)} that are read: sharing {counted('sharing', right)}; stream {counted('stream', right)}; "
+        f"dry run {counted('dry run', right)}.",
+    ]
+    return "\n".join(lines)
