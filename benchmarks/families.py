@@ -147,12 +147,14 @@ def _child(case: Case, folder: Path, tokenizer: Any) -> None:
 
 
 def _save_model(case: Case, folder: Path, record: Record) -> None:
-    """A tiny random model, as ``save_pretrained`` writes it."""
-    from transformers import AutoModelForCausalLM
+    """A tiny random model, as ``save_pretrained`` writes it; of types with pictures, the whole model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
 
-    model = tiny_families.tiny_model(
-        tiny_families.tiny_config(case.model_type, **dict(case.options)), AutoModelForCausalLM
-    )
+    whole = case.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto_class = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    config = tiny_families.tiny_config(case.model_type, **dict(case.options))
+    model = tiny_families.tiny_model(config, auto_class)
     record["build"] = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
     if case.model_type in tiny_families.NOT_ALONE:
         record["build"]["note"] = tiny_families.NOT_ALONE[case.model_type]

@@ -125,6 +125,10 @@ class Checks:
             if dtype in anatomies:
                 with self.step(f"sharing {dtype}") as entry:
                     entry.update(_sharing(*anatomies[dtype], prompts))
+        if {"float32", "bfloat16"} <= anatomies.keys():
+            with self.step("sharing bfloat16") as entry:  # chosen in bf16, where rounding may hide what it does wrong
+                entry["way"], _ = strategy(Engine(*anatomies["bfloat16"], 4096), prompts)
+                entry["nats"] = _error_of(entry["way"], *anatomies["float32"], prompts)
         anatomies.clear()
         self._runs()
         return self.record
@@ -207,6 +211,16 @@ def _sharing(model: Any, anatomy: Any, prompts: list[Any]) -> Record:
         "nats": _difference(shared, alone),
         "plain_batch_nats": _difference(batched, alone),
     }
+
+
+def _error_of(way: str, model: Any, anatomy: Any, prompts: list[Any]) -> float:
+    """What a strategy does to the lens of this model, whatever the engine would choose."""
+    engine = Engine(model, anatomy, 4096)
+    try:
+        shared = rows_of(engine, prompts, way, 4096)
+    except Exception:  # it does not work at all in this dtype
+        return float("inf")
+    return _difference(_lens_of(shared, anatomy), _lens_of(rows_of(engine, prompts, "plain", 1), anatomy))
 
 
 def _lens_of(rows: Tensor, anatomy: Any) -> Tensor:

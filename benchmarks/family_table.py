@@ -10,8 +10,8 @@ Record = dict[str, Any]
 
 READ_RIGHT = 2e-6  # nats in fp64: many models compute their final norm in fp32 whatever their dtype
 SHARED_RIGHT = 1e-3  # nats in fp32
-COLUMNS = ("model type", "class", "lens", "sharing", "sharing differs by", "stream", "dry run", "remark")
-OUTCOMES = ("lens", "sharing", "stream", "dry run")  # columns that a test compares with a new sweep
+COLUMNS = ("model type", "class", "lens", "sharing", "differs by", "in bf16", "stream", "dry run", "remark")
+OUTCOMES = ("lens", "sharing", "in bf16", "stream", "dry run")  # columns that a test compares with a new sweep
 
 INTRODUCTION = """# Model families
 
@@ -38,7 +38,8 @@ model answers questions, and nothing about published checkpoints whose configura
 | class | The class that `AutoModelForCausalLM` makes of it. |
 | lens | `right`: at every layer the lens gives the log-probabilities that the model's own final modules give for that layer's states, in fp64, over the whole vocabulary; ranks are equal. The number is the largest difference in nats. It is near 1e-15 where the final norm follows the model's dtype, and near 1e-7 where the norm always computes in fp32. `wrong`: they differ by more than {read_right:g} nats. `refused`: xprobe says that it does not read this model; the remark has its line. `fault`: xprobe ends in an error that is not its own. `not run`: the family's own code does not run here; the remark says why. |
 | sharing | How prompts with common beginnings are run together: `tree` (packed as a tree, each shared token once), `prefix` (a cache for the common beginning), `plain` (padded batches of whole prompts, nothing is shared). xprobe chooses by comparing rows; see [capture.md](capture.md). |
-| sharing differs by | Largest difference, over all layers, of the lens log-probabilities between the chosen strategy and prompts that run one by one, in fp32, in nats. |
+| differs by | Largest difference, over all layers, of the lens log-probabilities between the chosen strategy and prompts that run one by one, in fp32, in nats. |
+| in bf16 | The strategy that is chosen with `--dtype bfloat16`. `wrong`: rounding hid that it does not fit; the number is what it does to the lens of the same model in fp32, in nats. |
 | stream | `yes`: `--stream` gives the numbers of the run in memory. `refused`: xprobe says that the blocks cannot be run one at a time. |
 | dry run | `yes`: `--dry-run` works. It estimates the sharing from the configuration; where its estimate is not what the run chooses, the cell says so. |
 | remark | The line of each refusal or error, and by which option it came: `bfloat16` is a run with `--dtype bfloat16`, and so on. |
@@ -64,7 +65,10 @@ def cells(name: str, record: Record) -> dict[str, str]:
     """A row of the first table, by column."""
     row = dict.fromkeys(COLUMNS, "")
     row["model type"] = f"`{name}`"
-    row["class"] = next((e["class"] for e in record.values() if isinstance(e, dict) and "class" in e), "")
+    classes = [e["class"] for e in record.values() if isinstance(e, dict) and "class" in e]
+    row["class"] = (
+        record["open float32"]["class"] if "class" in record.get("open float32", {}) else "".join(classes[:1])
+    )
     row["remark"] = "<br>".join(_remarks(record))
     opened = _state(record, "open float32")
     if "fault" in record.get("build", {}) and opened == "missing":
@@ -80,7 +84,13 @@ def cells(name: str, record: Record) -> dict[str, str]:
     shared = record.get("sharing float32", {})
     if "way" in shared:
         wrong = "" if shared["nats"] <= SHARED_RIGHT else "wrong, "
-        row["sharing"], row["sharing differs by"] = shared["way"], f"{wrong}{shared['nats']:.0e}"
+        row["sharing"], row["differs by"] = shared["way"], f"{wrong}{shared['nats']:.0e}"
+    in_bf16 = record.get("sharing bfloat16", {})
+    if "nats" in in_bf16:
+        right = in_bf16["nats"] <= SHARED_RIGHT
+        row["in bf16"] = in_bf16["way"] if right else f"wrong, {in_bf16['way']} {in_bf16['nats']:.0e}"
+    elif opened == "done":
+        row["in bf16"] = _state(record, "open bfloat16").replace("done", _state(record, "sharing bfloat16"))
     row["stream"] = _state(record, "stream")
     if row["stream"] == "done":
         compared = record.get("stream against run", {}).get("nats")
@@ -95,7 +105,11 @@ def cells(name: str, record: Record) -> dict[str, str]:
 def document(results: Record) -> str:
     """All of docs/families.md."""
     plain = {name: record for name, record in results["cases"].items() if not record["wrapper"]}
-    rows = [cells(name, record) for name, record in plain.items()]
+    rows = []
+    for name, record in plain.items():
+        row, before = cells(name, record), next((r for r in rows if r["model type"] == f"`{name.split()[0]}`"), None)
+        if before is None or row["lens"].startswith("right") != before["lens"].startswith("right"):
+            rows.append(row)  # else the variant is as its type
     head = INTRODUCTION.format(**results["made"], summary=_summary(rows), read_right=READ_RIGHT)
     first = _table(COLUMNS, rows)
     columns = ("model type", "memory", "dry run", "remark")
@@ -148,8 +162,8 @@ def _remarks(record: Record, build: bool = True) -> list[str]:
             if word in entry:
                 line = "was still at it" if word == "unfinished" else str(entry[word])
                 by_line.setdefault(line, []).append(step.removeprefix("open "))
-    if len(record.get("note", "")):
-        by_line.setdefault(record["note"], []).append("note")
+    if note := record.get("build", {}).get("note"):
+        by_line[note] = ["what it is"]
     found = []
     for line, steps in by_line.items():
         if {"float32", "run"} <= set(steps):  # whatever follows from a model that does not open at all
@@ -178,7 +192,7 @@ def _summary(rows: list[dict[str, str]]) -> str:
     right = [row for row in rows if row["lens"].startswith("right")]
     lines = [
         f"- Rows: {len(rows)}. Lens: {counted('lens', rows)}.",
-        f"- Of the {len(right)} that are read: sharing {counted('sharing', right)}; stream {counted('stream', right)}; "
-        f"dry run {counted('dry run', right)}.",
+        f"- Of the {len(right)} that are read: sharing {counted('sharing', right)}; in bf16 {counted('in bf16', right)}; "
+        f"stream {counted('stream', right)}; dry run {counted('dry run', right)}.",
     ]
     return "\n".join(lines)
