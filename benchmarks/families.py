@@ -170,7 +170,7 @@ def _save_wrapper(case: Case, folder: Path, record: Record) -> None:
 
     try:
         config = tiny_families.tiny_config(case.model_type)
-    except Exception:  # sizes that do not fit together, in a part that is never built
+    except Exception:  # sizes that do not fit together: nothing is built of them, so the default ones do as well
         config = CONFIG_MAPPING[case.model_type]()
     name = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[case.model_type]
     config.architectures = [name if isinstance(name, str) else name[0]]

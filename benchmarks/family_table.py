@@ -192,7 +192,7 @@ def _summary(rows: list[dict[str, str]]) -> str:
     right = [row for row in rows if row["lens"].startswith("right")]
     lines = [
         f"- Rows: {len(rows)}. Lens: {counted('lens', rows)}.",
-        f"- Of the {len(right)} that are read: sharing {counted('sharing', right)}; in bf16 {counted('in bf16', right)}; "
-        f"stream {counted('stream', right)}; dry run {counted('dry run', right)}.",
+        f"- Of the {len(right)} that are read: sharing {counted('sharing', right)}; "
+        f"in bf16 {counted('in bf16', right)}; stream {counted('stream', right)}; dry run {counted('dry run', right)}.",
     ]
     return "\n".join(lines)
