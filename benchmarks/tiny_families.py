@@ -41,9 +41,9 @@ SIZES: dict[str, int] = {
     "n_shared_experts": 1, "moe_num_shared_experts": 1, "num_shared_experts": 1, "n_group": 1, "topk_group": 1,
     "num_expert_group": 1, "zero_expert_num": 2, "first_k_dense_replace": 1, "num_dense_layers": 1,
     "moe_layer_start_index": 1, "moe_layer_end_index": LAYERS - 1, "moe_latent_size": 16,
-    # latent attention and indexers
+    # latent attention, and indexers: few heads would give many keys a score of exactly 0, and ties go by chance
     "q_lora_rank": 16, "kv_lora_rank": 16, "o_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "qk_head_dim": 16, "v_head_dim": 8, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 8, "o_groups": 2,
+    "qk_head_dim": 16, "v_head_dim": 8, "index_head_dim": 16, "index_n_heads": 16, "index_topk": 8, "o_groups": 2,
     "gated_norm_rank": 8,
     # recurrence and convolution
     "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8, "mamba_dt_rank": 4, "time_step_rank": 4,
@@ -96,6 +96,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
