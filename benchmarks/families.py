@@ -2,7 +2,8 @@
 
     python benchmarks/families.py --out docs/families.md --json families.json
     python benchmarks/families.py --only llama,qwen3            # prints the rows of a part
-    python benchmarks/families.py --from families.json --out docs/families.md
+    python benchmarks/families.py --from families.json --out docs/families.md                   # the tables alone
+    python benchmarks/families.py --from families.json --only llama --json families.json        # one case anew
 
 Every family is a tiny random model (``tiny_families.py``) that is saved, loaded, read, shared, streamed and forecast
 (``family_checks.py``) in a process of its own, with a limit of time and memory. Runs on a CPU, without network.
@@ -153,12 +154,12 @@ def _save_model(case: Case, folder: Path, record: Record) -> None:
 
     whole = case.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto_class = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    note = tiny_families.NOT_ALONE.get(case.model_type)
+    record["build"] = {"note": note} if note else {}
     config = tiny_families.tiny_config(case.model_type, **dict(case.options))
     model = tiny_families.tiny_model(config, auto_class)
-    record["build"] = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
-    if case.model_type in tiny_families.NOT_ALONE:
-        record["build"]["note"] = tiny_families.NOT_ALONE[case.model_type]
-    else:
+    record["build"] |= {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+    if not note:
         tiny_families.check_runs(model)
     model.save_pretrained(folder)
 
@@ -197,15 +198,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="model types, separated by commas")
     parser.add_argument("--jobs", type=int, default=2, help="families at the same time")
     options = parser.parse_args()
-    if options.source:
-        results = json.loads(options.source.read_text())
-    else:
-        start = time.monotonic()
-        chosen = cases(filter(None, options.only.split(",")))
-        results = {"made": versions(), "cases": sweep(chosen, options.jobs)}
-        results["made"]["minutes"] = round((time.monotonic() - start) / 60, 1)
+    start = time.monotonic()
+    results = json.loads(options.source.read_text(encoding="utf-8")) if options.source else {"cases": {}}
+    if options.only or not options.source:
+        made = versions()
+        if options.source and {**results["made"], **made, "date": ""} != {**results["made"], "date": ""}:
+            parser.error(f"{options.source} was made with {results['made']}: make all of it again")
+        results["cases"] |= sweep(cases(filter(None, options.only.split(","))), options.jobs)
+        results["made"] = {"minutes": round((time.monotonic() - start) / 60, 1), **results.get("made", {}), **made}
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     if options.out:
         options.out.write_text(family_table.document(results), encoding="utf-8")
 

@@ -22,7 +22,8 @@ SIZES: dict[str, int] = {
     "adapter_out_dim": 32, "adapter_in_dim": 32, "backbone_hidden_size": 32, "altup_num_inputs": 2, "laurel_rank": 8,
     # depth
     "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "num_layers": LAYERS, "num_blocks": LAYERS,
-    "decoder_layers": LAYERS, "encoder_layers": LAYERS, "num_layers_per_stack": 2,
+    "decoder_layers": LAYERS, "encoder_layers": LAYERS,
+    "num_decoder_layers": LAYERS, "num_encoder_layers": LAYERS, "num_layers_per_stack": 2,
     # heads
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "attention_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "kv_n_heads": 2,
@@ -63,6 +64,7 @@ SIZES: dict[str, int] = {
     "ple_embed_dim": 16, "hc_lowrank": 8, "depth": 2, "projection_dim": 32, "image_size": 28,
 }  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "eod_token_id": 2}
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SPLIT_IN_HALVES = ("mlp_layer_types",)  # others take turns, so that all pairs of kinds occur
 
 # they cannot predict tokens from tokens alone, whatever their size
@@ -91,8 +93,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
                         "layer_types": ["full_attention", "sliding_attention"] * 2,
                         "mlp_layer_types": ["dense", "dense", "sparse", "sparse"]},
     "gemma3n_text": {"intermediate_size": [48] * LAYERS},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
-                                         "num_kv_shared_layers": LAYERS}},
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
+                                         "vocab_size_per_layer_input": 0, "num_kv_shared_layers": LAYERS}},
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -101,6 +103,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "prophetnet": {"max_position_embeddings": 512},  # it fills tables of that size squared one by one
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
                        "indexer_compress_ratio": 4},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"] * 2},
@@ -133,6 +136,8 @@ def tiny_model(config: Any, auto_class: Any, seed: int = 0) -> Any:
 
 
 def _shrunk(cls: Any, extras: dict[str, Any]) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     try:
         default = cls()
     except Exception:  # its own defaults contradict each other, or it needs parts
@@ -155,13 +160,11 @@ def _shrunk(cls: Any, extras: dict[str, Any]) -> Any:
             continue
         chosen[name] = _shrunk(type(part), EXTRAS.get(part.model_type, {})).to_dict()
     for name, value in extras.items():
-        part = type(parts[name]) if name in parts else cls.sub_configs.get(name)
-        nested = isinstance(value, dict) and hasattr(part, "sub_configs")
+        nested = name in cls.sub_configs and isinstance(value, dict)
+        part = CONFIG_MAPPING[value["model_type"]] if nested and "model_type" in value else type(parts.get(name))
         chosen[name] = _shrunk(part, {**EXTRAS.get(part.model_type, {}), **value}).to_dict() if nested else value
-    layers = next(
-        (chosen[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in chosen), LAYERS
-    )
-    before = next((known[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in known), None)
+    layers = next((chosen[name] for name in DEPTHS if name in chosen), LAYERS)
+    before = next((known[name] for name in DEPTHS if name in known), None)
     for name, value in known.items():
         if name not in extras and isinstance(value, list | tuple) and len(value) == before and len(value) > 1:
             chosen[name] = _shortened(name, list(value), layers)
