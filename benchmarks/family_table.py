@@ -8,7 +8,8 @@ from typing import Any
 
 Record = dict[str, Any]
 
-READ_RIGHT = 2e-6  # nats in fp64: many models compute their final norm in fp32 whatever their dtype
+# nats, by the dtype of the model; many compute their final norm in fp32 even in fp64
+READ_RIGHT = {"float64": 2e-6, "float32": 1e-4}
 SHARED_RIGHT = 1e-3  # nats in fp32
 COLUMNS = ("model type", "class", "lens", "sharing", "differs by", "in bf16", "stream", "dry run", "remark")
 OUTCOMES = ("lens", "sharing", "in bf16", "stream", "dry run")  # columns that a test compares with a new sweep
@@ -36,7 +37,7 @@ model answers questions, and nothing about published checkpoints whose configura
 | --- | --- |
 | model type | `model_type` in the model's `config.json`. `is_decoder=True` is a second row for types that are encoders unless their configuration says otherwise. |
 | class | The class that `AutoModelForCausalLM` makes of it. |
-| lens | `right`: at every layer the lens gives the log-probabilities that the model's own final modules give for that layer's states, in fp64, over the whole vocabulary; ranks are equal. The number is the largest difference in nats. It is near 1e-15 where the final norm follows the model's dtype, and near 1e-7 where the norm always computes in fp32. `wrong`: they differ by more than {read_right:g} nats. `refused`: xprobe says that it does not read this model; the remark has its line. `fault`: xprobe ends in an error that is not its own. `not run`: the family's own code does not run here; the remark says why. |
+| lens | `right`: at every layer the lens gives the log-probabilities that the model's own final modules give for that layer's states, in fp64, over the whole vocabulary; ranks are equal. The number is the largest difference in nats. It is near 1e-15 where the final norm follows the model's dtype, and near 1e-7 where the norm always computes in fp32. A family whose own code has no fp64 is compared in fp32. `wrong`: they differ by more than {read_right:g} nats. `refused`: xprobe says that it does not read this model; the remark has its line. `fault`: xprobe ends in an error that is not its own. `not run`: the family's own code does not run here; the remark says why. |
 | sharing | How prompts with common beginnings are run together: `tree` (packed as a tree, each shared token once), `prefix` (a cache for the common beginning), `plain` (padded batches of whole prompts, nothing is shared). xprobe chooses by comparing rows; see [capture.md](capture.md). |
 | differs by | Largest difference, over all layers, of the lens log-probabilities between the chosen strategy and prompts that run one by one, in fp32, in nats. |
 | in bf16 | The strategy that is chosen with `--dtype bfloat16`. `wrong`: rounding hid that it does not fit; the number is what it does to the lens of the same model in fp32, in nats. |
@@ -79,8 +80,9 @@ def cells(name: str, record: Record) -> dict[str, str]:
         row["lens"] = _state(record, "read")
     else:
         read = record["read"]
-        right = read["nats"] <= READ_RIGHT and read["wrong_ranks"] == 0
-        row["lens"] = f"{'right' if right else 'wrong'}, {read['nats']:.0e}"
+        right = read["nats"] <= READ_RIGHT[read["dtype"]] and read["wrong_ranks"] == 0
+        where = "" if read["dtype"] == "float64" else " in fp32"
+        row["lens"] = f"{'right' if right else 'wrong'}, {read['nats']:.0e}{where}"
     shared = record.get("sharing float32", {})
     if "way" in shared:
         wrong = "" if shared["nats"] <= SHARED_RIGHT else "wrong, "
@@ -110,7 +112,7 @@ def document(results: Record) -> str:
         row, before = cells(name, record), next((r for r in rows if r["model type"] == f"`{name.split()[0]}`"), None)
         if before is None or row["lens"].startswith("right") != before["lens"].startswith("right"):
             rows.append(row)  # else the variant is as its type
-    head = INTRODUCTION.format(**results["made"], summary=_summary(rows), read_right=READ_RIGHT)
+    head = INTRODUCTION.format(**results["made"], summary=_summary(rows), read_right=READ_RIGHT["float64"])
     first = _table(COLUMNS, rows)
     columns = ("model type", "memory", "dry run", "remark")
     wrappers = {name: record for name, record in results["cases"].items() if record["wrapper"]}
