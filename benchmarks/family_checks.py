@@ -114,6 +114,10 @@ class Checks:
                 model.set_experts_implementation("eager")
                 anatomies["float64"] = model, inspect(model)
         prompts = family_of_prompts(vocab=300)
+        self._runs()
+        for dtype, name in (("float32", "run"), ("bfloat16", "run bfloat16")):
+            if not self.ended(name):
+                anatomies.pop(dtype, None)
         widest = next((dtype for dtype in ("float64", "float32") if dtype in anatomies), None)
         if widest is not None:
             with self.step("read") as entry:
@@ -126,12 +130,15 @@ class Checks:
             if dtype in anatomies:
                 with self.step(f"sharing {dtype}") as entry:
                     entry.update(_sharing(*anatomies[dtype], prompts))
-        if {"float32", "bfloat16"} <= anatomies.keys():
-            with self.step("sharing bfloat16") as entry:  # chosen in bf16, where rounding may hide what it does wrong
+        # what a run chose on its own prompts, and what is chosen in bf16, where rounding may hide what it does wrong
+        chosen = {"run": self.record["run"].get("way"), "run bfloat16": self.record["run bfloat16"].get("way")}
+        if "bfloat16" in anatomies:
+            with self.step("sharing bfloat16") as entry:
                 entry["way"], _ = strategy(Engine(*anatomies["bfloat16"], 4096), prompts)
-                entry["nats"] = _error_of(entry["way"], *anatomies["float32"], prompts)
-        anatomies.clear()
-        self._runs()
+                chosen["sharing bfloat16"] = entry["way"]
+        if "float32" in anatomies:
+            with self.step("strategies in float32") as entry:
+                entry |= {way: _error_of(way, *anatomies["float32"], prompts) for way in {*chosen.values()} if way}
         return self.record
 
     def wrapper(self) -> Record:
@@ -146,16 +153,16 @@ class Checks:
 
     def _runs(self) -> None:
         studies: Record = {}
-        for name, stream in (("run", False), ("stream", True)):
+        for name, dtype, stream in (("run", "float32", 0), ("stream", "float32", 1), ("run bfloat16", "bfloat16", 0)):
             with self.step(name) as entry:
-                study = xprobe.run(str(self.folder), out=self.folder / name, dtype="float32", stream=stream, **RUN)  # type: ignore[arg-type]
+                study = xprobe.run(str(self.folder), out=self.folder / name, dtype=dtype, stream=bool(stream), **RUN)
                 studies[name] = study
                 plan = study.manifest["plan"]
                 entry |= {"way": plan["way"], "remarks": plan["remarks"], "parity": study.manifest["parity_error"]}
                 entry["prompt_tokens"] = plan["tokens"]
-        if len(studies) == 2:
+        if {"run", "stream"} <= studies.keys():
             with self.step("stream against run") as entry:
-                one, other = (log_probabilities_of_run(study) for study in studies.values())
+                one, other = (log_probabilities_of_run(study) for study in (studies["run"], studies["stream"]))
                 entry["nats"] = max(_difference(one[key], other[key]) for key in one)
         for name, stream in (("dry run", False), ("dry run, stream", True)):
             with self.step(name) as entry:
@@ -170,17 +177,19 @@ def _read(model: Any, anatomy: Any) -> Record:
     states: list[Tensor] = []
     with torch.inference_mode(), watch_states(anatomy.blocks, lambda layer, hidden: states.append(hidden.clone())):
         model(input_ids=ids, use_cache=False)
-    worst, ranks = 0.0, 0
+    worst, ranks, largest = 0.0, 0, 0.0
     gold = torch.arange(10, 10 + PROBE_TOKENS)
     for state in states:
         rows = state[0]
         wanted = _own_lens(model, anatomy, rows)
-        defined = reference_logits(rows, anatomy.head).log_softmax(-1)
+        logits = reference_logits(rows, anatomy.head)
+        largest = max(largest, float(logits[logits.isfinite()].abs().max()))
+        defined = logits.log_softmax(-1)
         values = lens(rows, anatomy.head, gold)
         target = wanted.gather(1, gold[:, None])
         worst = max(worst, _difference(defined, wanted), _difference(values.log_probability, target))
         ranks += int((values.rank[:, 0] != 1 + (wanted > target).sum(-1)).sum())
-    return {"nats": worst, "wrong_ranks": ranks, "layers": len(states)}
+    return {"nats": worst, "wrong_ranks": ranks, "largest_logit": largest, "layers": len(states)}
 
 
 def _own_lens(model: Any, anatomy: Any, hidden: Tensor) -> Tensor:
