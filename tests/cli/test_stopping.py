@@ -158,5 +158,5 @@ def test_a_configuration_that_cannot_be_read_is_named(tiny, tmp_path, capsys):
         assert main(["run", "--out", str(out), "--resume"]) == 1
         error = capsys.readouterr().err
         assert f"{out / 'manifest.json'}: " in error
-        assert next(iter(config)) in error
+        assert "entry config" in error
         assert error.count("\n") == 1
