@@ -155,8 +155,8 @@ def test_a_configuration_that_cannot_be_read_is_named(tiny, tmp_path, capsys):
     for config in ({"languages": 5}, {"settings": ["x-en"]}, {"wavelets": 3}, {"limit": "many"}):
         changed = {**manifest, "config": {**manifest["config"], **config}}
         (out / "manifest.json").write_text(json.dumps(changed))
-        assert main(["run", "--out", str(out), "--resume"]) == 1
+        unknown = "wavelets" in config  # another version's: the run is of something else, and the entry is named
+        assert main(["run", "--out", str(out), "--resume"]) == (2 if unknown else 1)
         error = capsys.readouterr().err
-        assert f"{out / 'manifest.json'}: " in error
-        assert "entry config" in error
+        assert ("wavelets was 3" if unknown else f"{out / 'manifest.json'}: entry config") in error
         assert error.count("\n") == 1
