@@ -60,6 +60,7 @@ class Layout:
     tree: Tree
     device: torch.device
     kernel: bool = True
+    calls: list[bool] = field(default_factory=list)  # one for each attention layer that used it
     _copies: dict[torch.device, Layout] = field(default_factory=dict)
     _reaches: dict[Blocks, Reach] = field(default_factory=dict)
 
@@ -136,6 +137,7 @@ def attend(
     unknown = [k for k, v in others.items() if k not in _HARMLESS and isinstance(v, Tensor)]
     if layout is None or attention_mask is not None or unknown or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise NotShareable(f"attention with {', '.join(unknown) or 'a mask, a batch or a cache'}")
+    layout.calls.append(True)
     layout = layout.on(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = _Rule(scale, sliding_window or None, softcap or None)

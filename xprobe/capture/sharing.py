@@ -96,7 +96,13 @@ def _alone(model: Any, ids: Tensor, kernel: bool, receive: Any) -> Pass:
     device = input_device(model)
     layout = Layout(tree, device, kernel)
     inputs = {"input_ids": upload(ids[None], device), "position_ids": layout.positions[None]}
-    return Pass(inputs, receive, lambda: packed_attention(model, layout))
+
+    def used(layer: int, hidden: Tensor) -> None:
+        if layer > 0 and not layout.calls:
+            raise NotIsolated("its attention is its own and cannot be replaced")
+        receive(layer, hidden)
+
+    return Pass(inputs, used, lambda: packed_attention(model, layout))
 
 
 def disagreement(
