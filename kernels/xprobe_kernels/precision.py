@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,19 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
     The setting is the process's: another thread's fp32 products run at it while this one is inside.
     """
-    matmul = torch.backends.cuda.matmul
-    before, wanted = matmul.fp32_precision, precision
+    # on a processor with matrix units, oneDNN has a setting of its own: kernels in the interpreter multiply there
+    libraries: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, precision)]
+    libraries.append((torch.backends.mkldnn.matmul, "ieee"))  # type: ignore[attr-defined]
+    before = [library.fp32_precision for library, _ in libraries]
     try:
-        if before != wanted:
-            matmul.fp32_precision = wanted
+        for library, wanted in libraries:
+            if library.fp32_precision != wanted:
+                library.fp32_precision = wanted
         yield
     finally:
-        if matmul.fp32_precision != before:
-            matmul.fp32_precision = before
+        for (library, _), earlier in zip(libraries, before, strict=True):
+            if library.fp32_precision != earlier:
+                library.fp32_precision = earlier
 
 
 def product(rows: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
