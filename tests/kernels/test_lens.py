@@ -77,6 +77,7 @@ def test_outputs_are_fp32_or_as_wide_as_the_rows(backend, dtype, regime) -> None
 def test_rows_rounded_for_matrix_units_obey_the_rule(monkeypatch, backend, regime) -> None:
     """What a processor with bf16 matrix units does; one without makes the same products in fp32."""
     truth = judge(regime, torch.bfloat16)
+    monkeypatch.setattr(cpu, "matrix_units", lambda: False)
     plain = truth.case.read(backend)
     monkeypatch.setattr(cpu, "matrix_units", lambda: True)
     before = torch.backends.mkldnn.matmul.fp32_precision
