@@ -49,8 +49,10 @@ def _expected_logits(
     unembedding = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
     bias, mass = torch.zeros(2, len(finals), dtype=torch.float64, device=rows.device).unbind(0)
     lift = 1024.0 if rows.dtype == torch.float16 else 1.0  # fp16 knows no number below 6e-8, and most p are
-    # fp32 sums run over this many tokens, and then on in fp64; 16-bit operands have no digits that this would save
-    step = 1024 if rows.dtype == torch.float32 else 16384
+    # fp32 sums run over this many tokens, and then on in fp64; 16-bit operands have no digits that this would save. A
+    # CPU's library may add one token after the other: equal addends then all round one way, so its sums are shorter
+    whole = 256 if rows.device.type == "cpu" else 1024
+    step = whole if rows.dtype == torch.float32 else 16384
     step = max(1, min(step, workspace_bytes // (4 * (4 * max(len(finals), 1) + head.width))))
     for start in range(0, head.vocab_size, step):
         tokens = slice(start, start + step)
