@@ -186,7 +186,7 @@ def test_torch_does_what_numpy_does():
         "    settings = ProbeSettings(device=device, n_components=5)\n"
         "    found.append(train_layer(states, Task.of(frame, correct, settings), probes, settings))\n"
         "for name, folds in found[0].folds.items():\n"
-        "    assert np.allclose(folds, found[1].folds[name], atol=0.03), name\n"
+        "    assert np.allclose(folds, found[1].folds[name], atol=0.03, equal_nan=True), name\n"
         "assert np.mean(np.isclose(found[0].aligned, found[1].aligned, atol=1e-3)) > 0.97\n"
     )
     here = os.path.dirname(__file__)
