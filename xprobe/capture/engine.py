@@ -177,7 +177,9 @@ class Engine:
         with torch.inference_mode(), fast_products(self.model), own_code(self.model):
             if self.alone_beyond is not None and fed_length(prompts[part[0]]) > self.alone_beyond:
                 # dynamic NTK keeps the angles of the longest prompt until a short one comes
-                self.model.base_model(input_ids=pad([prompts[part[0]].ids[:1]], self.model.device), use_cache=False)
+                self.model.base_model(
+                    input_ids=pad([prompts[part[0]].ids[:1]], input_device(self.model)), use_cache=False
+                )
             if way == "prefix":
                 self._run_on_prefix(prompts, part, into)
             else:

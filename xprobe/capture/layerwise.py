@@ -25,6 +25,7 @@ from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, RowSpace
 from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
 from xprobe.errors import RunFolderError
+from xprobe.models.anatomy import input_device
 from xprobe.models.parity import compare_with_own
 from xprobe.models.streaming import StreamedModel, own_logits, sweep
 from xprobe.qa.prompts import Prompt
@@ -52,7 +53,7 @@ class LayerwiseEngine:
         self.remarks: list[str] = []
         self.progress = progress or (lambda stage, done, total: None)
         self.way: Way = "tree"
-        self.kernel = attention.available(streamed.model.device)  # as Engine has it
+        self.kernel = attention.available(input_device(streamed.model))  # as Engine has it
         self.sample: list[Prompt] = []
         self.parity_error: float | None = None
         self.bytes_read = 0
@@ -142,7 +143,7 @@ class LayerwiseEngine:
         sample = [p for p in self.sample if limit is None or fed_length(p) <= limit]
         if len(sample) < min(2, len(self.sample)):
             raise NotShareable(f"the check has no two prompts of at most {limit} tokens")
-        shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.model.device)
+        shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, input_device(self.model))
         wanted, noise, found = (RowSpace(*shape).take(sample) for _ in range(3))
         everyone = range(len(sample))
         passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in everyone]

@@ -89,7 +89,11 @@ def input_device(model: Any) -> torch.device:
     device = torch.device(model.device)
     if device.type != "meta":
         return device
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    embedding = model.get_input_embeddings()
+    real = [value.device for value in (embedding.parameters() if embedding is not None else ()) if not value.is_meta]
+    if real:  # a streamed model whose blocks, on the meta device, come first
+        return real[0]
+    hook = getattr(embedding, "_hf_hook", None)
     if (place := getattr(hook, "execution_device", None)) is None:
         raise ModelError(f"{type(model).__name__} holds no numbers: its embedding is on the meta device")
     return torch.device(place)

@@ -97,6 +97,7 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
         missing=info["missing_keys"],
         unexpected=info["unexpected_keys"],
         mismatched=info["mismatched_keys"],
+        config=model_config,
     )
     heard += [message for message in said if message not in heard]
     _check_tied(model)

@@ -90,12 +90,19 @@ class Placement:
     """
 
     def __init__(
-        self, model: Any, checkpoint: Checkpoint, blocks: dict[str, nn.ModuleList], dtype: torch.dtype, device: str
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        blocks: dict[str, nn.ModuleList],
+        dtype: torch.dtype,
+        device: str,
+        config: Any = None,
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation
 
         self.model, self.checkpoint, self.dtype, self.device = model, checkpoint, dtype, device
+        self.config = config  # of the checkpoint
         mapping = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
@@ -210,6 +217,7 @@ class Placement:
             missing=missing,
             unexpected=self._left_over,
             mismatched=self._misshapen,
+            config=self.config,
         )
 
     def _reader(self, name: str, target: str) -> Any:

@@ -22,6 +22,7 @@ from xprobe.models.anatomy import (
     changed_ids,
     check_causal,
     check_finite,
+    input_device,
     inspect,
     probe_ids,
     the_one_that_ran,
@@ -124,7 +125,7 @@ def open_streamed(
         model = build_empty(config, chosen, device, trust_remote_code=trust_remote_code)
         loading.use_plain_experts(model)
         candidates = block_lists(model)
-        placement = Placement(model, checkpoint, candidates, chosen, device)
+        placement = Placement(model, checkpoint, candidates, chosen, device, config)
         placement.load_outside()
     ids = probe_ids(model)
     blocks_name, blocks = _running(model, candidates, ids)
@@ -191,20 +192,20 @@ def own_logits(streamed: StreamedModel, last_hidden: Tensor) -> Tensor:
 
     The model itself is run with its blocks left out, the last of which hands on the given rows.
     """
-    model = streamed.model
+    model, device = streamed.model, input_device(streamed.model)
     at_once = min(ROWS_AT_ONCE, loading.window(model.config) or ROWS_AT_ONCE)
     parts: list[Tensor] = []
     for rows in last_hidden.split(at_once):
-        given = rows.to(model.device)[None]
+        given = rows.to(device)[None]
         with torch.inference_mode(), streamed.drive.ending_in(lambda hidden, given=given: given):  # type: ignore[misc]
-            ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=model.device)
+            ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=device)
             parts.append(short_run(model, ids)[0])
     return torch.cat(parts)
 
 
 def _advance(streamed: StreamedModel, block: int, key: int, item: Pass, store: HiddenStore) -> None:
     """One pass through one block; what leaves it is kept for the next."""
-    device = streamed.model.device
+    device = input_device(streamed.model)
     inputs = {name: value.to(device) for name, value in item.inputs.items()}
     hidden = store.get(key) if block else None
     with torch.inference_mode(), item.active():
@@ -249,7 +250,7 @@ def _blocks_in_turn(streamed: StreamedModel, clock: _Clock) -> Iterator[Iterator
     """Iterates over blocks; the current one is in memory, the next one is on its way, all others hold no numbers."""
     count = len(streamed.anatomy.blocks)
     # copies to the device are queued behind the work of the block that they replace: on the same stream, so in order
-    stream = torch.cuda.current_stream() if streamed.model.device.type == "cuda" else None
+    stream = torch.cuda.current_stream() if input_device(streamed.model).type == "cuda" else None
 
     def load(block: int) -> None:
         start = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.families import save_tiny_model
+from support.families import FAMILIES, save_tiny_model, tiny_tokenizer
 
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, XprobeError
@@ -149,6 +149,30 @@ def test_a_checkpoint_that_is_not_the_models_is_refused_by_tensor_and_cause(fold
 def test_what_the_class_declares_as_ignorable_is_ignored(folder, read):
     beside(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))(folder)
     read(folder)
+
+
+def whole_llama4(folder: Path) -> Path:
+    """A tiny Llama 4 as it is published: with its vision tower."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    text = {**FAMILIES["llama"][1], "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2,
+            "interleave_moe_layer_step": 2}  # fmt: skip
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+              "image_size": 28, "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16,
+              "projector_output_dim": 16}  # fmt: skip
+    Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision)).save_pretrained(folder)
+    tiny_tokenizer("byte_bpe").save_pretrained(folder)
+    return folder
+
+
+@WAYS
+def test_the_vision_tower_beside_a_text_decoder_is_left_out_and_nothing_else(tmp_path, read):
+    folder = whole_llama4(tmp_path / "whole")
+    model, _ = read(folder)
+    assert type(model).__name__ == "Llama4ForCausalLM"
+    beside(language_model__model__layers__0__self_attn__q_proj__scale=torch.ones(1))(folder)
+    with pytest.raises(ModelError, match="no place for .*q_proj.scale"):
+        read(folder)
 
 
 @WAYS
