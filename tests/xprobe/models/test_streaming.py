@@ -310,9 +310,16 @@ SHARING = {
     "zamba2": ("zamba2", {**COMMON, "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1,
                           "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 16},
                "ties model.layers"),
-    "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 160, "attention_hidden_size": 32},
-             "its decoder needs more from them"),
 }  # fmt: skip
+
+
+def test_blocks_that_hand_on_three_things_are_run_one_at_a_time(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 160, "attention_hidden_size": 32}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)).save_pretrained(tmp_path)
+    got, _ = streamed_states(open_streamed(tmp_path, device="cpu"), padded_ids())
+    assert_equal_states(got, states_in_memory(in_memory(tmp_path), padded_ids()))
 
 
 @pytest.mark.parametrize("family", SHARING)
