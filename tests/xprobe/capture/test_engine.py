@@ -208,7 +208,8 @@ def test_a_model_that_no_way_of_sharing_suits_is_run_plainly_and_it_is_said(smal
         assert engine.settle(SAMPLE) == "plain"
         assert "tree" in said[0]
         assert "log-probabilities" in said[0]
-        assert "padded batches of whole prompts" in said[-1]
+        assert "one prompt at a time: its rows depend on the batch" in said[-1]
+        assert engine.batch_tokens == 1
     finally:
         model.model.layers[0].mlp = mlp
 
