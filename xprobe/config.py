@@ -25,6 +25,8 @@ PROBES = {
 }
 
 MAX_DRAWS = 1_000_000  # of the bootstrap and the permutations: more would only fill the memory
+_KINDS: dict[type, str] = {str: "text", bool: "True or False"}
+
 MAX_SEED = 2**32 - 1  # of scikit-learn's and numpy's generators
 
 PROBE_COLUMNS = ("setting", "probe", "state", "layer", "metric", "score", "lo", "hi", "baseline", "control",
@@ -105,6 +107,10 @@ class StudyConfig:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            value, kind = getattr(self, entry.name), type(entry.default)
+            if kind in (str, bool) and not isinstance(value, kind):
+                raise UsageError(f"{entry.name} must be {_KINDS[kind]}, got {value!r}")
         defaults = {"signals": ("readiness", "encoding"), "probes": tuple(PROBES)}
         without_rows = {"signals": ("readiness",), "probes": ()}
         for name, value in (defaults if self.store_rows else without_rows).items():

@@ -37,9 +37,14 @@ def tiny_llama(**options: Any) -> Any:
 
 
 def write_gguf(
-    path: Path, model: Any, keys: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
+    path: Path,
+    model: Any,
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, Any] | None = None,
+    splitting: str = "default",
 ) -> Path:
-    """Writes ``model`` with further ``keys`` (without the architecture's name) and ``tensors``."""
+    """Writes ``model`` with further ``keys`` (without the architecture's name) and ``tensors``; ``splitting`` is the
+    name of its tokenizer's rule for words."""
     from gguf import GGUFWriter, TokenType
 
     config = model.config
@@ -61,7 +66,7 @@ def write_gguf(
     tokenizer = tiny_tokenizer("byte_bpe")
     words = [word for word, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(splitting)
     writer.add_token_list(words)
     writer.add_token_types([TokenType.CONTROL if word in ("<s>", "</s>") else TokenType.NORMAL for word in words])
     writer.add_token_merges([" ".join(pair) for pair in _merges(tokenizer)])

@@ -169,3 +169,17 @@ def test_changing_the_plain_values_does_not_reach_back() -> None:
     config = StudyConfig(languages=("en", "de"))
     config.to_dict()["languages"].append("zh")
     assert config.languages == ("en", "de")
+
+
+@pytest.mark.parametrize("name", ["store_rows", "stream", "strict", "trust_remote_code", "allow_pickle"])
+@pytest.mark.parametrize("value", ["all", None, 1, []])
+def test_switches_are_true_or_false(name, value):
+    with pytest.raises(UsageError, match=f"{name} must be True or False"):
+        StudyConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["model", "data", "template", "dtype", "device", "backend"])
+@pytest.mark.parametrize("value", [None, 3, b"x", ["a"]])
+def test_names_are_text(name, value):
+    with pytest.raises(UsageError, match=f"{name} must be text"):
+        StudyConfig(**{name: value})

@@ -195,10 +195,14 @@ def _watch(model: Any, blocks: nn.ModuleList, ids: Tensor) -> tuple[list[Call], 
 def check_finite(model: Any, values: Tensor, where: str) -> None:
     """Raises a ModelError that says ``where`` if ``values`` hold NaN or infinity."""
     if not bool(torch.isfinite(values).all()):
-        raise ModelError(
-            f"{type(model).__name__} gives NaN or infinity {where}: its weights are damaged, or {model.dtype} is too "
-            "narrow for it (try --dtype float32)"
-        )
+        raise ModelError(f"{type(model).__name__} gives NaN or infinity {where}: {why_not_finite(model.dtype)}")
+
+
+def why_not_finite(dtype: torch.dtype) -> str:
+    """What may be the matter with a model that gives NaN or infinity, and what to do."""
+    if dtype.itemsize >= 4:
+        return "its weights are damaged, or hold NaN or infinity: fetch the checkpoint again"
+    return f"its weights are damaged, or {str(dtype).removeprefix('torch.')} is too narrow for it: try --dtype float32"
 
 
 def _check_causal(model: Any, blocks: nn.ModuleList, ids: Tensor, last: Tensor) -> None:

@@ -137,6 +137,7 @@ def _convert(path: Path, folder: Path) -> None:
         mismatched=info["mismatched_keys"],
     )
     header.apply(model)
+    heard += header.warnings()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with quiet():

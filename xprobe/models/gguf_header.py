@@ -25,6 +25,8 @@ _MEANS = re.compile(
 )
 # keys that say how a scaling came about, not what it is
 _TELLS = re.compile(r"rope\.scaling\.(finetuned|original_context_length)$")
+# rules for splitting words that are GPT-2's, or give the same tokens with the vocabulary of their only model
+_AS_GPT2 = ("default", "gpt-2", "gpt2", "smollm")
 _NEUTRAL = (None, "none", False, 0, 0.0, 1.0)
 # under which name transformers' configurations hold a key whose last part is another one
 _NAMES = {
@@ -53,6 +55,7 @@ class Header:
     keys: dict[str, Any]
     sizes: dict[str, int]
     frequencies: NDArray[np.float32] | None
+    splitting: str | None  # the rule by which a byte-level tokenizer splits words, by its name in llama.cpp
 
     @classmethod
     def read(cls, path: Path) -> Header:
@@ -80,10 +83,31 @@ class Header:
             sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
             found = next((tensor for tensor in reader.tensors if tensor.name == FREQUENCIES), None)
             frequencies = None if found is None else np.array(found.data, dtype=np.float32).ravel()
+            tokenizer = {
+                name: reader.fields[name].contents()
+                for name in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+                if name in reader.fields
+            }
+            byte_level = tokenizer.get("tokenizer.ggml.model") == "gpt2"
+            splitting = str(tokenizer.get("tokenizer.ggml.pre", "default")) if byte_level else None
         except Exception as error:  # a broken file ends in many kinds of errors inside the reader
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ModelError(f"cannot read {path}: cut off or damaged ({reason})") from error
-        return cls(path, architecture, keys, sizes, frequencies)
+        return cls(path, architecture, keys, sizes, frequencies, splitting)
+
+    def warnings(self) -> list[str]:
+        """What transformers reads otherwise than the file means it, where that cannot be told from numbers."""
+        try:
+            from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+        except ImportError:  # older versions split as the tokenizer's class does
+            return []
+        if self.splitting is None or self.splitting in GGUF_PRE_TOKENIZER_SPLITS or self.splitting in _AS_GPT2:
+            return []
+        return [
+            f"{self.path.name} splits words by the rule {self.splitting!r}, which transformers does not know for GGUF "
+            "files: GPT-2's rule is used, so some tokens may be others than the model was trained on. Use the original "
+            "model where that matters"
+        ]
 
     def apply(self, model: Any) -> None:
         """Gives the configuration of ``model`` what transformers dropped, and refuses what cannot be given to it.
@@ -96,6 +120,11 @@ class Header:
             Names tensors and keys of the file that the model would be without.
         """
         self._check_tensors(model)
+        if self.keys.get("attention.causal") is False:
+            raise ModelError(
+                f"{self.path.name} is of a model that looks at later tokens ({self.architecture}.attention.causal = "
+                "false): xprobe reads models that predict the next token"
+            )
         applied = self._apply_rotary(model.config)
         taken = _taken_keys(self.path, self.architecture)
         dropped = {
@@ -138,6 +167,12 @@ class Header:
             config.rope_parameters = {**before, "rope_type": "linear", "factor": float(factor or 1.0)}
             return {"rope.scaling.type", "rope.scaling.factor"}
         factors = [float(value) for value in self.frequencies]
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if len(factors) != head_width // 2 or not all(0 < value < float("inf") for value in factors):
+            raise ModelError(
+                f"{self.path.name}: {FREQUENCIES} must hold {head_width // 2} numbers above 0, one for each rotary "
+                f"frequency, and holds {len(factors)}{'' if len(factors) != head_width // 2 else ', not all above 0'}"
+            )
         # the rule of transformers that takes a divisor for each frequency; with one list it does so at any length
         config.rope_parameters = {
             **before, "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0,

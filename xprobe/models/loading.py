@@ -64,7 +64,7 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
         dtype = "float32"
     model_config = load_config(source, config.trust_remote_code, heard)
     team.check_heads(model_config, source.name)
-    _check_files(source, location, config)
+    _check_files(source, location, config, model_config)
     tokenizer = load_tokenizer(source, config, heard)
     said: list[str] = []
     with quiet(said), ExitStack() as undo:
@@ -279,7 +279,16 @@ def _predicts(architecture: str) -> bool:
     return architecture.endswith(heads) or architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def _check_files(source: Source, location: str, config: StudyConfig) -> None:
+def _check_dtypes(checkpoint: Checkpoint, model_config: Any) -> None:
+    """Refuses whole numbers in the place of weights: transformers would take them for weights."""
+    from xprobe.models.placement import Placement, without_weights
+
+    if any(not stored.dtype.is_floating_point for stored in checkpoint.values()):  # old buffers are, among others
+        model = without_weights(model_config, model_config.dtype)
+        Placement(model, checkpoint, {}, model.dtype, "cpu", model_config)
+
+
+def _check_files(source: Source, location: str, config: StudyConfig, model_config: Any) -> None:
     """Says what is wrong with a folder's weights before transformers does: damaged, cut off, missing or quantised."""
     if source.kind != "folder":
         return
@@ -287,7 +296,7 @@ def _check_files(source: Source, location: str, config: StudyConfig) -> None:
     pickles = [path.name for path in folder.iterdir() if path.name.endswith(PICKLES)]
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
         if not (config.allow_pickle and pickles):
-            Checkpoint(folder)
+            _check_dtypes(Checkpoint(folder), model_config)
     elif not pickles:
         raise ModelError(f"{source.name} holds no weights: expected model.safetensors, or its shards and their index")
     elif not config.allow_pickle:

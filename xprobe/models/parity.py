@@ -11,7 +11,7 @@ from xprobe_kernels import Unembedding, lens, reference
 
 from xprobe.capture.passes import pad
 from xprobe.errors import ParityError
-from xprobe.models.anatomy import Anatomy, input_device, watch_states
+from xprobe.models.anatomy import Anatomy, input_device, watch_states, why_not_finite
 from xprobe.models.block_io import logits_of, own_code
 from xprobe.qa.prompts import Prompt
 
@@ -86,10 +86,7 @@ def compare_with_own(
     defined = reference.logits(hidden, head).log_softmax(-1)
     gold = lens(hidden, head, targets, backend=backend).log_probability[:, 0]
     if any(bool(values.isnan().any()) for values in (wanted, defined, gold)):
-        raise ParityError(
-            f"{type(model).__name__} gives NaN at answer positions: its weights are damaged, or {model.dtype} is too "
-            "narrow for it (try --dtype float32)"
-        )
+        raise ParityError(f"{type(model).__name__} gives NaN at answer positions: {why_not_finite(model.dtype)}")
     finite = torch.isfinite(wanted)
     error = float((defined - wanted)[finite].abs().max())
     error = max(error, float((gold - wanted.gather(1, targets[:, None])[:, 0]).abs().max()))

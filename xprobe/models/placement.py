@@ -188,6 +188,12 @@ class Placement:
             return
         owner = next((self._prefixes[p] for p in _stems(target) if p in self._prefixes), OUTSIDE)
         share = self._shares.setdefault(owner, _Share())
+        stored_dtype, wanted_dtype = self.checkpoint[name].dtype, self._empty[target].dtype
+        if wanted_dtype.is_floating_point and not stored_dtype.is_floating_point:
+            raise ModelError(
+                f"{self.checkpoint.folder}: {name} is stored as {str(stored_dtype).removeprefix('torch.')}, which is a "
+                "quantised format, and its scales are not known: use the original model"
+            )
         if pattern is None:
             stored, wanted = self.checkpoint[name].shape, tuple(self._empty[target].shape)
             if stored != wanted:

@@ -21,7 +21,6 @@ from xprobe.qa.reasoning import (
     date_variables,
     find_block,
     parse,
-    speaks_of_reasoning,
     switches,
 )
 
@@ -228,7 +227,8 @@ def _up_to_answer(after: str, dialogue: str | None, closed: Callable[[str], str]
         done = closed(after)
         return done if rest.isspace() and done[-1].isspace() else done + rest
     more = after.removeprefix(dialogue) if after.startswith(dialogue) else None
-    if after.rstrip() == dialogue.rstrip() or (more is not None and not speaks_of_reasoning(more)):
+    # words or tags that only the generation prompt has, an opened block of any name among them, are not understood
+    if after.rstrip() == dialogue.rstrip() or (more is not None and not more.strip()):
         return closed(after)
     raise PromptError(
         f"the chat template ends its prompt with {after[-40:]!r} and begins an answer after {dialogue[-40:]!r}, so "

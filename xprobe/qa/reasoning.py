@@ -88,11 +88,6 @@ def is_tag(text: str) -> bool:
     return _TAG.fullmatch(text) is not None
 
 
-def speaks_of_reasoning(text: str) -> bool:
-    """Whether ``text`` announces thoughts in words and not by a tag, such as "Here are my reasoning steps:"."""
-    return _SWITCH.search(_TAG.sub("", text)) is not None
-
-
 def close_block(tail: str, block: Block, constants: Collection[str], known: Collection[str]) -> str | None:
     r"""``tail`` with its open block closed, as the model's family writes an empty block; None if that is not known.
 

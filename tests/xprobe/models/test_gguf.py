@@ -8,8 +8,9 @@ import torch
 from support.families import random_ids
 from support.gguf_files import BLOCKS, HEADS, WIDTH, tiny_llama, write_gguf
 
+from xprobe.config import StudyConfig
 from xprobe.errors import ModelError
-from xprobe.models import gguf
+from xprobe.models import gguf, loading
 
 HEAD = WIDTH // HEADS
 
@@ -98,6 +99,29 @@ def test_settings_that_would_be_lost_are_refused_by_name(tmp_path, keys, named):
     assert named in str(caught.value)
     with pytest.raises(ModelError):  # nothing was kept in the cache
         gguf.converted(tmp_path / "m.gguf")
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize("factors", [np.ones(3), np.ones(HEAD), np.zeros(HEAD // 2)])
+def test_frequencies_that_do_not_fit_the_heads_are_refused(tmp_path, factors):
+    with pytest.raises(ModelError, match=f"rope_freqs.weight must hold {HEAD // 2} numbers above 0"):
+        gguf.converted(write_gguf(tmp_path / "m.gguf", tiny_llama(), tensors={"rope_freqs.weight": factors}))
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_a_model_that_looks_at_later_tokens_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"llama.attention.causal = false"):
+        gguf.converted(write_gguf(tmp_path / "m.gguf", tiny_llama(), {"attention.causal": False}))
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize(("rule", "said"), [("deepseek-llm", 1), ("starcoder", 1), ("llama-bpe", 0), ("default", 0)])
+def test_a_rule_for_splitting_words_that_is_not_known_is_said_every_time(tmp_path, rule, said):
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(), splitting=rule)
+    for _ in range(2):  # converted, and from the cache
+        heard: list[str] = []
+        loading.load(loading.resolve(str(path)), StudyConfig(model=str(path)), heard)
+        assert len([message for message in heard if f"{rule!r}" in message]) == said
 
 
 @pytest.mark.usefixtures("empty_cache")

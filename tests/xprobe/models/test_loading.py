@@ -95,6 +95,14 @@ MISFITS: dict[str, tuple[Change, str]] = {
     "one tensor missing": (without("model.layers.2.mlp.up_proj.weight"), "lacks 1 tensor .*would be random numbers"),
     "fp8": (scaled(torch.float8_e4m3fn), "stored as F8_E4M3, which is a quantised format"),
     "fp8 cast without its scales": (scaled(torch.float32), "holds 12 tensors .*_scale_inv.*quantised weights"),
+    "whole numbers in the place of weights": (
+        tensors(lambda n: {**n, "model.layers.1.mlp.up_proj.weight": (n["lm_head.weight"][:48] * 99).to(torch.int8)}),
+        "up_proj.weight is stored as int8, which is a quantised format",
+    ),
+    "bytes in the place of an embedding": (
+        tensors(lambda n: {**n, "model.embed_tokens.weight": n["lm_head.weight"].abs().to(torch.uint8)}),
+        "embed_tokens.weight is stored as uint8",
+    ),
     "another width": (configured(intermediate_size=64), r"has shape \[32, 48\], .* asks for \[32, 64\]"),
     "fewer layers in config.json": (configured(num_hidden_layers=3), r"holds 9 tensors .*model.layers.3"),
     "more layers in config.json": (configured(num_hidden_layers=5), r"lacks 9 tensors .*model.layers.4"),

@@ -74,6 +74,15 @@ def test_a_template_that_contradicts_itself_about_the_answers_place_is_refused()
         chat_format(template("{{ '<b>' + m.content }}", "{{ '<a>' }}"))
 
 
+@pytest.mark.parametrize(
+    "opened", ["<analysis>", "<cot>", "<rationale>", "<思考>", "[unused16]", "<|reserved_7|>", "Plan:"]
+)
+def test_what_only_the_generation_prompt_opens_is_refused_whatever_its_name(opened):
+    """A dialogue shows the answer without it, so the answer would stand inside of something that is not known."""
+    with pytest.raises(PromptError, match=r"where the answer begins is not known.*--template plain|reasoning block"):
+        chat_format(template(r"{{ '<a>\n' + m.content }}", "{{ '<a>\n" + opened + "\n' }}"))
+
+
 @pytest.mark.parametrize("source", ["{{ messages[0].content }}{{ messages[0].content }}", "none", "{% if %}"])
 def test_a_template_that_doubles_or_loses_the_message_or_is_none_is_refused(source):
     with pytest.raises(PromptError, match="--template plain"):
