@@ -21,6 +21,7 @@ from xprobe.qa.reasoning import (
     date_variables,
     find_block,
     parse,
+    says_no_reasoning,
     switches,
 )
 
@@ -227,8 +228,10 @@ def _up_to_answer(after: str, dialogue: str | None, closed: Callable[[str], str]
         done = closed(after)
         return done if rest.isspace() and done[-1].isspace() else done + rest
     more = after.removeprefix(dialogue) if after.startswith(dialogue) else None
-    # words or tags that only the generation prompt has, an opened block of any name among them, are not understood
-    if after.rstrip() == dialogue.rstrip() or (more is not None and not more.strip()):
+    # Words or tags that only the generation prompt has, an opened block of any name among them, are not understood,
+    # unless they say that nothing is opened. A dialogue without any header shows nothing.
+    harmless = more is not None and (not more.strip() or not dialogue.strip() or says_no_reasoning(more))
+    if after.rstrip() == dialogue.rstrip() or harmless:
         return closed(after)
     raise PromptError(
         f"the chat template ends its prompt with {after[-40:]!r} and begins an answer after {dialogue[-40:]!r}, so "

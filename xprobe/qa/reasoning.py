@@ -88,6 +88,11 @@ def is_tag(text: str) -> bool:
     return _TAG.fullmatch(text) is not None
 
 
+def says_no_reasoning(text: str) -> bool:
+    """Whether ``text`` is nothing but a tag that turns reasoning off, such as ``<|no_think|>``."""
+    return re.fullmatch(r"\s*[<\[/]*\W*no[_ -]?(?:think|reason)(?:ing)?\W*\s*", text, re.IGNORECASE) is not None
+
+
 def close_block(tail: str, block: Block, constants: Collection[str], known: Collection[str]) -> str | None:
     r"""``tail`` with its open block closed, as the model's family writes an empty block; None if that is not known.
 
