@@ -32,6 +32,9 @@ MAX_SEED = 2**32 - 1  # of scikit-learn's and numpy's generators
 PROBE_COLUMNS = ("setting", "probe", "state", "layer", "metric", "score", "lo", "hi", "baseline", "control",
                  "control_lo", "control_hi", "selectivity", "folds", "n", "not_converged")  # fmt: skip
 
+LAYER_COLUMNS = ("setting", "layer", "language", "signal", "value", "lo", "hi", "n")
+EXAMPLE_COLUMNS = ("setting", "language", "question_id", "paragraph", "onset", "sharpness", "phased")
+
 DEFAULT_MODEL = "smollm2-135m"
 
 # what a manifest calls a model, and questions, that a script had in memory

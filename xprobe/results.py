@@ -171,7 +171,7 @@ def read_tables(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFra
     """
     import pandas as pd
 
-    from xprobe.config import PROBE_COLUMNS
+    from xprobe.config import EXAMPLE_COLUMNS, LAYER_COLUMNS, PROBE_COLUMNS
 
     digests = manifest.get("tables", {})
     names = table_names(manifest)
@@ -182,6 +182,14 @@ def read_tables(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFra
             f"{folder.resume_command} writes the tables and their checksums again from the shards"
         )
     layers, examples, *probes = (folder.read_table(name, digests[name]) for name in names)
+    columns = {LAYERS: LAYER_COLUMNS, EXAMPLES: EXAMPLE_COLUMNS, PROBE_TABLE: PROBE_COLUMNS}
+    for name, table in zip(names, (layers, examples, *probes), strict=True):
+        lacking = [column for column in columns[name] if column not in table]
+        if lacking:
+            raise RunFolderError(
+                f"{folder.path / name} has no column {lacking[0]!r}: it is not a table of this version of xprobe; "
+                f"{folder.resume_command} writes it again from the shards"
+            )
     return layers, examples, probes[0] if probes else pd.DataFrame(columns=list(PROBE_COLUMNS))
 
 

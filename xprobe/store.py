@@ -124,7 +124,7 @@ class RunFolder:
         if not self.has_manifest():
             return {}
         try:
-            manifest = json.loads(read_file(path).decode("utf-8"))
+            manifest = json.loads(read_file(path).decode("utf-8-sig"))
             if not isinstance(manifest, dict):
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
@@ -184,7 +184,7 @@ class RunFolder:
     def manifest_is_untouched(self) -> bool:
         """Whether the manifest still has the checksum that it was written with."""
         try:
-            manifest = json.loads(read_file(self.path / MANIFEST).decode("utf-8"))
+            manifest = json.loads(read_file(self.path / MANIFEST).decode("utf-8-sig"))
             return manifest.pop(_SELF) == _own_checksum(manifest)
         except (RunFolderError, ValueError, RecursionError, AttributeError, KeyError):
             return False

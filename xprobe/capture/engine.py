@@ -29,7 +29,7 @@ from xprobe.capture.plan import (
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, Receiver, RowSpace
-from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
+from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement
 from xprobe.capture.tree import grow
 from xprobe.models import team
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
@@ -100,12 +100,15 @@ class Engine:
         for way, self.kernel in _ways(kernel):
             try:
                 if way == "tree":
-                    for one in Isolation(self.model, self.kernel).passes:
+                    for one in Isolation(self.model, self.anatomy.blocks, self.kernel).passes:
                         run_pass(self.model, self.anatomy, one)
                 # in one pass, whatever the budget: prompts that run alone say nothing of sharing
                 reason = self._disagreement(self._capture(prompts, way, whole), wanted, noise)
                 if reason is None and self._together < min(2, len(prompts)):
                     reason = "no two prompts of the check could be run together"
+            except CarriesState as found:
+                self.warn(f"{type(self.model).__name__} cannot share beginnings: {found}")
+                return self._without_sharing(wanted, noise)
             except NotIsolated as found:
                 reason = str(found)
             except Exception as error:  # a model's own code may raise anything when it is fed what it does not know

@@ -166,8 +166,9 @@ class LayerwiseEngine:
             if reason := disagreement(found, wanted, noise, self.anatomy.head, layer):
                 raise NotShareable(reason)
 
-        isolation = [self._guarded(one, one.receive) for one in Isolation(self.model, self.kernel).passes]
-        return [*isolation, *passes, batch, self._guarded(packed, receive)]
+        isolation = Isolation(self.model, self.anatomy.blocks, self.kernel)
+        alone = [self._guarded(one, one.receive) for one in isolation.passes]
+        return [*alone, *passes, batch, self._guarded(packed, receive)]
 
     @staticmethod
     def _guarded(one: Pass, receive: Callable[[int, Tensor], None]) -> Pass:

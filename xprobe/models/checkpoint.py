@@ -69,6 +69,11 @@ class Checkpoint(Mapping[str, StoredTensor]):
         files, promised = _files(self.folder)
         for file in files:
             for name, dtype, shape, offset in _header(file):
+                if name in self._tensors:
+                    raise ModelError(
+                        f"{self.folder}: tensor {name!r} is in two files, {self._tensors[name].file.name} and "
+                        f"{file.name}: which of them counts is not known, so fetch the checkpoint again"
+                    )
                 self._tensors[name] = StoredTensor(self, name, file, offset, dtype, shape)
         missing = sorted(promised - self._tensors.keys())
         if missing:

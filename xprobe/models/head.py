@@ -24,6 +24,7 @@ from xprobe.models.block_io import leaving, short_run, with_leaving
 TOLERANCE = 2e-5
 # Where norm and head have to stay in 16 bit, single logits are as coarse as that; the ratio of many is not
 COARSE_ROUNDINGS, COARSE_RATIO = 16, 1e-3
+BANNED = -1e30  # no head makes such a logit; what is added to it leaves it as it is
 
 
 @dataclass
@@ -281,6 +282,9 @@ def _with_scale(
     device = head.weight.device
     raw = reference_logits(rows.double().to(device), head)
     wanted = logits.double().to(device)
+    # tokens that can never be produced (image tokens of Chameleon): the same very low number in every row
+    banned = (wanted == wanted[:1]).all(0) & (wanted[0] < BANNED) & torch.isfinite(raw).all(0)
+    fixed, wanted = wanted[0], torch.where(banned, torch.nan, wanted)  # what is not finite is left out below
     values = {
         k: float(v) for k, v in model.config.get_text_config(decoder=True).to_dict().items()
         if isinstance(v, int | float) and not isinstance(v, bool)
@@ -300,6 +304,10 @@ def _with_scale(
             f"{type(model).__name__} does to its logits what bias, scale and soft-cap cannot express (off by "
             f"{best.error:.1e} of the largest)"
         )
+    if bool(banned.any()):
+        bias = torch.zeros_like(fixed) if head.bias is None else head.bias.double()
+        bias = torch.where(banned, fixed / best.scale, bias)
+        head = replace(head, bias=bias.to(torch.promote_types(head.weight.dtype, torch.float32)))
     return replace(head, scale=best.scale, softcap=best.cap)
 
 

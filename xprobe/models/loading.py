@@ -256,7 +256,8 @@ def check_decoder(config: Any, name: str) -> None:
             f"{name} reads images or sound besides text ({config.model_type}): the text decoder inside of it is not "
             "read yet. If its text part is published by itself, use that"
         )
-    if not _is_causal(config) or (architectures and not any(_predicts(name) for name in architectures)):
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not _is_causal(config) or not (own_code or not architectures or any(map(_predicts, architectures))):
         raise ModelError(
             f"{name} is not a causal decoder ({', '.join(architectures) or config.model_type}): "
             "xprobe reads models that predict the next token"

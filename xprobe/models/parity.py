@@ -13,6 +13,7 @@ from xprobe.capture.passes import pad
 from xprobe.errors import ParityError
 from xprobe.models.anatomy import Anatomy, input_device, watch_states, why_not_finite
 from xprobe.models.block_io import logits_of, own_code
+from xprobe.models.head import BANNED
 from xprobe.qa.prompts import Prompt
 
 FLOOR = 1e-3  # nats; what fp32 must reach
@@ -87,7 +88,8 @@ def compare_with_own(
     gold = lens(hidden, head, targets, backend=backend).log_probability[:, 0]
     if any(bool(values.isnan().any()) for values in (wanted, defined, gold)):
         raise ParityError(f"{type(model).__name__} gives NaN at answer positions: {why_not_finite(model.dtype)}")
-    finite = torch.isfinite(wanted)
+    never = (wanted < BANNED) & (defined < BANNED)  # tokens that cannot be produced, whatever the number
+    finite = torch.isfinite(wanted) & ~never
     error = float((defined - wanted)[finite].abs().max())
     error = max(error, float((gold - wanted.gather(1, targets[:, None])[:, 0]).abs().max()))
     coarsest = min((logits.dtype, head.weight.dtype, model.dtype), key=lambda dtype: dtype.itemsize)

@@ -69,23 +69,57 @@ def test_a_large_channel_hides_no_leak(dtype):
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] = 300.0
     assert strategy(model)[0] == "plain"
-    model = smeared(0.05, dtype)
+    model = smeared(0.05 if dtype.itemsize >= 4 else 1.0, dtype)  # in bf16 a smaller share changes no bit beside 300
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] = 300.0
     way, said = strategy(model)
-    assert way != "tree"
+    assert way == "plain"
     assert "from layer 2 on a token depends on tokens of other prompts" in said[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("share", [1e-1, 1e-3, 1e-5])
-def test_the_smallest_leak_is_found(share, dtype):
-    assert strategy(smeared(share, dtype))[0] != "tree"
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [1.0, 1e-1, 1e-2, 1e-3])
+def test_the_smallest_leak_is_found_in_every_dtype(share, dtype):
+    """As far as it changes a bit: then neither a tree nor a cache of keys and values holds what is carried on."""
+    assert strategy(smeared(share, dtype))[0] == "plain"
 
 
-@pytest.mark.parametrize("share", [1.0, 1e-1])
-def test_leaks_are_found_in_16_bit(share):
-    assert strategy(smeared(share, torch.bfloat16))[0] != "tree"
+class Averaged(nn.Module):
+    """An exponential average over the tokens so far."""
+
+    def __init__(self, inner: nn.Module, share: float) -> None:
+        super().__init__()
+        self.inner, self.share = inner, share
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        average, states = torch.zeros_like(hidden[:, 0]), []
+        for token in hidden.unbind(1):
+            average = 0.9 * average + 0.1 * token
+            states.append(average)
+        return self.inner(hidden + self.share * torch.stack(states, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_state_that_fades_is_found(dtype):
+    model = tiny_model("llama", dtype=dtype)
+    model.model.layers[1].mlp = Averaged(model.model.layers[1].mlp, 0.05)
+    assert strategy(model)[0] == "plain"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_leak_that_begins_behind_the_first_position_is_found(dtype):
+    """Code that knows of packing may start anew at position 0, which no continuation in a tree has."""
+    model = tiny_model("llama", dtype=dtype)
+    block = model.model.layers[1]
+    own = block.forward
+
+    def forward(hidden_states, *args, position_ids=None, **kwargs):
+        before = torch.cat([torch.zeros_like(hidden_states[:, :1]), hidden_states[:, :-1]], 1)
+        shifted = 0.05 * before * (position_ids > 0)[..., None]
+        return own(hidden_states + shifted, *args, position_ids=position_ids, **kwargs)
+
+    block.forward = forward
+    assert strategy(model)[0] == "plain"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -98,6 +98,33 @@ def test_a_bias_that_no_module_holds_is_found(dtype):
     assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
 
 
+def masked(value: float, dtype: torch.dtype) -> Any:
+    """A model that gives two tokens the same low logit, as Chameleon its image tokens."""
+
+    def mask(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        logits[..., [3, 77]] = value
+        return logits
+
+    return changing(tiny_model("llama", dtype=dtype), mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [-torch.inf, -1e38])
+def test_tokens_that_can_never_be_produced_keep_their_logit(dtype, value):
+    model = masked(value, dtype)  # beyond fp16's range, which makes an infinity of it
+    anatomy = inspect(model)
+    assert anatomy.head.bias is not None
+    assert [float(anatomy.head.bias[token]) < -1e37 for token in (3, 4, 77)] == [True, False, True]
+    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_that_logits_could_reach_is_refused(dtype):
+    with pytest.raises(ModelError, match="does to its logits what"):
+        inspect(masked(-1e4, dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_wider_than_the_head_are_refused(dtype):
     model = changing(tiny_model("llama", dtype=dtype), lambda logits: torch.cat([logits, logits[..., :4] + 3], -1))
