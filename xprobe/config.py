@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
 from xprobe.errors import UsageError
@@ -112,6 +113,8 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value, kind = getattr(self, entry.name), type(entry.default)
+            if isinstance(value, Integral) and not isinstance(value, bool | int):
+                object.__setattr__(self, entry.name, int(value))  # numpy's whole numbers
             if kind in (str, bool) and not isinstance(value, kind):
                 raise UsageError(f"{entry.name} must be {_KINDS[kind]}, got {value!r}")
         defaults = {"signals": ("readiness", "encoding"), "probes": tuple(PROBES)}

@@ -90,7 +90,11 @@ def run(
         model = loaded.source.name
     elif tokenizer is not None:
         raise UsageError("tokenizer is for a model in memory: the model that is loaded by name has its own")
+    if "settings" in options:
+        raise UsageError("settings: xprobe.run calls it setting, which takes one or several")
     records = None
+    if data is None:
+        raise UsageError("data is None: leave it out for the built-in questions")
     if not isinstance(data, str | os.PathLike):
         records, data = data, RECORDS_IN_MEMORY
     settings = (setting,) if isinstance(setting, str) else tuple(setting)

@@ -136,6 +136,32 @@ def test_a_loaded_model_needs_its_tokenizer_and_no_options_of_loading(held, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_models_whose_weights_are_no_plain_tensors_are_refused(held, tmp_path):
+    model, tokenizer = held
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ModelError, match="is quantised"):
+        xprobe.run(quantised, tokenizer=tokenizer, out=tmp_path / "run", **FAST)
+
+
+def test_wrapped_models_are_refused_with_what_to_give(held):
+    model, tokenizer = held
+    with pytest.raises(UsageError, match=r"give the model itself, model.module"):
+        xprobe.run(torch.nn.DataParallel(model), tokenizer=tokenizer)
+    with pytest.raises(UsageError, match=r"give the model itself, model._orig_mod"):
+        xprobe.run(torch.compile(model), tokenizer=tokenizer)
+
+
+def test_arguments_of_other_types_are_named_before_anything_is_written(tiny, tmp_path):
+    import numpy as np
+
+    for name, value in {"device": torch.device("cpu"), "stream": "yes", "settings": "en-x", "data": None}.items():
+        with pytest.raises(UsageError, match=name):
+            xprobe.run(tiny, out=tmp_path / "run", **{name: value})
+    assert not (tmp_path / "run").exists()
+    study = xprobe.run(tiny, out=tmp_path / "run", **{**FAST, "limit": np.int64(2), "bootstrap": np.int32(20)})
+    assert study.manifest["config"]["limit"] == 2
+
+
 def test_models_without_a_head_are_refused(held, tmp_path):
     model, tokenizer = held
     with pytest.raises(ModelError, match="no output embedding"):

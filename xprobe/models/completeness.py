@@ -2,7 +2,7 @@
 
 A tensor that is missing is filled with random numbers, one that is left over means that the model does something else
 than the checkpoint's authors did. Both are refused, whichever way the model is loaded; only what the model class itself
-declares as ignorable passes.
+declares as ignorable passes, and what explains itself (``leftovers.py``).
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from xprobe.errors import ModelError
-from xprobe.models.messages import quiet
+from xprobe.models.leftovers import Read, unexplained, wrong_frequencies
 
 SHOWN = 3  # tensors that a message names
 _QUANTISED = re.compile(
@@ -33,6 +31,7 @@ def check_complete(
     unexpected: Iterable[str] = (),
     mismatched: Iterable[tuple[str, Any, Any]] = (),
     config: Any = None,
+    read: Read | None = None,
 ) -> None:
     """Raises a ModelError that names tensors and the likely cause if anything is missing, left over or misshapen.
 
@@ -47,9 +46,18 @@ def check_complete(
     mismatched : iterable of (name, shape in the checkpoint, shape in the model)
     config : configuration, optional
         Of the checkpoint, which may be of a larger model (with images or sound) than the text decoder that is read.
+    read : callable (name) -> Tensor or None, optional
+        A tensor of the checkpoint. Old buffers that the model computes itself are told by their values.
     """
-    lacking, left_over = ignorable_removed(model, missing, unexpected)
-    left_over = _without_other_parts(left_over, model, config)
+    names = set(unexpected)
+    lacking, left_over = ignorable_removed(model, missing, names)
+    wrong = wrong_frequencies(names, model, read)
+    if wrong is not None:
+        raise ModelError(
+            f"{where}: {wrong} holds other rotary frequencies than {type(model).__name__} computes from config.json, "
+            "which says nothing of a scaling: they would be lost, so use the original configuration"
+        )
+    left_over = unexplained(left_over, model, config, read)
     shapes = sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in mismatched)
     kind = type(model).__name__
     if shapes:
@@ -72,28 +80,6 @@ def ignorable_removed(model: Any, missing: Iterable[str], unexpected: Iterable[s
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)
     return sorted(info.missing_keys), sorted(info.unexpected_keys)
-
-
-def _without_other_parts(left_over: list[str], model: Any, config: Any) -> list[str]:
-    """Without the tensors of what the checkpoint's own class has beside its text decoder: a vision tower, say.
-
-    The text decoder's are not among them: all of its tensors have arrived.
-    """
-    import transformers
-
-    names = getattr(config, "architectures", None)
-    own = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
-    if not left_over or own is None or own is type(model) or config.get_text_config(decoder=True) is config:
-        return left_over
-    try:
-        with quiet(), torch.device("meta"):
-            whole = own(config)
-    except Exception:  # what cannot be built explains nothing
-        return left_over
-    text = {name.rpartition(".")[0] for name in model.state_dict()}
-    known = {name for name in whole.state_dict() if name.rpartition(".")[0].removeprefix("language_model.") not in text}
-    known |= {name.removeprefix("model.") for name in known}
-    return [name for name in left_over if name not in known and name.removeprefix("model.") not in known]
 
 
 def likely_cause(model: Any, missing: Collection[str], unexpected: Collection[str]) -> str:

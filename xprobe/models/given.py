@@ -55,6 +55,11 @@ def adopt(model: Any, tokenizer: Any) -> LoadedModel:
 
     if not isinstance(model, PreTrainedModel):
         wrapped = getattr(model, "peft_config", None) is not None
+        inner = next(
+            (part for part in ("_orig_mod", "module") if isinstance(getattr(model, part, None), PreTrainedModel)), ""
+        )
+        if inner:
+            raise UsageError(f"model is wrapped in {type(model).__name__}: give the model itself, model.{inner}")
         raise UsageError(
             f"model is an adapter's wrapper ({type(model).__name__}): {MERGE}" if wrapped else
             "model must be the name of a model, the path of one, or a loaded transformers model (PreTrainedModel), got "
@@ -70,8 +75,16 @@ def adopt(model: Any, tokenizer: Any) -> LoadedModel:
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(f"{name} is quantised: the lens needs plain weights, so use the original model")
     check_decoder(model.config, name)
+    coarse = [key for key, value in model.state_dict().items() if not _is_plain(value)]
+    coarse += [key for key, value in model.named_parameters() if not value.is_floating_point()]
+    if coarse:
+        raise ModelError(f"{name} is quantised ({coarse[0]}): the lens needs plain weights, so use the original model")
     source = GivenSource(name, MODEL_IN_MEMORY, "", fingerprint(model, tokenizer))
     return LoadedModel(source, model, tokenizer, window(model.config))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_quantized
 
 
 def check_options(config: StudyConfig) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 import weakref
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import team
-from xprobe.models.checkpoint import PICKLES, Checkpoint, check_plain
+from xprobe.models.checkpoint import PICKLES, Checkpoint, StoredTensor, check_plain
 from xprobe.models.completeness import check_complete
 from xprobe.models.gguf import heard_then
 from xprobe.models.messages import quiet
@@ -91,19 +92,36 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
         raise ModelError(
             f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model"
         )
+    stored = _stored(source, location)
+    frequencies = {name for name in stored if name.endswith("inv_freq")} - model.state_dict().keys()  # not reported
     check_complete(
         model,
         source.name,
         missing=info["missing_keys"],
-        unexpected=info["unexpected_keys"],
+        unexpected={*info["unexpected_keys"], *frequencies},
         mismatched=info["mismatched_keys"],
         config=model_config,
+        read=lambda name: stored[name][...] if name in stored else None,
     )
     heard += [message for message in said if message not in heard]
     _check_tied(model)
     model = model.eval() if placing else model.to(device).eval()
     use_plain_experts(model)
     return LoadedModel(source, model, tokenizer, window(model.config))
+
+
+def _stored(source: Source, location: str) -> Mapping[str, StoredTensor]:
+    """The tensors of the checkpoint that was loaded; none where it is no folder with safetensors."""
+    folder = Path(location)
+    if source.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(location, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    try:
+        return Checkpoint(folder)
+    except ModelError:
+        return {}
 
 
 def use_plain_experts(model: Any) -> None:

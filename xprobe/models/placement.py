@@ -224,6 +224,7 @@ class Placement:
             unexpected=self._left_over,
             mismatched=self._misshapen,
             config=self.config,
+            read=lambda name: self.checkpoint.read(name) if name in self.checkpoint else None,
         )
 
     def _reader(self, name: str, target: str) -> Any:

@@ -38,7 +38,7 @@ class Source:
         if self.kind == "gguf":
             return gguf.checksum(path)
         digest = hashlib.sha256()
-        for file in sorted(p for p in path.iterdir() if p.suffix in FINGERPRINTED):
+        for file in sorted(p for p in path.iterdir() if p.suffix in FINGERPRINTED and p.is_file()):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             with file.open("rb") as handle:
                 digest.update(handle.read(1 << 20))
@@ -67,8 +67,9 @@ def resolve(name: str) -> Source:
             raise UsageError(f"model {name!r} is a file but not a .gguf: give its folder instead")
         return Source(name, "gguf", str(path.resolve()))
     if path.is_dir():
-        if (path / ADAPTER_CONFIG).is_file():
-            raise _adapter(path / ADAPTER_CONFIG)
+        for file in (path / ADAPTER_CONFIG, *sorted(path.glob("adapter_model.*"))):
+            if file.is_file():
+                raise _adapter(file)
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json: expected a folder as written by save_pretrained")
         return Source(name, "folder", str(path.resolve()))

@@ -118,6 +118,10 @@ MISFITS: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
         r"adapter_config.json makes this an adapter.*merge_and_unload",
     ),
+    "an adapter's weights beside the model's": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"),
+        "adapter_model.safetensors makes this an adapter",
+    ),
     "an adapter alone": (
         lambda folder: [(folder / "config.json").unlink(), (folder / "adapter_config.json").write_text("{}")],
         "makes this an adapter",
@@ -153,9 +157,89 @@ def test_a_checkpoint_that_is_not_the_models_is_refused_by_tensor_and_cause(fold
         read(folder)
 
 
+def plain_frequencies(folder: Path) -> torch.Tensor:
+    return whole(folder)[0].model.rotary_emb.inv_freq
+
+
 @WAYS
-def test_what_the_class_declares_as_ignorable_is_ignored(folder, read):
-    beside(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))(folder)
+@pytest.mark.parametrize("change", [lambda f: f, lambda f: f.bfloat16(), lambda f: f * 4])
+def test_rotary_frequencies_of_old_checkpoints_are_ignored(folder, change, read):
+    stored = change(plain_frequencies(folder))
+    beside(model__layers__0__self_attn__rotary_emb__inv_freq=stored)(folder)
+    read(folder)
+
+
+@WAYS
+def test_rotary_frequencies_that_would_be_lost_are_refused(folder, read):
+    stored = plain_frequencies(folder) / torch.tensor([1.0, 2.0, 4.0, 8.0])
+    beside(model__layers__0__self_attn__rotary_emb__inv_freq=stored)(folder)
+    with pytest.raises(ModelError, match=r"layers.0.self_attn.rotary_emb.inv_freq holds other rotary frequencies"):
+        read(folder)
+
+
+OLD_BUFFERS = {
+    "gpt2": ("transformer.h.{}.attn", 4),
+    "gptj": ("transformer.h.{}.attn", 4),
+    "gpt_neo": ("transformer.h.{}.attn.attention", 4),
+}
+
+
+@WAYS
+@pytest.mark.parametrize("family", OLD_BUFFERS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_causal_masks_of_old_checkpoints_are_ignored_and_nothing_that_looks_like_them(tmp_path, family, dtype, read):
+    folder = save_tiny_model(tmp_path / family, family, window=64)
+    name, blocks = OLD_BUFFERS[family]
+    mask = torch.ones(64, 64).tril().view(1, 1, 64, 64)
+    buffers = {f"{name.format(n)}.bias": mask.to(dtype).clone() for n in range(blocks)}
+    buffers |= {f"{name.format(n)}.masked_bias": torch.tensor(-1e9) for n in range(blocks)}
+    tensors(lambda named: {**named, **buffers})(folder)
+    read(folder)
+    tensors(lambda named: {**named, f"{name.format(0)}.masked_bias": torch.tensor(0.5)})(folder)
+    with pytest.raises(ModelError, match="masked_bias"):
+        read(folder)
+
+
+@WAYS
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path, read):
+    folder = save_tiny_model(tmp_path / "deepseek", "deepseek_v3")
+    configured(num_nextn_predict_layers=1)(folder)
+    tensors(lambda named: {**named, "model.layers.4.eh_proj.weight": torch.ones(32, 64)})(folder)
+    read(folder)
+    tensors(lambda named: {**named, "model.layers.5.eh_proj.weight": torch.ones(32, 64)})(folder)
+    with pytest.raises(ModelError, match=r"holds 1 tensor .*layers.5"):
+        read(folder)
+
+
+@WAYS
+def test_a_tensor_in_two_shards_is_refused(tmp_path, read):
+    folder = save_tiny_model(tmp_path / "sharded")
+    loading.load(loading.resolve(str(folder)), StudyConfig(model=str(folder))).model.save_pretrained(
+        folder, max_shard_size="40KB"
+    )
+    (folder / "model.safetensors").unlink()
+    read(folder)
+    one, other, *_ = sorted(folder.glob("*.safetensors"))
+    name, value = next(iter(load_file(one).items()))
+    save_file({**load_file(other), name: value + 1}, other, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"tensor '{name}' is in two files, {one.name} and {other.name}"):
+        read(folder)
+
+
+def test_a_causal_class_of_the_models_own_may_have_any_name():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(architectures=["Anything"])
+    with pytest.raises(ModelError, match="not a causal decoder"):
+        loading.check_decoder(config, "x")
+    config.auto_map = {"AutoModelForCausalLM": "modeling_x.Anything"}
+    loading.check_decoder(config, "x")
+
+
+@WAYS
+def test_a_folder_with_an_ending_of_weights_is_no_weights(folder, read):
+    (folder / "old.bin").mkdir()
+    loading.resolve(str(folder)).fingerprint()
     read(folder)
 
 
