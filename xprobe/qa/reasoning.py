@@ -38,7 +38,7 @@ _OFF = (
     "none", "off", "disabled", "disable", "no", "false", "no_think", "nothink", "/no_think", "non_thinking",
     "no_thinking", "chat", "minimal", "low",
 )  # fmt: skip
-_DATE = re.compile(r"(?:^|_)(?:date|datetime|todays?)(?:_|$)|(?i:date_?str|current_?date|todays?_?date)")
+_DATE = re.compile(r"(?:(?:current|todays?|now)_?)?date(?:_?(?:string|str|time))?|today|now", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,16 @@ def switches(tree: nodes.Template | None) -> dict[str, Any]:
 
 
 def date_variables(tree: nodes.Template | None) -> list[str]:
-    """The variables of a template that stand for today's date as a text."""
+    """The variables of a template that stand for today's date as a text, and that it cannot do without.
+
+    One that the template gives a default, or asks for before it writes of dates at all, is left to the template: what
+    it then writes does not change from day to day.
+    """
     if tree is None:
         return ["date_string"]
-    uses = [(name, use) for name, use in _uses(tree) if _DATE.search(name)]
-    return sorted({name for name, _ in uses} - {name for name, use in uses if use == "called"})
+    uses = [(name, use) for name, use in _uses(tree) if _DATE.fullmatch(name)]
+    optional = {name for name, use in uses if use not in ("printed", "passed on")}
+    return sorted({name for name, _ in uses} - optional)
 
 
 def _closes(tag: re.Match[str]) -> bool:

@@ -214,6 +214,23 @@ def test_a_prompt_is_the_same_on_every_day(monkeypatch, before, text):
     assert first.before == f"{text}<u>"
 
 
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [
+        ("Cutoff: {{ cutoff_date | default('December 2023') }}", "Cutoff: December 2023"),
+        ("Cutoff: {{ knowledge_date }}", "Cutoff: "),
+        ("{% if include_date %}Today is Friday.{% endif %}", ""),
+        ("{% if date %}Today is {{ date }}.{% endif %}", ""),
+        ("{{ date | default('1 May 2020') }}", "1 May 2020"),
+        ("{% set cutoff_date = 'June 2024' %}{{ cutoff_date }}", "June 2024"),
+    ],
+)
+def test_dates_that_do_not_change_are_left_to_the_template(before, text):
+    chat = chat_format(template("{{ '<a>' + m.content }}", "{{ '<a>' }}", before))
+    assert chat.before == f"{text}<u>"
+    assert chat.date is None
+
+
 def test_the_manifest_says_which_date_and_how_reasoning_was_kept_out():
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = template("{{ '<a>' + m.content }}", "<a><think>", "{{ strftime_now('%Y') }}")
