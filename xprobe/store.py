@@ -274,6 +274,11 @@ class RunFolder:
             names = ", ".join(damaged[:_NAMED]) + (f" and {len(damaged) - _NAMED} more" if damaged[_NAMED:] else "")
             what, again = ("is not the shard", "it") if len(damaged) == 1 else ("are not the shards", "them")
             place = self.path / SHARDS
+            if not self.manifest_is_untouched():
+                raise RunFolderError(
+                    f"{self.path / MANIFEST} was changed after xprobe wrote it, so these shards are not known to be "
+                    f"its own: {names}. Put the old manifest back, or start the run in a new folder"
+                )
             raise RunFolderError(
                 f"{names} in {place} {what} that this run wrote: {self.resume_command} computes {again} again"
             )

@@ -271,6 +271,7 @@ class _Run:
     ) -> tuple[dict[str, Any], RunFolder]:  # fmt: skip
         from xprobe.capture.plan import group_prompts
         from xprobe.manifest import describe_model, describe_work
+        from xprobe.models.parity import COARSE
         from xprobe.qa.prompts import build_prompts
 
         config = self.config
@@ -288,6 +289,10 @@ class _Run:
         with self._failing(lambda: f"what {self.out} holds stays"):
             with self.watch.timed("parity"):
                 parity = engine.check(_shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
+                if parity is not None and parity > COARSE:
+                    engine.warn(
+                        f"rounding changes log-probabilities by up to {parity:.2g} nats: --dtype float32 is finer"
+                    )
             with self.watch.timed("check of sharing"):
                 engine.settle(_sample(groups))
         plan = engine.plan(groups)

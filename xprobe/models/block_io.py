@@ -30,7 +30,7 @@ def own_code(model: Any) -> Iterator[None]:
     except (XprobeError, MemoryError, RuntimeError):
         raise
     except Exception as error:  # a model's code may raise anything
-        raise ModelCodeError(f"{type(model).__name__} failed in its own code: {_in_words(error)}") from error
+        raise ModelCodeError(f"{type(model).__name__} failed in its own code: {in_words(error)}") from error
 
 
 def short_run(model: Any, ids: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def short_run(model: Any, ids: Tensor) -> Tensor:
     except Exception as error:  # a model's code may raise anything
         raise ModelError(
             f"{type(model).__name__} cannot be run on a short prompt of {ids.shape[-1]} tokens, its own code fails: "
-            f"{_in_words(error)}"
+            f"{in_words(error)}"
         ) from error
     return logits_of(model, output)
 
@@ -146,5 +146,8 @@ def _is_hidden(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """Kind and message of an error in one line."""
+    if isinstance(error, KeyError):
+        return f"{error} is not known to it (a KeyError)"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

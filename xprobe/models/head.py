@@ -111,8 +111,10 @@ def _rows(head: Unembedding, count: int, state: Tensor) -> Tensor:
     strong = strong / strong.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
     # half-way: a soft-cap that is fully saturated gives nothing away
     rows[: len(own)] = rows[: len(own)] + torch.linspace(0.5, 4, len(own))[:, None] * strong
-    size = state.float().square().mean().sqrt().clamp(min=1e-3).cpu()
-    return (rows * size).to(state.device)
+    size = state.float().square().mean().sqrt().clamp(min=1e-3).cpu().repeat(count)
+    # where even small logits are capped: rows so small that the norm's epsilon keeps them small
+    size[-2:] = max(head.eps, 1e-12) ** 0.5 * torch.tensor([1e-2, 1e-4])
+    return (rows * size[:, None]).to(state.device)
 
 
 @contextmanager
@@ -258,7 +260,11 @@ def _read_norm(call: Call, config: Any) -> dict[str, Any]:
     shape = (16, call.given.shape[-1])
     # a mean in proportion to the spread: beside a large one, the spread itself would be rounding
     rows = (torch.randn(shape, generator=generator) + 0.5) * torch.logspace(-5, 2, 16)[:, None]
-    with _widened([module], torch.float64) as wide, torch.inference_mode():
+    narrow = call.given.dtype
+    if getattr(module, "eps", 0.0) is None:  # torch's RMSNorm then takes that of the dtype it runs in
+        epsilons |= {torch.finfo(narrow).eps, torch.finfo(torch.promote_types(narrow, torch.float32)).eps}
+    wider = narrow if getattr(module, "eps", 0.0) is None else torch.float64
+    with _widened([module], wider) as wide, torch.inference_mode():
         rows = rows.to(call.result.device, wide if own else call.given.dtype)
         wanted = module(rows).double()
     best: tuple[float, dict[str, Any]] = (float("inf"), {})

@@ -339,6 +339,8 @@ def _check_tokenizer_files(folder: Path, name: str) -> None:
 
 def _explain(source: Source, location: str, error: Exception) -> str:
     reason = _one_line(error)
+    if isinstance(error, KeyError):
+        return f"cannot load {source.name}: its config.json asks for {reason}, which transformers does not know here"
     if source.kind == "hub" and ("not a valid model identifier" in reason or "couldn't connect" in reason):
         return unknown(source)
     if "trust_remote_code" in reason:

@@ -19,7 +19,7 @@ HARMLESS = re.compile(
     | torch_dtype | generation\ flags | generation_config | GenerationConfig | loss_type
     | (?:LOAD|WEIGHTS)\ REPORT        # xprobe reads the same report itself (completeness.py)
     | Xet\ Storage | HF_TOKEN | unauthenticated\ requests | symlinks
-    | `use_cache | gradient\ checkpointing | (?:past_key_values|use_cache)
+    | `use_cache=True`\ is\ incompatible
     | kernels?`?\ (?:is\ not|package|library) | causal[-_]conv1d | flash[-_]linear[-_]attention
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -56,7 +56,7 @@ def quiet(heard: list[str] | None = None) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     with contextlib.ExitStack() as undo:
         undo.callback(transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)
-        for name in ("transformers", "huggingface_hub"):
+        for name in ("transformers", "transformers_modules", "huggingface_hub"):  # the second: a model's own code
             undo.enter_context(_listening(logging.getLogger(name), _Collector(kept)))
         undo.enter_context(contextlib.redirect_stderr(io.StringIO()))  # some readers draw bars of their own
         caught = undo.enter_context(warnings.catch_warnings(record=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xprobe.errors import ModelError
+from xprobe.models.block_io import in_words
 from xprobe.models.checkpoint import Checkpoint
 from xprobe.models.completeness import check_complete
 from xprobe.models.messages import quiet
@@ -17,7 +18,9 @@ from xprobe.models.messages import quiet
 OUTSIDE = ("", -1)  # owner of what belongs to no block; a block's is (name of its list, index)
 
 
-def build_empty(config: Any, dtype: torch.dtype, device: str, *, trust_remote_code: bool = False) -> Any:
+def build_empty(
+    config: Any, dtype: torch.dtype, device: str, *, trust_remote_code: bool = False, heard: list[str] | None = None
+) -> Any:
     """The model of ``config`` in evaluation mode: parameters on the meta device, computed buffers real, on ``device``.
 
     Buffers that no checkpoint holds (rotary frequencies, causal masks) are filled by the model's own initialisation.
@@ -30,7 +33,7 @@ def build_empty(config: Any, dtype: torch.dtype, device: str, *, trust_remote_co
     from transformers import initialization
 
     with initialization.meta_device_safe_creation_ops():
-        model = without_weights(config, dtype, trust_remote_code=trust_remote_code)
+        model = without_weights(config, dtype, trust_remote_code=trust_remote_code, heard=heard)
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             if (buffer := module._buffers[name]) is not None:
@@ -42,7 +45,9 @@ def build_empty(config: Any, dtype: torch.dtype, device: str, *, trust_remote_co
     return model.eval()
 
 
-def without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+def without_weights(
+    config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, heard: list[str] | None = None
+) -> Any:
     """The model of ``config`` with everything on the meta device.
 
     Raises
@@ -53,12 +58,12 @@ def without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code: bool 
     import transformers
 
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(heard), torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # a family's own code builds it: it may raise anything for a bad configuration
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = in_words(error)
         raise ModelError(f"cannot build a model of type {config.model_type}: {reason}") from error
 
 

@@ -122,7 +122,7 @@ def open_streamed(
     checkpoint = Checkpoint(folder)
     with quiet(heard):
         chosen = _pick_dtype(dtype, config, checkpoint, device)
-        model = build_empty(config, chosen, device, trust_remote_code=trust_remote_code)
+        model = build_empty(config, chosen, device, trust_remote_code=trust_remote_code, heard=heard)
         loading.use_plain_experts(model)
         candidates = block_lists(model)
         placement = Placement(model, checkpoint, candidates, chosen, device, config)

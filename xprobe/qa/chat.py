@@ -107,8 +107,11 @@ class ChatFormat:
         """
         try:
             source = tokenizer.get_chat_template()
-        except ValueError as error:
-            raise PromptError(f"the tokenizer has no default chat template: {PLAIN}") from error
+            if not isinstance(source, str):
+                raise TypeError(f"it is no text but {type(source).__name__}")
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise PromptError(f"the tokenizer has no chat template that can be used ({reason}): {PLAIN}") from error
         tree = parse(source)
         message, answer = _stand_ins(source)
         renderer, rendered = _open(tokenizer, source, tree, message)

@@ -200,6 +200,31 @@ def test_a_model_that_counts_two_layers_for_each_block_is_read():
     assert check_parity(model, anatomy, PROMPTS) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "bloom", "llama_tied", "gemma2"])
+@pytest.mark.parametrize("size", [300.0, 3000.0])
+def test_channels_as_large_as_those_of_real_models_are_no_obstacle(family, dtype, size):
+    """Rounding grows with them, and the bound with it; a soft-cap that they saturate is found all the same."""
+    if dtype == torch.float16 and size > 1000:
+        pytest.skip("its states exceed what fp16 holds")
+    model = tiny_model(family, dtype=dtype)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] = size
+    anatomy = inspect(model)
+    assert anatomy.head.softcap == (3.0 if family == "gemma2" else None)
+    check_parity(model, anatomy, PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_epsilon_that_torch_chooses_itself_is_found(dtype):
+    model = tiny_model("llama", dtype=dtype)
+    model.model.norm = nn.RMSNorm(32, dtype=dtype)
+    anatomy = inspect(model)
+    computed_in = torch.promote_types(dtype, torch.float32)
+    assert (anatomy.head.norm, anatomy.head.eps) == ("rms", torch.finfo(computed_in).eps)
+    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+
+
 # -- blocks of any form ------------------------------------------------------------------------------------------
 
 
