@@ -69,12 +69,13 @@ def carries_state(model: Any, blocks: Sequence[nn.Module]) -> str | None:
 
 
 class Isolation:
-    """Three passes over one beginning with two continuations, and the comparison of what they give.
+    """Four passes over one beginning with two continuations, and the comparison of what they give.
 
-    The second pass has other tokens in the continuation that comes first: places and lengths are those of the first
-    pass, so every number is rounded alike, and what beginning and later continuation give must be equal to the bit.
-    (Where experts are at work they get other tokens together, and a few roundings are allowed.) In the third pass the
-    continuations have changed places, so that other places give other roundings, but no more.
+    The second pass repeats the first: whether it gives the same bits tells whether bits can be compared here. The third
+    has other tokens in the continuation that comes first: places and lengths are those of the first pass, so every
+    number is rounded alike, and what beginning and later continuation give must be equal to the bit. (Where experts
+    are at work they get other tokens together, and a few roundings are allowed.) In the fourth pass the continuations
+    have changed places, so that other places give other roundings, but no more.
     """
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module], kernel: bool) -> None:
@@ -87,12 +88,17 @@ class Isolation:
         beginning, one, other, last = ids.split([BEGINNING, *[CONTINUATION] * 3])
         self.passes = [
             _branching(model, torch.cat([beginning, one, last]), kernel, self._keep),
+            _branching(model, torch.cat([beginning, one, last]), kernel, self._repeat),
             _branching(model, torch.cat([beginning, other, last]), kernel, self._compare_tokens),
             _branching(model, torch.cat([beginning, last, one]), kernel, self._compare_places),
         ]
 
     def _keep(self, layer: int, hidden: Tensor) -> None:
         self._first[layer] = torch.cat([hidden[0, :BEGINNING], hidden[0, -CONTINUATION:]])
+
+    def _repeat(self, layer: int, hidden: Tensor) -> None:
+        again = torch.cat([hidden[0, :BEGINNING], hidden[0, -CONTINUATION:]])
+        self._exact = self._exact and torch.equal(again, self._first[layer])
 
     def _compare_tokens(self, layer: int, hidden: Tensor) -> None:
         rows = torch.cat([hidden[0, :BEGINNING], hidden[0, -CONTINUATION:]])
