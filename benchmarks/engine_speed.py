@@ -35,14 +35,14 @@ from xprobe_kernels import precision
 from xprobe.capture import products
 from xprobe.capture.engine import Engine
 from xprobe.capture.plan import Wave, group_prompts, make_plan
-from xprobe.capture.readout import read_answers
 from xprobe.config import StudyConfig
+from xprobe.lenses.reading import read_answers
 from xprobe.models import loading
 from xprobe.models.anatomy import Anatomy, inspect
-from xprobe.provenance import environment
 from xprobe.qa.parallel import load_data
 from xprobe.qa.prompts import Prompt, build_prompts
 from xprobe.qa.templates import load_template
+from xprobe.runs.provenance import environment
 
 EXAMPLES = {"usual": 1, "careful": 5}  # per round; they are slow
 

@@ -27,7 +27,7 @@ from xprobe.forecast import forecast
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect, watch_states
 from xprobe.models.parity import check_parity
-from xprobe.store import RunFolder
+from xprobe.runs.folder import RunFolder
 from xprobe.study import _sample
 
 PROBE_TOKENS = 12

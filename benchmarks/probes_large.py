@@ -21,12 +21,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from xprobe.analysis import encoding_signals
 from xprobe.config import PROBES
-from xprobe.probing import ProbeSettings, train
-from xprobe.provenance import environment
-from xprobe.states import LAYER_BYTES, StoredStates
-from xprobe.store import FORMAT, RunFolder
+from xprobe.probes.training import ProbeSettings, train
+from xprobe.runs.folder import FORMAT, RunFolder
+from xprobe.runs.provenance import environment
+from xprobe.runs.states import LAYER_BYTES, StoredStates
+from xprobe.stages.phases import encoding_signals
 
 LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 

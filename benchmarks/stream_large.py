@@ -73,8 +73,8 @@ def run(folder: Path, passes: int, tokens: int, limit: int, spill: int, memory: 
     import torch
     import transformers  # noqa: F401  counted as part of the interpreter
 
-    from xprobe.capture.passes import Pass
-    from xprobe.models.streaming import open_streamed, own_logits, sweep
+    from xprobe.models.passes import Pass
+    from xprobe.models.streaming.streamed import open_streamed, own_logits, sweep
 
     torch.ones(64, 64) @ torch.ones(64, 64)  # starts torch's threads
     held = status("RssAnon")

@@ -42,7 +42,6 @@ from xprobe_kernels.bench.environment import environment
 from benchmarks.engine_speed import EXAMPLES, Lens, timed
 from xprobe.capture import rows
 from xprobe.capture.engine import Engine
-from xprobe.capture.loop import run_waves
 from xprobe.capture.plan import Group, Plan, group_prompts
 from xprobe.config import StudyConfig
 from xprobe.errors import XprobeError
@@ -51,7 +50,8 @@ from xprobe.models.anatomy import Anatomy, inspect
 from xprobe.qa.parallel import load_data
 from xprobe.qa.prompts import Prompt, build_prompts
 from xprobe.qa.templates import load_template
-from xprobe.store import FORMAT, RunFolder
+from xprobe.runs.folder import FORMAT, RunFolder
+from xprobe.stages.waves import run_waves
 from xprobe.timing import Stopwatch
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from xprobe.cache import cache_dir
 from xprobe.config import DEFAULT_MODEL
 from xprobe.errors import XprobeError
-from xprobe.provenance import versions
+from xprobe.runs.provenance import versions
 
 
 @dataclass(frozen=True)

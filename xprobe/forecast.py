@@ -15,14 +15,14 @@ import torch.nn.functional as F
 
 from xprobe.capture.plan import Plan, Way, group_prompts, make_plan, part_tokens, rotary_limit
 from xprobe.capture.products import fast_linear_products
-from xprobe.capture.readout import ROW_BYTES
 from xprobe.capture.sharing import carries_state
 from xprobe.config import StudyConfig
 from xprobe.errors import DataError
+from xprobe.lenses.reading import ROW_BYTES
 from xprobe.models import loading
 from xprobe.models.anatomy import block_lists
 from xprobe.models.placement import without_weights
-from xprobe.models.streaming import SPILL_BYTES
+from xprobe.models.streaming.streamed import SPILL_BYTES
 from xprobe.qa.prompts import build_prompts
 from xprobe.study import read_questions
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.store import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
+from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ class Study:
     @property
     def stability(self) -> pd.DataFrame:
         """One row per layer: phase, stability, stability_lo, stability_hi, readiness, rank, ..."""
-        from xprobe.report.tables import stability_table
+        from xprobe.phases.tables import stability_table
 
         return stability_table(self.layers, self.setting)
 

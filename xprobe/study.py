@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.config import DEFAULT_MODEL, RECORDS_IN_MEMORY, StudyConfig
-from xprobe.disk import check_writable
 from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
-from xprobe.identity import differences, other_device
-from xprobe.lock import LOCK, FolderLock
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
 from xprobe.qa.templates import Template, load_template
 from xprobe.results import Study, load_study
-from xprobe.store import FORMAT, RunFolder
+from xprobe.runs.disk import check_writable
+from xprobe.runs.folder import FORMAT, RunFolder
+from xprobe.runs.identity import differences, other_device
+from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class _Run:
 
     def _go(self) -> Study:
         started = time.perf_counter()
-        from xprobe.analysis import analyse
+        from xprobe.stages.phases import analyse
 
         config = self.config
         self.template, data, examples = read_questions(config, self.records)
@@ -270,9 +270,9 @@ class _Run:
         before: dict[str, Any],
     ) -> tuple[dict[str, Any], RunFolder]:  # fmt: skip
         from xprobe.capture.plan import group_prompts
-        from xprobe.manifest import describe_model, describe_work
         from xprobe.models.parity import COARSE
         from xprobe.qa.prompts import build_prompts
+        from xprobe.stages.describe import describe_model, describe_work
 
         config = self.config
         self.progress("loading the model", 0, 0)
@@ -332,7 +332,7 @@ class _Run:
         engine: Engine | LayerwiseEngine
         if config.stream:
             from xprobe.capture.layerwise import LayerwiseEngine
-            from xprobe.models.streaming import open_streamed
+            from xprobe.models.streaming.streamed import open_streamed
 
             trust = config.trust_remote_code
             streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=trust, heard=heard)
@@ -347,7 +347,7 @@ class _Run:
         return engine, tokenizer
 
     def _compute_waves(self, engine: Engine | LayerwiseEngine, plan: Plan, folder: RunFolder) -> None:
-        from xprobe.capture.loop import run_waves
+        from xprobe.stages.waves import run_waves
 
         have = set(folder.finished_shards())
         todo = {g.key for wave in plan.waves for g in wave.groups if folder.shard_name(g.key) not in have}

@@ -59,9 +59,9 @@ def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool,
 
     Each is scored on paragraphs that it was not trained on, beside a baseline and a control task.
     """
-    from xprobe.analysis import retrain
-    from xprobe.probing import ProbeSettings
-    from xprobe.store import RunFolder
+    from xprobe.probes.training import ProbeSettings
+    from xprobe.runs.folder import RunFolder
+    from xprobe.stages.phases import retrain
     from xprobe_cli.probe_tables import probe_report
 
     if seed is None:

@@ -23,7 +23,7 @@ from xprobe.config import (
     StudyConfig,
 )
 from xprobe.errors import UsageError
-from xprobe.store import RunFolder
+from xprobe.runs.folder import RunFolder
 from xprobe_cli.options import Names, common, echo_json
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
@@ -138,17 +138,18 @@ def command(
     config = StudyConfig(**options)
     if dry_run:
         return _show_forecast(config, as_json)
-    from xprobe.models import team
+    from xprobe.capture import worker
+    from xprobe.models import tensor_parallel
     from xprobe.study import default_out, run_config
     from xprobe_cli.tables import study_report
 
-    team.check_launch(config)
-    if config.tensor_parallel and team.processes()[0] > 0:
+    tensor_parallel.check_launch(config)
+    if config.tensor_parallel and tensor_parallel.processes()[0] > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop
-        return team.follow(config)
+        return worker.follow(config)
     folder = out if out is not None else default_out(config)
     try:
-        with Progress() as progress, Stoppable(progress) as stoppable, team.lead(config):
+        with Progress() as progress, Stoppable(progress) as stoppable, tensor_parallel.lead(config):
             study = run_config(config, out=folder, resume=resume, progress=stoppable)
     except Stopped as stopped:
         more = ["--json"] if as_json else []

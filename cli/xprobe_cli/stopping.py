@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from xprobe.store import MANIFEST
+from xprobe.runs.folder import MANIFEST
 from xprobe.study import STAGE
 from xprobe_cli.progress import Progress
 

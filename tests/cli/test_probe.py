@@ -10,7 +10,7 @@ import pytest
 from xprobe_cli.main import main
 
 import xprobe
-from xprobe.lock import FolderLock
+from xprobe.runs.lock import FolderLock
 
 SMALL = ["--languages", "en,de,th", "--limit", "9", "--bootstrap", "20"]
 

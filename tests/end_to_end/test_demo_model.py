@@ -15,16 +15,16 @@ from xprobe_cli.main import main
 import xprobe
 from xprobe.capture.engine import Engine
 from xprobe.capture.plan import group_prompts
-from xprobe.capture.readout import read_answers
 from xprobe.config import DEFAULT_MODEL
 from xprobe.errors import ModelError
+from xprobe.lenses.reading import read_answers
 from xprobe.models import gguf, loading
 from xprobe.models.anatomy import inspect
 from xprobe.qa.parallel import load_data
 from xprobe.qa.prompts import build_prompts
 from xprobe.qa.templates import load_template
-from xprobe.shards import read_signals
-from xprobe.store import RunFolder
+from xprobe.runs.folder import RunFolder
+from xprobe.stages.states import read_signals
 
 XQUAD = os.environ.get("XPROBE_XQUAD_DIR")
 needs_xquad = pytest.mark.skipif(not XQUAD, reason="XPROBE_XQUAD_DIR is not set: no XQuAD here")

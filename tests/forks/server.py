@@ -28,7 +28,7 @@ import xprobe_cli.main
 import xprobe_cli.run
 
 import xprobe
-import xprobe.report.tables
+import xprobe.phases.tables
 from xprobe.models import loading
 
 

@@ -194,7 +194,7 @@ def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
     global _CURRENT
     from xprobe_kernels import transfer, triton_attention, triton_capture, triton_lens, triton_rows, workspace
 
-    from xprobe.models.streaming import StreamedModel
+    from xprobe.models.streaming.streamed import StreamedModel
 
     gpu, load = PretendedGpu(), StreamedModel.load
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from xprobe.states import StoredStates
-from xprobe.store import FORMAT, RunFolder
+from xprobe.runs.folder import FORMAT, RunFolder
+from xprobe.runs.states import StoredStates
 
 
 def write_states(path: Path, frame: pd.DataFrame, states: np.ndarray) -> StoredStates:

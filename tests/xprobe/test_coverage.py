@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.simulated import Design, simulate, truth
 
-from xprobe.report.tables import ALL, example_table, layer_table, summaries
+from xprobe.phases.tables import ALL, example_table, layer_table, summaries
 
 STUDIES, DRAWS = 400, 1000
 DESIGN = Design(noise=0.03)

@@ -12,12 +12,12 @@ import torch
 from support.families import save_tiny_model
 
 import xprobe
-from xprobe import shards
-from xprobe.capture import readout
 from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
+from xprobe.lenses import reading
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
-from xprobe.store import RunFolder
+from xprobe.runs.folder import RunFolder
+from xprobe.stages import states
 
 SMALL = {"batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6}
 
@@ -122,7 +122,7 @@ def test_the_same_run_gives_the_same_bytes(study, tiny, tmp_path):
 
 def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monkeypatch):
     calls = []
-    real = shards.start_reading
+    real = states.start_reading
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -131,7 +131,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monk
         return real(*args, **kwargs)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(shards, "start_reading", failing)
+    monkeypatch.setattr(states, "start_reading", failing)
     with pytest.raises(KeyboardInterrupt):
         xprobe.run(str(tiny), setting=("en-x", "x-x"), out=out, **SMALL)
     assert len(list((out / "shards").iterdir())) == 2
@@ -224,14 +224,14 @@ def test_damaged_weights_are_refused(tiny, tmp_path):
 
 
 def test_values_that_are_not_finite_never_reach_a_shard(tiny, tmp_path, monkeypatch):
-    real = readout.Reading.values
+    real = reading.Reading.values
 
     def broken(self):
         values = real(self)
         values.logsumexp[0, 1] = np.nan
         return values
 
-    monkeypatch.setattr(readout.Reading, "values", broken)
+    monkeypatch.setattr(reading.Reading, "values", broken)
     with pytest.raises(XprobeError, match="NaN or infinity"):
         xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1)
     assert not any((tmp_path / "run" / "shards").iterdir())
@@ -285,7 +285,7 @@ def test_rows_can_be_left_out_of_the_shards(tiny, tmp_path):
 
 def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
     calls = []
-    real = shards.start_reading
+    real = states.start_reading
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -293,7 +293,7 @@ def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
             raise RuntimeError("out of memory: tried to allocate 1 TiB")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(shards, "start_reading", failing)
+    monkeypatch.setattr(states, "start_reading", failing)
     with pytest.raises(XprobeError, match=r"9 of 18 examples are kept .* --resume"):
         xprobe.run(str(tiny), out=tmp_path / "run", **SMALL)
 

@@ -10,9 +10,7 @@ import torch
 from xprobe_kernels import attention
 from xprobe_kernels.transfer import upload
 
-from xprobe.capture.cascade import Layout, packed_attention
 from xprobe.capture.memory import is_out_of_memory, release_memory
-from xprobe.capture.passes import Pass, pad
 from xprobe.capture.plan import (
     WAYS,
     Group,
@@ -31,10 +29,12 @@ from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, Receiver, RowSpace
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement
 from xprobe.capture.tree import grow
-from xprobe.models import team
+from xprobe.capture.tree_attention import Layout, packed_attention
+from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import own_code
 from xprobe.models.parity import check_parity
+from xprobe.models.passes import Pass, pad
 from xprobe.qa.prompts import Prompt
 
 # Packed sequences end at a multiple of it
@@ -78,7 +78,7 @@ class Engine:
 
     def check(self, prompts: list[Prompt], backend: str = "auto") -> float:
         """Parity of the lens on a few prompts (``check_parity``), kept in ``parity_error``."""
-        team.tell("check", prompts, backend)
+        tensor_parallel.tell("check", prompts, backend)
         self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
         return self.parity_error
 
@@ -88,7 +88,7 @@ class Engine:
         Told from numbers: ``sample`` (a few prompts with a common beginning) is run one by one, then each way.
         """
         prompts = list(sample)
-        team.tell("settle", prompts)
+        tensor_parallel.tell("settle", prompts)
         whole = max(self.batch_tokens, sum(fed_length(prompt) for prompt in prompts))
         wanted = self._capture(prompts, "plain", 1).copy()
         noise = self._capture(prompts, "plain", len(prompts) * max(map(fed_length, prompts))).copy()
@@ -152,7 +152,7 @@ class Engine:
         RuntimeError, MemoryError
             Memory runs out even for one prompt at a time, or the model fails.
         """
-        team.tell("capture", prompts)
+        tensor_parallel.tell("capture", prompts)
         return self._capture(prompts, self.way, self.batch_tokens)
 
     def _capture(self, prompts: Sequence[Prompt], way: Way, budget: int) -> Captured:
@@ -163,7 +163,7 @@ class Engine:
             try:
                 self._run(prompts, waiting[0], captured, way)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or len(waiting[0]) == 1 or team.size() > 1:
+                if not is_out_of_memory(error) or len(waiting[0]) == 1 or tensor_parallel.size() > 1:
                     raise  # among several processes the others are in the middle of this pass
             else:
                 self._together = max(self._together, len(waiting.pop(0)))

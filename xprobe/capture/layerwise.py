@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from xprobe_kernels import attention
 
-from xprobe.capture.cascade import NotShareable
 from xprobe.capture.engine import Notify, make_pass
 from xprobe.capture.memory import is_out_of_memory
-from xprobe.capture.passes import Pass
 from xprobe.capture.plan import WAYS, Group, Plan, Wave, Way, fed_length, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
 from xprobe.capture.rows import Captured, RowSpace
 from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
+from xprobe.capture.tree_attention import NotShareable
 from xprobe.errors import RunFolderError
 from xprobe.models.anatomy import input_device
 from xprobe.models.parity import compare_with_own
-from xprobe.models.streaming import StreamedModel, own_logits, sweep
+from xprobe.models.passes import Pass
+from xprobe.models.streaming.streamed import StreamedModel, own_logits, sweep
 from xprobe.qa.prompts import Prompt
-from xprobe.store import ROWS
+from xprobe.runs.folder import ROWS
 
 STAGE = "blocks"  # as progress is told
 PARITY_PROMPTS = 4

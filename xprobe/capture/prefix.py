@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from xprobe_kernels.transfer import upload
 
-from xprobe.capture.cascade import NotShareable
+from xprobe.capture.tree_attention import NotShareable
 from xprobe.models.anatomy import input_device
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from xprobe_kernels import Unembedding, reference
 from xprobe_kernels.transfer import upload
 
-from xprobe.capture.cascade import Layout, packed_attention
-from xprobe.capture.passes import Pass
 from xprobe.capture.rows import Captured
 from xprobe.capture.tree import Segment, Tree
+from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.models.anatomy import input_device
+from xprobe.models.passes import Pass
 
 BEGINNING, CONTINUATION = 16, 24  # tokens of the check for isolation
 # of a channel's largest entry, where sums may be made in another order; those of a few layers add up

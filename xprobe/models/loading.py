@@ -15,7 +15,7 @@ from typing import Any
 
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, UsageError
-from xprobe.models import team
+from xprobe.models import tensor_parallel
 from xprobe.models.checkpoint import PICKLES, Checkpoint, StoredTensor, check_plain
 from xprobe.models.completeness import check_complete
 from xprobe.models.gguf import heard_then
@@ -53,18 +53,20 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
     import torch
     import transformers
 
-    if config.tensor_parallel and team.size() == 1:
-        raise UsageError("tensor_parallel is for `torchrun -m xprobe_cli run`, or inside of xprobe.models.team.lead()")
+    if config.tensor_parallel and tensor_parallel.size() == 1:
+        raise UsageError(
+            "tensor_parallel is for `torchrun -m xprobe_cli run`, or inside of xprobe.models.tensor_parallel.lead()"
+        )
     heard = [] if heard is None else heard
     location, options = location_and_options(source, config.trust_remote_code)
     heard += heard_then(Path(location))
-    team.tell("open")
+    tensor_parallel.tell("open")
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
     model_config = load_config(source, config.trust_remote_code, heard)
-    team.check_heads(model_config, source.name)
+    tensor_parallel.check_heads(model_config, source.name)
     _check_files(source, location, config, model_config)
     tokenizer = load_tokenizer(source, config, heard)
     said: list[str] = []

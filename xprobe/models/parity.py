@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from xprobe_kernels import Unembedding, lens, reference
 
-from xprobe.capture.passes import pad
 from xprobe.errors import ParityError
 from xprobe.models.anatomy import Anatomy, input_device, watch_states, why_not_finite
 from xprobe.models.block_io import logits_of, own_code
 from xprobe.models.head import BANNED
+from xprobe.models.passes import pad
 from xprobe.qa.prompts import Prompt
 
 FLOOR = 1e-3  # nats; what fp32 must reach

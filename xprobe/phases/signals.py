@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from xprobe.capture.readout import AnswerReadout
+from xprobe.lenses.reading import AnswerReadout
 
 Floats = NDArray[np.float64]
 

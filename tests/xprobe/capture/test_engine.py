@@ -11,11 +11,11 @@ import torch
 from support.families import FAMILIES, tiny_model
 from support.prompts import family_of_prompts, prompt
 
-from xprobe.capture import cascade
+from xprobe.capture import tree_attention
 from xprobe.capture.engine import Engine
 from xprobe.capture.plan import group_prompts
-from xprobe.capture.readout import read_answers
 from xprobe.capture.rows import Captured
+from xprobe.lenses.reading import read_answers
 from xprobe.models.anatomy import inspect, watch_states
 
 PROMPTS = family_of_prompts()
@@ -109,8 +109,10 @@ def test_rows_in_single_precision_and_bf16_are_as_near_as_their_dtype_allows(fam
 def test_the_attention_kernel_gives_the_rows_of_one_example_at_a_time(name, monkeypatch):
     """In Triton's interpreter: windows, soft-caps, sinks, values narrower than keys, shared heads."""
     calls = []
-    real = cascade.tree_attention
-    monkeypatch.setattr(cascade, "tree_attention", lambda *args, **options: calls.append(1) or real(*args, **options))
+    real = tree_attention.tree_attention
+    monkeypatch.setattr(
+        tree_attention, "tree_attention", lambda *args, **options: calls.append(1) or real(*args, **options)
+    )
     model = tiny_model(name)
     anatomy = inspect(model)
     answers, questions = one_by_one(model, anatomy, PROMPTS)
@@ -130,13 +132,13 @@ def test_an_attention_kernel_that_fails_or_is_wrong_gives_way_to_the_library(mon
     model = tiny_model("llama")
     anatomy = inspect(model)
     answers, _ = one_by_one(model, anatomy, PROMPTS)
-    real = cascade.tree_attention
+    real = tree_attention.tree_attention
 
     def failing(*args, **options):
         raise RuntimeError("no kernel image is available")
 
     for broken, said in ((failing, "no kernel image"), (lambda *a, **o: real(*a, **o) * 1.01, "its log-probabilities")):
-        monkeypatch.setattr(cascade, "tree_attention", broken)
+        monkeypatch.setattr(tree_attention, "tree_attention", broken)
         engine = Engine(model, anatomy, 10_000)
         engine.kernel = True
         assert engine.settle(SAMPLE) == "tree"

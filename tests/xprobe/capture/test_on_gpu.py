@@ -10,9 +10,9 @@ from support.prompts import family_of_prompts
 import xprobe
 from xprobe.capture.engine import Engine
 from xprobe.capture.plan import group_prompts
-from xprobe.capture.readout import FIELDS, start_reading
+from xprobe.lenses.reading import FIELDS, start_reading
 from xprobe.models.anatomy import inspect
-from xprobe.shards import Leaving
+from xprobe.stages.states import Leaving
 
 pytestmark = pytest.mark.gpu
 

@@ -15,16 +15,16 @@ from support.prompts import family_of_prompts
 from xprobe_kernels import lens
 from xprobe_kernels.transfer import Arrival, upload
 
-from xprobe.capture import loop
 from xprobe.capture.engine import Engine
 from xprobe.capture.layerwise import LayerwiseEngine
-from xprobe.capture.loop import run_waves
 from xprobe.capture.plan import group_prompts
-from xprobe.capture.readout import FIELDS, start_reading
+from xprobe.lenses.reading import FIELDS, start_reading
 from xprobe.models.anatomy import inspect
-from xprobe.models.streaming import open_streamed
-from xprobe.shards import Leaving, write_wave
-from xprobe.store import RunFolder
+from xprobe.models.streaming.streamed import open_streamed
+from xprobe.runs.folder import RunFolder
+from xprobe.stages import waves
+from xprobe.stages.states import Leaving, write_wave
+from xprobe.stages.waves import run_waves
 from xprobe.timing import Stopwatch
 
 if torch.cuda.is_available():
@@ -163,14 +163,14 @@ def test_a_streamed_model_on_a_gpu_gives_the_values_of_the_cpu(monkeypatch, tmp_
 def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, tmp_path) -> None:
     """A wave is written while the next is computed: here each write waits until that has begun."""
     model, begun, done = tiny_model("llama"), [threading.Event() for _ in range(99)], []
-    real = loop.write_wave
+    real = waves.write_wave
 
     def write(*args):
         begun[len(done) + 1].wait(5)
         done.append(begun[len(done) + 1].is_set())
         return real(*args)
 
-    monkeypatch.setattr(loop, "write_wave", write)
+    monkeypatch.setattr(waves, "write_wave", write)
     with pretended_gpu(monkeypatch) as gpu:
         anatomy = inspect(to_gpu(model))
         engine = Engine(model, anatomy, 120)

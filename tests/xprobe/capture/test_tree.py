@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.prompts import family_of_prompts
 
-from xprobe.capture.cascade import Layout
 from xprobe.capture.tree import common_length, grow, packed_lengths
+from xprobe.capture.tree_attention import Layout
 
 FED = [prompt.ids[:-1] for prompt in family_of_prompts(3, 6)]
 CASES = {

@@ -13,7 +13,7 @@ from support.families import tiny_model
 
 from xprobe.errors import ModelError
 from xprobe.models.checkpoint import INDEX, Checkpoint
-from xprobe.models.streaming import open_streamed, sweep
+from xprobe.models.streaming.streamed import open_streamed, sweep
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 

@@ -13,9 +13,9 @@ from xprobe_cli.main import main
 
 import xprobe
 from xprobe.capture.engine import Engine
-from xprobe.capture.readout import read_answers
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, UsageError
+from xprobe.lenses.reading import read_answers
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect
 from xprobe.models.head import weights_of

@@ -16,7 +16,7 @@ from xprobe.capture.engine import Engine
 from xprobe.errors import ModelError, ParityError
 from xprobe.models.anatomy import inspect
 from xprobe.models.parity import check_parity
-from xprobe.models.standins import Drive
+from xprobe.models.streaming.stand_ins import Drive
 
 PROMPTS = [prompt(9, 3, 0), prompt(20, 2, 1), prompt(30, 4, 2)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

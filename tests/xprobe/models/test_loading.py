@@ -17,7 +17,7 @@ from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, XprobeError
 from xprobe.forecast import forecast
 from xprobe.models import loading
-from xprobe.models.streaming import open_streamed
+from xprobe.models.streaming.streamed import open_streamed
 
 Change = Callable[[Path], Any]
 

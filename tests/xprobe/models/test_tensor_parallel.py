@@ -1,0 +1,167 @@
+"""One model shared by two processes: the same results, one folder, one voice, and no process left waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.families import save_tiny_model
+from xprobe_cli.main import main
+
+import xprobe
+from xprobe.config import StudyConfig
+from xprobe.errors import ModelError, UsageError
+from xprobe.models import loading, tensor_parallel
+
+ROOT = Path(__file__).parents[3]
+SMALL = ["--languages", "en,th", "--limit", "4", "--batch-tokens", "500"]
+
+# the command line, in which process `where` fails in its `at`-th forward pass
+FAULTY = """
+import os, sys
+import torch
+from xprobe.capture.engine import Engine
+from xprobe_cli.main import main
+
+where, at, *arguments = sys.argv[1:]
+run, passes = Engine._run, 0
+
+def counted(self, *args):
+    global passes
+    passes += 1
+    if os.environ["RANK"] == where and passes == int(at):
+        raise torch.OutOfMemoryError("CUDA out of memory: of this one process")
+    return run(self, *args)
+
+Engine._run = counted
+sys.exit(main(arguments))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("team") / "llama")
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "cli"))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}}
+
+
+def together(*command: str, size: int = 2, seconds: int = 120) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each process; without torchrun, which would end the others when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command], env=environment(rank, size, port), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=seconds) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *words) for process, words in zip(started, said, strict=True)]
+
+
+def test_one_of_several_processes_is_told_that_each_would_do_the_same_run(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["run", str(tiny), *SMALL, "--out", str(tmp_path / "run")]) == 2
+    assert "each of which would do the same run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_process_is_told_how_to_start_several(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(["run", str(tiny), *SMALL, "--tensor-parallel", "--out", str(tmp_path / "run")]) == 2
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match="torchrun"):
+        xprobe.run(str(tiny), tensor_parallel=True, out=tmp_path / "run", limit=2, languages=("en",))
+
+
+@pytest.mark.parametrize("other", [{"device": "cpu"}, {"device_map": "auto"}, {"stream": True}])
+def test_each_process_takes_its_own_device(other):
+    with pytest.raises(UsageError, match="tensor_parallel"):
+        StudyConfig(tensor_parallel=True, **other)
+
+
+def test_heads_that_cannot_be_dealt_out_are_refused(tiny, monkeypatch):
+    config = loading.load_config(loading.resolve(str(tiny)))
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    monkeypatch.setattr(tensor_parallel, "size", lambda: 2)
+    tensor_parallel.check_heads(config, "tiny")
+    monkeypatch.setattr(tensor_parallel, "size", lambda: 4)
+    with pytest.raises(ModelError, match=r"4 processes .*num_key_value_heads = 2"):
+        tensor_parallel.check_heads(config, "tiny")
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_results_of_one_process_in_one_folder(tiny, tmp_path):
+    alone = xprobe.run(str(tiny), languages=("en", "th"), limit=4, batch_tokens=500, out=tmp_path / "alone")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    run = [*torchrun, "xprobe_cli", "run", str(tiny), *SMALL, "--tensor-parallel", "--out", str(tmp_path / "shared")]
+    env = {k: v for k, v in environment(0, 1, 0).items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run([*run, "--json"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)  # one object: the second process says nothing
+    shared = xprobe.load_study(tmp_path / "shared")
+    assert said == shared.to_dict()
+    assert shared.manifest["parity_error"] < 1e-3
+    assert shared.manifest["plan"]["way"] == alone.manifest["plan"]["way"] == "tree"
+    for column in ("readiness", "log_probability", "entropy"):
+        assert abs(shared.stability[column] - alone.stability[column]).max() < 1e-4
+    again = subprocess.run([*run, "--resume"], env=env, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0  # shown from its files: no model, and no process waits for one
+    assert again.stdout.count("parity ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [0, 1])
+def test_when_one_process_runs_out_of_memory_all_end_and_the_run_goes_on_later(tiny, tmp_path, where):
+    out = tmp_path / "run"
+    run = ["run", str(tiny), *SMALL, "--batch-tokens", "200", "--tensor-parallel", "--out", str(out)]
+    (first, _, said), (second, _, whispered) = together("-c", FAULTY, str(where), "9", *run)
+    assert first == 1
+    assert second == 1
+    assert "the run failed" in said
+    assert "Traceback" not in said + whispered
+    if where == 0:
+        assert "of this one process" in said
+    else:
+        assert "process 1 of 2 failed" in whispered
+        assert "of this one process" in whispered
+    assert xprobe.runs.folder.RunFolder.open(out).read_run()["status"] == "running"
+    (first, shown, said), (second, silence, whispered) = together("-m", "xprobe_cli", *run, "--resume")
+    assert (first, second) == (0, 0), said + whispered
+    assert "parity" in shown
+    assert silence == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "arguments", "code", "said"),
+    [
+        ("gpt2", [], 1, "cannot share"),
+        ("llama", ["--data", "/nowhere"], 2, "/nowhere"),
+    ],
+)
+def test_a_refusal_is_said_once_and_ends_all(tmp_path, family, arguments, code, said):
+    model = save_tiny_model(tmp_path / "model", family)
+    out = ["--out", str(tmp_path / "run")]
+    run = ["run", str(model), *SMALL, *arguments, "--tensor-parallel", *out]
+    (first, _, told), (second, silence, whispered) = together("-m", "xprobe_cli", *run)
+    assert (first, second) == (code, code), whispered
+    assert said in told
+    assert silence == whispered == ""

@@ -1,0 +1,245 @@
+"""Whatever is wrong in a manifest: readers work, or one line names the entry, what it must be, and what it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from xprobe_cli.main import main
+from xprobe_cli.probe_tables import probe_report
+from xprobe_cli.run import remarks
+from xprobe_cli.tables import study_report
+
+import xprobe
+from xprobe import results
+from xprobe.stages import phases
+from xprobe.stages.phases import retrain
+from xprobe.errors import RunFolderError, UsageError
+from xprobe.runs.schema import COUNT, Entries, Every, complaint, whole
+from xprobe.runs.folder import MANIFEST, RunFolder
+
+OPTIONS: dict[str, Any] = {
+    "setting": ("en-x", "x-x"), "languages": ("en", "de"), "limit": 6, "bootstrap": 20, "permutations": 20,
+    "probes": ("language",),
+}  # fmt: skip
+MISSING = "missing"
+WRONG = (MISSING, None, "six", -1, True, 10**30, 1.5, float("nan"), [], {}, [1], {"x": 5})
+Place = tuple[Any, ...]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    xprobe.run(str(tiny), out=out, **OPTIONS)
+    return out
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def places(value: Any, inside: Place = ()) -> Iterator[Place]:
+    """Where every entry is, at any depth; of a list the first item."""
+    if inside:
+        yield inside
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*inside, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*inside, 0))
+
+
+def spoil(out: Path, text: str, place: Place, value: Any) -> None:
+    """Writes a manifest with one wrong entry."""
+    manifest = json.loads(text)
+    holder = manifest
+    for key in place[:-1]:
+        holder = holder[key]
+    if value is MISSING:
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = value
+    (out / MANIFEST).write_text(json.dumps(manifest))
+
+
+def read_everything(out: Path) -> None:
+    """All that a user can ask of a finished run."""
+    study = xprobe.load_study(out)
+    for setting in study.settings:
+        one = study.of(setting)
+        assert one.alpha.keys() == one.boundary.keys() == {"value", "lo", "hi"}
+        for table in (one.stability, one.signals, one.boundaries, one.probes):
+            assert isinstance(table, pd.DataFrame)
+        assert str(out) in repr(one) + one._repr_html_()
+    json.dumps(study.to_dict(), allow_nan=False)
+    assert study_report(study).endswith(str(out))
+    assert probe_report(study).endswith(str(out))
+    remarks(study.manifest)
+
+
+UNREAD = ("environment", "prompt", "data", "plan")  # what no reader uses, or hardly: one wrong value each
+ALL = pytest.param(WRONG, marks=pytest.mark.slow, id="every value")
+
+
+@pytest.mark.parametrize("values", [pytest.param((MISSING, None), id="two values"), ALL])
+def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
+    values: tuple[Any, ...], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (out / MANIFEST).read_text()
+    tables = results.read_tables(RunFolder(out), json.loads(text))
+    known = dict(zip(json.loads(text)["tables"].values(), tables, strict=True))
+    real = RunFolder.read_table
+
+    def read_table(self: RunFolder, name: str, digest: str) -> pd.DataFrame:
+        return known[digest] if digest in known else real(self, name, digest)
+
+    monkeypatch.setattr(RunFolder, "read_table", read_table)  # once: reading the tables is what takes long
+    read, refused = 0, set()
+    for place in places(json.loads(text)):
+        if place[:2] == ("results", "x-x") and values != WRONG:
+            continue  # as the other setting
+        for value in values[:1] if place[0] in UNREAD and len(place) > 1 else values:
+            spoil(out, text, place, value)
+            try:
+                read_everything(out)
+                read += 1
+            except (RunFolderError, UsageError):
+                refused.add(place)
+    assert read > 20
+    for name in ("seed", "bootstrap"):
+        assert ("config", name) in refused
+    for name in ("name", "n_blocks", "width", "vocab_size"):
+        assert ("model", name) in refused
+    assert {("probes",), ("tables",), ("groups",), ("results", "en-x", "alpha", "value")} <= refused
+
+
+@pytest.mark.parametrize("command", ["probe", "resume"])
+def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
+    command: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Probes are not trained, and no model is loaded: this is about what is read before."""
+
+    class Reached(UsageError):
+        pass
+
+    def reached(*_: Any, **__: Any) -> None:
+        raise Reached("reached")
+
+    monkeypatch.setattr(analysis, "_train_all", reached)
+    monkeypatch.setattr("xprobe.study._Run._open", reached)
+    text = (out / MANIFEST).read_text()
+    arguments = ["probe", str(out)] if command == "probe" else ["run", "--out", str(out), "--resume"]
+    inner = [place for place in places(json.loads(text)) if len(place) <= 2 and place[0] not in ("environment", "plan")]
+    for place in inner:
+        for value in (MISSING, {"x": 5}, 10**30) if len(place) == 2 else WRONG:
+            spoil(out, text, place, value)
+            main(arguments)
+            err = capsys.readouterr().err
+            assert "unexpected" not in err, (place, value, err)
+            assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("config", "seed"), MISSING, "entry config.seed must be a whole number, is missing"),
+        (("config", "bootstrap"), "six", 'entry config.bootstrap must be a whole number, is "six"'),
+        (("config", "store_rows"), 1, "entry config.store_rows must be true or false, is 1"),
+        (("config", "settings"), ["en-y"], "entry config cannot be used: unknown setting 'en-y'"),
+        (("model", "name"), MISSING, "entry model.name must be text, is missing"),
+        (("model", "n_blocks"), MISSING, "entry model.n_blocks must be a whole number from 1 to 1000000, is missing"),
+        (("model", "n_blocks"), "six", 'entry model.n_blocks must be a whole number from 1 to 1000000, is "six"'),
+        (("model", "n_blocks"), 0, "entry model.n_blocks must be a whole number from 1 to 1000000, is 0"),
+        (("model", "width"), True, "is true"),
+        (("model", "vocab_size"), 1, "entry model.vocab_size must be a whole number from 2 "),
+        (("model",), None, "entry model must be an object, is null"),
+        (("probes",), MISSING, "entry probes must be an object, is missing"),
+        (("probes", "language", "folds"), 1, "entry probes.language.folds must be a whole number from 2 "),
+        (("tables", "layers.parquet"), "ab", "entry tables.layers.parquet must be a SHA-256 in hexadecimal, is "),
+        (("groups",), ["a", "a"], "entry groups must be a list of different texts that is not empty, is "),
+        (("groups", 0), 5, "entry groups must be a list of different texts"),
+        (("results",), {}, "entry results must be an object that is not empty, is {}"),
+        (("results", "en-x", "alpha", "lo"), float("nan"), "results.en-x.alpha.lo must be a number or null, is NaN"),
+        (("results", "x-x", "phased_fraction", "value"), None, "phased_fraction.value must be a number from 0 to 1"),
+        (("results", "x-x", "languages", "de", "phase_order"), MISSING, "languages.de.phase_order must be an object"),
+        (("results", "x-x", "phase_order", "value"), 0.5, "entry results.x-x.phase_order.value must be 0, 1 or null"),
+        (("counts", "skipped"), [], "entry counts.skipped must be an object, is []"),
+        (("left_out", "records"), "all", "entry left_out.records must be a list of texts, is"),
+        (("plan", "remarks"), 5, "entry plan.remarks must be a list of texts, is 5"),
+        (("timings", "total"), -1, "entry timings.total must be a number of at least 0, is -1"),
+        (("parity_error",), None, "entry parity_error must be a number of at least 0, is null"),
+        (("status",), "over", 'entry status must be "running" or "done", is "over"'),
+        (("template_sha256",), 5, "entry template_sha256 must be text, is 5"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
+)  # fmt: skip
+def test_the_entry_is_named_with_what_it_must_be_and_what_it_is(
+    place: Place, value: Any, words: str, out: Path
+) -> None:
+    spoil(out, (out / MANIFEST).read_text(), place, value)
+    pattern = rf"^{re.escape(str(out / MANIFEST))}: .*{re.escape(words)}"
+    for use in (xprobe.load_study, retrain):
+        with pytest.raises(RunFolderError, match=pattern):
+            use(out)
+
+
+def test_what_a_run_is_made_of_cannot_be_mended_and_the_rest_can(out: Path, tiny: Path, finished: Path) -> None:
+    text = (out / MANIFEST).read_text()
+    spoil(out, text, ("config", "seed"), "six")
+    with pytest.raises(RunFolderError, match=r"config.seed .*start it in a new folder"):
+        xprobe.load_study(out)
+    spoil(out, text, ("model", "n_blocks"), MISSING)
+    with pytest.raises(RunFolderError, match=rf"`xprobe run --out {out} --resume` writes it again"):
+        xprobe.load_study(out)
+    xprobe.run(str(tiny), out=out, resume=True, **OPTIONS)
+    assert xprobe.load_study(out).manifest["model"] == xprobe.load_study(finished).manifest["model"]
+
+
+def test_entries_that_this_version_does_not_know_are_no_error(out: Path) -> None:
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest |= {"wavelets": {"n": [1]}, "note": "half a pair: \ud800"}
+    manifest["model"]["colour"] = None
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    assert xprobe.load_study(out).manifest["model"]["colour"] is None
+    retrain(out, ("language",))
+    assert xprobe.load_study(out).manifest["note"] == "half a pair: \ud800"
+
+
+def test_a_setting_that_the_tables_do_not_hold_is_named(out: Path) -> None:
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["results"]["y-y"] = manifest["results"].pop("x-x")
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(RunFolderError, match=r"results names a setting that layers.parquet does not hold \(y-y\)"):
+        xprobe.load_study(out)
+
+
+def test_what_only_python_can_choose_is_as_before_when_a_run_goes_on(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of permutations has no option."""
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    assert xprobe.load_study(out).manifest["config"]["permutations"] == OPTIONS["permutations"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "words"),
+    [
+        ({"a": {"b": 1}}, Entries({"a": Entries({"b": COUNT})}), None),
+        ({"a": {}}, Entries({"a": Entries({"b": COUNT})}), "entry a.b must be a whole number from 0 "),
+        ({"x": 1, "y": -1}, Every(COUNT), "entry y must be "),
+        ({}, Every(COUNT), None),
+        ({"n": 3}, Entries({}, {"n": whole(1, 2)}), "entry n must be a whole number from 1 to 2, is 3"),
+        ({"n": "x" * 99}, Entries({"n": COUNT}), f'is "{"x" * 59}...'),
+    ],
+)
+def test_a_rule_names_the_first_entry_that_breaks_it(value: Any, rule: Any, words: str | None) -> None:
+    found = complaint(value, rule)
+    assert found is None if words is None else words in str(found)

@@ -1,0 +1,48 @@
+"""A process of tensor parallelism beside the first: it holds its part of the model and works along."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from xprobe.capture.engine import Engine
+from xprobe.config import StudyConfig
+from xprobe.errors import ModelError, XprobeError
+from xprobe.models import loading
+from xprobe.models.anatomy import inspect
+from xprobe.models.tensor_parallel import LAST_WORD, Team, join
+
+
+def follow(config: StudyConfig) -> int:
+    """For every other process: works along until the first is done, and returns that one's exit code.
+
+    Raises
+    ------
+    ModelError
+        This process failed and the first did not say that it had, too; names the process and the reason.
+    """
+    engine: Engine | None = None
+    with join() as team:
+        while True:
+            try:
+                what, args = team.listen()
+                if what == "stop":
+                    return int(args[0])
+                if what == "open":
+                    model = loading.load(loading.resolve(config.model), config).model
+                    engine = Engine(model, inspect(model), config.batch_tokens)
+                else:
+                    getattr(engine, what)(*args)
+            except Exception as error:
+                return _last_word(team, error)
+
+
+def _last_word(team: Team, error: Exception) -> int:
+    """The first process's exit code if it failed too, and has told why; else raises."""
+    with suppress(Exception):
+        what, args = team.listen(LAST_WORD)
+        if what == "stop" and args[0]:
+            return int(args[0])
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if not isinstance(error, XprobeError):
+        reason = f"{type(error).__name__}: {reason}"
+    raise ModelError(f"process {team.rank} of {team.size} failed: {reason}") from error

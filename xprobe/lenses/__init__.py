@@ -1,0 +1,1 @@
+"""Lenses: what a hidden row says about the next token."""

@@ -1,0 +1,1 @@
+"""Models larger than memory: read from the checkpoint block by block."""

@@ -1,0 +1,416 @@
+"""The run folder: manifest, journal, checksummed shards, tables. docs/run-folder.md describes it for readers.
+
+A run that is stopped at any moment, by SIGKILL or by the power, leaves whole files. Each is written under a temporary
+name, synced to the disk, renamed, and its folder synced; only then is a shard entered in the journal, which is synced
+too. So the journal never knows more than the disk holds, and what it knows has a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from xprobe.runs import journal
+from xprobe.runs.disk import checksum, entries, expect, make_folder, read_file, sync, what_is, writing
+from xprobe.errors import RunFolderError, UsageError
+from xprobe.runs.lock import LOCK
+from xprobe.runs.schema import finished_complaint, identity_complaint
+from xprobe.runs.serialization import shard_bytes
+
+FORMAT = 1  # of the run folder; raised when older readers would misread it
+MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
+LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
+MAY_CHANGE = ("batch_tokens", "model", "data")  # of the configuration on resume; the bytes of model and data may not
+_SELF = "sha256"  # entry of the manifest: checksum of all the others
+ROWS = ".rows-"  # beginning of the name that a file of hidden rows has before it loses it
+SHARD = ".safetensors"  # end of a shard's name
+_REPLACED = ("a file", "a link")  # what a new file may take the name of
+_NAMED = 5  # shards that a message names
+_PART = ".{}.part"  # temporary name of a file that is being written
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds one run."""
+
+    path: Path
+
+    @classmethod
+    def check(cls, path: Path, *, resume: bool = False) -> None:
+        """Raises the errors of ``create`` without making anything."""
+        kind = what_is(path)
+        if kind not in (None, "a folder"):
+            raise UsageError(f"{path} is {kind}: give --out a folder")
+        filled = holds_something(path)
+        if filled and not resume:
+            raise UsageError(f"{path} is not empty: choose another --out, or --resume the run in it")
+        if filled and not cls(path).has_manifest():
+            raise UsageError(f"{path} holds no run to resume (no {MANIFEST}): choose another --out")
+        cls(path).check_places()
+
+    @classmethod
+    def create(cls, path: Path, *, resume: bool = False) -> RunFolder:
+        """Makes the folder, or with ``resume`` opens it again if it is there.
+
+        Raises
+        ------
+        UsageError
+            The folder already holds something (and ``resume`` is False), or holds no run to resume.
+        RunFolderError
+            It cannot be written, or something else than a file lies where the run keeps one.
+        """
+        cls.check(path, resume=resume)
+        with writing(path):
+            make_folder(path / SHARDS)
+            sync(path)
+        for folder in (path, path / SHARDS):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise RunFolderError(f"cannot write {folder}: permission denied; choose another --out")
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A folder that holds a run already."""
+        if not cls(path).has_manifest():
+            raise UsageError(f"{path} is not a run folder: it holds no {MANIFEST}")
+        return cls(path)
+
+    def has_manifest(self) -> bool:
+        """Whether a run was begun here.
+
+        Raises
+        ------
+        RunFolderError
+            Something else than a file has the manifest's name.
+        """
+        return expect(self.path / MANIFEST, remedy="put the run's own manifest there, or choose another --out")
+
+    def check_places(self) -> None:
+        """Says what stands where the run keeps a file or the folder of its shards, if it is something else.
+
+        Raises
+        ------
+        RunFolderError
+            Names the path, what it is, and what to do. Links in the place of shards and tables are not followed when
+            they are written, and stand in nobody's way.
+        """
+        if what_is(self.path) is None:
+            return
+        self.has_manifest()
+        expect(self.path / JOURNAL)
+        expect(self.path / LOCK, follow=False)
+        for name in (LAYERS, EXAMPLES, PROBE_TABLE):
+            expect(self.path / name, *_REPLACED, follow=False)
+        folders = [self.path, self.path / SHARDS] if expect(self.path / SHARDS, "a folder") else [self.path]
+        for place in (place for folder in folders for place in entries(folder)):
+            if place.name.startswith(ROWS) or (place.name.startswith(".") and place.name.endswith(".part")):
+                expect(place, follow=False)
+            elif place.suffix == SHARD:
+                expect(place, *_REPLACED, follow=False)
+
+    # -- manifest --------------------------------------------------------------------------------------------
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest; empty if there is none yet."""
+        path = self.path / MANIFEST
+        if not self.has_manifest():
+            return {}
+        try:
+            manifest = json.loads(read_file(path).decode("utf-8-sig"))
+            if not isinstance(manifest, dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(
+                f"cannot read {path} ({error}): the run cannot be used; start it in a new folder"
+            ) from error
+        if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
+            raise RunFolderError(
+                f"{path} is of run format {manifest.get('format')}, this version of xprobe reads format {FORMAT}: "
+                "use the version that wrote it, or start the run in a new folder"
+            )
+        manifest.pop(_SELF, None)
+        return manifest
+
+    def read_run(self) -> dict[str, Any]:
+        """The manifest of a run that was started, with all that says what the run is made of.
+
+        Raises
+        ------
+        RunFolderError
+            An entry is missing or wrong.
+        """
+        manifest = self.read_manifest()
+        wrong = identity_complaint(manifest)
+        if wrong is not None:
+            raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; the run cannot be used: start it in a new folder")
+        return manifest
+
+    def read_finished(self) -> dict[str, Any]:
+        """The manifest of a finished run, with all that any reader relies on.
+
+        Raises
+        ------
+        RunFolderError
+            The run is not finished, or an entry is missing or wrong.
+        """
+        manifest = self.read_run()
+        if manifest["status"] != "done":
+            raise RunFolderError(
+                f"the run in {self.path} is not finished ({manifest['status']}): continue it with --resume"
+            )
+        wrong = finished_complaint(manifest)
+        if wrong is not None:
+            raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; {self.resume_command} writes it again")
+        return manifest
+
+    @property
+    def resume_command(self) -> str:
+        """The command that mends what can be mended, for messages."""
+        return f"`xprobe run --out {self.path} --resume`"
+
+    def is_finished(self, manifest: dict[str, Any]) -> bool:
+        """Whether nothing has to be computed: the manifest is as it was written, and every shard is there."""
+        done = manifest["status"] == "done" and finished_complaint(manifest) is None
+        return done and self.manifest_is_untouched() and self.holds(manifest["groups"])
+
+    def manifest_is_untouched(self) -> bool:
+        """Whether the manifest still has the checksum that it was written with."""
+        try:
+            manifest = json.loads(read_file(self.path / MANIFEST).decode("utf-8-sig"))
+            return manifest.pop(_SELF) == _own_checksum(manifest)
+        except (RunFolderError, ValueError, RecursionError, AttributeError, KeyError):
+            return False
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        manifest = json.loads(json.dumps(manifest))  # as readers will see it
+        manifest[_SELF] = _own_checksum(manifest)
+        self.__dict__.pop("_run_key", None)
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        self.write_bytes(MANIFEST, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
+
+    @cached_property
+    def _run_key(self) -> str:
+        """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
+        manifest = self.read_manifest()
+        found = {name: manifest.get(name) for name in ("config", "model", "data")}
+        parts = {name: part if isinstance(part, dict) else {} for name, part in found.items()}
+        values = {
+            "config": {name: value for name, value in parts["config"].items() if name not in MAY_CHANGE},
+            "model": parts["model"].get("files_sha256"),
+            "data": parts["data"].get("files_sha256"),
+            "template": manifest.get("template_sha256"),
+        }
+        return _own_checksum(values)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Writes a file of the folder in one step: readers see the old content or the new, never a part."""
+        with writing(self.path), self._renamed(name) as temporary:
+            temporary.write_bytes(content)
+
+    # -- shards ----------------------------------------------------------------------------------------------
+
+    def shard_name(self, group: str) -> str:
+        return group.replace("/", ".") + SHARD
+
+    def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Stores one context group (numpy arrays or torch tensors) and enters it in the journal with its checksum."""
+        name = self.shard_name(group)
+        content = shard_bytes(tensors, {"group": group, **metadata})
+        with writing(self.path):
+            with self._renamed(f"{SHARDS}/{name}") as temporary:
+                temporary.write_bytes(content)
+            digest = hashlib.sha256(content).hexdigest()
+            line = {"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key}
+            journal.enter(self.path / JOURNAL, line)
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """The journal's last line on each shard of this run."""
+        return journal.entries(self.path / JOURNAL, self._run_key)
+
+    def finished_shards(self) -> list[str]:
+        """Names of shards that the journal knows and whose bytes still have the checksum entered there, in order."""
+        known = self._entries()
+        return [name for name in known if checksum(self.path / SHARDS / name) == known[name].get("sha256", "")]
+
+    def tidy(self, groups: list[str]) -> None:
+        """Leaves the folder as a run that nobody interrupted leaves it.
+
+        Removes what a killed process left of files, and rewrites the journal: one line per group, in this order.
+        Only for the process that holds the folder's lock.
+        """
+        with writing(self.path):
+            for folder in (self.path, self.path / SHARDS):
+                for part in [*folder.glob(_PART.format("*")), *folder.glob(f"{ROWS}*")]:
+                    part.unlink()
+            known = self._entries()
+            names = [self.shard_name(group) for group in groups]
+            lines = "".join(json.dumps(known[name]) + "\n" for name in names if name in known).encode()
+            if read_file(self.path / JOURNAL) != lines:
+                self.write_bytes(JOURNAL, lines)
+
+    def holds(self, groups: list[str]) -> bool:
+        """Whether every one of ``groups`` has a finished shard."""
+        return not self._damaged(groups)
+
+    def check_shards(self, groups: list[str]) -> None:
+        """Reads every shard of ``groups`` once and compares its checksum with the journal's.
+
+        Raises
+        ------
+        RunFolderError
+            Names the shards that are not what this run wrote.
+        """
+        self.check_places()
+        damaged = self._damaged(groups)
+        if damaged:
+            names = ", ".join(damaged[:_NAMED]) + (f" and {len(damaged) - _NAMED} more" if damaged[_NAMED:] else "")
+            what, again = ("is not the shard", "it") if len(damaged) == 1 else ("are not the shards", "them")
+            place = self.path / SHARDS
+            if not self.manifest_is_untouched():
+                raise RunFolderError(
+                    f"{self.path / MANIFEST} was changed after xprobe wrote it, so these shards are not known to be "
+                    f"its own: {names}. Put the old manifest back, or start the run in a new folder"
+                )
+            raise RunFolderError(
+                f"{names} in {place} {what} that this run wrote: {self.resume_command} computes {again} again"
+            )
+
+    def _damaged(self, groups: list[str]) -> list[str]:
+        """Names of shards that are missing, unknown to the journal, or have other bytes than it says."""
+        known = self._entries()
+        names = [self.shard_name(group) for group in groups]
+        return [
+            name
+            for name in names
+            if name not in known or checksum(self.path / SHARDS / name) != known[name].get("sha256", "")
+        ]
+
+    def read_shard(self, name: str, keys: tuple[str, ...] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arrays (only ``keys`` if given; bf16 comes back as float32) and metadata of one shard."""
+        with self._opened(name) as handle:
+            found = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
+            metadata = json.loads(handle.metadata()["xprobe"])
+        arrays = {
+            key: (t.float() if t.dtype.itemsize == 2 and t.is_floating_point() else t).numpy()
+            for key, t in found.items()
+        }
+        return arrays, metadata
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        from safetensors import safe_open
+
+        path = self.path / SHARDS / name
+        try:
+            with safe_open(path, framework="pt") as handle:
+                yield handle
+        except Exception as error:  # safetensors raises its own error type, OSError, KeyError
+            raise RunFolderError(f"cannot read {path} ({error}): compute it again with --resume") from error
+
+    def check_fit(self, entry: str, value: int, there: int) -> None:
+        """Compares an entry of the manifest with the shards.
+
+        Raises
+        ------
+        RunFolderError
+            They differ.
+        """
+        if value != there:
+            raise RunFolderError(
+                f"{self.path / MANIFEST}: entry {entry} is {value}, the shards hold {there}; "
+                f"{self.resume_command} writes it again"
+            )
+
+    def row_shape(self, name: str, key: str) -> tuple[int, ...]:
+        """Shape of one example in an array of a shard."""
+        with self._opened(name) as handle:
+            return tuple(handle.get_slice(key).get_shape()[1:])
+
+    def read_layers(self, name: str, key: str, layers: range) -> Any:
+        """Layers of one array [N, K, D] of a shard as float32 [N, len(layers), D]; nothing else of it is read."""
+        with self._opened(name) as handle:
+            return handle.get_slice(key)[:, layers.start : layers.stop].float().numpy()
+
+    # -- tables ----------------------------------------------------------------------------------------------
+
+    def write_table(self, name: str, frame: Any) -> str:
+        """Writes one table; its checksum."""
+        with self.writing_tables({name: frame}) as digests:
+            pass
+        return digests[name]
+
+    @contextmanager
+    def writing_tables(self, frames: dict[str, Any]) -> Iterator[dict[str, str]]:
+        """Tables by file name, written whole under temporary names; they get their own names when the block ends.
+
+        Gives their checksums by file name. A block that raises, and a disk that is full, leave the old tables.
+        """
+        with writing(self.path), ExitStack() as stack:
+            digests: dict[str, str] = {}
+            for name, frame in frames.items():
+                temporary = stack.enter_context(self._renamed(name))
+                frame.to_parquet(temporary, index=False)
+                digests[name] = checksum(temporary) or ""
+            yield digests
+
+    def read_table(self, name: str, digest: str | None = None) -> Any:
+        """A table as a data frame.
+
+        Raises
+        ------
+        RunFolderError
+            It is not there, cannot be read, or has another checksum than ``digest``.
+        """
+        import pandas as pd
+
+        path = self.path / name
+        if not expect(path):
+            raise RunFolderError(f"{self.path} holds no {name}: {self.resume_command} writes it from the shards")
+        content = read_file(path)
+        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+            raise RunFolderError(
+                f"{path} is not the table that this run wrote: {self.resume_command} writes it again from the shards"
+            )
+        try:
+            return pd.read_parquet(io.BytesIO(content))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"cannot read {path} ({error}): {self.resume_command} writes it again from the shards"
+            ) from error
+
+    @contextmanager
+    def _renamed(self, name: str) -> Iterator[Path]:
+        """A temporary name to write to; what is there in the end is on the disk under its own name."""
+        final = self.path / name
+        temporary = final.with_name(_PART.format(final.name))
+        expect(final, *_REPLACED, follow=False)
+        expect(temporary, follow=False)
+        try:
+            yield temporary
+            sync(temporary)  # before the renaming: a name must never stand for bytes that the disk does not have
+            temporary.replace(final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(final.parent)
+
+
+def holds_something(path: Path) -> bool:
+    """Whether ``path`` is a folder with more in it than a run that was killed before its first file was whole."""
+    if not path.is_dir():
+        return False
+    nothing = {LOCK, _PART.format(MANIFEST)}
+    rest = [entry for entry in entries(path) if entry.name not in nothing]
+    return any(entry.name != SHARDS or not entry.is_dir() or bool(entries(entry)) for entry in rest)
+
+
+def _own_checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

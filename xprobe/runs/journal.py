@@ -1,0 +1,46 @@
+"""The journal of a run folder: one line of JSON for each shard that the disk has, appended and synced."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from xprobe.runs.disk import expect, read_file, sync
+
+
+def enter(path: Path, entry: dict[str, Any]) -> None:
+    """Appends a line and waits until the disk has it."""
+    new = not expect(path)
+    with path.open("ab+", buffering=0) as journal:
+        if journal.seek(0, os.SEEK_END):
+            journal.seek(-1, os.SEEK_END)
+            new_line = b"" if journal.read(1) == b"\n" else b"\n"  # after the last line of a run killed in it
+        else:
+            new_line = b""
+        line = new_line + json.dumps(entry).encode() + b"\n"
+        while line:
+            line = line[os.write(journal.fileno(), line) :]
+        os.fsync(journal.fileno())
+    if new:
+        sync(path.parent)
+
+
+def entries(path: Path, run: str) -> dict[str, dict[str, Any]]:
+    """The last line on each shard of the run with the key ``run``; lines that are damaged or of another run left out.
+
+    Raises
+    ------
+    RunFolderError
+        Something else than a file lies there, or it cannot be read.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for line in read_file(path).split(b"\n") if expect(path) else []:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # cut off where a run was killed while writing it
+        if isinstance(entry, dict) and isinstance(entry.get("shard"), str) and entry.get("run") == run:
+            found[entry["shard"]] = entry
+    return found

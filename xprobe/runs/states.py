@@ -1,0 +1,103 @@
+"""Hidden states of a stored run, read back one paragraph or a few layers at a time, never all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from xprobe.errors import UsageError
+from xprobe.runs.folder import RunFolder
+
+# State (a tensor of the shards) -> the signal that is read from it: h[l] at the last prompt token, where the answer
+# will be produced, and its mean over the question's own tokens
+STATES = {"prompt_end": "encoding", "question_mean": "encoding_question"}
+
+LAYER_BYTES = 1 << 30  # of states held at a time when layers are read
+
+
+@dataclass(frozen=True, eq=False)
+class StoredStates:
+    """States of the N examples of a run, in the order of its example table.
+
+    Parameters
+    ----------
+    folder : RunFolder
+    frame : DataFrame
+        One row per example, shard after shard (``xprobe.stages.states.read_signals``).
+    n_layers, width : int
+        L + 1 and D.
+    """
+
+    folder: RunFolder
+    frame: pd.DataFrame
+    n_layers: int
+    width: int
+
+    @classmethod
+    def of(cls, folder: RunFolder, frame: pd.DataFrame, manifest: dict[str, Any]) -> StoredStates:
+        """
+        Raises
+        ------
+        UsageError
+            The run kept no states (``--no-rows``).
+        RunFolderError
+            The shards cannot be read, or do not fit the manifest.
+        """
+        if not manifest["config"].get("store_rows", True):
+            raise UsageError(f"{folder.path} holds no hidden states: run it again without --no-rows")
+        n_layers, width = manifest["model"]["n_blocks"] + 1, manifest["model"]["width"]
+        for key in manifest["groups"][:1]:
+            layers_there, width_there = folder.row_shape(folder.shard_name(key), "prompt_end")
+            folder.check_fit("model.n_blocks", n_layers - 1, layers_there - 1)
+            folder.check_fit("model.width", width, width_there)
+        return cls(folder, frame, n_layers, width)
+
+    @property
+    def shards(self) -> list[tuple[str, NDArray[np.int64]]]:
+        """Every shard's file name, and the rows of the example table that it holds."""
+        keys = self.frame["setting"] + "/" + self.frame["context_language"] + "/" + self.frame["paragraph"]
+        groups = keys.groupby(keys, sort=False).indices.items()
+        return [(self.folder.shard_name(str(key)), np.asarray(rows)) for key, rows in groups]
+
+    def paragraphs(
+        self, state: str, limit: int = LAYER_BYTES
+    ) -> Iterator[tuple[NDArray[np.int64], range, NDArray[np.float32]]]:
+        """Rows, layers and states [n, K, D] of the examples on each paragraph, one setting after the other.
+
+        All layers at once where ``limit`` bytes hold them; else the same rows come several times, some layers each.
+        """
+        together: dict[tuple[str, str], list[tuple[str, NDArray[np.int64]]]] = {}
+        for name, rows in self.shards:
+            first = self.frame.iloc[rows[0]]
+            together.setdefault((first["setting"], first["paragraph"]), []).append((name, rows))
+        for shards in together.values():
+            rows = np.concatenate([rows for _, rows in shards])
+            step = max(1, min(self.n_layers, limit // max(1, len(rows) * self.width * 4)))
+            for start in range(0, self.n_layers, step):
+                some = range(start, min(start + step, self.n_layers))
+                yield rows, some, np.concatenate([self.folder.read_layers(name, state, some) for name, _ in shards])
+
+    def layers(
+        self, state: str, rows: NDArray[np.int64], limit: int = LAYER_BYTES
+    ) -> Iterator[tuple[range, NDArray[np.float32]]]:
+        """States [K, n, D] of the examples in ``rows``, of as many layers at a time as ``limit`` bytes hold.
+
+        Every number is read once; the array is overwritten by the next.
+        """
+        step = max(1, min(self.n_layers, limit // max(1, len(rows) * self.width * 4)))
+        place = np.full(len(self.frame), -1)
+        place[rows] = np.arange(len(rows))
+        shards = [(name, place[own]) for name, own in self.shards if (place[own] >= 0).any()]
+        buffer = np.empty((step, len(rows), self.width), np.float32)
+        for start in range(0, self.n_layers, step):
+            some = range(start, min(start + step, self.n_layers))
+            for name, places in shards:
+                wanted = places >= 0
+                part = self.folder.read_layers(name, state, some)
+                buffer[: len(some), places[wanted]] = part.transpose(1, 0, 2)[:, wanted]
+            yield some, buffer[: len(some)]
