@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from xprobe.capture.plan import Plan, Way, group_prompts, make_plan, part_tokens, rotary_limit
+from xprobe.capture.plan import Plan, Strategy, count_rows, make_plan, part_tokens, rotary_limit
 from xprobe.capture.products import fast_linear_products
+from xprobe.capture.requests import group_requests
 from xprobe.capture.sharing import carries_state
 from xprobe.config import StudyConfig
 from xprobe.errors import DataError
@@ -24,6 +25,7 @@ from xprobe.models.anatomy import block_lists
 from xprobe.models.placement import without_weights
 from xprobe.models.streaming.streamed import SPILL_BYTES
 from xprobe.qa.prompts import build_prompts
+from xprobe.stages.requests import ANSWER, QUESTION, study_request
 from xprobe.study import read_questions
 
 # how much longer things take than their matrix products alone, as measured on a CPU with a small model
@@ -53,7 +55,7 @@ class Forecast:
     vocab_size: int
     dtype: str
     device: str
-    way: Way
+    strategy: Strategy
     stream: bool
     examples: int
     skipped: int
@@ -88,12 +90,12 @@ def forecast(config: StudyConfig) -> Forecast:
     device = loading.pick_device(config.device)
     dtype = _dtype(config, model_config, device)
     model = without_weights(model_config, dtype, trust_remote_code=config.trust_remote_code)
-    way: Way = "tree" if getattr(model, "_supports_attention_backend", False) else "prefix"
+    strategy: Strategy = "tree" if getattr(model, "_supports_attention_backend", False) else "prefix"
     shape = _Shape.of(model, model_config)
-    if (config.stream and way == "prefix") or carries_state(model, shape.blocks) is not None:
-        way = "plain"
-    groups = group_prompts(prompts)
-    plan = make_plan(groups, config.batch_tokens, way, rotary_limit(model_config))
+    if (config.stream and strategy == "prefix") or carries_state(model, shape.blocks) is not None:
+        strategy = "plain"
+    groups = group_requests([study_request(prompt) for prompt in prompts])
+    plan = make_plan(groups, config.batch_tokens, strategy, rotary_limit(model_config))
     return Forecast(
         model=source.name,
         parameters=shape.parameters,
@@ -102,7 +104,7 @@ def forecast(config: StudyConfig) -> Forecast:
         vocab_size=shape.vocab_size,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
-        way=way,
+        strategy=strategy,
         stream=config.stream,
         examples=len(prompts),
         skipped=len(skipped),
@@ -115,9 +117,9 @@ def forecast(config: StudyConfig) -> Forecast:
         groups=tuple(
             GroupForecast(
                 group.key,
-                len(group.prompts),
-                sum(len(prompt.ids) - 1 for prompt in group.prompts),
-                part_tokens(group.prompts, range(len(group.prompts)), way),
+                len(group.requests),
+                sum(len(request.ids) for request in group.requests),
+                part_tokens(group.requests, range(len(group.requests)), strategy),
             )
             for group in groups
         ),
@@ -169,7 +171,8 @@ def _share(parameter: torch.Tensor, config: Any) -> float:
 def _memory(shape: _Shape, plan: Plan, dtype: torch.dtype, *, stream: bool) -> dict[str, int]:
     size = dtype.itemsize
     layers = shape.n_blocks + 1
-    positions, examples = plan.largest_wave
+    most = plan.most_rows
+    positions, examples = most[ANSWER], most[QUESTION]
     tokens = min(plan.batch_tokens, plan.tokens_run)
     weights = (shape.outside + 2 * shape.largest_block) if stream else shape.parameters
     row = layers * shape.width
@@ -185,13 +188,13 @@ def _memory(shape: _Shape, plan: Plan, dtype: torch.dtype, *, stream: bool) -> d
 
 def _disk(shape: _Shape, plan: Plan, dtype: torch.dtype, config: StudyConfig) -> dict[str, int]:
     layers = shape.n_blocks + 1
-    prompts = [prompt for wave in plan.waves for prompt in wave.prompts]
-    positions = sum(len(prompt.targets) for prompt in prompts)
-    kept = 2 * len(prompts) * layers * shape.width * dtype.itemsize if config.store_rows else 0
+    rows = count_rows(request for wave in plan.waves for request in wave.requests)
+    positions, examples = rows[ANSWER], rows[QUESTION]
+    kept = 2 * examples * layers * shape.width * dtype.itemsize if config.store_rows else 0
     found = {"shards": kept + positions * layers * 20}
     if config.stream:
         found["states between blocks"] = max(0, _states(shape, plan, dtype) - SPILL_BYTES)
-        found["rows until the end"] = layers * shape.width * dtype.itemsize * (positions + len(prompts))
+        found["rows until the end"] = layers * shape.width * dtype.itemsize * (positions + examples)
     return found
 
 
@@ -201,7 +204,7 @@ def _states(shape: _Shape, plan: Plan, dtype: torch.dtype) -> int:
 
 
 def _seconds(shape: _Shape, plan: Plan, dtype: torch.dtype, device: str, *, stream: bool) -> float:
-    positions = sum(len(prompt.targets) for wave in plan.waves for prompt in wave.prompts)
+    positions = sum(count_rows(wave.requests)[ANSWER] for wave in plan.waves)
     forward = 2 * shape.per_token * plan.tokens_run
     lens = 2 * shape.head * positions * (shape.n_blocks + 1)
     lens_dtype = dtype if device != "cpu" else torch.float32

@@ -26,9 +26,8 @@ from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.timing import Stopwatch
 
 if TYPE_CHECKING:
-    from xprobe.capture.engine import Engine
-    from xprobe.capture.layerwise import LayerwiseEngine
-    from xprobe.capture.plan import Group, Plan
+    from xprobe.capture.plan import Plan
+    from xprobe.capture.runner import Runner
     from xprobe.models.loading import LoadedModel
     from xprobe.qa.prompts import Prompt
 
@@ -269,10 +268,10 @@ class _Run:
         self, source: loading.Source, data: Dataset, examples: list[Example], identity: dict[str, Any],
         before: dict[str, Any],
     ) -> tuple[dict[str, Any], RunFolder]:  # fmt: skip
-        from xprobe.capture.plan import group_prompts
-        from xprobe.models.parity import COARSE
+        from xprobe.capture.requests import group_requests
         from xprobe.qa.prompts import build_prompts
         from xprobe.stages.describe import describe_model, describe_work
+        from xprobe.stages.requests import strategy_sample, study_request, teacher_forced
 
         config = self.config
         self.progress("loading the model", 0, 0)
@@ -285,16 +284,13 @@ class _Run:
         if not prompts:
             raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
         _check_vocabulary(prompts, engine.anatomy.head.vocab_size, source.name)
-        groups = group_prompts(prompts)
+        requests = [study_request(prompt) for prompt in prompts]
+        groups = group_requests(requests)
         with self._failing(lambda: f"what {self.out} holds stays"):
             with self.watch.timed("parity"):
-                parity = engine.check(_shortest_and_longest(prompts, PARITY_PROMPTS), config.backend)
-                if parity is not None and parity > COARSE:
-                    engine.warn(
-                        f"rounding changes log-probabilities by up to {parity:.2g} nats: --dtype float32 is finer"
-                    )
+                engine.check_parity(teacher_forced(prompts, PARITY_PROMPTS), config.backend)
             with self.watch.timed("check of sharing"):
-                engine.settle(_sample(groups))
+                engine.choose_strategy(strategy_sample(requests))
         plan = engine.plan(groups)
         self.progress(f"shared beginnings save {plan.saved:.0%} of {plan.tokens} tokens", 0, 0)
         folder = RunFolder.create(self.out, resume=self.resume)
@@ -302,18 +298,19 @@ class _Run:
             **identity,
             **describe_work(prompts, skipped, data, plan, config, self.template, tokenizer),
             "model": {**identity["model"], **describe_model(engine.model, engine.anatomy, window)},
-            "parity_error": parity,
+            "parity_error": engine.report().parity_error,
             **{name: before[name] for name in ("created", "probes") if name in before},
         }
         folder.write_manifest(manifest)
-        self._compute_waves(engine, plan, folder)
-        way = {} if engine.way == plan.way else engine.plan(groups).to_dict()  # a sweep found out that it must change
-        kernel = engine.kernel and engine.way == "tree"
-        manifest["plan"] |= {**way, "batch_tokens": plan.batch_tokens, "attention_kernel": kernel}
-        manifest["plan"]["remarks"] = engine.remarks
-        return {**manifest, "parity_error": engine.parity_error}, folder
+        self._compute_waves(engine, plan, prompts, folder)
+        report = engine.report()
+        if report.strategy != plan.strategy:  # a sweep found out that it must change
+            manifest["plan"] |= engine.plan(groups).to_dict()
+        manifest["plan"] |= {"batch_tokens": plan.batch_tokens, "attention_kernel": report.attention_kernel}
+        manifest["plan"]["warnings"] = list(report.warnings)
+        return {**manifest, "parity_error": report.parity_error}, folder
 
-    def _open(self, source: loading.Source) -> tuple[Engine | LayerwiseEngine, Any]:
+    def _open(self, source: loading.Source) -> tuple[Runner, Any]:
         """The engine that runs the model, whole or block by block, and the model's tokenizer."""
         from xprobe_kernels import available_backends
 
@@ -329,7 +326,7 @@ class _Run:
             self.progress(message, 0, 0)
 
         heard: list[str] = []  # of transformers, while it reads weights and tokenizer
-        engine: Engine | LayerwiseEngine
+        engine: Runner
         if config.stream:
             from xprobe.capture.layerwise import LayerwiseEngine
             from xprobe.models.streaming.streamed import open_streamed
@@ -337,7 +334,7 @@ class _Run:
             trust = config.trust_remote_code
             streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=trust, heard=heard)
             tokenizer = loading.load_tokenizer(source, config, heard)
-            engine = LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self.progress)
+            engine = LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self._blocks)
         else:
             loaded = self.loaded or loading.load(source, config, heard)
             tokenizer = loaded.tokenizer
@@ -346,13 +343,20 @@ class _Run:
             engine.warn(message)
         return engine, tokenizer
 
-    def _compute_waves(self, engine: Engine | LayerwiseEngine, plan: Plan, folder: RunFolder) -> None:
+    def _blocks(self, done: int, total: int) -> None:
+        self.progress("blocks", done, total)
+
+    def _compute_waves(self, engine: Runner, plan: Plan, prompts: list[Prompt], folder: RunFolder) -> None:
         from xprobe.stages.waves import run_waves
 
         have = set(folder.finished_shards())
         todo = {g.key for wave in plan.waves for g in wave.groups if folder.shard_name(g.key) not in have}
-        total = sum(len(wave.prompts) for wave in plan.waves)
-        done = total - sum(len(g.prompts) for wave in plan.waves for g in wave.groups if g.key in todo)
+        total = sum(len(wave.requests) for wave in plan.waves)
+        done = total - sum(len(g.requests) for wave in plan.waves for g in wave.groups if g.key in todo)
+
+        by_group: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            by_group.setdefault(prompt.example.group, []).append(prompt)
 
         def written(count: int) -> None:
             nonlocal done
@@ -366,7 +370,7 @@ class _Run:
         written(0)
         with self._failing(lambda: f"{done} of {total} examples are kept in {self.out}"):
             run_waves(
-                engine, plan, todo, folder, self.watch, written,
+                engine, plan, by_group, todo, folder, self.watch, written,
                 backend=self.config.backend, store_rows=self.config.store_rows,
             )  # fmt: skip
 
@@ -391,21 +395,6 @@ def _stale(folder: RunFolder) -> str | None:
     except RunFolderError as error:
         return str(error)
     return None
-
-
-def _shortest_and_longest(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """``count`` prompts (all if fewer): half of them the shortest, half the longest, so that padding is at work."""
-    by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
-    return by_length if len(by_length) <= count else [*by_length[: count // 2], *by_length[-(count - count // 2) :]]
-
-
-def _sample(groups: list[Group]) -> list[Prompt]:
-    """A few prompts with a common beginning, the longest of all among them, and one of another group."""
-    longest = max(groups, key=lambda group: max(len(prompt.ids) for prompt in group.prompts))
-    by_length = sorted(longest.prompts, key=lambda prompt: len(prompt.ids))
-    chosen = {0: by_length[0], 1: by_length[len(by_length) // 2], 2: by_length[-1]}
-    others = [group for group in groups if group is not longest]
-    return [*{id(p): p for p in chosen.values()}.values(), *(other.prompts[0] for other in others[:1])]
 
 
 def _check_vocabulary(prompts: list[Prompt], size: int, name: str) -> None:

@@ -12,7 +12,7 @@ SHOWN = 8  # groups listed before the rest are summed up
 
 def forecast_report(found: Forecast) -> str:
     """What would run, where memory and disk would go, and about how long it would take."""
-    from xprobe.capture.plan import WAYS
+    from xprobe.capture.plan import STRATEGIES
 
     saved = 1 - found.tokens_run / found.tokens
     lines = [
@@ -21,7 +21,7 @@ def forecast_report(found: Forecast) -> str:
         "",
         *_groups(found.groups),
         "",
-        f"way       {WAYS[found.way]} (checked with the weights when the run starts)",
+        f"strategy  {STRATEGIES[found.strategy]} (checked with the weights when the run starts)",
         f"tokens    {found.tokens:,} in {found.examples:,} examples; {found.tokens_run:,} are run, {saved:.0%} saved, "
         f"in {found.passes:,} forward passes",
         *([f"skipped   {found.skipped:,} examples that cannot be used"] if found.skipped else []),

@@ -199,7 +199,7 @@ def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dic
 
 def remarks(manifest: dict[str, Any]) -> list[str]:
     """A few lines on how the run had to differ from what was asked: fallbacks, records and examples left out."""
-    lines = [f"xprobe: {remark}" for remark in manifest["plan"].get("remarks", [])]
+    lines = [f"xprobe: {remark}" for remark in manifest["plan"].get("warnings", [])]
     for what, items in manifest["left_out"].items():
         if items:
             lines.append(f"xprobe: {len(items)} {what} left out; the first: {items[0]} (all in manifest.json)")

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.prompts import chosen, readout, requests
 from xprobe_cli.main import main
 
 import xprobe
 from xprobe.capture.engine import Engine
-from xprobe.capture.plan import group_prompts
+from xprobe.capture.requests import group_requests
 from xprobe.config import DEFAULT_MODEL
 from xprobe.errors import ModelError
-from xprobe.lenses.reading import read_answers
 from xprobe.models import gguf, loading
 from xprobe.models.anatomy import inspect
 from xprobe.qa.parallel import load_data
@@ -48,9 +48,9 @@ def test_lens_equals_transformers_own_modules_at_every_layer(loaded):
     examples = load_data("builtin", ["en", "th", "zh"]).examples(["en-x"], limit=1)
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     model, anatomy = loaded.model, inspect(loaded.model)
-    (group,) = group_prompts(prompts)
-    captured = Engine(model, anatomy, batch_tokens=4096).capture(group.prompts)
-    values = read_answers(captured, anatomy.head)
+    (group,) = group_requests(requests(prompts))
+    captured = Engine(model, anatomy, batch_tokens=4096).capture(group.requests)
+    values = readout(captured, prompts, anatomy.head)
     for at, prompt in enumerate(prompts):
         rows = slice(int(captured.offsets[at]), int(captured.offsets[at + 1]))
         with torch.inference_mode():
@@ -74,8 +74,8 @@ def test_lens_equals_transformers_own_modules_at_every_layer(loaded):
 def one_by_one(engine, prompts):
     """Lens values of a forward pass per prompt, nothing shared."""
     alone = Engine(engine.model, engine.anatomy, batch_tokens=1)
-    alone.way = "plain"
-    return read_answers(alone.capture(prompts), engine.anatomy.head)
+    alone.strategy = "plain"
+    return readout(alone.capture(requests(prompts)), prompts, engine.anatomy.head)
 
 
 @needs_xquad
@@ -85,9 +85,9 @@ def test_shared_beginnings_give_the_numbers_of_one_example_at_a_time(loaded, set
     examples = load_data(str(XQUAD), ["en", "th", "zh"]).examples([setting], limit=13)
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     engine = Engine(loaded.model, inspect(loaded.model), batch_tokens=4096)
-    assert engine.settle(prompts[:3]) == "tree"
-    plan = engine.plan(group_prompts(prompts))
-    ours = read_answers(engine.capture(prompts), engine.anatomy.head)
+    assert chosen(engine, prompts[:3]) == "tree"
+    plan = engine.plan(group_requests(requests(prompts)))
+    ours = readout(engine.capture(requests(prompts)), prompts, engine.anatomy.head)
     theirs = one_by_one(engine, prompts)
     assert np.abs((ours.logit - ours.logsumexp) - (theirs.logit - theirs.logsumexp)).max() < 1e-3
     assert np.abs(ours.entropy - theirs.entropy).max() < 1e-3
@@ -104,7 +104,10 @@ def test_shared_beginnings_are_as_near_to_fp64_as_single_runs(loaded):
     examples = load_data(str(XQUAD), ["en", "th", "zh"]).examples(["en-x"], limit=5)
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     engine = Engine(loaded.model, inspect(loaded.model), batch_tokens=4096)
-    shared, alone = read_answers(engine.capture(prompts), engine.anatomy.head), one_by_one(engine, prompts)
+    shared, alone = (
+        readout(engine.capture(requests(prompts)), prompts, engine.anatomy.head),
+        one_by_one(engine, prompts),
+    )
     double = copy.deepcopy(loaded.model).double()
     exact = one_by_one(Engine(double, inspect(double), 1), prompts)
     for error in (
@@ -122,8 +125,11 @@ def test_in_bf16_sharing_adds_nothing_to_the_error_of_bf16(source, loaded):
     exact = one_by_one(Engine(loaded.model, inspect(loaded.model), 1), prompts)
     narrow = loading.load(source, xprobe.StudyConfig(dtype="bfloat16")).model
     engine = Engine(narrow, inspect(narrow), batch_tokens=4096)
-    assert engine.settle(prompts[:3]) == "tree"
-    found = {"shared": read_answers(engine.capture(prompts), engine.anatomy.head), "alone": one_by_one(engine, prompts)}
+    assert chosen(engine, prompts[:3]) == "tree"
+    found = {
+        "shared": readout(engine.capture(requests(prompts)), prompts, engine.anatomy.head),
+        "alone": one_by_one(engine, prompts),
+    }
     truth = exact.logit - exact.logsumexp
     errors = {name: np.abs(values.logit - values.logsumexp - truth) for name, values in found.items()}
     assert errors["shared"].mean() < 1.2 * errors["alone"].mean()

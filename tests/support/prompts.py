@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import random
 
+import torch
+
 from support.families import random_ids
+from xprobe.capture.requests import Request
+from xprobe.lenses.reading import read_answers
+from xprobe.models.parity import TeacherForced
 from xprobe.qa.prompts import Prompt
 from xprobe.qa.records import Example
+from xprobe.stages.requests import study_request
+from xprobe.stages.states import PendingWave
 
 
 def example(group: int = 0, number: int = 0) -> Example:
@@ -46,3 +53,47 @@ def family_of_prompts(groups: int = 2, each: int = 4, seed: int = 0, vocab: int 
             prompts.append(of_ids(ids + answer, len(ids), (start, stop), group, number))
         prompts.append(prompts[-1])
     return prompts
+
+
+def requests(prompts) -> list[Request]:
+    """What the study asks of the engine for these prompts."""
+    return [study_request(item) for item in prompts]
+
+
+def forced(prompts) -> list[TeacherForced]:
+    """The same prompts for the parity check."""
+    return [TeacherForced(item.ids[:-1], item.targets) for item in prompts]
+
+
+def chosen(engine, sample) -> str:
+    """The strategy that an engine chooses after running ``sample``."""
+    engine.choose_strategy(requests(sample))
+    return engine.strategy
+
+
+def readout(rows, prompts, head):
+    """Lens values of captured rows."""
+    return read_answers(rows["answer"], targets(prompts), head)
+
+
+def targets(prompts) -> torch.Tensor:
+    return torch.tensor([token for item in prompts for token in item.targets])
+
+
+def by_group(prompts) -> dict[str, list[Prompt]]:
+    """Prompts by the key of their group."""
+    groups: dict[str, list[Prompt]] = {}
+    for item in prompts:
+        groups.setdefault(item.example.group, []).append(item)
+    return groups
+
+
+def pending(wave, rows, prompts, head, backend="auto") -> PendingWave:
+    """A wave on its way to main memory, as a run makes it."""
+    return PendingWave(rows, of_wave(wave, prompts), head, backend, True)
+
+
+def of_wave(wave, prompts) -> list[Prompt]:
+    """The prompts of a wave's requests."""
+    groups = by_group(prompts)
+    return [item for group in wave.groups for item in groups[group.key]]

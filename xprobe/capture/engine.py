@@ -1,4 +1,4 @@
-"""The capture engine: forward passes over waves of prompts that leave chosen rows of every layer in one buffer."""
+"""The engine for models in memory: forward passes that leave the requested rows of every layer in buffers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from xprobe_kernels.transfer import upload
 
 from xprobe.capture.memory import is_out_of_memory, release_memory
 from xprobe.capture.plan import (
-    WAYS,
-    Group,
+    STRATEGIES,
     Plan,
+    Strategy,
     Wave,
-    Way,
-    fed_length,
     make_plan,
     part_tokens,
     prefix_length,
@@ -26,201 +24,228 @@ from xprobe.capture.plan import (
 )
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
-from xprobe.capture.rows import Captured, Receiver, RowSpace
+from xprobe.capture.requests import Group, Request
+from xprobe.capture.rows import Receiver, Rows, RowSpace
+from xprobe.capture.runner import RunnerReport, Warnings
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement
 from xprobe.capture.tree import grow
 from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import own_code
-from xprobe.models.parity import check_parity
+from xprobe.models.parity import TeacherForced, check_parity, coarse
 from xprobe.models.passes import Pass, pad
-from xprobe.qa.prompts import Prompt
 
 # Packed sequences end at a multiple of it
 MULTIPLE = 64
 
-Notify = Callable[[str], None]
-
 
 class Engine:
-    """Runs a decoder over prompts and keeps the rows that the lens and the probes need.
+    """Runs a decoder in memory over requests and keeps their rows. A ``Runner`` (``xprobe.capture.runner``).
 
     Parameters
     ----------
-    model, anatomy
-        The decoder, and where its blocks are.
+    model : transformers model
+    anatomy : Anatomy
+        Where its blocks and its head are (``xprobe.models.anatomy.inspect``).
     batch_tokens : int
-        Most tokens in one forward pass. Halved when memory runs out; what fits is remembered in ``batch_tokens``.
+        Most tokens in one forward pass. Halved when memory runs out; ``report`` gives what fitted.
     notify : callable (message), optional
-        Told of a fallback or a smaller batch; ``remarks`` lists what was told.
+        Called with each warning. ``report`` lists them all.
+
+    Attributes
+    ----------
+    strategy : str
+        How prompts share a pass: ``tree`` until ``choose_strategy`` finds that the model does not allow it.
+    kernel : bool
+        Whether packed trees may use the attention kernel.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, batch_tokens: int, notify: Notify | None = None) -> None:
+    def __init__(
+        self, model: Any, anatomy: Anatomy, batch_tokens: int, notify: Callable[[str], None] | None = None
+    ) -> None:
         self.model, self.anatomy, self.batch_tokens = model, anatomy, batch_tokens
-        self._notify = notify or (lambda message: None)
-        self.way: Way = "tree"
-        self.kernel = attention.available(input_device(model))  # whether packed trees may use the attention kernel
+        self.warn = Warnings(notify)
+        self.strategy: Strategy = "tree"
+        self.kernel = attention.available(input_device(model))
         self.alone_beyond = rotary_limit(model.config)
-        self.remarks: list[str] = []
         self.parity_error: float | None = None
-        self._together = 0  # most prompts in one pass of the last capture
-        self.space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
+        self._largest_part = 0  # most requests in one pass of the last capture
+        self._space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
+
+    def report(self) -> RunnerReport:
+        """How the requests were run, up to now."""
+        kernel = self.kernel and self.strategy == "tree"
+        return RunnerReport(self.strategy, self.batch_tokens, kernel, self.parity_error, tuple(self.warn.messages))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
-        """How ``groups`` are run by this engine."""
-        return make_plan(groups, self.batch_tokens, self.way, self.alone_beyond)
+        """How this engine would run ``groups``."""
+        return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
 
-    def warn(self, message: str) -> None:
-        """Keeps a warning in ``remarks`` and hands it to ``notify``."""
-        self.remarks.append(message)
-        self._notify(message)
+    def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
+        """Compares the lens at the last layer with the model's own logits, on a few prompts.
 
-    def check(self, prompts: list[Prompt], backend: str = "auto") -> float:
-        """Parity of the lens on a few prompts (``check_parity``), kept in ``parity_error``."""
-        tensor_parallel.tell("check", prompts, backend)
-        self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
-        return self.parity_error
-
-    def settle(self, sample: Sequence[Prompt]) -> Way:
-        """Finds the way of sharing that gives this model the rows of its own plain runs, and keeps to it.
-
-        Told from numbers: ``sample`` (a few prompts with a common beginning) is run one by one, then each way.
+        Raises
+        ------
+        ParityError
+            They differ by more than rounding.
         """
-        prompts = list(sample)
-        tensor_parallel.tell("settle", prompts)
-        whole = max(self.batch_tokens, sum(fed_length(prompt) for prompt in prompts))
-        wanted = self._capture(prompts, "plain", 1).copy()
-        noise = self._capture(prompts, "plain", len(prompts) * max(map(fed_length, prompts))).copy()
+        tensor_parallel.order("check_parity", prompts, backend)
+        self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
+        if warning := coarse(self.parity_error):
+            self.warn(warning)
+
+    def choose_strategy(self, sample: Sequence[Request]) -> None:
+        """Finds the fastest strategy that gives this model the rows of its own plain runs, and keeps to it.
+
+        ``sample`` (a few requests with a common beginning) is run one by one, then by each strategy, and the rows are
+        compared.
+        """
+        requests = list(sample)
+        tensor_parallel.order("choose_strategy", requests)
+        name = type(self.model).__name__
+        budget = max(self.batch_tokens, sum(len(request.ids) for request in requests))
+        wanted = self._capture(requests, "plain", 1).copy()
+        longest = max(len(request.ids) for request in requests)
+        noise = self._capture(requests, "plain", len(requests) * longest).copy()
         stateful = carries_state(self.model, self.anatomy.blocks)
         if stateful is not None:
-            self.warn(f"{type(self.model).__name__} cannot share beginnings: {stateful}")
-            return self._without_sharing(wanted, noise)
-        kernel = self.kernel
-        for way, self.kernel in _ways(kernel):
+            self.warn(f"{name} cannot share beginnings: {stateful}")
+            return self._use_plain_batches(wanted, noise)
+        for strategy, kernel in _candidates(self.kernel):
+            self.kernel = kernel
             try:
-                if way == "tree":
-                    for one in Isolation(self.model, self.anatomy.blocks, self.kernel).passes:
-                        run_pass(self.model, self.anatomy, one)
-                # in one pass, whatever the budget: prompts that run alone say nothing of sharing
-                reason = self._disagreement(self._capture(prompts, way, whole), wanted, noise)
-                if reason is None and self._together < min(2, len(prompts)):
-                    reason = "no two prompts of the check could be run together"
-            except CarriesState as found:
-                self.warn(f"{type(self.model).__name__} cannot share beginnings: {found}")
-                return self._without_sharing(wanted, noise)
-            except NotIsolated as found:
-                reason = str(found)
-            except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
-                if is_out_of_memory(error):
-                    raise
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+                reason = self._why_not(strategy, requests, budget, wanted, noise)
+            except CarriesState as error:
+                self.warn(f"{name} cannot share beginnings: {error}")
+                return self._use_plain_batches(wanted, noise)
             if reason is None:
-                self.way = way
-                return way
-            by = ", and the attention kernel" if self.kernel else ""
-            self.warn(f"{type(self.model).__name__} cannot be run with {WAYS[way]}{by} ({reason})")
-        return self._without_sharing(wanted, noise)
+                self.strategy = strategy
+                return None
+            with_kernel = ", and the attention kernel" if self.kernel else ""
+            self.warn(f"{name} cannot be run with {STRATEGIES[strategy]}{with_kernel} ({reason})")
+        return self._use_plain_batches(wanted, noise)
 
-    def _without_sharing(self, wanted: Captured, together: Captured) -> Way:
+    def _why_not(
+        self, strategy: Strategy, sample: Sequence[Request], budget: int, wanted: Rows, noise: Rows
+    ) -> str | None:
+        """Why a strategy does not give the rows ``wanted``; None if it does."""
+        try:
+            if strategy == "tree":
+                for one in Isolation(self.model, self.anatomy.blocks, self.kernel).passes:
+                    run_pass(self.model, self.anatomy, one)
+            # all in one pass, whatever the budget: requests that run alone do not show whether sharing works
+            reason = self._disagreement(self._capture(sample, strategy, budget), wanted, noise)
+            if reason is None and self._largest_part < min(2, len(sample)):
+                reason = "no two prompts of the check could be run together"
+            return reason
+        except CarriesState:
+            raise
+        except NotIsolated as error:
+            return str(error)
+        except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
+            if is_out_of_memory(error):
+                raise
+            return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+    def _use_plain_batches(self, wanted: Rows, together: Rows) -> None:
         """Plain batches; one prompt at a time if even these change the rows."""
-        self.way = "plain"
+        self.strategy = "plain"
         if (reason := self._disagreement(together, wanted, None)) is None:
-            self.warn(f"it is run with {WAYS['plain']}")
+            self.warn(f"it is run with {STRATEGIES['plain']}")
         else:
             self.batch_tokens = 1
             self.warn(f"it is run one prompt at a time: its rows depend on the batch ({reason})")
-        return self.way
 
-    def _disagreement(self, found: Captured, wanted: Captured, noise: Captured | None) -> str | None:
+    def _disagreement(self, rows: Rows, wanted: Rows, noise: Rows | None) -> str | None:
         """In words, how far rows are from those they should equal; None if only by rounding."""
         layers = range(self.anatomy.n_layers)
-        return next((r for k in layers if (r := disagreement(found, wanted, noise, self.anatomy.head, k))), None)
+        return next((r for k in layers if (r := disagreement(rows, wanted, noise, self.anatomy.head, k))), None)
 
-    def waves(self, plan: Plan, wanted: Container[str], backend: str = "auto") -> Iterator[tuple[Wave, Captured]]:
-        """Every wave of ``plan`` that holds a group of ``wanted``, and its rows, valid until the next is asked for."""
-        self.space.reserve(*plan.largest_wave)
+    def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
+        """Every wave of ``plan`` that holds a group of ``wanted``, with its rows, which the next wave overwrites."""
+        self._space.reserve(plan.most_rows)
         for wave in plan.waves:
             if any(group.key in wanted for group in wave.groups):
-                yield wave, self.capture(wave.prompts)
+                yield wave, self.capture(wave.requests)
 
-    def capture(self, prompts: Sequence[Prompt]) -> Captured:
-        """Rows of ``prompts``, valid until the next call.
+    def capture(self, requests: Sequence[Request]) -> Rows:
+        """Rows of ``requests``, which the next call overwrites.
 
         Raises
         ------
         RuntimeError, MemoryError
-            Memory runs out even for one prompt at a time, or the model fails.
+            Memory runs out even for one request at a time, or the model fails.
         """
-        tensor_parallel.tell("capture", prompts)
-        return self._capture(prompts, self.way, self.batch_tokens)
+        tensor_parallel.order("capture", requests)
+        return self._capture(requests, self.strategy, self.batch_tokens)
 
-    def _capture(self, prompts: Sequence[Prompt], way: Way, budget: int) -> Captured:
-        captured = self.space.take(prompts)
-        self._together = 0
-        waiting = split(prompts, range(len(prompts)), budget, way, self.alone_beyond)
+    def _capture(self, requests: Sequence[Request], strategy: Strategy, budget: int) -> Rows:
+        rows = self._space.take(requests)
+        self._largest_part = 0
+        waiting = split(requests, range(len(requests)), budget, strategy, self.alone_beyond)
         while waiting:
             try:
-                self._run(prompts, waiting[0], captured, way)
+                self._run(requests, waiting[0], rows, strategy)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or len(waiting[0]) == 1 or tensor_parallel.size() > 1:
                     raise  # among several processes the others are in the middle of this pass
             else:
-                self._together = max(self._together, len(waiting.pop(0)))
+                self._largest_part = max(self._largest_part, len(waiting.pop(0)))
                 continue
             # outside of the handler: the error's traceback holds the tensors of the pass that failed
             release_memory()
-            self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(prompts, waiting[0], way)) // 2)
+            self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(requests, waiting[0], strategy)) // 2)
             self.warn(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
             left = [i for part in waiting for i in part]
-            waiting = split(prompts, left, self.batch_tokens, way, self.alone_beyond)
-        return captured
+            waiting = split(requests, left, self.batch_tokens, strategy, self.alone_beyond)
+        return rows
 
-    def _run(self, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way) -> None:
+    def _run(self, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy) -> None:
         with torch.inference_mode(), fast_products(self.model), own_code(self.model):
-            if self.alone_beyond is not None and fed_length(prompts[part[0]]) > self.alone_beyond:
+            if self.alone_beyond is not None and len(requests[part[0]].ids) > self.alone_beyond:
                 # dynamic NTK keeps the angles of the longest prompt until a short one comes
                 self.model.base_model(
-                    input_ids=pad([prompts[part[0]].ids[:1]], input_device(self.model)), use_cache=False
+                    input_ids=pad([requests[part[0]].ids[:1]], input_device(self.model)), use_cache=False
                 )
-            if way == "prefix":
-                self._run_on_prefix(prompts, part, into)
+            if strategy == "prefix":
+                self._run_on_prefix(requests, part, into)
             else:
-                run_pass(self.model, self.anatomy, make_pass(self.model, prompts, part, into, way, self.kernel))
+                run_pass(self.model, self.anatomy, make_pass(self.model, requests, part, into, strategy, self.kernel))
 
-    def _run_on_prefix(self, prompts: Sequence[Prompt], part: Sequence[int], into: Captured) -> None:
-        shared = prefix_length([prompts[i] for i in part])
+    def _run_on_prefix(self, requests: Sequence[Request], part: Sequence[int], into: Rows) -> None:
+        shared = prefix_length([requests[i] for i in part])
         if shared == 0:
-            run_pass(self.model, self.anatomy, make_pass(self.model, prompts, part, into, "plain"))
+            run_pass(self.model, self.anatomy, make_pass(self.model, requests, part, into, "plain"))
             return
-        cache = shared_cache(self.model, list(prompts[part[0]].ids[:shared]))
-        ids = pad([prompts[i].ids[shared:-1] for i in part], input_device(self.model))
-        receiver = Receiver(prompts, part, lambda place, start, stop: [(place, start - shared, stop - shared)], into)
+        cache = shared_cache(self.model, list(requests[part[0]].ids[:shared]))
+        ids = pad([requests[i].ids[shared:] for i in part], input_device(self.model))
+        receiver = Receiver(requests, part, lambda place, start, stop: [(place, start - shared, stop - shared)], into)
         with watch_states(self.anatomy.blocks, receiver):
             self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
 
 
-def _ways(kernel: bool) -> list[tuple[Way, bool]]:
-    """Ways of sharing to try, the fastest first, and whether by the attention kernel."""
-    ways: list[tuple[Way, bool]] = [("tree", True), ("tree", False), ("prefix", False)]
-    return ways if kernel else ways[1:]
+def _candidates(kernel: bool) -> list[tuple[Strategy, bool]]:
+    """Strategies to try, the fastest first, each with whether the attention kernel is used."""
+    candidates: list[tuple[Strategy, bool]] = [("tree", True), ("tree", False), ("prefix", False)]
+    return candidates if kernel else candidates[1:]
 
 
 def make_pass(
-    model: Any, prompts: Sequence[Prompt], part: Sequence[int], into: Captured, way: Way, kernel: bool = False
+    model: Any, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy, kernel: bool = False
 ) -> Pass:
-    """The forward pass over ``part`` of ``prompts``, ``tree`` or ``plain``, that leaves its rows in ``into``.
+    """The forward pass over ``part`` of ``requests``, ``tree`` or ``plain``, that leaves its rows in ``into``.
 
     ``kernel``: packed trees may use the attention kernel.
     """
     device = input_device(model)
-    if way == "plain":
-        ids = pad([prompts[i].ids[:-1] for i in part], device)
-        return Pass({"input_ids": ids}, Receiver(prompts, part, lambda i, start, stop: [(i, start, stop)], into))
-    tree = grow([prompts[i].ids[:-1] for i in part]).filled(MULTIPLE)
+    if strategy == "plain":
+        ids = pad([requests[i].ids for i in part], device)
+        return Pass({"input_ids": ids}, Receiver(requests, part, lambda i, start, stop: [(i, start, stop)], into))
+    tree = grow([requests[i].ids for i in part]).filled(MULTIPLE)
     layout = Layout(tree, device, kernel)
     receiver = Receiver(
-        prompts, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into
+        requests, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into
     )
     inputs = {"input_ids": upload(torch.tensor([tree.ids]), device), "position_ids": layout.positions[None]}
     return Pass(inputs, receiver, partial(packed_attention, model, layout))

@@ -11,144 +11,166 @@ import tempfile
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from xprobe_kernels import attention
 
-from xprobe.capture.engine import Notify, make_pass
+from xprobe.capture.engine import make_pass
 from xprobe.capture.memory import is_out_of_memory
-from xprobe.capture.plan import WAYS, Group, Plan, Wave, Way, fed_length, make_plan, rotary_limit, split
+from xprobe.capture.plan import STRATEGIES, Plan, Strategy, Wave, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
-from xprobe.capture.rows import Captured, RowSpace
+from xprobe.capture.requests import Group, Request
+from xprobe.capture.rows import Rows, RowSpace
+from xprobe.capture.runner import RunnerReport, Warnings
 from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
 from xprobe.capture.tree_attention import NotShareable
 from xprobe.errors import RunFolderError
 from xprobe.models.anatomy import input_device
-from xprobe.models.parity import compare_with_own
-from xprobe.models.passes import Pass
+from xprobe.models.parity import TeacherForced, coarse, compare_with_own
+from xprobe.models.passes import Pass, pad
 from xprobe.models.streaming.streamed import StreamedModel, own_logits, sweep
-from xprobe.qa.prompts import Prompt
-from xprobe.runs.folder import ROWS
 
-STAGE = "blocks"  # as progress is told
-PARITY_PROMPTS = 4
+ROWS_FILE = ".rows-"  # beginning of the temporary name of a file of hidden rows
 
 
 class LayerwiseEngine:
-    """What ``Engine`` is for a model in memory; ``folder`` is where rows and spilled hidden states go meanwhile."""
+    """Runs a model that is larger than memory, block by block. A ``Runner`` (``xprobe.capture.runner``).
+
+    Nothing is computed before ``run``: its one sweep over the blocks serves the parity check, the check of the strategy
+    and all requests.
+
+    Parameters
+    ----------
+    streamed : StreamedModel
+    batch_tokens : int
+        Most tokens in one forward pass.
+    folder : path
+        Where rows and spilled hidden states are kept meanwhile.
+    notify : callable (message), optional
+        Called with each warning.
+    progress : callable (done, total), optional
+        Called after every block of every pass.
+    """
 
     def __init__(
         self,
         streamed: StreamedModel,
         batch_tokens: int,
         folder: Path,
-        notify: Notify | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        notify: Callable[[str], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.streamed, self.batch_tokens, self.folder = streamed, batch_tokens, folder
         self.model, self.anatomy = streamed.model, streamed.anatomy
-        self._notify = notify or (lambda message: None)
+        self.warn = Warnings(notify)
+        self.progress = progress
         self.alone_beyond = rotary_limit(streamed.model.config)
-        self.remarks: list[str] = []
-        self.progress = progress or (lambda stage, done, total: None)
-        self.way: Way = "tree"
-        self.kernel = attention.available(input_device(streamed.model))  # as Engine has it
-        self.sample: list[Prompt] = []
+        self.strategy: Strategy = "tree"
+        self.kernel = attention.available(input_device(streamed.model))
         self.parity_error: float | None = None
         self.bytes_read = 0
+        self._sample: list[Request] = []
+        self._parity_prompts: list[TeacherForced] = []
+        self._backend = "auto"
+
+    def report(self) -> RunnerReport:
+        """How the requests were run, up to now."""
+        kernel = self.kernel and self.strategy == "tree"
+        return RunnerReport(self.strategy, self.batch_tokens, kernel, self.parity_error, tuple(self.warn.messages))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
-        """How ``groups`` are run by this engine."""
-        return make_plan(groups, self.batch_tokens, self.way, self.alone_beyond)
+        """How this engine would run ``groups``."""
+        return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
 
-    def warn(self, message: str) -> None:
-        """Keeps a warning in ``remarks`` and hands it to ``notify``."""
-        self.remarks.append(message)
-        self._notify(message)
+    def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
+        """Keeps ``prompts`` for ``run``: the check needs rows of the last layer, which only a sweep gives."""
+        self._parity_prompts, self._backend = list(prompts), backend
 
-    def settle(self, sample: Sequence[Prompt]) -> Way:
-        """Keeps ``sample`` to be run alone and packed ahead of the rest: where the two differ, the sweep starts again
-        with plain batches. No block is read for it alone."""
-        self.sample = list(sample)
-        return self.way
+    def choose_strategy(self, sample: Sequence[Request]) -> None:
+        """Keeps ``sample`` for ``run``: the sweep runs it alone and packed, ahead of the rest.
 
-    def waves(self, plan: Plan, wanted: Container[str], backend: str = "auto") -> Iterator[tuple[Wave, Captured]]:
-        """Every wave of ``plan`` that holds a group of ``wanted``, and its rows, after one sweep over all of them.
+        Where the two differ, the sweep starts again with plain batches. No block is read for the check alone.
+        """
+        self._sample = list(sample)
+
+    def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
+        """Every wave of ``plan`` that holds a group of ``wanted``, with its rows, after one sweep over all of them.
 
         Raises
         ------
         ModelError, ParityError, RunFolderError
-            The model cannot be run so, is not understood, or there is no room for the rows.
+            The model cannot be run like this, the lens does not fit it, or there is no room for the rows.
         """
         waves = [wave for wave in plan.waves if any(group.key in wanted for group in wave.groups)]
-        if not waves:
+        requests = [request for wave in waves for request in wave.requests]
+        if not requests and not self._parity_prompts:
             return
-        layers, width, model = self.anatomy.n_layers, self.anatomy.head.width, self.model
-        prompts = [prompt for wave in waves for prompt in wave.prompts]
-        space = _MappedSpace(layers, width, model.dtype, self.folder)
-        captured = space.take(prompts)
+        space = _MappedSpace(self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.folder)
+        rows = space.take(requests)
+        ends = _LastRows(self.model, self.anatomy.n_layers - 1, self._parity_prompts)
         before = self.streamed.checkpoint.bytes_read
-        with fast_products(model):
+        name = type(self.model).__name__
+        with fast_products(self.model):
             try:
-                self._sweep(waves, prompts, captured, self._checks())
+                self._sweep(waves, requests, rows, [*self._checks(), *ends.passes])
             except NotShareable as reason:
-                self.warn(f"{type(model).__name__} cannot be run with {WAYS[self.way]} ({reason})")
-                self.way = "plain"
+                self.warn(f"{name} cannot be run with {STRATEGIES[self.strategy]} ({reason})")
+                self.strategy = "plain"
                 try:
-                    self._sweep(waves, prompts, captured, self._checks())
-                    self.warn(f"it is run with {WAYS['plain']}")
+                    self._sweep(waves, requests, rows, [*self._checks(), *ends.passes])
+                    self.warn(f"it is run with {STRATEGIES['plain']}")
                 except NotShareable as why:
                     self.batch_tokens = 1
                     self.warn(f"it is run one prompt at a time: its rows depend on the batch ({why})")
-                    self._sweep(waves, prompts, captured, [])
+                    self._sweep(waves, requests, rows, ends.passes)
         self.bytes_read += self.streamed.checkpoint.bytes_read - before
-        self._check_parity(captured.part(0, min(PARITY_PROMPTS, len(prompts))), backend)
+        if self._parity_prompts:
+            self._compare(ends)
         start = 0
         for wave in waves:
-            stop = start + len(wave.prompts)
-            yield wave, captured.part(start, stop)
+            stop = start + len(wave.requests)
+            yield wave, rows.part(start, stop)
             start = stop
 
-    def check(self, prompts: list[Prompt], backend: str = "auto") -> None:
-        """Nothing yet: parity needs rows of the last layer, and is told from those of the sweep."""
-
-    def _check_parity(self, captured: Captured, backend: str) -> None:
+    def _compare(self, ends: _LastRows) -> None:
         device = self.anatomy.head.weight.device
-        last, targets = captured.answers[-1].to(device), captured.targets.to(device)
+        last = torch.cat(ends.rows).to(device)
+        targets = torch.tensor([token for prompt in self._parity_prompts for token in prompt.targets])
         own = own_logits(self.streamed, last)
-        self.parity_error = compare_with_own(self.model, last, own, self.anatomy.head, targets, backend)
+        self.parity_error = compare_with_own(self.model, last, own, self.anatomy.head, targets, self._backend)
+        if warning := coarse(self.parity_error):
+            self.warn(warning)
 
-    def _sweep(
-        self, waves: Sequence[Wave], prompts: Sequence[Prompt], captured: Captured, checks: Sequence[Pass]
-    ) -> None:
+    def _sweep(self, waves: Sequence[Wave], requests: Sequence[Request], rows: Rows, checks: Sequence[Pass]) -> None:
         passes = list(checks)
         parts: list[list[int]] = []
         start = 0
         for wave in waves:
-            members = range(start, start + len(wave.prompts))
+            members = range(start, start + len(wave.requests))
             start = members.stop
-            parts += split(prompts, members, self.batch_tokens, self.way, self.alone_beyond)
-        if self.alone_beyond is not None:  # as ``split`` orders those of a wave
+            parts += split(requests, members, self.batch_tokens, self.strategy, self.alone_beyond)
+        if self.alone_beyond is not None:  # in the order that ``split`` gives the parts of one wave
             limit = self.alone_beyond
-            parts.sort(key=lambda part: max(0, max(fed_length(prompts[i]) for i in part) - limit))
-        passes += [make_pass(self.model, prompts, part, captured, self.way, self.kernel) for part in parts]
-        sweep(self.streamed, passes, folder=self.folder, progress=lambda done, total: self.progress(STAGE, done, total))
+            parts.sort(key=lambda part: max(0, max(len(requests[i].ids) for i in part) - limit))
+        passes += [make_pass(self.model, requests, part, rows, self.strategy, self.kernel) for part in parts]
+        sweep(self.streamed, passes, folder=self.folder, progress=self.progress)
 
     def _checks(self) -> list[Pass]:
         """The sample one by one, then together: NotShareable is raised at the first layer where the two differ."""
-        if not self.sample:
+        if not self._sample:
             return []
         limit = self.alone_beyond
-        sample = [p for p in self.sample if limit is None or fed_length(p) <= limit]
-        if len(sample) < min(2, len(self.sample)):
+        sample = [request for request in self._sample if limit is None or len(request.ids) <= limit]
+        if len(sample) < min(2, len(self._sample)):
             raise NotShareable(f"the check has no two prompts of at most {limit} tokens")
         shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, input_device(self.model))
-        wanted, noise, found = (RowSpace(*shape).take(sample) for _ in range(3))
+        wanted, noise, shared = (RowSpace(*shape).take(sample) for _ in range(3))
         everyone = range(len(sample))
         passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in everyone]
         batch = make_pass(self.model, sample, everyone, noise, "plain")
-        if self.way == "plain":
+        if self.strategy == "plain":
 
             def compare(layer: int, hidden: Tensor) -> None:
                 batch.receive(layer, hidden)
@@ -159,11 +181,11 @@ class LayerwiseEngine:
         stateful = carries_state(self.model, self.anatomy.blocks)
         if stateful is not None:
             raise NotShareable(stateful)
-        packed = make_pass(self.model, sample, everyone, found, self.way, self.kernel)
+        packed = make_pass(self.model, sample, everyone, shared, self.strategy, self.kernel)
 
         def receive(layer: int, hidden: Tensor) -> None:
             packed.receive(layer, hidden)
-            if reason := disagreement(found, wanted, noise, self.anatomy.head, layer):
+            if reason := disagreement(shared, wanted, noise, self.anatomy.head, layer):
                 raise NotShareable(reason)
 
         isolation = Isolation(self.model, self.anatomy.blocks, self.kernel)
@@ -191,18 +213,32 @@ class LayerwiseEngine:
         return Pass(one.inputs, receive, active)
 
 
+class _LastRows:
+    """Passes that run prompts alone and keep the last layer's rows where their answers are predicted."""
+
+    def __init__(self, model: Any, last: int, prompts: Sequence[TeacherForced]) -> None:
+        self.rows = [torch.empty(0)] * len(prompts)
+        self.passes: list[Pass] = []
+        for number, prompt in enumerate(prompts):
+
+            def receive(layer: int, hidden: Tensor, number: int = number, count: int = len(prompt.targets)) -> None:
+                if layer == last:
+                    self.rows[number] = hidden[0, -count:].clone()
+
+            self.passes.append(Pass({"input_ids": pad([prompt.ids], input_device(model))}, receive))
+
+
 class _MappedSpace(RowSpace):
-    """Rows in a file that vanishes with the process; its room on the disk is taken at once, so that it cannot end
-    in the middle."""
+    """Rows in a file that is deleted with the process. Room on the disk is taken at once and cannot run out later."""
 
     def __init__(self, layers: int, width: int, dtype: torch.dtype, folder: Path) -> None:
         super().__init__(layers, width, dtype, torch.device("cpu"))
-        self.dtype, self.folder = dtype, folder
+        self.folder = folder
 
-    def _memory(self, before: Tensor, numbers: int) -> Tensor:
+    def _new_memory(self, numbers: int) -> Tensor:
         size = numbers * self.dtype.itemsize
         try:
-            descriptor, name = tempfile.mkstemp(prefix=ROWS, dir=self.folder)
+            descriptor, name = tempfile.mkstemp(prefix=ROWS_FILE, dir=self.folder)
             try:
                 os.posix_fallocate(descriptor, 0, max(size, 1))
                 return torch.from_file(name, shared=True, size=numbers, dtype=self.dtype)

@@ -1,8 +1,8 @@
-"""The rows that are kept of the residual states, and how they get from a forward pass into one preallocated buffer."""
+"""The rows that are kept of the residual states, and how they get from a forward pass into preallocated buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,134 +12,181 @@ from xprobe_kernels import capture
 from xprobe_kernels.capture import check_spans
 from xprobe_kernels.transfer import upload
 
-from xprobe.qa.prompts import Prompt
+from xprobe.capture.requests import Each, Mean, Request, check_requests
 
-# (prompt's place in the pass, first, last + 1 position) -> spans (batch, start, stop) in the pass's hidden states
+# (request's place in the pass, first, last + 1 position) -> spans (batch, start, stop) in the pass's hidden states
 Locate = Callable[[int, int, int], list[tuple[int, int, int]]]
 
 
 @dataclass(frozen=True, eq=False)
-class Captured:
-    """Hidden rows of N prompts, before the final norm, in the model's dtype and on the head's device.
+class Rows:
+    """Hidden rows of N requests, before the final norm, in the model's dtype and on the head's device.
+
+    ``rows[name]`` [L + 1, R, D] holds what the reads called ``name`` keep, one request after the other. Request i owns
+    rows ``offsets[name][i]`` to ``offsets[name][i + 1] - 1`` of the R.
 
     Attributes
     ----------
-    answers : Tensor [L + 1, P, D]
-        Rows at the answer positions of all examples, one example after the other.
-    offsets : Tensor [N + 1], int64
-        Example i owns rows ``offsets[i]:offsets[i + 1]`` of the P; its first one is the last prompt token.
-    questions : Tensor [L + 1, N, D]
-        Mean over the question's own tokens.
-    targets : Tensor [P], int64
-        The gold token that follows each answer position.
+    tensors : dict of str to Tensor [L + 1, R, D]
+    offsets : dict of str to int64 Tensor [N + 1]
     """
 
-    answers: Tensor
-    offsets: Tensor
-    questions: Tensor
-    targets: Tensor
+    tensors: Mapping[str, Tensor]
+    offsets: Mapping[str, Tensor]
 
-    @property
-    def prompt_ends(self) -> Tensor:
-        """Rows at the last prompt token [L + 1, N, D]."""
-        return self.answers[:, upload(self.offsets[:-1], self.answers.device)]
+    def __getitem__(self, name: str) -> Tensor:
+        """Rows [L + 1, R, D] of the reads called ``name``."""
+        return self.tensors[name]
 
-    def copy(self) -> Captured:
+    def first(self, name: str) -> Tensor:
+        """The first row of every request [L + 1, N, D]."""
+        tensor = self.tensors[name]
+        return tensor[:, upload(self.offsets[name][:-1], tensor.device)]
+
+    def copy(self) -> Rows:
         """The same rows in memory of their own, which the next pass does not overwrite."""
-        return Captured(self.answers.clone(), self.offsets, self.questions.clone(), self.targets)
+        return Rows({name: tensor.clone() for name, tensor in self.tensors.items()}, self.offsets)
 
-    def part(self, start: int, stop: int) -> Captured:
-        """Prompts ``start:stop`` alone; the same memory."""
-        first, last = int(self.offsets[start]), int(self.offsets[stop])
-        return Captured(
-            self.answers[:, first:last],
-            self.offsets[start : stop + 1] - first,
-            self.questions[:, start:stop],
-            self.targets[first:last],
-        )
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows of requests ``start`` to ``stop - 1`` alone, in the same memory."""
+        tensors, offsets = {}, {}
+        for name, tensor in self.tensors.items():
+            own = self.offsets[name][start : stop + 1]
+            first, last = int(own[0]), int(own[-1])
+            tensors[name], offsets[name] = tensor[:, first:last], own - first
+        return Rows(tensors, offsets)
 
 
 class RowSpace:
-    """Memory for captured rows, taken once and used again for each wave; grows only if a larger one comes."""
+    """Memory for captured rows. It is taken once, used again for each wave, and grows only for a larger one."""
 
     def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.layers, self.width, self.device = layers, width, device
-        self._answers = torch.empty(0, dtype=dtype, device=device)
-        self._questions = torch.empty(0, dtype=dtype, device=device)
+        self.layers, self.width, self.dtype, self.device = layers, width, dtype, device
+        self._memory: dict[str, Tensor] = {}
 
-    def reserve(self, positions: int, examples: int) -> None:
-        """Takes memory for so many answer positions and examples at once."""
-        row = self.layers * self.width
-        if self._answers.numel() < row * positions:
-            self._answers = self._memory(self._answers, row * positions)
-        if self._questions.numel() < row * examples:
-            self._questions = self._memory(self._questions, row * examples)
+    def reserve(self, counts: Mapping[str, int]) -> None:
+        """Takes memory for so many rows of each name at once."""
+        for name, count in counts.items():
+            numbers = self.layers * self.width * count
+            if name not in self._memory or self._memory[name].numel() < numbers:
+                self._memory[name] = self._new_memory(numbers)
 
-    def _memory(self, before: Tensor, numbers: int) -> Tensor:
-        return before.new_empty(numbers)
+    def _new_memory(self, numbers: int) -> Tensor:
+        return torch.empty(numbers, dtype=self.dtype, device=self.device)
 
-    def take(self, prompts: Sequence[Prompt]) -> Captured:
-        """Room for the rows of ``prompts``; what was taken before is overwritten."""
-        offsets = [0, *accumulate(len(prompt.targets) for prompt in prompts)]
-        self.reserve(offsets[-1], len(prompts))
-        shape = (self.layers, -1, self.width)
-        targets = upload(torch.tensor([token for prompt in prompts for token in prompt.targets]), self.device)
-        return Captured(
-            self._answers[: self.layers * self.width * offsets[-1]].view(shape),
-            torch.tensor(offsets),
-            self._questions[: self.layers * self.width * len(prompts)].view(shape),
-            targets,
-        )
+    def take(self, requests: Sequence[Request]) -> Rows:
+        """Room for the rows of ``requests``; it overwrites what was taken before.
+
+        Raises
+        ------
+        ValueError
+            The requests cannot be captured together (``check_requests``).
+        """
+        check_requests(requests)
+        names = list(requests[0].reads) if requests else []
+        offsets = {name: [0, *accumulate(request.reads[name].rows for request in requests)] for name in names}
+        self.reserve({name: ends[-1] for name, ends in offsets.items()})
+        tensors = {
+            name: self._memory[name][: self.layers * self.width * ends[-1]].view(self.layers, -1, self.width)
+            for name, ends in offsets.items()
+        }
+        return Rows(tensors, {name: torch.tensor(ends) for name, ends in offsets.items()})
 
 
 class Receiver:
-    """Copies the rows of one pass into their places; called with each layer's states. Waits for no device.
+    """Copies the rows of one pass into their places; called with each layer's states. It waits for no device.
 
-    Answer rows are copied bit for bit. A question whose tokens lie in several pieces of the pass is put together from
-    the pieces' means, in fp32 (fp64 for fp64 rows), always in the same order.
+    Parameters
+    ----------
+    requests : sequence of Request
+    part : sequence of int
+        The requests that the pass runs over, by index.
+    locate : callable
+        Where positions of a request lie in the pass's hidden states.
+    into : Rows
+        Of all ``requests``.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], part: Sequence[int], locate: Locate, into: Captured) -> None:
-        answers: list[tuple[int, int, int]] = []
-        rows: list[int] = []
+    def __init__(self, requests: Sequence[Request], part: Sequence[int], locate: Locate, into: Rows) -> None:
+        self._copies: list[_CopyEach | _CopyMean] = []
+        for name in requests[part[0]].reads:
+            first_rows = into.offsets[name].tolist()
+            reads = [(place, first_rows[i], requests[i].reads[name]) for place, i in enumerate(part)]
+            each = [(place, first, read) for place, first, read in reads if isinstance(read, Each)]
+            mean = [(place, first, read) for place, first, read in reads if isinstance(read, Mean)]
+            tensor = into.tensors[name]
+            self._copies.append(_CopyEach(each, locate, tensor) if each else _CopyMean(mean, locate, tensor))
+        self._checked = False
+
+    def __call__(self, layer: int, hidden: Tensor) -> None:
+        if not self._checked:
+            for copy in self._copies:
+                check_spans(copy.spans.host, *hidden.shape[:2])
+            self._checked = True
+        for copy in self._copies:
+            copy(layer, hidden)
+
+
+class _Spans:
+    """Spans [S, 3] of (batch, start, stop), on each device where a block gives its states."""
+
+    def __init__(self, spans: list[tuple[int, int, int]]) -> None:
+        self.host = torch.tensor(spans)
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def to(self, device: torch.device) -> Tensor:
+        if device not in self._copies:
+            self._copies[device] = upload(self.host, device)
+        return self._copies[device]
+
+
+class _CopyEach:
+    """Copies single rows bit for bit."""
+
+    def __init__(self, reads: list[tuple[int, int, Each]], locate: Locate, into: Tensor) -> None:
+        spans: list[tuple[int, int, int]] = []
+        targets: list[int] = []
+        for place, first, read in reads:
+            for step, position in enumerate(read.positions):
+                spans += locate(place, position, position + 1)
+                targets.append(first + step)
+        self.spans, self._into = _Spans(spans), into
+        self._targets = upload(torch.tensor(targets), into.device)
+
+    def __call__(self, layer: int, hidden: Tensor) -> None:
+        spans = self.spans.to(hidden.device)
+        buffer = torch.empty(spans.shape[0], hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+        capture(hidden, spans, buffer, check=False)
+        self._into[layer, self._targets] = buffer.to(self._into)
+
+
+class _CopyMean:
+    """Averages spans in fp32 (fp64 for fp64 rows), always in the same order.
+
+    A span whose tokens lie in several pieces of the pass is put together from the means of the pieces.
+    """
+
+    def __init__(self, reads: list[tuple[int, int, Mean]], locate: Locate, into: Tensor) -> None:
         pieces: list[tuple[int, int, int]] = []
-        owned: list[list[int]] = []  # numbers of the pieces of each question
-        offsets = into.offsets.tolist()
-        for place, i in enumerate(part):
-            for step, at in enumerate(prompts[i].answer_positions):
-                answers += locate(place, at, at + 1)
-                rows.append(offsets[i] + step)
-            found = locate(place, *prompts[i].spans["question"])
+        owned: list[list[int]] = []  # of each span, the indices of its pieces
+        targets: list[int] = []
+        for place, target, read in reads:
+            found = locate(place, read.start, read.stop)
             owned.append(list(range(len(pieces), len(pieces) + len(found))))
+            targets.append(target)
             pieces += found
-        self.into = into
-        self.host = torch.tensor(answers), torch.tensor(pieces)  # spans
-        self.spans: dict[torch.device, tuple[Tensor, Tensor]] = {}  # per device of a block
+        self.spans, self._into = _Spans(pieces), into
         most = max(map(len, owned))
         table = torch.tensor([own + [own[0]] * (most - len(own)) for own in owned])
         counted = torch.tensor([[1.0] * len(own) + [0.0] * (most - len(own)) for own in owned], dtype=torch.float64)
-        lengths = (self.host[1][:, 2] - self.host[1][:, 1])[table] * counted
-        device = into.answers.device
-        self.rows, self.members = upload(torch.tensor(rows), device), upload(torch.tensor(list(part)), device)
-        self.table = upload(table, device)
-        self.shares = upload(lengths / lengths.sum(1, keepdim=True), device)[..., None]
-        self.checked = False
+        lengths = (self.spans.host[:, 2] - self.spans.host[:, 1])[table] * counted
+        self._targets, self._table = (upload(values, into.device) for values in (torch.tensor(targets), table))
+        self._shares = upload(lengths / lengths.sum(1, keepdim=True), into.device)[..., None]
 
     def __call__(self, layer: int, hidden: Tensor) -> None:
-        if not self.checked:
-            for spans in self.host:
-                check_spans(spans, *hidden.shape[:2])
-            self.checked = True
-        device = hidden.device
-        if device not in self.spans:
-            self.spans[device] = upload(self.host[0], device), upload(self.host[1], device)
-        answers, pieces = self.spans[device]
-        into = self.into
+        spans = self.spans.to(hidden.device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        buffer = torch.empty(answers.shape[0], hidden.shape[-1], dtype=hidden.dtype, device=device)
-        capture(hidden, answers, buffer, check=False)
-        into.answers[layer, self.rows] = buffer.to(into.answers)
-        means = torch.empty(pieces.shape[0], hidden.shape[-1], dtype=wide, device=device)
-        capture(hidden, pieces, means, check=False)
-        questions = (means.to(into.questions.device)[self.table] * self.shares.to(wide)).sum(1)
-        into.questions[layer, self.members] = questions.to(into.questions.dtype)
+        means = torch.empty(spans.shape[0], hidden.shape[-1], dtype=wide, device=hidden.device)
+        capture(hidden, spans, means, check=False)
+        rows = (means.to(self._into.device)[self._table] * self._shares.to(wide)).sum(1)
+        self._into[layer, self._targets] = rows.to(self._into.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xprobe_kernels import Unembedding, reference
 from xprobe_kernels.transfer import upload
 
-from xprobe.capture.rows import Captured
+from xprobe.capture.rows import Rows
 from xprobe.capture.tree import Segment, Tree
 from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.models.anatomy import input_device
@@ -26,7 +26,6 @@ from xprobe.models.passes import Pass
 BEGINNING, CONTINUATION = 16, 24  # tokens of the check for isolation
 # of a channel's largest entry, where sums may be made in another order; those of a few layers add up
 ISOLATED_ROUNDINGS = {8: 256, 4: 256, 2: 16}  # by bytes of the dtype
-PARTS = ("answers", "questions")
 
 
 class NotIsolated(Exception):
@@ -137,9 +136,7 @@ def _branching(model: Any, ids: Tensor, kernel: bool, receive: Callable[[int, Te
     return Pass(inputs, used, lambda: packed_attention(model, layout))
 
 
-def disagreement(
-    found: Captured, wanted: Captured, noise: Captured | None, head: Unembedding, layer: int
-) -> str | None:
+def disagreement(rows: Rows, wanted: Rows, noise: Rows | None, head: Unembedding, layer: int) -> str | None:
     """In words, how far the rows of a layer are from those of plain runs; None if only by rounding.
 
     Compared are log-probabilities over the whole vocabulary, not the rows themselves: in real models a few channels are
@@ -147,19 +144,19 @@ def disagreement(
 
     Parameters
     ----------
-    noise : Captured, optional
+    noise : Rows, optional
         Rows of the same prompts, run plainly in batches of another size: their difference from ``wanted`` is rounding.
         Without it anything that rounding could make passes.
     """
-    for part in PARTS:
-        theirs = getattr(wanted, part)[layer]
+    for name, tensor in wanted.tensors.items():
+        theirs = tensor[layer]
         bound = BOUNDS[theirs.dtype]
-        error = _difference(getattr(found, part)[layer], theirs, head, bound.quantile)
+        error = _difference(rows[name][layer], theirs, head, bound.quantile)
         if error <= bound.floor:
             continue
         allowed = bound.ceiling
         if noise is not None:
-            rounding = _difference(getattr(noise, part)[layer], theirs, head, bound.quantile)
+            rounding = _difference(noise[name][layer], theirs, head, bound.quantile)
             allowed = min(max(bound.floor, bound.noise * rounding), bound.ceiling)
         if not error <= allowed:
             return f"its log-probabilities at layer {layer} differ by {error:.1e} of their spread"

@@ -1,4 +1,4 @@
-"""The lens over captured rows: all layers' rows at all answer positions, as many positions at a time as fit."""
+"""The logit lens over captured rows: all layers at all answer positions, as many positions at a time as fit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from xprobe_kernels import Unembedding, lens
 from xprobe_kernels.transfer import Arrival
 
 from xprobe.capture.memory import is_out_of_memory, release_memory
-from xprobe.capture.rows import Captured
 
 FIELDS = ("logit", "logsumexp", "rank", "entropy", "kl")
 ROW_BYTES = 256 << 20  # of rows that the lens is given at a time
@@ -41,15 +41,15 @@ class AnswerReadout:
 
 
 class Reading:
-    """Lens values on their way to main memory: made by ``start_reading``, there when ``values`` returns."""
+    """Lens values on their way to main memory. ``start_reading`` starts the work, ``values`` waits for it."""
 
     def __init__(self, parts: list[Arrival], layers: int) -> None:
         self._parts, self._layers = parts, layers
 
     def values(self) -> AnswerReadout:
         """Waits for the device that computes them."""
-        found = [part.wait() for part in self._parts]
-        tables = {name: [self._table(part[name]) for part in found] for name in FIELDS}
+        parts = [part.wait() for part in self._parts]
+        tables = {name: [self._table(part[name]) for part in parts] for name in FIELDS}
         return AnswerReadout(**{name: np.concatenate(pieces) for name, pieces in tables.items()})
 
     def _table(self, flat: torch.Tensor) -> NDArray:
@@ -57,25 +57,37 @@ class Reading:
         return np.ascontiguousarray(flat.reshape(self._layers, -1).T.numpy().astype(dtype))
 
 
-def read_answers(captured: Captured, head: Unembedding, backend: str = "auto") -> AnswerReadout:
-    """Runs the lens over every layer's row at every answer position, with the model's own norm and head."""
-    return start_reading(captured, head, backend).values()
+def read_answers(rows: Tensor, targets: Tensor, head: Unembedding, backend: str = "auto") -> AnswerReadout:
+    """Runs the lens over every layer's row at every answer position, with the model's own norm and head.
+
+    Parameters
+    ----------
+    rows : Tensor [L + 1, P, D]
+        Hidden rows before the final norm.
+    targets : Tensor [P], int64
+        The gold token that follows each position.
+    head : Unembedding
+    backend : str
+        ``auto`` or one of ``xprobe_kernels.available_backends()``.
+    """
+    return start_reading(rows, targets, head, backend).values()
 
 
-def start_reading(captured: Captured, head: Unembedding, backend: str = "auto") -> Reading:
+def start_reading(rows: Tensor, targets: Tensor, head: Unembedding, backend: str = "auto") -> Reading:
     """Gives a GPU the work of ``read_answers`` and does not wait for it; elsewhere the work is done on return.
 
     Where memory runs out it goes on with half as many positions at a time; what a position gives does not depend on
     how many there are.
     """
-    layers, positions, width = captured.answers.shape
+    layers, positions, width = rows.shape
     step = max(1, ROW_BYTES // (layers * width * 4))
     parts: list[Arrival] = []
-    at = 0
-    while at < positions:
+    start = 0
+    while start < positions:
+        part = slice(start, min(start + step, positions))
         try:
-            parts.append(_start(captured, slice(at, min(at + step, positions)), head, backend))
-            at += step
+            parts.append(_start(rows[:, part], targets[part], head, backend))
+            start += step
             continue
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or step == 1:
@@ -85,19 +97,19 @@ def start_reading(captured: Captured, head: Unembedding, backend: str = "auto") 
     return Reading(parts, layers)
 
 
-def _start(captured: Captured, some: slice, head: Unembedding, backend: str) -> Arrival:
+def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str) -> Arrival:
     device = head.weight.device
-    rows = captured.answers[:, some].to(device)  # rows of a streamed model are in a file
+    rows = rows.to(device)  # rows of a streamed model are in a file
     layers, positions, width = rows.shape
     final = torch.arange(positions) + (layers - 1) * positions
     values = lens(
         rows.reshape(layers * positions, width),
         head,
-        captured.targets[some].to(device).repeat(layers),
+        targets.to(device).repeat(layers),
         final_rows=final.repeat(layers),
         backend=backend,
         check=device.type != "cuda",  # it would wait for the device; ids were checked against the head before
     )
     assert values.kl is not None  # final_rows was given
-    found = {"logit": values.logits[:, 0], "logsumexp": values.logsumexp, "rank": values.rank[:, 0]}
-    return Arrival(found | {"entropy": values.entropy, "kl": values.kl})
+    fields = {"logit": values.logits[:, 0], "logsumexp": values.logsumexp, "rank": values.rank[:, 0]}
+    return Arrival(fields | {"entropy": values.entropy, "kl": values.kl})

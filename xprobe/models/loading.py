@@ -60,7 +60,7 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
     heard = [] if heard is None else heard
     location, options = location_and_options(source, config.trust_remote_code)
     heard += heard_then(Path(location))
-    tensor_parallel.tell("open")
+    tensor_parallel.order("open")
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -14,14 +16,36 @@ from xprobe.models.anatomy import Anatomy, input_device, watch_states, why_not_f
 from xprobe.models.block_io import logits_of, own_code
 from xprobe.models.head import BANNED
 from xprobe.models.passes import pad
-from xprobe.qa.prompts import Prompt
 
 FLOOR = 1e-3  # nats; what fp32 must reach
 ROUNDINGS = 4  # times what rounding alone does to these very rows
 COARSE = 0.5  # nats: rounding by more deserves a word
 
 
-def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: str = "auto") -> float:
+@dataclass(frozen=True)
+class TeacherForced:
+    """A prompt with its answer, as the model is fed it: ``targets`` are the tokens that follow the last ``ids``.
+
+    Parameters
+    ----------
+    ids : tuple of int
+        The prompt and the answer without its last token.
+    targets : tuple of int, n of them
+        The gold answer; target t follows ``ids[len(ids) - n + t]``.
+    """
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+def coarse(error: float) -> str | None:
+    """A warning for a difference that is rounding alone, but a large one; None if it is small."""
+    if error <= COARSE:
+        return None
+    return f"rounding changes log-probabilities by up to {error:.2g} nats: --dtype float32 is finer"
+
+
+def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced], backend: str = "auto") -> float:
     """Largest difference, in nats, between the model's log-probabilities and the lens at the last layer.
 
     Compared over the whole vocabulary (by the definition in ``xprobe_kernels.reference``) and for the gold tokens (by
@@ -42,7 +66,7 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: list[Prompt], backend: s
     return compare_with_own(model, torch.cat(hidden), torch.cat(own), anatomy.head, targets, backend)
 
 
-def _ends(model: Any, anatomy: Anatomy, prompt: Prompt) -> tuple[Tensor, Tensor]:
+def _ends(model: Any, anatomy: Anatomy, prompt: TeacherForced) -> tuple[Tensor, Tensor]:
     """Rows of the last layer [n, D] and the model's logits [n, V] at a prompt's answer positions, its last n."""
     last: list[Tensor] = []
 
@@ -53,7 +77,7 @@ def _ends(model: Any, anatomy: Anatomy, prompt: Prompt) -> tuple[Tensor, Tensor]
     count = len(prompt.targets)
     # most models can leave out the logits of other positions, which would take more memory than all the rest
     few = {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}
-    ids = pad([prompt.ids[:-1]], input_device(model))
+    ids = pad([prompt.ids], input_device(model))
     with torch.inference_mode(), watch_states(anatomy.blocks, receive), own_code(model):
         logits = logits_of(model, model(input_ids=ids, use_cache=False, **few))
     return last[0][0, -count:].clone(), logits[0, -count:].clone()

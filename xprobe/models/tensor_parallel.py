@@ -97,7 +97,7 @@ def lead(config: StudyConfig) -> Iterator[None]:
                 team.tell("stop", code)
 
 
-def tell(what: str, *args: Any) -> None:
+def order(what: str, *args: Any) -> None:
     """Has the other processes call ``Engine.what(*args)`` (or open the model); nothing where there are none."""
     team = _TEAM.get()
     if team is not None and team.rank == 0:

@@ -199,7 +199,7 @@ FINISHED = Entries(
             {"answer_tokens": COUNT, "languages": COUNT, "paragraphs": COUNT},
         ),
         "left_out": Every(TEXTS),
-        "plan": Entries({}, {"remarks": TEXTS}),
+        "plan": Entries({}, {"warnings": TEXTS}),
         "parity_error": SECONDS,
         "phase_definition": COUNT,
         "results": _RESULTS,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from xprobe_kernels.transfer import Arrival
+from xprobe_kernels.transfer import Arrival, upload
 
 from xprobe.lenses.reading import FIELDS, AnswerReadout, start_reading
 from xprobe.phases.signals import example_signals
 from xprobe.runs.folder import RunFolder
+from xprobe.stages.requests import ANSWER, QUESTION
 from xprobe.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -20,30 +22,36 @@ if TYPE_CHECKING:
     from xprobe_kernels import Unembedding
 
     from xprobe.capture.plan import Wave
-    from xprobe.capture.rows import Captured
+    from xprobe.capture.rows import Rows
     from xprobe.qa.prompts import Prompt
 
 
-class Leaving:
+class PendingWave:
     """What is kept of a wave, on its way from the device to main memory while the device goes on.
 
     Parameters
     ----------
-    captured : Captured
-        May be overwritten by the next wave once this is made.
+    rows : Rows
+        Of the study's requests; the next wave may overwrite them once this is made.
+    prompts : sequence of Prompt
+        Of the same wave, in the same order.
     head : Unembedding
     backend : str
     store_rows : bool
         Whether the hidden rows at prompt end and question are kept as well.
     """
 
-    def __init__(self, captured: Captured, head: Unembedding, backend: str, store_rows: bool) -> None:
-        self.offsets = captured.offsets
-        self._reading = start_reading(captured, head, backend)
-        rows = {"targets": captured.targets}
+    def __init__(
+        self, rows: Rows, prompts: Sequence[Prompt], head: Unembedding, backend: str, store_rows: bool
+    ) -> None:
+        self.offsets = rows.offsets[ANSWER]
+        answers = rows[ANSWER]
+        targets = upload(torch.tensor([token for prompt in prompts for token in prompt.targets]), answers.device)
+        self._reading = start_reading(answers, targets, head, backend)
+        kept = {"targets": targets}
         if store_rows:
-            rows |= {"prompt_end": captured.prompt_ends, "question_mean": captured.questions}
-        self._rows = Arrival(rows)
+            kept |= {"prompt_end": rows.first(ANSWER), "question_mean": rows[QUESTION]}
+        self._kept = Arrival(kept)
 
     def wait(self) -> tuple[AnswerReadout, dict[str, Tensor]]:
         """Lens values of all positions, and the gold tokens ``targets`` [P] and rows [L + 1, N, D] beside them.
@@ -56,12 +64,13 @@ class Leaving:
         values = self._reading.values()
         if not values.finite:
             raise RuntimeError("hidden states hold NaN or infinity; try --dtype float32")
-        return values, self._rows.wait()
+        return values, self._kept.wait()
 
 
 def write_wave(
     folder: RunFolder,
     wave: Wave,
+    prompts: Sequence[Prompt],
     wanted: Container[str],
     offsets: Tensor,
     values: AnswerReadout,
@@ -70,21 +79,24 @@ def write_wave(
 ) -> Iterator[int]:
     """Writes the groups of a wave whose keys are ``wanted``, one shard each; yields each one's number of examples.
 
-    The others were computed again to give these the same bits. ``offsets`` as in ``Captured``, ``values`` and ``rows``
-    as ``Leaving.wait`` gives them. Stage in ``watch``: write.
+    The others were computed again to give these the same bits. ``prompts`` are those of the wave's requests,
+    ``offsets`` as in ``PendingWave``, ``values`` and ``rows`` as ``PendingWave.wait`` gives them. Stage in ``watch``:
+    write.
     """
     start = 0
     for group in wave.groups:
-        stop = start + len(group.prompts)
+        stop = start + len(group.requests)
         if group.key in wanted:
             own = offsets[start : stop + 1]
             first, last = own[[0, -1]].tolist()
-            tensors: dict[str, Any] = {name: getattr(values.part(first, last), name) for name in FIELDS}
+            part = values.part(first, last)
+            tensors: dict[str, Any] = {name: getattr(part, name) for name in FIELDS}
             tensors |= {"offsets": own - first, "targets": rows["targets"][first:last]}
             tensors |= {name: rows[name][:, start:stop].transpose(0, 1) for name in rows if name != "targets"}
+            examples = [_describe(prompt) for prompt in prompts[start:stop]]
             with watch.timed("write"):
-                folder.write_shard(group.key, tensors, {"examples": [_describe(prompt) for prompt in group.prompts]})
-            yield len(group.prompts)
+                folder.write_shard(group.key, tensors, {"examples": examples})
+            yield stop - start
         start = stop
 
 

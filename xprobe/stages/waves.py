@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from xprobe.runs.folder import RunFolder
-from xprobe.stages.states import Leaving, write_wave
+from xprobe.stages.states import PendingWave, write_wave
 from xprobe.timing import Stopwatch
 
 if TYPE_CHECKING:
-    from xprobe.capture.engine import Engine
-    from xprobe.capture.layerwise import LayerwiseEngine
     from xprobe.capture.plan import Plan, Wave
+    from xprobe.capture.runner import Runner
+    from xprobe.qa.prompts import Prompt
 
 
 def run_waves(
-    engine: Engine | LayerwiseEngine,
+    runner: Runner,
     plan: Plan,
+    prompts: Mapping[str, Sequence[Prompt]],
     wanted: Container[str],
     folder: RunFolder,
     watch: Stopwatch,
@@ -30,48 +31,57 @@ def run_waves(
 ) -> None:
     """Computes every wave of ``plan`` that holds a group of ``wanted`` and writes those groups' shards.
 
-    On a CPU a wave is written before the next is computed. A GPU is waited for by a thread of its own alone, which
-    writes what arrives, so the next wave is on its way meanwhile; if something fails or stops the run, what was
-    computed is still written before this returns. ``written`` is called from the caller's thread with the number of
-    examples that have been written since the last call. Stages in ``watch``: forward, lens, write.
+    On a CPU a wave is written before the next is computed. With a GPU, a writer thread waits for the results and writes
+    them while the GPU computes the next wave; if something fails or stops the run, what was computed is still written
+    before this returns. Stages in ``watch``: forward, lens, write.
+
+    Parameters
+    ----------
+    prompts : mapping of str to sequence of Prompt
+        By group key, the prompts of the group's requests, in their order.
+    written : callable (count)
+        Called from the caller's thread with the number of examples written since the last call.
 
     Raises
     ------
     RuntimeError, MemoryError
-        As ``Engine.capture``; or hidden states hold NaN or infinity.
+        As ``Runner.run``; or hidden states hold NaN or infinity.
     """
-    device = engine.anatomy.head.weight.device
-    waves = engine.waves(plan, wanted, backend)
+    device = runner.anatomy.head.weight.device
+    waves = runner.run(plan, wanted)
 
-    def compute() -> tuple[Wave, Leaving] | None:
+    def prompts_of(wave: Wave) -> list[Prompt]:
+        return [prompt for group in wave.groups for prompt in prompts[group.key]]
+
+    def compute() -> tuple[Wave, PendingWave] | None:
         with watch.timed("forward", device):
-            wave, captured = next(waves, (None, None))
-        if wave is None or captured is None:
+            wave, rows = next(waves, (None, None))
+        if wave is None or rows is None:
             return None
         with watch.timed("lens", device):
-            return wave, Leaving(captured, engine.anatomy.head, backend, store_rows)
+            return wave, PendingWave(rows, prompts_of(wave), runner.anatomy.head, backend, store_rows)
 
-    def write(wave: Wave, leaving: Leaving, kept: Callable[[int], None]) -> None:
-        values, rows = leaving.wait()
-        for count in write_wave(folder, wave, wanted, leaving.offsets, values, rows, watch):
+    def write(wave: Wave, pending: PendingWave, kept: Callable[[int], None]) -> None:
+        values, rows = pending.wait()
+        for count in write_wave(folder, wave, prompts_of(wave), wanted, pending.offsets, values, rows, watch):
             kept(count)
 
     if device.type != "cuda":
-        while (found := compute()) is not None:
-            write(*found, written)
+        while (computed := compute()) is not None:
+            write(*computed, written)
         return
     _overlapped(compute, write, written)
     watch.settle()
 
 
 def _overlapped(
-    compute: Callable[[], tuple[Wave, Leaving] | None],
-    write: Callable[[Wave, Leaving, Callable[[int], None]], None],
+    compute: Callable[[], tuple[Wave, PendingWave] | None],
+    write: Callable[[Wave, PendingWave, Callable[[int], None]], None],
     written: Callable[[int], None],
 ) -> None:
-    counts: list[int] = []  # of groups that are on the disk and were not told of yet
+    counts: list[int] = []  # of groups that are on the disk and not yet reported
 
-    def tell() -> None:
+    def report() -> None:
         total = sum(counts.pop(0) for _ in range(len(counts)))
         if total:
             written(total)
@@ -79,20 +89,20 @@ def _overlapped(
     writer = ThreadPoolExecutor(1, "xprobe-write")
     futures: list[Future[None]] = []
     try:
-        while (found := compute()) is not None:
-            futures.append(writer.submit(write, *found, counts.append))
+        while (computed := compute()) is not None:
+            futures.append(writer.submit(write, *computed, counts.append))
             if len(futures) > 1:
                 futures.pop(0).result()
-            tell()
+            report()
         for future in futures:
             future.result()
     except BaseException:
         _finish(writer, futures)
         with suppress(BaseException):  # what the caller raises once more: the first one is what happened
-            tell()  # so that what was told in the end is true
+            report()  # so that the last report is true
         raise
     _finish(writer, futures)
-    tell()
+    report()
 
 
 def _finish(writer: ThreadPoolExecutor, futures: list[Future[None]]) -> None:

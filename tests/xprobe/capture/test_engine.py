@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import FAMILIES, tiny_model
-from support.prompts import family_of_prompts, prompt
+from support.prompts import chosen, family_of_prompts, prompt, readout, requests
 
 from xprobe.capture import tree_attention
 from xprobe.capture.engine import Engine
-from xprobe.capture.plan import group_prompts
-from xprobe.capture.rows import Captured
-from xprobe.lenses.reading import read_answers
+from xprobe.capture.requests import group_requests
+from xprobe.capture.rows import Rows
 from xprobe.models.anatomy import inspect, watch_states
 
 PROMPTS = family_of_prompts()
@@ -25,7 +24,7 @@ PLAIN = {"lfm2"}  # its convolutions carry a state from token to token
 SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
 
 
-def way_of(family: str) -> str:
+def strategy_of(family: str) -> str:
     return "prefix" if family in PREFIX else "plain" if family in PLAIN else "tree"
 
 
@@ -66,22 +65,23 @@ def test_each_family_is_run_the_best_way_it_can_be(family, double, budget):
     """Whatever the budget: with a small one the check's prompts would run alone, and say nothing of sharing."""
     model, anatomy, *_ = double
     said: list[str] = []
-    assert Engine(model, anatomy, budget, said.append).settle(SAMPLE) == way_of(family)
-    assert len(said) == {"tree": 0, "prefix": 1, "plain": 2}[way_of(family)]
+    assert chosen(Engine(model, anatomy, budget, said.append), SAMPLE) == strategy_of(family)
+    assert len(said) == {"tree": 0, "prefix": 1, "plain": 2}[strategy_of(family)]
 
 
 @pytest.mark.parametrize("budget", [10_000, 70, 1])
 def test_rows_equal_those_of_one_example_at_a_time(family, double, budget):
     model, anatomy, answers, questions = double
     engine = Engine(model, anatomy, budget)
-    for way in dict.fromkeys([way_of(family), "plain"]):
-        engine.way = way
-        captured = engine.capture(PROMPTS)
-        assert captured.answers.shape == answers.shape
-        assert captured.questions.shape == questions.shape
-        assert farthest(captured.answers, answers) < 1e-5  # many models compute norms in fp32 even so
-        assert farthest(captured.questions, questions) < 1e-5
-        assert captured.targets.tolist() == [token for item in PROMPTS for token in item.targets]
+    for way in dict.fromkeys([strategy_of(family), "plain"]):
+        engine.strategy = way
+        captured = engine.capture(requests(PROMPTS))
+        assert captured["answer"].shape == answers.shape
+        assert captured["question"].shape == questions.shape
+        assert farthest(captured["answer"], answers) < 1e-5  # many models compute norms in fp32 even so
+        assert farthest(captured["question"], questions) < 1e-5
+        assert captured.offsets["answer"].diff().tolist() == [len(item.targets) for item in PROMPTS]
+        assert captured.offsets["question"].tolist() == list(range(len(PROMPTS) + 1))
 
 
 def test_rows_in_single_precision_and_bf16_are_as_near_as_their_dtype_allows(family):
@@ -89,8 +89,8 @@ def test_rows_in_single_precision_and_bf16_are_as_near_as_their_dtype_allows(fam
         model = tiny_model(family, dtype=dtype)
         anatomy = inspect(model)
         engine = Engine(model, anatomy, 10_000)
-        engine.way = way_of(family)
-        found = engine.capture(PROMPTS).answers
+        engine.strategy = strategy_of(family)
+        found = engine.capture(requests(PROMPTS))["answer"]
         wanted, _ = one_by_one(model, anatomy, PROMPTS)
         if tolerance is None:
             exact = tiny_model(family, dtype=torch.float64)
@@ -119,13 +119,13 @@ def test_the_attention_kernel_gives_the_rows_of_one_example_at_a_time(name, monk
     engine = Engine(model, anatomy, 10_000)
     assert not engine.kernel  # a GPU's
     engine.kernel = True
-    assert engine.settle(SAMPLE) == "tree"
+    assert chosen(engine, SAMPLE) == "tree"
     assert engine.kernel
     calls.clear()
-    captured = engine.capture(PROMPTS)
+    captured = engine.capture(requests(PROMPTS))
     assert len(calls) == len(anatomy.blocks)
-    assert farthest(captured.answers, answers) < 1e-5
-    assert farthest(captured.questions, questions) < 1e-5
+    assert farthest(captured["answer"], answers) < 1e-5
+    assert farthest(captured["question"], questions) < 1e-5
 
 
 def test_an_attention_kernel_that_fails_or_is_wrong_gives_way_to_the_library(monkeypatch):
@@ -141,12 +141,12 @@ def test_an_attention_kernel_that_fails_or_is_wrong_gives_way_to_the_library(mon
         monkeypatch.setattr(tree_attention, "tree_attention", broken)
         engine = Engine(model, anatomy, 10_000)
         engine.kernel = True
-        assert engine.settle(SAMPLE) == "tree"
+        assert chosen(engine, SAMPLE) == "tree"
         assert not engine.kernel
-        assert len(engine.remarks) == 1
-        assert "the attention kernel" in engine.remarks[0]
-        assert said in engine.remarks[0]
-        assert farthest(engine.capture(PROMPTS).answers, answers) < 1e-5
+        assert len(engine.warn.messages) == 1
+        assert "the attention kernel" in engine.warn.messages[0]
+        assert said in engine.warn.messages[0]
+        assert farthest(engine.capture(requests(PROMPTS))["answer"], answers) < 1e-5
 
 
 def test_long_prompts_that_sliding_windows_cut_off():
@@ -160,7 +160,7 @@ def test_long_prompts_that_sliding_windows_cut_off():
 def test_nothing_is_left_on_the_model(family, double):
     model, anatomy, *_ = double
     before = model.config._attn_implementation
-    Engine(model, anatomy, 1000).settle(SAMPLE)
+    Engine(model, anatomy, 1000).choose_strategy(requests(SAMPLE))
     assert model.config._attn_implementation == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -183,12 +183,12 @@ def test_question_means_of_a_bf16_model_are_taken_in_single_precision():
     with torch.inference_mode(), watch_states(anatomy.blocks, lambda layer, hidden: states.append(hidden[0].clone())):
         model.base_model(input_ids=torch.tensor([item.ids[:-1]]), use_cache=False)
     engine = Engine(model, anatomy, 1000)
-    engine.way = "plain"
-    found = engine.capture([item]).questions[:, 0]
+    engine.strategy = "plain"
+    found = engine.capture(requests([item]))["question"][:, 0]
     assert torch.equal(found, torch.stack(states)[:, 2:25].float().mean(1).to(torch.bfloat16))
 
 
-def test_a_model_that_no_way_of_sharing_suits_is_run_plainly_and_it_is_said(small):
+def test_a_model_that_no_strategy_of_sharing_suits_is_run_plainly_and_it_is_said(small):
     model, anatomy = small
     said: list[str] = []
 
@@ -207,7 +207,7 @@ def test_a_model_that_no_way_of_sharing_suits_is_run_plainly_and_it_is_said(smal
     model.model.layers[0].mlp = Counting(mlp)
     try:
         engine = Engine(model, anatomy, 1000, said.append)
-        assert engine.settle(SAMPLE) == "plain"
+        assert chosen(engine, SAMPLE) == "plain"
         assert "tree" in said[0]
         assert "log-probabilities" in said[0]
         assert "one prompt at a time: its rows depend on the batch" in said[-1]
@@ -245,17 +245,17 @@ def test_out_of_memory_halves_the_batch_and_neither_loses_nor_repeats_a_row(smal
     wanted, questions = one_by_one(model, anatomy, PROMPTS)
     said: list[str] = []
     engine = Engine(model, anatomy, 10_000, said.append)
-    engine.way = way
+    engine.strategy = way
     full = Full(model, 90, error)
     try:
-        captured = engine.capture(PROMPTS)
-        assert torch.allclose(captured.answers, wanted, rtol=0, atol=1e-4)
-        assert torch.allclose(captured.questions, questions, rtol=0, atol=1e-4)
+        captured = engine.capture(requests(PROMPTS))
+        assert torch.allclose(captured["answer"], wanted, rtol=0, atol=1e-4)
+        assert torch.allclose(captured["question"], questions, rtol=0, atol=1e-4)
         assert full.failed
         assert len(said) == full.failed
         assert f"at most {engine.batch_tokens} tokens" in said[-1]
         again = full.failed
-        assert torch.equal(engine.capture(PROMPTS).answers, captured.answers)
+        assert torch.equal(engine.capture(requests(PROMPTS))["answer"], captured["answer"])
         assert full.failed == again  # the size that fits is remembered
     finally:
         full.hook.remove()
@@ -267,7 +267,7 @@ def test_memory_too_small_for_one_prompt_is_an_error(small):
     full = Full(model, 5, ERRORS[0])
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            engine.capture(PROMPTS)
+            engine.capture(requests(PROMPTS))
     finally:
         full.hook.remove()
 
@@ -278,7 +278,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(small):
     full = Full(model, 5, RuntimeError("shapes do not match"))
     try:
         with pytest.raises(RuntimeError, match="shapes do not match"):
-            engine.capture(PROMPTS)
+            engine.capture(requests(PROMPTS))
         assert full.failed == 1
     finally:
         full.hook.remove()
@@ -287,21 +287,21 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(small):
 def test_the_row_buffer_is_taken_once(small):
     model, anatomy = small
     engine = Engine(model, anatomy, 10_000)
-    engine.space.reserve(sum(len(item.targets) for item in PROMPTS), len(PROMPTS))
-    place = engine.capture(PROMPTS).answers.data_ptr()
+    engine._space.reserve({"answer": sum(len(item.targets) for item in PROMPTS), "question": len(PROMPTS)})
+    place = engine.capture(requests(PROMPTS))["answer"].data_ptr()
     for some in (PROMPTS[:3], PROMPTS[2:], PROMPTS):
-        assert engine.capture(some).answers.data_ptr() == place
+        assert engine.capture(requests(some))["answer"].data_ptr() == place
 
 
 def test_a_part_of_what_was_captured(small):
     model, anatomy = small
-    whole = Engine(model, anatomy, 10_000).capture(PROMPTS)
-    part: Captured = whole.part(2, 5)
-    first, last = whole.offsets[2], whole.offsets[5]
-    assert torch.equal(part.answers, whole.answers[:, first:last])
-    assert torch.equal(part.targets, whole.targets[first:last])
-    assert torch.equal(part.questions, whole.questions[:, 2:5])
-    assert torch.equal(part.prompt_ends, whole.prompt_ends[:, 2:5])
+    whole = Engine(model, anatomy, 10_000).capture(requests(PROMPTS))
+    part: Rows = whole.part(2, 5)
+    first, last = whole.offsets["answer"][[2, 5]].tolist()
+    assert torch.equal(part["answer"], whole["answer"][:, first:last])
+    assert part.offsets["answer"].tolist() == (whole.offsets["answer"][2:6] - first).tolist()
+    assert torch.equal(part["question"], whole["question"][:, 2:5])
+    assert torch.equal(part.first("answer"), whole.first("answer")[:, 2:5])
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
@@ -330,11 +330,11 @@ def test_prompts_beyond_the_reach_of_the_usual_angles_do_not_turn_those_of_other
     wanted = torch.cat(alone, 1)
     engine = Engine(model, anatomy, 10_000)
     assert engine.alone_beyond == 32
-    plan = engine.plan(group_prompts(PROMPTS))
+    plan = engine.plan(group_requests(requests(PROMPTS)))
     assert [part for part in plan.parts(plan.waves[0]) if len(part) > 1]
-    assert farthest(engine.capture(PROMPTS).answers, wanted) < 1e-4
+    assert farthest(engine.capture(requests(PROMPTS))["answer"], wanted) < 1e-4
     engine.alone_beyond = None
-    assert farthest(engine.capture(PROMPTS).answers, wanted) > 1e-3  # so the limit is what makes them equal
+    assert farthest(engine.capture(requests(PROMPTS))["answer"], wanted) > 1e-3  # so the limit is what makes them equal
 
 
 def resident_bytes() -> int:
@@ -347,12 +347,12 @@ def test_memory_stays_flat_over_a_long_run(small, way):
     """Three hundred waves with the lens after each: nothing of one is left after the next."""
     model, anatomy = small
     engine = Engine(model, anatomy, 400)
-    engine.way = way
+    engine.strategy = way
     taken = []
     for turn in range(300):
         # libraries keep code for shapes that they met; padded batches have new ones in every group, so they see a few
-        captured = engine.capture(family_of_prompts(2, 6, seed=turn if way == "tree" else turn % 5))
-        assert read_answers(captured, anatomy.head).finite
+        prompts = family_of_prompts(2, 6, seed=turn if way == "tree" else turn % 5)
+        assert readout(engine.capture(requests(prompts)), prompts, anatomy.head).finite
         if turn % 20 == 19:
             gc.collect()
             taken.append(resident_bytes())

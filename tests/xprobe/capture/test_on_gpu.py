@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from support.families import FAMILIES, tiny_model
-from support.prompts import family_of_prompts
+from support.prompts import chosen, family_of_prompts, pending, requests, targets
 
 import xprobe
 from xprobe.capture.engine import Engine
-from xprobe.capture.plan import group_prompts
+from xprobe.capture.requests import group_requests
 from xprobe.lenses.reading import FIELDS, start_reading
 from xprobe.models.anatomy import inspect
-from xprobe.stages.states import Leaving
 
 pytestmark = pytest.mark.gpu
 
 PROMPTS = family_of_prompts(4)
 SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
+
+
 PACKED = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "gpt2", "olmo2", "gpt_oss", "cohere2", "deepseek_v3"]
 
 EXPERTS = {"gpt_oss", "deepseek_v3"}
@@ -34,16 +35,16 @@ def test_packed_rows_are_as_near_the_truth_as_a_run_of_each_alone(family, dtype)
     """The truth is the model in fp64 on the CPU; by the median over rows, as a router of experts may fall otherwise."""
     exact = tiny_model(family, dtype=torch.float64)
     truth = Engine(exact, inspect(exact), 1)
-    truth.way = "plain"
-    wanted = truth.capture(PROMPTS).answers
+    truth.strategy = "plain"
+    wanted = truth.capture(requests(PROMPTS))["answer"]
     engine = on_gpu(family, dtype)
     if dtype == torch.float32 or family not in EXPERTS:  # a router that falls otherwise is no rounding
-        assert engine.settle(SAMPLE) == "tree"
-        assert engine.kernel, engine.remarks
+        assert chosen(engine, SAMPLE) == "tree"
+        assert engine.kernel, engine.warn.messages
     errors = []
     for way in ("tree", "plain"):
-        engine.way = way
-        found = engine.capture(PROMPTS).answers.double().cpu()
+        engine.strategy = way
+        found = engine.capture(requests(PROMPTS))["answer"].double().cpu()
         errors.append(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).flatten(1).median(-1).values)
     slack = 1e-5 if dtype == torch.float32 else 2e-3
     assert (errors[0] <= 1.5 * errors[1] + slack).all(), errors
@@ -54,7 +55,7 @@ def test_the_library_and_the_kernel_agree(dtype) -> None:
     engine = on_gpu("llama", dtype)
     found = {}
     for engine.kernel in (True, False):
-        found[engine.kernel] = engine.capture(PROMPTS).answers.clone().float()
+        found[engine.kernel] = engine.capture(requests(PROMPTS))["answer"].clone().float()
     size = found[False].abs().amax()
     assert float((found[True] - found[False]).abs().max() / size) < (1e-5 if dtype == torch.float32 else 3e-2)
 
@@ -62,10 +63,10 @@ def test_the_library_and_the_kernel_agree(dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_waves_give_the_same_bits(dtype) -> None:
     engine = on_gpu("llama", dtype, 120)
-    plan = engine.plan(group_prompts(PROMPTS))
+    plan = engine.plan(group_requests(requests(PROMPTS)))
     keys = {group.key for wave in plan.waves for group in wave.groups}
     first, second = (
-        [Leaving(rows, engine.anatomy.head, "auto", True).wait() for _, rows in engine.waves(plan, keys)]
+        [pending(wave, rows, PROMPTS, engine.anatomy.head).wait() for wave, rows in engine.run(plan, keys)]
         for _ in range(2)
     )
     for (values, rows), (again, also) in zip(first, second, strict=True):
@@ -75,16 +76,16 @@ def test_the_same_waves_give_the_same_bits(dtype) -> None:
 
 def test_nothing_in_the_loop_waits_for_the_gpu() -> None:
     engine = on_gpu("llama", torch.bfloat16, 120)
-    engine.settle(SAMPLE)
-    plan = engine.plan(group_prompts(PROMPTS))
+    chosen(engine, SAMPLE)
+    plan = engine.plan(group_requests(requests(PROMPTS)))
     assert len(plan.waves) > 2
     keys = {group.key for wave in plan.waves for group in wave.groups}
-    for _ in engine.waves(plan, keys):
+    for _ in engine.run(plan, keys):
         break  # compiles what there is to compile
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        leaving = [Leaving(rows, engine.anatomy.head, "auto", True) for _, rows in engine.waves(plan, keys)]
+        leaving = [pending(wave, rows, PROMPTS, engine.anatomy.head) for wave, rows in engine.run(plan, keys)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(each.wait()[0].finite for each in leaving)
@@ -95,7 +96,8 @@ def test_lens_values_on_a_gpu_equal_those_of_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         model = tiny_model("gemma2").to(device)
         anatomy = inspect(model)
-        values[device] = start_reading(Engine(model, anatomy, 120).capture(PROMPTS), anatomy.head).values()
+        rows = Engine(model, anatomy, 120).capture(requests(PROMPTS))["answer"]
+        values[device] = start_reading(rows, targets(PROMPTS), anatomy.head).values()
     for name in FIELDS:
         ours, theirs = (getattr(values[device], name).astype(float) for device in ("cuda", "cpu"))
         slack = 1 if name == "rank" else 1e-4 * abs(theirs).max() + 1e-5  # neighbours closer than rounding may swap

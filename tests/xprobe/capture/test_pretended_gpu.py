@@ -11,19 +11,19 @@ import pytest
 import torch
 from support.families import save_tiny_model, tiny_model
 from support.pretended_gpu import GPU, RUBBISH, pretended_gpu, to_gpu
-from support.prompts import family_of_prompts
+from support.prompts import by_group, chosen, family_of_prompts, forced, of_wave, pending, requests, targets
 from xprobe_kernels import lens
 from xprobe_kernels.transfer import Arrival, upload
 
 from xprobe.capture.engine import Engine
 from xprobe.capture.layerwise import LayerwiseEngine
-from xprobe.capture.plan import group_prompts
+from xprobe.capture.requests import group_requests
 from xprobe.lenses.reading import FIELDS, start_reading
 from xprobe.models.anatomy import inspect
 from xprobe.models.streaming.streamed import open_streamed
 from xprobe.runs.folder import RunFolder
 from xprobe.stages import waves
-from xprobe.stages.states import Leaving, write_wave
+from xprobe.stages.states import write_wave
 from xprobe.stages.waves import run_waves
 from xprobe.timing import Stopwatch
 
@@ -61,27 +61,27 @@ def test_a_wave_is_computed_without_waiting_and_gives_what_it_gives_elsewhere(fa
     model = tiny_model(family)
     anatomy = inspect(model)
     engine = Engine(model, anatomy, 120)
-    assert engine.settle(SAMPLE) == "tree"
-    plan = engine.plan(group_prompts(PROMPTS))
+    assert chosen(engine, SAMPLE) == "tree"
+    plan = engine.plan(group_requests(requests(PROMPTS)))
     keys = {group.key for wave in plan.waves for group in wave.groups}
     wanted = []
-    for _, captured in engine.waves(plan, keys):
-        values = start_reading(captured, anatomy.head).values()
-        wanted.append((captured.answers.clone(), captured.questions.clone(), captured.prompt_ends, values))
+    for wave, captured in engine.run(plan, keys):
+        values = start_reading(captured["answer"], targets(of_wave(wave, PROMPTS)), anatomy.head).values()
+        wanted.append((captured["answer"].clone(), captured["question"].clone(), captured.first("answer"), values))
     assert len(wanted) > 2
     with pretended_gpu(monkeypatch) as gpu:
         model = to_gpu(model)
         anatomy = inspect(model)
         said: list[str] = []
         engine = Engine(model, anatomy, 120, said.append)
-        assert engine.settle(SAMPLE) == "tree"
+        assert chosen(engine, SAMPLE) == "tree"
         assert engine.kernel
         assert not said
         before, gpu.waits = gpu.launches, []
-        leaving = [Leaving(captured, anatomy.head, "auto", True) for _, captured in engine.waves(plan, keys)]
+        waiting = [pending(wave, rows, PROMPTS, anatomy.head) for wave, rows in engine.run(plan, keys)]
         assert gpu.waits == []
         assert gpu.launches - before >= len(wanted) * (3 * len(anatomy.blocks) + 5)  # capture twice and attention
-        for one, (answers, questions, ends, values) in zip(leaving, wanted, strict=True):
+        for one, (answers, questions, ends, values) in zip(waiting, wanted, strict=True):
             found, rows = one.wait()
             for name in FIELDS:
                 ours, theirs = getattr(found, name), getattr(values, name)
@@ -100,14 +100,16 @@ def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
             model = to_gpu(model) if place == "gpu" else model
             anatomy = inspect(model)
             engine = Engine(model, anatomy, 120)
-            plan = engine.plan(group_prompts(PROMPTS))
+            plan = engine.plan(group_requests(requests(PROMPTS)))
             keys = {group.key for wave in plan.waves for group in wave.groups}
             folders[place].write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
-            found = [(wave, Leaving(rows, anatomy.head, "auto", True)) for wave, rows in engine.waves(plan, keys)]
+            found = [(wave, pending(wave, rows, PROMPTS, anatomy.head)) for wave, rows in engine.run(plan, keys)]
             written = [
                 count
-                for wave, leaving in found
-                for count in write_wave(folders[place], wave, keys, leaving.offsets, *leaving.wait(), Stopwatch())
+                for wave, one in found
+                for count in write_wave(
+                    folders[place], wave, of_wave(wave, PROMPTS), keys, one.offsets, *one.wait(), Stopwatch()
+                )
             ]
             assert sum(written) == len(PROMPTS)
     for name in folders["cpu"].finished_shards():
@@ -146,12 +148,13 @@ def test_a_streamed_model_on_a_gpu_gives_the_values_of_the_cpu(monkeypatch, tmp_
         with pretended_gpu(monkeypatch) if device != "cpu" else nullcontext():
             engine = LayerwiseEngine(open_streamed(tmp_path / "model", "float32", device), 120, tmp_path)
             assert engine.kernel == (device != "cpu")
-            engine.settle(SAMPLE)
-            plan = engine.plan(group_prompts(PROMPTS))
+            engine.check_parity(forced(PROMPTS[:4]))
+            chosen(engine, SAMPLE)
+            plan = engine.plan(group_requests(requests(PROMPTS)))
             keys = {group.key for wave in plan.waves for group in wave.groups}
             head = engine.anatomy.head
-            found[device] = [Leaving(rows, head, "auto", True).wait() for _, rows in engine.waves(plan, keys)]
-            assert engine.remarks == []
+            found[device] = [pending(wave, rows, PROMPTS, head).wait() for wave, rows in engine.run(plan, keys)]
+            assert engine.warn.messages == []
             assert engine.parity_error < 1e-4
     for (ours, rows), (theirs, also) in zip(*found.values(), strict=True):
         for name in FIELDS:
@@ -174,7 +177,7 @@ def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, t
     with pretended_gpu(monkeypatch) as gpu:
         anatomy = inspect(to_gpu(model))
         engine = Engine(model, anatomy, 120)
-        plan = engine.plan(group_prompts(PROMPTS))
+        plan = engine.plan(group_requests(requests(PROMPTS)))
         keys = {group.key for wave in plan.waves for group in wave.groups}
         folder, watch, told = RunFolder.create(tmp_path / "run"), Stopwatch(), []
         folder.write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
@@ -188,7 +191,7 @@ def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, t
         monkeypatch.setattr(watch, "settle", lambda: None)  # after the loop it may wait
         gpu.waits.clear()
         begun[len(plan.waves)].set()  # the last wave has no next one
-        run_waves(engine, plan, keys, folder, watch, told.append)
+        run_waves(engine, plan, by_group(PROMPTS), keys, folder, watch, told.append)
         assert gpu.waits == []
     assert sum(told) == len(PROMPTS)
     assert len(told) > 1  # not all of it in the end
@@ -204,7 +207,7 @@ def test_a_loop_that_fails_has_written_what_it_computed_and_told_of_it(broken, m
     with pretended_gpu(monkeypatch):
         anatomy = inspect(to_gpu(model))
         engine = Engine(model, anatomy, 120)
-        plan = engine.plan(group_prompts(PROMPTS))
+        plan = engine.plan(group_requests(requests(PROMPTS)))
         keys = {group.key for wave in plan.waves for group in wave.groups}
         folder, told, calls = RunFolder.create(tmp_path / "run"), [], []
         folder.write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
@@ -219,7 +222,7 @@ def test_a_loop_that_fails_has_written_what_it_computed_and_told_of_it(broken, m
 
         object.__setattr__(owner, name, failing)
         with pytest.raises(RuntimeError, match="planted"):
-            run_waves(engine, plan, keys, folder, Stopwatch(), told.append)
+            run_waves(engine, plan, by_group(PROMPTS), keys, folder, Stopwatch(), told.append)
     kept = [folder.read_shard(shard)[1]["examples"] for shard in folder.finished_shards()]
     assert sum(told) == sum(map(len, kept)) > 0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("xprobe-write")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.families import FAMILIES, save_tiny_model, tiny_model
-from support.prompts import family_of_prompts
+from support.prompts import chosen, family_of_prompts, requests
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from xprobe_kernels import reference
@@ -46,7 +46,7 @@ def smeared(share: float, dtype: torch.dtype):
 
 def strategy(model) -> tuple[str, list[str]]:
     engine = Engine(model, inspect(model), 10_000)
-    return engine.settle(SAMPLE), engine.remarks
+    return chosen(engine, SAMPLE), engine.warn.messages
 
 
 def furthest(model, way: str) -> float:
@@ -54,10 +54,10 @@ def furthest(model, way: str) -> float:
     anatomy = inspect(model)
     engine = Engine(model, anatomy, 10_000)
     prompts = family_of_prompts()
-    wanted = engine._capture(prompts, "plain", 1).copy()
-    got = engine._capture(prompts, way, 10_000)
+    wanted = engine._capture(requests(prompts), "plain", 1).copy()
+    got = engine._capture(requests(prompts), way, 10_000)
     one, other = (
-        reference.logits(rows.answers.double().flatten(0, 1), anatomy.head).log_softmax(-1) for rows in (got, wanted)
+        reference.logits(rows["answer"].double().flatten(0, 1), anatomy.head).log_softmax(-1) for rows in (got, wanted)
     )
     return float((one - other).abs().max())
 
@@ -174,13 +174,13 @@ def test_a_model_whose_rows_depend_on_the_batch_is_run_one_prompt_at_a_time():
     model.model.layers[1].mlp = Counting(model.model.layers[1].mlp)
     anatomy = inspect(model)
     engine = Engine(model, anatomy, 10_000)
-    assert engine.settle(SAMPLE) == "plain"
-    assert "one prompt at a time: its rows depend on the batch" in engine.remarks[-1]
+    assert chosen(engine, SAMPLE) == "plain"
+    assert "one prompt at a time: its rows depend on the batch" in engine.warn.messages[-1]
     prompts = family_of_prompts()
-    got = engine.capture(prompts).copy()
+    got = engine.capture(requests(prompts)).copy()
     for number, one in enumerate(prompts):
-        alone = engine.capture([one])
-        assert torch.equal(got.part(number, number + 1).answers, alone.answers)
+        alone = engine.capture(requests([one]))
+        assert torch.equal(got.part(number, number + 1)["answer"], alone["answer"])
 
 
 def test_a_convolution_in_the_blocks_is_seen_before_anything_runs():

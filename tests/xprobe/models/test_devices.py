@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import save_tiny_model
-from support.prompts import family_of_prompts
+from support.prompts import chosen, family_of_prompts, forced, readout, requests
 from xprobe_cli.main import main
 
 import xprobe
 from xprobe.capture.engine import Engine
 from xprobe.config import StudyConfig
 from xprobe.errors import ModelError, UsageError
-from xprobe.lenses.reading import read_answers
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect
 from xprobe.models.head import weights_of
@@ -70,16 +69,17 @@ def test_rows_lens_and_parity_are_those_of_the_model_in_memory(folders, family, 
     assert away(spread) == {module for module, place in MAPS[name].items() if place == "disk"} - {"model.rotary_emb"}
     assert spread.anatomy.names == plain.anatomy.names
     assert torch.equal(spread.anatomy.head.weight, plain.anatomy.head.weight)
-    assert spread.settle(SAMPLE) == plain.settle(SAMPLE) == "tree"
-    assert spread.check(PROMPTS[:3]) < {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    assert chosen(spread, SAMPLE) == chosen(plain, SAMPLE) == "tree"
+    spread.check_parity(forced(PROMPTS[:3]))
+    assert spread.parity_error < {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
     rounding = {"float32": 1e-6, "bfloat16": 1e-3}[dtype]  # a mapped file is not aligned as memory is
     for way in ("tree", "prefix", "plain"):
-        plain.way = spread.way = way
-        wanted, found = plain.capture(PROMPTS), spread.capture(PROMPTS)
-        assert torch.allclose(found.answers, wanted.answers, rtol=0, atol=rounding)
-        assert torch.allclose(found.questions, wanted.questions, rtol=0, atol=rounding)
+        plain.strategy = spread.strategy = way
+        wanted, found = plain.capture(requests(PROMPTS)), spread.capture(requests(PROMPTS))
+        assert torch.allclose(found["answer"], wanted["answer"], rtol=0, atol=rounding)
+        assert torch.allclose(found["question"], wanted["question"], rtol=0, atol=rounding)
     values, expected = (
-        read_answers(captured, engine.anatomy.head) for engine, captured in ((spread, found), (plain, wanted))
+        readout(captured, PROMPTS, engine.anatomy.head) for engine, captured in ((spread, found), (plain, wanted))
     )
     assert abs(values.logsumexp - expected.logsumexp).max() < 10 * rounding
     assert abs(values.logit - expected.logit).max() < 10 * rounding
@@ -153,9 +153,12 @@ def test_on_a_gpu_parts_in_main_memory_change_nothing(folders, kept):
     spread = opened(folders["llama"], dtype="float32", device_map=places("cpu", *kept, others=0))
     assert away(spread)
     assert spread.anatomy.head.weight.is_cuda
-    assert spread.settle(SAMPLE) == plain.settle(SAMPLE)
-    assert spread.check(PROMPTS[:3]) < 1e-3
-    assert torch.allclose(spread.capture(PROMPTS).answers, plain.capture(PROMPTS).answers, rtol=0, atol=1e-5)
+    assert chosen(spread, SAMPLE) == chosen(plain, SAMPLE)
+    spread.check_parity(forced(PROMPTS[:3]))
+    assert spread.parity_error < 1e-3
+    assert torch.allclose(
+        spread.capture(requests(PROMPTS))["answer"], plain.capture(requests(PROMPTS))["answer"], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.gpu
@@ -164,13 +167,13 @@ def test_blocks_on_two_gpus_give_the_rows_of_one():
     from support.families import tiny_model
 
     model = tiny_model("llama").to("cuda:0")
-    wanted = Engine(model, inspect(model), 200).capture(PROMPTS).answers.cpu()
+    wanted = Engine(model, inspect(model), 200).capture(requests(PROMPTS))["answer"].cpu()
     from accelerate import dispatch_model
 
     there = {name: int(name.endswith(("layers.1", "layers.3", "norm", "lm_head"))) for name in MODULES}
     spread = dispatch_model(tiny_model("llama"), there)
     engine = Engine(spread, inspect(spread), 200)
-    assert engine.settle(SAMPLE) == "tree"
+    assert chosen(engine, SAMPLE) == "tree"
     for way in ("tree", "prefix", "plain"):
-        engine.way = way
-        assert torch.allclose(engine.capture(PROMPTS).answers.cpu(), wanted, rtol=0, atol=1e-5)
+        engine.strategy = way
+        assert torch.allclose(engine.capture(requests(PROMPTS))["answer"].cpu(), wanted, rtol=0, atol=1e-5)

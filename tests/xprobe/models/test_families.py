@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.families import FAMILIES, random_ids, tiny_model
-from support.prompts import prompt
+from support.prompts import forced, prompt
 from xprobe_kernels import lens
 
 from xprobe.errors import ModelError, ParityError
@@ -82,7 +82,7 @@ def test_hooks_see_what_output_hidden_states_shows_below_the_last_layer(double):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parity_holds(family, dtype):
     model = tiny_model(family, dtype=dtype)
-    error = check_parity(model, inspect(model), [prompt(9, 3, 0), prompt(20, 2, 1)])
+    error = check_parity(model, inspect(model), forced([prompt(9, 3, 0), prompt(20, 2, 1)]))
     assert error < (1e-3 if dtype == torch.float32 else 0.2)
 
 
@@ -91,7 +91,7 @@ def test_parity_fails_when_the_head_is_not_the_models(family):
     anatomy = inspect(model)
     other = inspect(tiny_model(family, seed=1))
     with pytest.raises(ParityError, match="off the model's own log-probabilities"):
-        check_parity(model, type(anatomy)(anatomy.blocks, other.head, anatomy.names), [prompt(9, 3, 0)])
+        check_parity(model, type(anatomy)(anatomy.blocks, other.head, anatomy.names), forced([prompt(9, 3, 0)]))
 
 
 def test_parity_refuses_nan_that_only_some_prompts_meet():
@@ -101,7 +101,7 @@ def test_parity_refuses_nan_that_only_some_prompts_meet():
     with torch.no_grad():
         model.get_input_embeddings().weight[item.ids[9]] = float("nan")
     with pytest.raises(ParityError, match="NaN at answer positions"):
-        check_parity(model, anatomy, [item])
+        check_parity(model, anatomy, forced([item]))
 
 
 def test_nothing_is_left_on_the_model(family):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import COMMON, tiny_model
-from support.prompts import family_of_prompts, prompt
+from support.prompts import chosen, family_of_prompts, forced, prompt, requests
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -55,7 +55,7 @@ def test_a_scale_that_no_entry_of_the_configuration_gives_is_measured(dtype, sca
     model = changing(tiny_model("llama", dtype=dtype), lambda logits: logits * scale)
     anatomy = inspect(model)
     assert anatomy.head.scale == pytest.approx(scale, rel=2e-5 if dtype.itemsize >= 4 else 5e-3)
-    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+    assert check_parity(model, anatomy, forced(PROMPTS)) < bound(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,7 +71,7 @@ def test_a_soft_cap_that_no_entry_of_the_configuration_gives_is_found(dtype, cap
     model = changing(tiny_model("llama", dtype=dtype), lambda logits: cap * torch.tanh(logits / cap))
     anatomy = inspect(model)
     assert anatomy.head.softcap == pytest.approx(cap, rel=1e-3 if dtype.itemsize >= 4 else 0.1)
-    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+    assert check_parity(model, anatomy, forced(PROMPTS)) < bound(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,7 +80,7 @@ def test_soft_caps_under_other_names_are_found(dtype):
                "logits_soft_cap": 2.0}  # fmt: skip
     anatomy = inspect(model := of_type("recurrent_gemma", dtype, **options))
     assert anatomy.head.softcap == 2.0
-    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+    assert check_parity(model, anatomy, forced(PROMPTS)) < bound(dtype)
 
 
 def test_the_soft_cap_of_xlstm_is_found():
@@ -95,7 +95,7 @@ def test_a_bias_that_no_module_holds_is_found(dtype):
     anatomy = inspect(model)
     assert anatomy.head.bias is not None
     assert float((anatomy.head.bias.float() - bias).abs().max()) < (1e-4 if dtype == torch.float32 else 2e-2)
-    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+    assert check_parity(model, anatomy, forced(PROMPTS)) < bound(dtype)
 
 
 def masked(value: float, dtype: torch.dtype) -> Any:
@@ -116,7 +116,7 @@ def test_tokens_that_can_never_be_produced_keep_their_logit(dtype, value):
     anatomy = inspect(model)
     assert anatomy.head.bias is not None
     assert [float(anatomy.head.bias[token]) < -1e37 for token in (3, 4, 77)] == [True, False, True]
-    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+    assert check_parity(model, anatomy, forced(PROMPTS)) < bound(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,7 +138,7 @@ def test_rows_of_a_padded_head_that_the_model_drops_are_dropped():
     assert anatomy.head.vocab_size == 150
     low = [p for p in PROMPTS if max(p.targets) < 150]
     assert low
-    assert check_parity(model, anatomy, low) < 1e-4
+    assert check_parity(model, anatomy, forced(low)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,16 +166,16 @@ def test_parity_in_16_bit_sees_a_wrong_scale_and_a_wrong_cap(wrong, dtype):
         model.model.norm.weight.mul_(8)  # logits as large as those of real models
     model = model.to(dtype)
     anatomy = inspect(model)
-    assert check_parity(model, anatomy, PROMPTS) < 0.1
+    assert check_parity(model, anatomy, forced(PROMPTS)) < 0.1
     with pytest.raises(ParityError, match="off the model's own"):
-        check_parity(model, replace(anatomy, head=replace(anatomy.head, **wrong)), PROMPTS)
+        check_parity(model, replace(anatomy, head=replace(anatomy.head, **wrong)), forced(PROMPTS))
 
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_that_give_fp32_logits_of_16_bit_products_are_read(kind, dtype):
     model = of_type(kind, dtype, **SIZES, state_size=8, expand=2, time_step_rank=4)
-    assert check_parity(model, inspect(model), PROMPTS) < 0.1
+    assert check_parity(model, inspect(model), forced(PROMPTS)) < 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,7 +185,7 @@ def test_the_epsilon_of_a_layer_norm_is_found(dtype, eps):
     model.transformer.ln_f.eps = eps
     anatomy = inspect(model)
     assert (anatomy.head.norm, anatomy.head.eps) == ("layer", eps)
-    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+    assert check_parity(model, anatomy, forced(PROMPTS)) < bound(dtype)
 
 
 def test_a_model_that_counts_two_layers_for_each_block_is_read():
@@ -197,7 +197,7 @@ def test_a_model_that_counts_two_layers_for_each_block_is_read():
     anatomy = inspect(model)
     assert model.config.num_hidden_layers == 6
     assert anatomy.n_layers == 4
-    assert check_parity(model, anatomy, PROMPTS) < 1e-3
+    assert check_parity(model, anatomy, forced(PROMPTS)) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,7 +212,7 @@ def test_channels_as_large_as_those_of_real_models_are_no_obstacle(family, dtype
         model.get_input_embeddings().weight[:, 3] = size
     anatomy = inspect(model)
     assert anatomy.head.softcap == (3.0 if family == "gemma2" else None)
-    check_parity(model, anatomy, PROMPTS)
+    check_parity(model, anatomy, forced(PROMPTS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -222,7 +222,7 @@ def test_the_epsilon_that_torch_chooses_itself_is_found(dtype):
     anatomy = inspect(model)
     computed_in = torch.promote_types(dtype, torch.float32)
     assert (anatomy.head.norm, anatomy.head.eps) == ("rms", torch.finfo(computed_in).eps)
-    assert check_parity(model, anatomy, PROMPTS) < bound(dtype)
+    assert check_parity(model, anatomy, forced(PROMPTS)) < bound(dtype)
 
 
 # -- blocks of any form ------------------------------------------------------------------------------------------
@@ -297,10 +297,10 @@ def test_blocks_called_by_keyword_and_outputs_of_any_form_are_read(form, outputs
     model = OwnModel(OwnConfig(form), outputs).eval()
     anatomy = inspect(model)
     assert anatomy.names["blocks"] == "model.stack"
-    assert check_parity(model, anatomy, PROMPTS) < 1e-4
+    assert check_parity(model, anatomy, forced(PROMPTS)) < 1e-4
     engine = Engine(model, anatomy, 1000)
-    assert engine.settle(family_of_prompts()) == "plain"  # sums over earlier tokens are no attention
-    rows = engine.capture(family_of_prompts()).answers
+    assert chosen(engine, family_of_prompts()) == "plain"  # sums over earlier tokens are no attention
+    rows = engine.capture(requests(family_of_prompts()))["answer"]
     assert bool(rows.isfinite().all())
 
 

@@ -172,7 +172,7 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         (("results", "x-x", "phase_order", "value"), 0.5, "entry results.x-x.phase_order.value must be 0, 1 or null"),
         (("counts", "skipped"), [], "entry counts.skipped must be an object, is []"),
         (("left_out", "records"), "all", "entry left_out.records must be a list of texts, is"),
-        (("plan", "remarks"), 5, "entry plan.remarks must be a list of texts, is 5"),
+        (("plan", "warnings"), 5, "entry plan.warnings must be a list of texts, is 5"),
         (("timings", "total"), -1, "entry timings.total must be a number of at least 0, is -1"),
         (("parity_error",), None, "entry parity_error must be a number of at least 0, is null"),
         (("status",), "over", 'entry status must be "running" or "done", is "over"'),
