@@ -1,4 +1,4 @@
-"""The one configuration of a study: made once by the caller, saved with the run, never changed afterwards."""
+"""What a study measures (``StudyConfig``) and how it is computed (``Execution``). Both are saved with the run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TEMPLATES = ("auto", "chat", "plain")
 
-# Signals of docs/method.md. Those marked False have their place in tables and files; no stage computes them yet.
-SIGNALS = {"readiness": True, "encoding": True, "relevance": False}
+# docs/method.md defines them
+SIGNALS = {
+    "readiness": "how near the gold answer is to the top of the lens's ranking",
+    "encoding": "how well a question is told apart from the others on its paragraph, across languages",
+}
 
 PROBES = {
     "alignment": "a linear map to what the other languages' states of a question agree on",
@@ -36,6 +39,8 @@ PROBE_COLUMNS = ("setting", "probe", "state", "layer", "metric", "score", "lo", 
 LAYER_COLUMNS = ("setting", "layer", "language", "signal", "value", "lo", "hi", "n")
 EXAMPLE_COLUMNS = ("setting", "language", "question_id", "paragraph", "onset", "sharpness", "phased")
 
+ROWS_FILE = ".rows-"  # beginning of the temporary name of a file of hidden rows in a run folder
+
 DEFAULT_MODEL = "smollm2-135m"
 
 # what a manifest calls a model, and questions, that a script had in memory
@@ -44,7 +49,7 @@ MODEL_IN_MEMORY, RECORDS_IN_MEMORY = "memory", "records in memory"
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What a study does. Saved in ``manifest.json``.
+    """What a study measures. It identifies a run: a run is continued with the same one, or not at all.
 
     Parameters
     ----------
@@ -64,27 +69,25 @@ class StudyConfig:
         Which probes to train: of ``alignment``, ``language``, ``correctness``; () for none. None: all if rows are kept.
     template : str
         ``auto`` (chat template if the tokenizer has one), ``chat``, ``plain``, or the path of a template file.
-    dtype, device : str
-        ``auto``: float32 on a CPU, the checkpoint's dtype on an accelerator.
-    device_map : str or dict, optional
-        Spreads the model over several devices, main memory and disk: one of transformers' rules (``auto``,
-        ``balanced``, ``balanced_low_0``, ``sequential``), or a device for each module by name. Replaces ``device``.
-    tensor_parallel : bool
-        Share every layer among the processes that torchrun started.
+    dtype : str
+        ``auto``: float32 on a CPU, the checkpoint's dtype on an accelerator. A run that is continued keeps the dtype
+        that it began with.
     strict : bool
         Make bad records fatal.
     seed, bootstrap, permutations : int
         Of the intervals and of the phased test.
     store_rows : bool
         Keep captured hidden rows in the shards: encoding and probes need them.
-    batch_tokens : int
-        Upper bound of tokens in one forward pass.
-    backend : str
-        Lens backend.
-    stream : bool
-        Run block by block, for models larger than memory: weights are read from the checkpoint once per run.
-    trust_remote_code, allow_pickle : bool
-        Let the model bring its own code, or weights in a pickle. Both can run anything on your machine.
+
+    Raises
+    ------
+    UsageError
+        Names the parameter, its value and what was expected.
+
+    Examples
+    --------
+    >>> StudyConfig(languages=("en", "de")).settings
+    ('en-x',)
     """
 
     model: str = DEFAULT_MODEL
@@ -96,27 +99,14 @@ class StudyConfig:
     probes: tuple[str, ...] | None = None
     template: str = "auto"
     dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | dict[str, int | str] | None = field(default=None, hash=False)
-    tensor_parallel: bool = False
     strict: bool = False
     seed: int = 0
     bootstrap: int = 1000
     permutations: int = 200
     store_rows: bool = True
-    batch_tokens: int = 4096
-    backend: str = "auto"
-    stream: bool = False
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            value, kind = getattr(self, entry.name), type(entry.default)
-            if isinstance(value, Integral) and not isinstance(value, bool | int):
-                object.__setattr__(self, entry.name, int(value))  # numpy's whole numbers
-            if kind in (str, bool) and not isinstance(value, kind):
-                raise UsageError(f"{entry.name} must be {_KINDS[kind]}, got {value!r}")
+        _check_types(self)
         defaults = {"signals": ("readiness", "encoding"), "probes": tuple(PROBES)}
         without_rows = {"signals": ("readiness",), "probes": ()}
         for name, value in (defaults if self.store_rows else without_rows).items():
@@ -136,29 +126,84 @@ class StudyConfig:
         if not self.store_rows and ("encoding" in signals or probes):
             what = "signal 'encoding' needs" if "encoding" in signals else "probes need"
             raise UsageError(f"{what} the hidden rows: leave out store_rows=False (--no-rows)")
-        waiting = [name for name in signals if not SIGNALS[name]]
-        if waiting:
-            ready = ", ".join(name for name, done in SIGNALS.items() if done)
-            raise UsageError(f"signal {waiting[0]!r} is not computed by this version; available: {ready}")
         if self.languages is not None and not self.languages:
             raise UsageError("languages is empty: name at least one, or leave it out for all that the data holds")
         _known("dtype", (self.dtype,), DTYPES)
-        self._check_devices()
         if self.limit is not None and (
             isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1
         ):
             raise UsageError(
                 f"limit must be a whole number of at least 1, got {self.limit!r}; leave it out for no limit"
             )
-        for name, least in (("bootstrap", 1), ("permutations", 20), ("batch_tokens", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name, least in (("bootstrap", 1), ("permutations", 20), ("seed", 0)):
+            _check_least(name, getattr(self, name), least)
         for name in ("bootstrap", "permutations"):
             if getattr(self, name) > MAX_DRAWS:
                 raise UsageError(f"{name} must be a whole number of at most {MAX_DRAWS}, got {getattr(self, name)}")
         if self.seed > MAX_SEED:
             raise UsageError(f"seed must be a whole number of at most {MAX_SEED}, got {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``manifest.json``."""
+        return _to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StudyConfig:
+        """The inverse of ``to_dict``; names that this version does not know are refused."""
+        return cls(**_known_values(cls, values))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a study is computed. It may change between two parts of a run; it changes results by rounding at most.
+
+    Parameters
+    ----------
+    device : str
+        ``auto`` (the first accelerator that torch sees, else the CPU), or a torch device.
+    device_map : str or dict, optional
+        Spreads the model over several devices, main memory and disk: one of transformers' rules (``auto``,
+        ``balanced``, ``balanced_low_0``, ``sequential``), or a device for each module by name. Replaces ``device``.
+    tensor_parallel : bool
+        Share every layer among the processes that torchrun started.
+    batch_tokens : int
+        Most tokens in one forward pass.
+    backend : str
+        Lens backend: ``auto``, or one that ``xprobe doctor`` lists.
+    stream : bool
+        Run block by block, for models larger than memory: weights are read from the checkpoint once per run.
+    jobs : int
+        Layers whose probes are trained at the same time; -1: one per core.
+    trust_remote_code, allow_pickle : bool
+        Let the model bring its own code, or weights in a pickle. Both can run anything on your machine.
+
+    Raises
+    ------
+    UsageError
+        Names the parameter, its value and what was expected.
+
+    Examples
+    --------
+    >>> Execution(device="cpu", batch_tokens=1024).stream
+    False
+    """
+
+    device: str = "auto"
+    device_map: str | dict[str, int | str] | None = field(default=None, hash=False)
+    tensor_parallel: bool = False
+    batch_tokens: int = 4096
+    backend: str = "auto"
+    stream: bool = False
+    jobs: int = -1
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_least("batch_tokens", self.batch_tokens, 1)
+        if self.jobs != -1:
+            _check_least("jobs", self.jobs, 1)
+        self._check_devices()
 
     def _check_devices(self) -> None:
         if self.tensor_parallel and (self.device_map is not None or self.stream or self.device != "auto"):
@@ -182,17 +227,59 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``manifest.json``."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return _to_dict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StudyConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Execution:
         """The inverse of ``to_dict``; names that this version does not know are refused."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UsageError(f"configuration has unknown entries {unknown}; known: {sorted(known)}")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        return cls(**_known_values(cls, values))
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options by name, in those of ``StudyConfig`` and those of ``Execution``.
+
+    Raises
+    ------
+    UsageError
+        Names an option that neither of them has.
+
+    Examples
+    --------
+    >>> split_options({"seed": 1, "device": "cpu"})
+    ({'seed': 1}, {'device': 'cpu'})
+    """
+    what, how = ({f.name for f in fields(kind)} for kind in (StudyConfig, Execution))
+    unknown = sorted(set(options) - what - how)
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(what | how))}")
+    return ({k: v for k, v in options.items() if k in what}, {k: v for k, v in options.items() if k in how})
+
+
+def _check_types(config: Any) -> None:
+    """Text is text, True or False is True or False; whole numbers of numpy become Python's."""
+    for entry in fields(config):
+        value, kind = getattr(config, entry.name), type(entry.default)
+        if isinstance(value, Integral) and not isinstance(value, bool | int):
+            object.__setattr__(config, entry.name, int(value))
+        if kind in (str, bool) and not isinstance(value, kind):
+            raise UsageError(f"{entry.name} must be {_KINDS[kind]}, got {value!r}")
+
+
+def _check_least(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _to_dict(config: Any) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def _known_values(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(f"configuration has unknown entries {unknown}; known: {sorted(known)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _known(what: str, values: tuple[str, ...], allowed: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: groups, tokens, memory, disk and time, from the configuration alone.
+"""What a run would do, before it does it: groups, tokens, memory, disk and time, from the configurations alone.
 
 No weights are read: the model is built without them. What cannot be known without them (whether this model's attention
 lets prompts be packed; how fast the whole of it runs) is estimated and said to be so.
@@ -17,7 +17,7 @@ from xprobe.capture.plan import Plan, Strategy, count_rows, make_plan, part_toke
 from xprobe.capture.products import fast_linear_products
 from xprobe.capture.requests import group_requests
 from xprobe.capture.sharing import carries_state
-from xprobe.config import StudyConfig
+from xprobe.config import Execution, StudyConfig
 from xprobe.errors import DataError
 from xprobe.lenses.reading import ROW_BYTES
 from xprobe.models import loading
@@ -25,8 +25,8 @@ from xprobe.models.anatomy import block_lists
 from xprobe.models.placement import without_weights
 from xprobe.models.streaming.streamed import SPILL_BYTES
 from xprobe.qa.prompts import build_prompts
+from xprobe.stages.questions import read_questions
 from xprobe.stages.requests import ANSWER, QUESTION, study_request
-from xprobe.study import read_questions
 
 # how much longer things take than their matrix products alone, as measured on a CPU with a small model
 FORWARD_OVERHEAD, LENS_OVERHEAD = 2.0, 1.2
@@ -72,30 +72,31 @@ class Forecast:
         return {**asdict(self), "groups": [asdict(group) for group in self.groups]}
 
 
-def forecast(config: StudyConfig) -> Forecast:
-    """Plans the run of ``config`` without loading weights.
+def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast:
+    """Plans the run of ``study`` without loading weights.
 
     Raises
     ------
     XprobeError
         As the run itself would, for bad data or an unknown model.
     """
-    template, _, examples = read_questions(config)
-    source = loading.resolve(config.model)
-    model_config = loading.load_config(source, config.trust_remote_code)
-    tokenizer = loading.load_tokenizer(source, config)
-    prompts, skipped = build_prompts(examples, tokenizer, template, loading.window(model_config))
+    execution = execution or Execution()
+    questions = read_questions(study)
+    source = loading.resolve(study.model)
+    model_config = loading.load_config(source, execution.trust_remote_code)
+    tokenizer = loading.load_tokenizer(source, execution.trust_remote_code)
+    prompts, skipped = build_prompts(questions.examples, tokenizer, questions.template, loading.window(model_config))
     if not prompts:
-        raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
-    device = loading.pick_device(config.device)
-    dtype = _dtype(config, model_config, device)
-    model = without_weights(model_config, dtype, trust_remote_code=config.trust_remote_code)
+        raise DataError(f"none of {len(questions.examples)} examples can be used, the first: {skipped[0]}")
+    device = loading.pick_device(execution.device)
+    dtype = _dtype(study, model_config, device)
+    model = without_weights(model_config, dtype, trust_remote_code=execution.trust_remote_code)
     strategy: Strategy = "tree" if getattr(model, "_supports_attention_backend", False) else "prefix"
-    shape = _Shape.of(model, model_config)
-    if (config.stream and strategy == "prefix") or carries_state(model, shape.blocks) is not None:
+    shape = _Shape.from_model(model, model_config)
+    if (execution.stream and strategy == "prefix") or carries_state(model, shape.blocks) is not None:
         strategy = "plain"
     groups = group_requests([study_request(prompt) for prompt in prompts])
-    plan = make_plan(groups, config.batch_tokens, strategy, rotary_limit(model_config))
+    plan = make_plan(groups, execution.batch_tokens, strategy, rotary_limit(model_config))
     return Forecast(
         model=source.name,
         parameters=shape.parameters,
@@ -105,15 +106,15 @@ def forecast(config: StudyConfig) -> Forecast:
         dtype=str(dtype).removeprefix("torch."),
         device=device,
         strategy=strategy,
-        stream=config.stream,
+        stream=execution.stream,
         examples=len(prompts),
         skipped=len(skipped),
         passes=sum(len(plan.parts(wave)) for wave in plan.waves),
         tokens=plan.tokens,
         tokens_run=plan.tokens_run,
-        memory=_memory(shape, plan, dtype, stream=config.stream),
-        disk=_disk(shape, plan, dtype, config),
-        seconds=_seconds(shape, plan, dtype, device, stream=config.stream),
+        memory=_memory(shape, plan, dtype, stream=execution.stream),
+        disk=_disk(shape, plan, dtype, study, execution.stream),
+        seconds=_seconds(shape, plan, dtype, device, stream=execution.stream),
         groups=tuple(
             GroupForecast(
                 group.key,
@@ -140,7 +141,7 @@ class _Shape:
     blocks: tuple[torch.nn.Module, ...]
 
     @classmethod
-    def of(cls, model: Any, config: Any) -> _Shape:
+    def from_model(cls, model: Any, config: Any) -> _Shape:
         text = config.get_text_config(decoder=True)
         blocks = list(block_lists(model).values())
         inside = list(blocks[0]) if blocks else []
@@ -186,13 +187,13 @@ def _memory(shape: _Shape, plan: Plan, dtype: torch.dtype, *, stream: bool) -> d
     }
 
 
-def _disk(shape: _Shape, plan: Plan, dtype: torch.dtype, config: StudyConfig) -> dict[str, int]:
+def _disk(shape: _Shape, plan: Plan, dtype: torch.dtype, study: StudyConfig, stream: bool) -> dict[str, int]:
     layers = shape.n_blocks + 1
     rows = count_rows(request for wave in plan.waves for request in wave.requests)
     positions, examples = rows[ANSWER], rows[QUESTION]
-    kept = 2 * examples * layers * shape.width * dtype.itemsize if config.store_rows else 0
+    kept = 2 * examples * layers * shape.width * dtype.itemsize if study.store_rows else 0
     found = {"shards": kept + positions * layers * 20}
-    if config.stream:
+    if stream:
         found["states between blocks"] = max(0, _states(shape, plan, dtype) - SPILL_BYTES)
         found["rows until the end"] = layers * shape.width * dtype.itemsize * (positions + examples)
     return found
@@ -233,8 +234,8 @@ def _rate(shape: _Shape, dtype: torch.dtype, device: str) -> float:
     return 2 * 1024 * width * out / best
 
 
-def _dtype(config: StudyConfig, model_config: Any, device: str) -> torch.dtype:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
+def _dtype(study: StudyConfig, model_config: Any, device: str) -> torch.dtype:
+    if study.dtype != "auto":
+        return getattr(torch, study.dtype)
     stored = getattr(model_config, "dtype", None)
     return stored if device != "cpu" and isinstance(stored, torch.dtype) else torch.float32

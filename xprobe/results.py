@@ -2,79 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.errors import RunFolderError, UsageError
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
+from xprobe.runs.manifest import Manifest
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
-    """Results of one run.
+class SettingResult:
+    """Results of one setting of a run; ``study["x-x"]`` gives it.
 
     Attributes
     ----------
-    path : Path
-        The run folder.
-    manifest : dict
-        Everything in ``manifest.json``: configuration, model, data, versions, timings, parity, counts, summaries.
-    layers : DataFrame
-        setting, layer, language, signal, value, lo, hi, n.
-    examples : DataFrame
-        One row per example: setting, language, question_id, paragraph, onset, sharpness, phased, ...
-    all_probes : DataFrame
-        One row per setting, probe, state and layer; empty if none was trained.
+    study : Study
+    setting : str
     """
 
-    path: Path
-    manifest: dict[str, Any]
-    layers: pd.DataFrame
-    examples: pd.DataFrame
-    all_probes: pd.DataFrame
+    study: Study
+    setting: str
 
     @property
-    def settings(self) -> tuple[str, ...]:
-        return tuple(self.manifest["results"])
-
-    @property
-    def setting(self) -> str:
-        """The setting that the properties below speak of: the first one of the run. ``of`` gives another one."""
-        return self.settings[0]
-
-    def of(self, setting: str) -> Study:
-        """The same study with another setting in front."""
-        results = self.manifest["results"]
-        if setting not in results:
-            raise UsageError(f"this run holds no setting {setting!r}; it holds {', '.join(results)}")
-        reordered = {setting: results[setting], **results}
-        return Study(self.path, {**self.manifest, "results": reordered}, self.layers, self.examples, self.all_probes)
+    def summary(self) -> dict[str, Any]:
+        """Everything that the manifest says of this setting: alpha, boundary, spread, ..., and the same by language."""
+        return self.study.manifest.stages["phases"].results["settings"][self.setting]
 
     @property
     def alpha(self) -> dict[str, float | None]:
         """Phasing stability (Krippendorff's alpha of the onsets over languages): {value, lo, hi}."""
-        return self.manifest["results"][self.setting]["alpha"]
+        return self.summary["alpha"]
 
     @property
     def boundary(self) -> dict[str, float | None]:
         """Median retrieval onset, in layers: {value, lo, hi}."""
-        return self.manifest["results"][self.setting]["boundary"]
+        return self.summary["boundary"]
 
     @property
     def stability(self) -> pd.DataFrame:
         """One row per layer: phase, stability, stability_lo, stability_hi, readiness, rank, ..."""
         from xprobe.phases.tables import stability_table
 
-        return stability_table(self.layers, self.setting)
+        return stability_table(self.study.layers, self.setting)
 
     @property
     def signals(self) -> pd.DataFrame:
         """value, lo, hi and n of every signal, by (signal, language, layer); ``all`` for the pooled rows."""
-        part = self.layers[self.layers["setting"] == self.setting]
+        layers = self.study.layers
+        part = layers[layers["setting"] == self.setting]
         return part.set_index(["signal", "language", "layer"])[["value", "lo", "hi", "n"]].sort_index()
 
     @property
@@ -84,7 +65,7 @@ class Study:
         import pandas as pd
 
         rows: dict[str, dict[str, Any]] = {}
-        for language, entry in self.manifest["results"][self.setting]["languages"].items():
+        for language, entry in self.summary["languages"].items():
             row = rows.setdefault(language, {})
             for name, value in entry.items():
                 parts = value if isinstance(value, dict) else {"value": value}
@@ -92,50 +73,116 @@ class Study:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("language")
 
     @property
+    def examples(self) -> pd.DataFrame:
+        """One row per example of this setting: language, question_id, paragraph, onset, sharpness, phased, ..."""
+        examples = self.study.examples
+        return examples[examples["setting"] == self.setting]
+
+    @property
     def probes(self) -> pd.DataFrame:
         """One row per probe, state and layer: metric, score with interval, baseline, control, selectivity."""
-        part = self.all_probes[self.all_probes["setting"] == self.setting]
+        probes = self.study.probes
+        part = probes[probes["setting"] == self.setting]
         return part.drop(columns="setting").set_index(["probe", "state", "layer"]).sort_index()
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``xprobe run --json`` prints: plain values; None where a figure could not be computed."""
-        manifest = self.manifest
-        summaries = {setting: self.of(setting)._summary() for setting in self.settings}
-        first = summaries.pop(self.setting)
-        return {
-            "run_dir": str(self.path),
-            "model": manifest["model"]["name"],
-            "settings": list(self.settings),
-            "phase_definition": manifest["phase_definition"],
-            "parity_error": manifest["parity_error"],
-            "counts": manifest["counts"],
-            "timings": manifest["timings"],
-            "setting": self.setting,
-            **first,
-            "other_settings": summaries,
-        }
-
-    def _summary(self) -> dict[str, Any]:
-        entry = self.manifest["results"][self.setting]
-        table = self.stability.reset_index()
-        layers = [
-            {name: (None if value != value else value) for name, value in row.items()}
-            for row in table.to_dict("records")
-        ]
-        return {**{k: v for k, v in entry.items() if k != "n"}, "layers": layers}
+        """Plain values: the summary, and ``layers`` with one entry per layer. None where nothing could be computed."""
+        records = self.stability.reset_index().to_dict("records")
+        layers = [{name: None if value != value else value for name, value in row.items()} for row in records]
+        return {**self.summary, "layers": layers}
 
     def __repr__(self) -> str:
         value = self.alpha["value"]
         alpha = "undefined" if value is None else f"{value:.3f}"
         return (
-            f"Study({str(self.path)!r}: {self.manifest['model']['name']}, {self.setting}, "
-            f"{self.manifest['counts']['examples']} examples, boundary {self.boundary['value']}, alpha {alpha})"
+            f"SettingResult({self.setting}: {self.summary['n']} examples, boundary {self.boundary['value']}, "
+            f"alpha {alpha})"
         )
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         return f"<p><code>{escape(repr(self))}</code></p>{self.stability.to_html(float_format='{:.3f}'.format)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Results of one run. ``study["x-x"]`` gives those of one setting.
+
+    Attributes
+    ----------
+    path : Path
+        The run folder.
+    manifest : Manifest
+        Everything in ``manifest.json``: configuration, model, data, and what each stage recorded.
+    layers : DataFrame
+        setting, layer, language, signal, value, lo, hi, n.
+    examples : DataFrame
+        One row per example: setting, language, question_id, paragraph, onset, sharpness, phased, ...
+    probes : DataFrame
+        One row per setting, probe, state and layer; empty if none was trained.
+    """
+
+    path: Path
+    manifest: Manifest
+    layers: pd.DataFrame
+    examples: pd.DataFrame
+    probes: pd.DataFrame
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings of this run, in order."""
+        return tuple(self.manifest.stages["phases"].results["settings"])
+
+    def __getitem__(self, setting: str) -> SettingResult:
+        if setting not in self.settings:
+            raise UsageError(f"this run holds no setting {setting!r}; it holds {', '.join(self.settings)}")
+        return SettingResult(self, setting)
+
+    def __iter__(self) -> Iterator[SettingResult]:
+        return (self[setting] for setting in self.settings)
+
+    @property
+    def _only(self) -> SettingResult:
+        if len(self.settings) > 1:
+            names = " or ".join(f'study["{setting}"]' for setting in self.settings)
+            raise UsageError(f"this run holds {len(self.settings)} settings: choose {names}")
+        return self[self.settings[0]]
+
+    @property
+    def alpha(self) -> dict[str, float | None]:
+        """``alpha`` of the run's only setting. With several, a UsageError says how to choose one."""
+        return self._only.alpha
+
+    @property
+    def boundary(self) -> dict[str, float | None]:
+        """``boundary`` of the run's only setting."""
+        return self._only.boundary
+
+    @property
+    def stability(self) -> pd.DataFrame:
+        """``stability`` of the run's only setting."""
+        return self._only.stability
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``xprobe run --json`` prints: plain values; None where a figure could not be computed."""
+        manifest = self.manifest
+        return {
+            "run_dir": str(self.path),
+            "model": manifest.model.name,
+            "settings": {one.setting: one.to_dict() for one in self},
+            "phase_definition": manifest.stages["phases"].results["phase_definition"],
+            "parity_error": manifest.stages["states"].results["parity_error"],
+            "counts": asdict(manifest.counts),
+            "seconds": {**manifest.seconds, "total": manifest.total_seconds},
+            "warnings": manifest.warnings,
+        }
+
+    def __repr__(self) -> str:
+        results = "; ".join(repr(one).removeprefix("SettingResult(").removesuffix(")") for one in self)
+        return f"Study({str(self.path)!r}: {self.manifest.model.name}; {results})"
+
+    def _repr_html_(self) -> str:
+        parts = "".join(one._repr_html_() for one in self)
+        return f"<p><code>{escape(repr(self))}</code></p>{parts}"
 
 
 def load_study(path: str | Path) -> Study:
@@ -152,16 +199,25 @@ def load_study(path: str | Path) -> Study:
     folder = RunFolder.open(Path(path))
     manifest = folder.read_finished()
     tables = read_tables(folder, manifest)
-    without = sorted(set(manifest["results"]) - set(tables[0]["setting"]))
+    without = sorted(set(manifest.stages["phases"].results["settings"]) - set(tables[0]["setting"]))
     if without:
         raise RunFolderError(
-            f"{folder.path / MANIFEST}: entry results names a setting that {LAYERS} does not hold ({without[0]}); "
+            f"{folder.path / MANIFEST}: entry stages.phases.results names {without[0]}, which {LAYERS} does not hold; "
             f"{folder.resume_command} writes it again"
         )
     return Study(folder.path, manifest, *tables)
 
 
-def read_tables(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def why_stale(folder: RunFolder) -> str | None:
+    """What is wrong with the tables of a finished run; None if nothing is."""
+    try:
+        load_study(folder.path)
+    except RunFolderError as error:
+        return str(error)
+    return None
+
+
+def read_tables(folder: RunFolder, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The tables of a finished run: layers, examples, probes (empty if none was trained).
 
     Raises
@@ -173,7 +229,7 @@ def read_tables(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFra
 
     from xprobe.config import EXAMPLE_COLUMNS, LAYER_COLUMNS, PROBE_COLUMNS
 
-    digests = manifest.get("tables", {})
+    digests = {name: digest for stage in manifest.stages.values() for name, digest in stage.tables.items()}
     names = table_names(manifest)
     unknown = [name for name in names if name not in digests]
     if unknown:
@@ -193,6 +249,6 @@ def read_tables(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFra
     return layers, examples, probes[0] if probes else pd.DataFrame(columns=list(PROBE_COLUMNS))
 
 
-def table_names(manifest: dict[str, Any]) -> list[str]:
+def table_names(manifest: Manifest) -> list[str]:
     """File names of the tables that a run with this manifest has."""
-    return [LAYERS, EXAMPLES, *([PROBE_TABLE] if manifest["probes"] else [])]
+    return [LAYERS, EXAMPLES, *([PROBE_TABLE] if "probes" in manifest.stages else [])]

@@ -1,41 +1,29 @@
-"""The pipeline, top to bottom: data, prompts, plan, forward with capture, lens, store, phases, tables."""
+"""A study, top to bottom: open the run folder, read the questions, compute the stages, show the results."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xprobe.config import DEFAULT_MODEL, RECORDS_IN_MEMORY, StudyConfig
-from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
-from xprobe.models import loading
-from xprobe.qa.parallel import load_data
-from xprobe.qa.records import Dataset, Example
-from xprobe.qa.templates import Template, load_template
-from xprobe.results import Study, load_study
+from xprobe.config import DEFAULT_MODEL, RECORDS_IN_MEMORY, Execution, StudyConfig, split_options
+from xprobe.errors import UsageError
+from xprobe.events import CallerNotify, Note, Notify
+from xprobe.results import Study, load_study, why_stale
 from xprobe.runs.disk import check_writable
-from xprobe.runs.folder import FORMAT, RunFolder
-from xprobe.runs.identity import differences, other_device
+from xprobe.runs.folder import RunFolder
+from xprobe.runs.identity import differences
 from xprobe.runs.lock import LOCK, FolderLock
-from xprobe.timing import Stopwatch
+from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
 
 if TYPE_CHECKING:
-    from xprobe.capture.plan import Plan
-    from xprobe.capture.runner import Runner
-    from xprobe.models.loading import LoadedModel
-    from xprobe.qa.prompts import Prompt
-
-# progress(stage, done, total): called from the thread of `run`; a total of 0 means "not known"
-Progress = Callable[[str, int, int], None]
-
-PARITY_PROMPTS = 4
-STAGE = "forward and lens"
+    from xprobe.models.loading import LoadedModel, Source
+    from xprobe.probes.training import ProbeSettings
+    from xprobe.stages.questions import Questions
 
 
 def run(
@@ -47,7 +35,7 @@ def run(
     languages: Iterable[str] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Notify | None = None,
     **options: Any,
 ) -> Study:
     """Runs a study and returns its results, which are also in its folder.
@@ -71,15 +59,24 @@ def run(
         Run folder; a new one under ``runs/`` if None.
     resume : bool
         Continue the run in ``out``: what its shards hold is not computed again. A run of something else is refused.
-    progress : callable (stage, done, total), optional
+    progress : callable (event), optional
+        Called with ``Stage``, ``Step`` and ``Note`` objects (``xprobe.events``), from this thread.
     **options
-        Further fields of ``StudyConfig``: limit, template, dtype, device, seed, ...
+        Further fields of ``StudyConfig`` (limit, template, dtype, seed, ...) and of ``Execution`` (device,
+        batch_tokens, stream, ...).
 
     Raises
     ------
     XprobeError
         Says what is wrong, where, and what to do. Shards already written stay valid. A UsageError if another process
         or thread is at work in ``out``.
+
+    Examples
+    --------
+    >>> import xprobe
+    >>> study = xprobe.run("smollm2-135m", languages=["en", "de"])  # doctest: +SKIP
+    >>> study["en-x"].boundary["value"]                             # doctest: +SKIP
+    24.0
     """
     from xprobe.models import given
 
@@ -98,308 +95,174 @@ def run(
         records, data = data, RECORDS_IN_MEMORY
     settings = (setting,) if isinstance(setting, str) else tuple(setting)
     languages = None if languages is None else tuple([languages] if isinstance(languages, str) else languages)
-    try:
-        config = StudyConfig(
-            model=os.fspath(model), data=os.fspath(data), settings=settings, languages=languages, **options
-        )
-    except TypeError as error:
-        raise UsageError(
-            f"{str(error).replace('StudyConfig.__init__()', 'xprobe.run()')}; see xprobe.StudyConfig"
-        ) from error
-    return run_config(config, out=out, resume=resume, progress=progress, loaded=loaded, records=records)
+    what, how = split_options(options)
+    study = StudyConfig(model=os.fspath(model), data=os.fspath(data), settings=settings, languages=languages, **what)
+    execution = Execution(**how)
+    return run_config(study, execution, out=out, resume=resume, progress=progress, loaded=loaded, records=records)
 
 
 def run_config(
-    config: StudyConfig,
+    study: StudyConfig,
+    execution: Execution | None = None,
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Notify | None = None,
     loaded: LoadedModel | None = None,
     records: Any = None,
 ) -> Study:
-    """``run`` with a configuration made beforehand.
+    """``run`` with configurations made beforehand.
 
     ``loaded`` (``xprobe.models.given.adopt``) and ``records`` stand for what the configuration can only name.
     """
-    folder = Path(out) if out is not None else default_out(config)
-    if loaded is None:
-        return _Run(config, folder, resume, progress or _no_progress, records=records).go()
     from xprobe.models.given import borrowed, check_options
 
-    check_options(config)
-    with borrowed(loaded.model):
-        return _Run(config, folder, resume, progress or _no_progress, loaded, records).go()
+    execution = execution or Execution()
+    if loaded is not None:
+        check_options(study.dtype, execution)
+    path, notify = Path(out) if out is not None else default_out(study), CallerNotify(progress)
+    with _locked(path, notify, resume), nullcontext() if loaded is None else borrowed(loaded.model):
+        _compute_stages(study, execution, path, notify, resume, loaded, records)
+        return load_study(path)
 
 
-def _no_progress(stage: str, done: int, total: int) -> None:
-    pass
+def _compute_stages(
+    study: StudyConfig, execution: Execution, path: Path, notify: CallerNotify, resume: bool,
+    loaded: LoadedModel | None, records: Any,
+) -> None:  # fmt: skip
+    """The stages in order; a finished run is only read, and its tables are written again where they are not its own."""
+    from xprobe.models.loading import resolve
+    from xprobe.stages import phases, probes, states
+    from xprobe.stages.questions import read_questions
+    from xprobe.stages.run import Run
+
+    started = time.perf_counter()
+    questions = read_questions(study, records)
+    source = resolve(study.model) if loaded is None else loaded.source
+    manifest, finished = _begin(study, questions, source, loaded is not None, path, resume)
+    run = Run(RunFolder(path), manifest, execution, notify)
+    if finished:
+        notify(Note(f"{path} holds the finished run: shown from its files"))
+    else:
+        states.compute(run, questions, source, loaded)
+    stale = why_stale(run.folder) if finished else None
+    if stale:
+        notify(Note(f"tables are written again from the shards: {stale}"))
+    if stale or not finished:
+        wanted = probes.settings_of(run)
+        phases.compute(run)
+        if wanted:
+            probes.compute(run, wanted)
+    run.folder.tidy(run.manifest.groups)
+    if not finished:
+        run.manifest.total_seconds = round(time.perf_counter() - started, 3)
+    run.manifest.status = "done"
+    run.folder.write_manifest(run.manifest)
 
 
-def read_questions(config: StudyConfig, records: Any = None) -> tuple[Template, Dataset, list[Example]]:
-    """The wording, the data and the examples that a configuration asks for; ``records`` in memory in place of its data.
+def train_probes(
+    path: str | Path,
+    probes: Iterable[str] | None = None,
+    settings: ProbeSettings | None = None,
+    progress: Notify | None = None,
+) -> Study:
+    """Trains probes on a finished run anew, without its model; what other probes found stays.
+
+    Parameters
+    ----------
+    path : path
+        The run folder. Tables that are missing, or are not the ones that the run wrote, are all written again from the
+        shards.
+    probes : iterable of str, optional
+        Of ``xprobe.config.PROBES``; all if None.
+    settings : ProbeSettings, optional
+        With the run's own seed if None.
+    progress : callable (event), optional
 
     Raises
     ------
-    UsageError, DataError
-        The template or the data cannot be read, or holds none of what is asked for.
+    UsageError
+        Not a run folder, no states in it, an unknown probe, or another process is at work there.
+    RunFolderError
+        The run is not finished, its manifest cannot be used, or shards are not what it wrote.
     """
-    template = load_template(config.template)
-    needed = ("en",) if "en-x" in config.settings else ()
-    source = config.data if records is None else records
-    data = load_data(source, config.languages, strict=config.strict, needed=needed)
-    examples = data.examples(config.settings, config.languages, config.limit)
-    if not examples:
-        raise DataError(f"{config.data} holds no question for {', '.join(config.settings)} in these languages")
-    return template, data, examples
+    from xprobe.config import PROBES
+    from xprobe.probes.training import ProbeSettings
+    from xprobe.stages import phases
+    from xprobe.stages import probes as stage
+    from xprobe.stages.run import Run
 
-
-def default_out(config: StudyConfig) -> Path:
-    """A new folder under ``runs/``, named after model, settings and time."""
-    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.model).name) or "model"
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{stem}_{'+'.join(config.settings)}_{now}"
-
-
-@dataclass
-class _Run:
-    config: StudyConfig
-    out: Path
-    resume: bool
-    progress: Progress
-    loaded: LoadedModel | None = None  # a model that the caller has in memory
-    records: Any = None  # and questions
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    template: Template = field(init=False)
-    told: Exception | None = None  # what the caller's ``progress`` raised
-
-    def go(self) -> Study:
-        check_writable(self.out)
-        if not (self.out / LOCK).exists():  # else who works there is the better answer than what lies there
-            RunFolder.check(self.out, resume=self.resume)
-        with FolderLock(self.out) as lock:
-            if lock.remark:
-                self.progress(lock.remark, 0, 0)
-            RunFolder.check(self.out, resume=self.resume)
-            return self._go()
-
-    def _go(self) -> Study:
-        started = time.perf_counter()
-        from xprobe.stages.phases import analyse
-
-        config = self.config
-        self.template, data, examples = read_questions(config, self.records)
-        source = loading.resolve(config.model) if self.loaded is None else self.loaded.source
-        identity = self._identity(source, data)
-        before, finished = self._earlier(identity)
-        if finished:
-            self.progress(f"{self.out} holds the finished run: shown from its files", 0, 0)
-            manifest, folder = before, RunFolder.open(self.out)
-        else:
-            manifest, folder = self._compute(source, data, examples, identity, before)
-        stale = _stale(folder) if finished else None
+    names = tuple(PROBES if probes is None else probes)
+    unknown = [name for name in names if name not in PROBES]
+    if unknown or not names:
+        what = f"unknown probe {unknown[0]!r}" if unknown else "no probe given"
+        raise UsageError(f"{what}; available: {', '.join(PROBES)}")
+    folder, notify = RunFolder.open(Path(path)), CallerNotify(progress)
+    folder.read_finished()  # says what is wrong with the run before anything is locked
+    with FolderLock(folder.path) as lock:
+        if lock.warning:
+            notify(Note(lock.warning))
+        run = Run(folder, folder.read_finished(), Execution(), notify)
+        wanted = dict.fromkeys(names, settings or ProbeSettings(seed=run.manifest.study.seed))
+        stale = why_stale(folder)
         if stale:
-            self.progress(f"tables are written again from the shards: {stale}", 0, 0)
-        if stale or not finished:
-            manifest = analyse(config, manifest, folder, self.watch.seconds, self.progress)
-        if not finished:
-            self.watch.add("total", time.perf_counter() - started)
-            manifest["timings"] = {name: round(seconds, 3) for name, seconds in self.watch.seconds.items()}
-        folder.tidy(manifest["groups"])
-        manifest["status"] = "done"
-        folder.write_manifest(manifest)
-        return load_study(folder.path)
-
-    # -- what the run is made of, and whether it is the one in the folder ------------------------------------
-
-    def _identity(self, source: loading.Source, data: Dataset) -> dict[str, Any]:
-        from xprobe.models.given import IDENTITY
-
-        with self.watch.timed("fingerprints"):
-            model = {
-                "name": source.name,
-                "kind": source.kind,
-                "location": source.location,
-                "files_sha256": source.fingerprint(),
-            }
-            if self.loaded is not None:
-                model["identity"] = IDENTITY
-        return {
-            "format": FORMAT,
-            "config": self.config.to_dict(),
-            "model": model,
-            "data": {"name": data.name, "files": list(data.files), "files_sha256": data.fingerprint},
-            "template_sha256": hashlib.sha256(repr(self.template).encode()).hexdigest(),
-        }
-
-    def _earlier(self, identity: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Manifest of the run to continue ({} if none), and whether it is finished and all of it still there.
-
-        Raises
-        ------
-        UsageError
-            The run was made of something else: names every difference.
-        """
-        if not self.resume:
-            return {}, False
-        folder = RunFolder.create(self.out, resume=True)
-        if not folder.has_manifest():
-            return {}, False
-        manifest = folder.read_run()
-        found = differences(manifest, identity)
-        finished = folder.is_finished(manifest)
-        if not finished and not found:
-            found = other_device(manifest, self._device())
-        if found:
-            raise UsageError(f"cannot resume {self.out}: {'; '.join(found)}. Choose another --out")
-        return manifest, finished
-
-    def _device(self) -> str:
-        """The device as asked for; that of a model in memory."""
-        if self.loaded is None:
-            return self.config.device
-        from xprobe.models.anatomy import input_device
-
-        return str(input_device(self.loaded.model))
-
-    # -- forward, lens, shards -------------------------------------------------------------------------------
-
-    def _compute(
-        self, source: loading.Source, data: Dataset, examples: list[Example], identity: dict[str, Any],
-        before: dict[str, Any],
-    ) -> tuple[dict[str, Any], RunFolder]:  # fmt: skip
-        from xprobe.capture.requests import group_requests
-        from xprobe.qa.prompts import build_prompts
-        from xprobe.stages.describe import describe_model, describe_work
-        from xprobe.stages.requests import strategy_sample, study_request, teacher_forced
-
-        config = self.config
-        self.progress("loading the model", 0, 0)
-        with self.watch.timed("load"):
-            engine, tokenizer = self._open(source)
-        window = loading.window(engine.model.config)
-        self.progress("building prompts", 0, 0)
-        with self.watch.timed("prompts"):
-            prompts, skipped = build_prompts(examples, tokenizer, self.template, window)
-        if not prompts:
-            raise DataError(f"none of {len(examples)} examples can be used, the first: {skipped[0]}")
-        _check_vocabulary(prompts, engine.anatomy.head.vocab_size, source.name)
-        requests = [study_request(prompt) for prompt in prompts]
-        groups = group_requests(requests)
-        with self._failing(lambda: f"what {self.out} holds stays"):
-            with self.watch.timed("parity"):
-                engine.check_parity(teacher_forced(prompts, PARITY_PROMPTS), config.backend)
-            with self.watch.timed("check of sharing"):
-                engine.choose_strategy(strategy_sample(requests))
-        plan = engine.plan(groups)
-        self.progress(f"shared beginnings save {plan.saved:.0%} of {plan.tokens} tokens", 0, 0)
-        folder = RunFolder.create(self.out, resume=self.resume)
-        manifest: dict[str, Any] = {
-            **identity,
-            **describe_work(prompts, skipped, data, plan, config, self.template, tokenizer),
-            "model": {**identity["model"], **describe_model(engine.model, engine.anatomy, window)},
-            "parity_error": engine.report().parity_error,
-            **{name: before[name] for name in ("created", "probes") if name in before},
-        }
-        folder.write_manifest(manifest)
-        self._compute_waves(engine, plan, prompts, folder)
-        report = engine.report()
-        if report.strategy != plan.strategy:  # a sweep found out that it must change
-            manifest["plan"] |= engine.plan(groups).to_dict()
-        manifest["plan"] |= {"batch_tokens": plan.batch_tokens, "attention_kernel": report.attention_kernel}
-        manifest["plan"]["warnings"] = list(report.warnings)
-        return {**manifest, "parity_error": report.parity_error}, folder
-
-    def _open(self, source: loading.Source) -> tuple[Runner, Any]:
-        """The engine that runs the model, whole or block by block, and the model's tokenizer."""
-        from xprobe_kernels import available_backends
-
-        from xprobe.capture.engine import Engine
-        from xprobe.models.anatomy import inspect
-
-        config = self.config
-        backends = available_backends(loading.pick_device(self._device()))
-        if config.backend not in ("auto", *backends):
-            raise UsageError(f"unknown backend {config.backend!r}; available here: auto, {', '.join(backends)}")
-
-        def say(message: str) -> None:
-            self.progress(message, 0, 0)
-
-        heard: list[str] = []  # of transformers, while it reads weights and tokenizer
-        engine: Runner
-        if config.stream:
-            from xprobe.capture.layerwise import LayerwiseEngine
-            from xprobe.models.streaming.streamed import open_streamed
-
-            trust = config.trust_remote_code
-            streamed = open_streamed(config.model, config.dtype, config.device, trust_remote_code=trust, heard=heard)
-            tokenizer = loading.load_tokenizer(source, config, heard)
-            engine = LayerwiseEngine(streamed, config.batch_tokens, self.out, say, self._blocks)
-        else:
-            loaded = self.loaded or loading.load(source, config, heard)
-            tokenizer = loaded.tokenizer
-            engine = Engine(loaded.model, inspect(loaded.model), config.batch_tokens, say)
-        for message in heard:
-            engine.warn(message)
-        return engine, tokenizer
-
-    def _blocks(self, done: int, total: int) -> None:
-        self.progress("blocks", done, total)
-
-    def _compute_waves(self, engine: Runner, plan: Plan, prompts: list[Prompt], folder: RunFolder) -> None:
-        from xprobe.stages.waves import run_waves
-
-        have = set(folder.finished_shards())
-        todo = {g.key for wave in plan.waves for g in wave.groups if folder.shard_name(g.key) not in have}
-        total = sum(len(wave.requests) for wave in plan.waves)
-        done = total - sum(len(g.requests) for wave in plan.waves for g in wave.groups if g.key in todo)
-
-        by_group: dict[str, list[Prompt]] = {}
-        for prompt in prompts:
-            by_group.setdefault(prompt.example.group, []).append(prompt)
-
-        def written(count: int) -> None:
-            nonlocal done
-            done += count
-            try:
-                self.progress(STAGE, done, total)
-            except Exception as error:  # the caller's, and no failure of the run
-                self.told = error
-                raise
-
-        written(0)
-        with self._failing(lambda: f"{done} of {total} examples are kept in {self.out}"):
-            run_waves(
-                engine, plan, by_group, todo, folder, self.watch, written,
-                backend=self.config.backend, store_rows=self.config.store_rows,
-            )  # fmt: skip
-
-    @contextmanager
-    def _failing(self, kept: Callable[[], str]) -> Iterator[None]:
-        """Turns what the machine or a model's own code raises into an error that says what is kept."""
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if error is self.told:
-                raise
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise XprobeError(
-                f"the run failed: {reason}. {kept()}; if memory ran out, add --resume and a smaller --batch-tokens"
-            ) from error
+            notify(Note(f"all tables are written again from the shards ({stale})"))
+            wanted = {**stage.settings_of(run), **wanted}
+            phases.compute(run)
+        stage.compute(run, wanted)
+    return load_study(path)
 
 
-def _stale(folder: RunFolder) -> str | None:
-    """What is wrong with the tables of a finished run; None if nothing is."""
-    try:
-        load_study(folder.path)
-    except RunFolderError as error:
-        return str(error)
-    return None
+@contextmanager
+def _locked(path: Path, notify: CallerNotify, resume: bool) -> Iterator[None]:
+    """The folder for this process alone, if a run may begin or go on in it."""
+    check_writable(path)
+    if not (path / LOCK).exists():  # else who works there is the better answer than what lies there
+        RunFolder.check(path, resume=resume)
+    with FolderLock(path) as lock:
+        if lock.warning:
+            notify(Note(lock.warning))
+        RunFolder.check(path, resume=resume)
+        yield
 
 
-def _check_vocabulary(prompts: list[Prompt], size: int, name: str) -> None:
-    largest = max(max(prompt.ids) for prompt in prompts)
-    if largest >= size:
-        raise ModelError(
-            f"the tokenizer of {name} gives token id {largest}, the model knows {size}: the two do not belong together"
-        )
+def _begin(
+    study: StudyConfig, questions: Questions, source: Source, in_memory: bool, path: Path, resume: bool
+) -> tuple[Manifest, bool]:
+    """The manifest to go on with, and whether the run in the folder is finished and all of it still there.
+
+    Raises
+    ------
+    UsageError
+        The run in the folder was made of something else: names every difference.
+    """
+    from xprobe.models.given import IDENTITY
+
+    data = questions.data
+    now = Manifest(
+        study=study,
+        model=ModelEntry(
+            source.name, source.kind, source.location, source.fingerprint(), IDENTITY if in_memory else None
+        ),
+        data=DataEntry(data.name, list(data.files), data.fingerprint),
+        template_sha256=questions.template_sha256,
+    )
+    folder = RunFolder.create(path, resume=True) if resume else RunFolder(path)
+    if not resume or not folder.has_manifest():
+        return now, False
+    before = folder.read_run()
+    changed = differences(before, now, folder.read_study())
+    if changed:
+        raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another --out")
+    if folder.is_finished():
+        return before, True
+    now.created, now.model.dtype = before.created, before.model.dtype
+    now.stages = {name: before.stages[name] for name in ("states", "probes") if name in before.stages}
+    return now, False
+
+
+def default_out(study: StudyConfig) -> Path:
+    """A new folder under ``runs/``, named after model, settings and time."""
+    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(study.model).name) or "model"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{stem}_{'+'.join(study.settings)}_{now}"

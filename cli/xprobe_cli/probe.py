@@ -61,14 +61,14 @@ def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool,
     """
     from xprobe.probes.training import ProbeSettings
     from xprobe.runs.folder import RunFolder
-    from xprobe.stages.phases import retrain
+    from xprobe.study import train_probes
     from xprobe_cli.probe_tables import probe_report
 
     if seed is None:
-        seed = RunFolder.open(run).read_finished()["config"]["seed"]
+        seed = RunFolder.open(run).read_finished().study.seed
     settings = ProbeSettings(seed=seed, **options)
     with Progress() as progress:
-        study = retrain(run, probes or tuple(PROBES), settings, progress)
+        study = train_probes(run, probes or None, settings, progress)
     if as_json:
         echo_json({"run_dir": str(study.path), "probes": _plain(study)})
     else:
@@ -76,5 +76,5 @@ def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool,
 
 
 def _plain(study: Any) -> list[dict[str, Any]]:
-    rows = study.all_probes.to_dict("records")
+    rows = study.probes.to_dict("records")
     return [{name: None if value != value else value for name, value in row.items()} for row in rows]

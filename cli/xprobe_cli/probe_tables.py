@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 from xprobe_cli.tables import estimate, number
 
 if TYPE_CHECKING:
-    from xprobe.results import Study
+    from xprobe.results import SettingResult, Study
 
 
 def probe_report(study: Study) -> str:
     """Scores of every setting's probes, and where the files are."""
-    parts = [_setting(study.of(setting)) for setting in study.settings]
+    parts = [_setting(result) for result in study]
     return "\n\n".join([*parts, f"files     {study.path}"])
 
 
-def _setting(study: Study) -> str:
+def _setting(result: SettingResult) -> str:
     rows: list[dict[str, Any]] = [
-        {str(name): value for name, value in row.items()} for row in study.probes.reset_index().to_dict("records")
+        {str(name): value for name, value in row.items()} for row in result.probes.reset_index().to_dict("records")
     ]
     columns = list(dict.fromkeys((r["probe"], r["state"], r["metric"]) for r in rows))
     wide = [max(len(f"{probe} {metric}"), len(state), 15) for probe, state, metric in columns]
     tops = "  ".join(f"{f'{p} {m}':>{w}}" for (p, _, m), w in zip(columns, wide, strict=True))
     states = "  ".join(f"{state:>{w}}" for (_, state, _), w in zip(columns, wide, strict=True))
-    lines = [f"{study.manifest['model']['name']} · {study.setting} · held-out paragraphs: score (control)", ""]
+    lines = [f"{result.study.manifest.model.name} · {result.setting} · held-out paragraphs: score (control)", ""]
     lines += [f"{'':>5}  {tops}", f"layer  {states}"]
     lines.append("─" * len(lines[-1]))
     for layer, some in groupby(sorted(rows, key=lambda r: r["layer"]), key=lambda r: r["layer"]):

@@ -9,16 +9,18 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
+from xprobe.events import Event, Step
+
 WIDTH = 30  # of the bar, in characters
 SECONDS_BETWEEN = 0.1  # two drawings of the bar
 
 
 class Progress:
-    """The library's ``progress(stage, done, total)``; silent where the stream is not a terminal.
+    """Shows the events of a run (``xprobe.events``); silent where the stream is not a terminal.
 
-    A call with a total moves the bar of its stage; rate and time left count what was done since the bar's first call,
-    which is what this process did, not what a resumed run held already. A call with a total of 0 is a line: a stage
-    without a count, or a remark. A remark does not disturb a bar that has some way to go.
+    A ``Step`` moves the bar of its stage; rate and time left count what was done since the bar's first call,
+    which is what this process did, not what a resumed run held already. A ``Stage`` or a ``Note`` is a line, which
+    leaves a bar that is not full in place.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -32,10 +34,11 @@ class Progress:
         self._had = 0
         self._shown = 0  # characters that the bar takes on its line
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if not total:
-            self._line(stage)
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, Step):
+            self._line(str(event))
             return
+        stage, done, total = event.stage, event.done, event.total
         if stage != self.stage or not self._open:
             self.close()
             self.stage, self._open, self._started, self._had = stage, True, self._clock(), done

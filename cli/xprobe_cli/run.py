@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,13 @@ from xprobe.config import (
     RECORDS_IN_MEMORY,
     SETTINGS,
     SIGNALS,
+    Execution,
     StudyConfig,
+    split_options,
 )
 from xprobe.errors import UsageError
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.manifest import Manifest
 from xprobe_cli.options import Names, common, echo_json
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
@@ -55,8 +57,7 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     "--signals",
     type=Names(),
     metavar="NAMES",
-    help=f"Signals to compute, of {', '.join(SIGNALS)}. This version computes "
-    f"{', '.join(name for name, ready in SIGNALS.items() if ready)}. [default: these]",
+    help=f"Signals to compute, of {', '.join(SIGNALS)}. [default: all]",
 )
 @click.option(
     "--probes",
@@ -88,7 +89,7 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
-    default=StudyConfig.batch_tokens,
+    default=Execution.batch_tokens,
     show_default=True,
     help="Most tokens in one forward pass: lower it when memory runs out.",
 )
@@ -135,22 +136,23 @@ def command(
         raise click.UsageError("--resume needs --out: the folder of the run to continue")
     if resume and out is not None:
         options |= _as_before(context, out, options)
-    config = StudyConfig(**options)
+    what, how = split_options(options)
+    config, execution = StudyConfig(**what), Execution(**how)
     if dry_run:
-        return _show_forecast(config, as_json)
+        return _show_forecast(config, execution, as_json)
     from xprobe.capture import worker
     from xprobe.models import tensor_parallel
     from xprobe.study import default_out, run_config
     from xprobe_cli.tables import study_report
 
-    tensor_parallel.check_launch(config)
-    if config.tensor_parallel and tensor_parallel.processes()[0] > 0:
+    tensor_parallel.check_launch(execution)
+    if execution.tensor_parallel and tensor_parallel.processes()[0] > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop
-        return worker.follow(config)
+        return worker.follow(execution)
     folder = out if out is not None else default_out(config)
     try:
-        with Progress() as progress, Stoppable(progress) as stoppable, tensor_parallel.lead(config):
-            study = run_config(config, out=folder, resume=resume, progress=stoppable)
+        with Progress() as progress, Stoppable(progress) as stoppable, tensor_parallel.lead(execution):
+            study = run_config(config, execution, out=folder, resume=resume, progress=stoppable)
     except Stopped as stopped:
         more = ["--json"] if as_json else []
         click.echo(f"xprobe: interrupted: {how_to_go_on(progress, folder, more)}", err=True)
@@ -159,16 +161,16 @@ def command(
         echo_json(study.to_dict())
     else:
         click.echo(study_report(study))
-    for line in remarks(study.manifest):
+    for line in warnings(study.manifest):
         click.echo(line, err=True)
     return 0
 
 
-def _show_forecast(config: StudyConfig, as_json: bool) -> int:
+def _show_forecast(config: StudyConfig, execution: Execution, as_json: bool) -> int:
     from xprobe.forecast import forecast
     from xprobe_cli.forecasts import forecast_report
 
-    found = forecast(config)
+    found = forecast(config, execution)
     if as_json:
         echo_json(found.to_dict())
     else:
@@ -182,25 +184,26 @@ def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dic
         if context.get_parameter_source("model") is ParameterSource.DEFAULT:
             raise UsageError(f"{out} holds no run to resume: to begin one there, name the MODEL")
         return {}
-    manifest = RunFolder.open(out).read_run()
-    config = manifest["config"]
+    folder = RunFolder.open(out)
+    manifest = folder.read_run()
     given = {name for name in chosen if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    held = {"a model": manifest["model"].get("kind"), "questions": manifest["data"]["name"]}
+    held = {"a model": manifest.model.kind, "questions": manifest.data.name}
     what = [name for name, value in held.items() if value in (MODEL_IN_MEMORY, RECORDS_IN_MEMORY)]
     if what:
         raise UsageError(
             f"the run in {out} was made with {' and '.join(what)} in memory, which only the script that made it has: "
             "resume it there, with xprobe.run(..., out=..., resume=True)"
         )
-    known = {field.name for field in fields(StudyConfig)}  # some have no option: a run from Python may have set them
-    before = {name: value for name, value in config.items() if name in known - given}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
+    states = manifest.stages.get("states")
+    execution = states.executions[-1].options if states is not None and states.executions else Execution()
+    before = {**vars(manifest.study), **vars(execution)}  # a run from Python may have set what has no option here
+    return {name: value for name, value in before.items() if name not in given}
 
 
-def remarks(manifest: dict[str, Any]) -> list[str]:
+def warnings(manifest: Manifest) -> list[str]:
     """A few lines on how the run had to differ from what was asked: fallbacks, records and examples left out."""
-    lines = [f"xprobe: {remark}" for remark in manifest["plan"].get("warnings", [])]
-    for what, items in manifest["left_out"].items():
+    lines = [f"xprobe: {warning}" for warning in manifest.warnings]
+    for what, items in manifest.left_out.items():
         if items:
             lines.append(f"xprobe: {len(items)} {what} left out; the first: {items[0]} (all in manifest.json)")
     return lines

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: stop at a safe point, and tell how to go on."""
+"""Ctrl-C and SIGTERM during a run: stop at a safe point, and say how to go on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from xprobe.events import Event
 from xprobe.runs.folder import MANIFEST
-from xprobe.study import STAGE
 from xprobe_cli.progress import Progress
 
+STEP = "forward and lens"  # the stage whose steps are safe points
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as a shell counts it
 
 
@@ -36,19 +37,19 @@ class Stoppable:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self._told: int | None = None  # the signal that waits
+        self._signal: int | None = None  # that waits for the next safe point
         self._before: dict[int, Any] = {}
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self.progress(stage, done, total)
-        if self._told is not None:
-            raise Stopped(self._told)
+    def __call__(self, event: Event) -> None:
+        self.progress(event)
+        if self._signal is not None:
+            raise Stopped(self._signal)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        computing = self.progress.stage == STAGE and self.progress.done < self.progress.total
-        if self._told is not None or not computing:
+        computing = self.progress.stage == STEP and self.progress.done < self.progress.total
+        if self._signal is not None or not computing:
             raise Stopped(number)
-        self._told = number
+        self._signal = number
         line = "xprobe: stopping when the examples in hand are done; once more stops at once\n"
         # not through sys.stderr: this may stand in the middle of a call that writes to it
         os.write(2, (f"\n{line}" if self.progress.enabled else line).encode())
@@ -73,7 +74,7 @@ def how_to_go_on(progress: Progress, folder: Path, options: list[str]) -> str:
     """One line: how much is kept, and the command that goes on."""
     if not (folder / MANIFEST).is_file():
         return "nothing was computed yet; the same command begins again"
-    counted = progress.stage == STAGE and progress.done < progress.total
+    counted = progress.stage == STEP and progress.done < progress.total
     kept = f"{progress.done} of {progress.total} examples are kept" if counted else "what was computed is kept"
     return f"{kept}; go on with: {program()} {shlex.join(['run', '--out', str(folder), '--resume', *options])}"
 

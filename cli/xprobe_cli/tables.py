@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xprobe.results import Study
+    from xprobe.results import SettingResult, Study
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR = 8
@@ -17,24 +17,22 @@ BARS_FROM = 92  # columns of terminal
 def study_report(study: Study) -> str:
     """The per-layer table of every setting with its summary lines, and where the files are."""
     width = shutil.get_terminal_size((100, 24)).columns
-    parts = [_setting_report(study.of(setting), width) for setting in study.settings]
+    parts = [_setting_report(result, width) for result in study]
     return "\n\n".join([*parts, f"files     {study.path}"])
 
 
-def _setting_report(study: Study, width: int) -> str:
-    entry = study.manifest["results"][study.setting]
-    title = (
-        f"{study.manifest['model']['name']} · {study.setting} · {entry['n']} examples, {entry['paragraphs']} paragraphs"
-    )
-    return "\n".join([title, "", *_layer_lines(study, bars=width >= BARS_FROM), "", *_summary_lines(study, entry)])
+def _setting_report(result: SettingResult, width: int) -> str:
+    name, summary = result.study.manifest.model.name, result.summary
+    title = f"{name} · {result.setting} · {summary['n']} examples, {summary['paragraphs']} paragraphs"
+    return "\n".join([title, "", *_layer_lines(result, bars=width >= BARS_FROM), "", *_summary_lines(result)])
 
 
-def _layer_lines(study: Study, bars: bool) -> list[str]:
+def _layer_lines(result: SettingResult, bars: bool) -> list[str]:
     def with_bar(value: float) -> str:
         return f"{number(value, 3):>6}" + (f" {bar(value)}" if bars else "")
 
     wide, gap = (7 + BAR, "  ") if bars else (9, " ")
-    table = study.stability
+    table = result.stability
     encoded = "encoding" in table
     heads = ["layer", "phase", f"{'stability':<{wide}}", f"{'95% interval':<14}", f"{'readiness':<{wide}}"]
     heads += ["encoding (sel.)" if bars else "encoding"] if encoded else []
@@ -55,26 +53,27 @@ def _layer_lines(study: Study, bars: bool) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _summary_lines(study: Study, entry: dict[str, Any]) -> list[str]:
-    manifest, counts = study.manifest, study.manifest["counts"]
+def _summary_lines(result: SettingResult) -> list[str]:
+    manifest, entry = result.study.manifest, result.summary
+    counts, parity = manifest.counts, manifest.stages["states"].results["parity_error"]
     languages = "  ".join(f"{name} {number(v['boundary']['value'], 1)}" for name, v in entry["languages"].items())
-    boundary = f"layer {estimate(entry['boundary'], 1)} of {manifest['model']['n_blocks']}"
+    boundary = f"layer {estimate(entry['boundary'], 1)} of {manifest.model.n_blocks}"
     phased = f"{100 * entry['phased_fraction']['value']:.0f}% of examples phased"
     if entry["phased_fraction"]["value"] < 0.5:
         phased += " (too few to believe a boundary)"
-    skipped = sum(counts["skipped"].values())
-    why = "".join(f"; {n} {reason}" for reason, n in counts["skipped"].items())
-    bad = sum(counts["bad_records"].values())
+    skipped = sum(counts.skipped.values())
+    why = "".join(f"; {n} {reason}" for reason, n in counts.skipped.items())
+    bad = sum(counts.bad_records.values())
     if entry["alpha"]["value"] is None:
         alpha = "undefined: it needs two languages and onsets that differ"
     else:
         alpha = f"alpha {estimate(entry['alpha'], 3)}   1: all languages agree, 0: chance"
-    encoding = [f"encoding  {_encoding_line(study, entry)}"] if "encoding_depth" in entry else []
+    encoding = [f"encoding  {_encoding_line(entry)}"] if "encoding_depth" in entry else []
     return [
         f"boundary  {boundary}; {phased}; by language: {languages}",
         *encoding,
         f"stability {alpha}",
-        f"parity    {manifest['parity_error']:.1e} nats; {skipped} examples skipped{why}; {bad} bad records",
+        f"parity    {parity:.1e} nats; {skipped} examples skipped{why}; {bad} bad records",
     ]
 
 
@@ -83,7 +82,7 @@ def selectivity(row: Any) -> str:
     return number(row["encoding_selectivity"], 2)
 
 
-def _encoding_line(study: Study, entry: dict[str, Any]) -> str:
+def _encoding_line(entry: dict[str, Any]) -> str:
     """Depth, peak and phase order."""
     if entry["encoding_peak"]["value"] is None:
         return "undefined: it needs two questions on a paragraph, each in two languages"

@@ -26,13 +26,12 @@ from xprobe.capture.rows import Rows, RowSpace
 from xprobe.capture.runner import RunnerReport, Warnings
 from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
 from xprobe.capture.tree_attention import NotShareable
+from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError
 from xprobe.models.anatomy import input_device
 from xprobe.models.parity import TeacherForced, coarse, compare_with_own
 from xprobe.models.passes import Pass, pad
 from xprobe.models.streaming.streamed import StreamedModel, own_logits, sweep
-
-ROWS_FILE = ".rows-"  # beginning of the temporary name of a file of hidden rows
 
 
 class LayerwiseEngine:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 
 from xprobe.capture.engine import Engine
-from xprobe.config import StudyConfig
+from xprobe.config import Execution
 from xprobe.errors import ModelError, XprobeError
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect
 from xprobe.models.tensor_parallel import LAST_WORD, Team, join
 
 
-def follow(config: StudyConfig) -> int:
+def follow(execution: Execution) -> int:
     """For every other process: works along until the first is done, and returns that one's exit code.
 
     Raises
@@ -28,8 +28,8 @@ def follow(config: StudyConfig) -> int:
                 if what == "stop":
                     return int(args[0])
                 if what == "open":
-                    model = loading.load(loading.resolve(config.model), config).model
-                    engine = Engine(model, inspect(model), config.batch_tokens)
+                    model = loading.load(args[0], execution, dtype=args[1]).model
+                    engine = Engine(model, inspect(model), execution.batch_tokens)
                 else:
                     getattr(engine, what)(*args)
             except Exception as error:

@@ -103,9 +103,9 @@ def _convert(path: Path, folder: Path) -> None:
     quantization = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told otherwise
         quantization = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    heard: list[str] = []
+    warnings: list[str] = []
     try:
-        with quiet(heard):
+        with quiet(warnings):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **options)
             model: Any
             info: dict[str, Any]
@@ -137,16 +137,16 @@ def _convert(path: Path, folder: Path) -> None:
         mismatched=info["mismatched_keys"],
     )
     header.apply(model)
-    heard += header.warnings()
+    warnings += header.warnings()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / HEARD).write_text(json.dumps(heard), encoding="utf-8")
+    (folder / HEARD).write_text(json.dumps(warnings), encoding="utf-8")
 
 
-def heard_then(folder: Path) -> list[str]:
+def saved_warnings(folder: Path) -> list[str]:
     """The warnings of transformers while the model in ``folder`` was converted; [] for any other folder."""
     file = folder / HEARD
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xprobe.config import MODEL_IN_MEMORY, StudyConfig
+from xprobe.config import MODEL_IN_MEMORY, Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models.completeness import MERGE
 from xprobe.models.loading import LoadedModel, check_decoder, use_plain_experts, window
@@ -87,18 +87,21 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_quantized
 
 
-def check_options(config: StudyConfig) -> None:
-    """Refuses options that say how a model is to be loaded: this one is.
+def check_options(dtype: str, execution: Execution) -> None:
+    """Refuses options that say how to load a model: this one is loaded.
 
     Raises
     ------
     UsageError
         Names the option.
     """
-    default = StudyConfig()
-    for name in ("dtype", "device", "device_map", "tensor_parallel", "stream", "trust_remote_code", "allow_pickle"):
-        if getattr(config, name) != getattr(default, name):
-            raise UsageError(f"{name}={getattr(config, name)!r} says how to load a model, and this one is in memory")
+    default = Execution()
+    given = {"dtype": dtype} if dtype != "auto" else {}
+    for name in ("device", "device_map", "tensor_parallel", "stream", "trust_remote_code", "allow_pickle"):
+        if getattr(execution, name) != getattr(default, name):
+            given[name] = getattr(execution, name)
+    for name, value in given.items():
+        raise UsageError(f"{name}={value!r} says how to load a model, and this one is in memory")
 
 
 @contextmanager

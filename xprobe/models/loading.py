@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xprobe.config import StudyConfig
+from xprobe.config import Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import tensor_parallel
 from xprobe.models.checkpoint import PICKLES, Checkpoint, StoredTensor, check_plain
 from xprobe.models.completeness import check_complete
-from xprobe.models.gguf import heard_then
+from xprobe.models.gguf import saved_warnings
 from xprobe.models.messages import quiet
 from xprobe.models.sources import TOKENIZER_FILES, Source, location_and_options, resolve, unknown
 
@@ -38,10 +38,21 @@ class LoadedModel:
     window: int | None  # longest input in tokens; None if the model has no bound
 
 
-def load(source: Source, config: StudyConfig, heard: list[str] | None = None) -> LoadedModel:
-    """Loads weights and tokenizer; never runs code or unpickles weights unless ``config`` asks for it.
+def load(
+    source: Source, execution: Execution | None = None, *, dtype: str = "auto", warnings: list[str] | None = None
+) -> LoadedModel:
+    """Loads weights and tokenizer; never runs code or unpickles weights unless ``execution`` asks for it.
 
-    ``heard`` gets the warnings of transformers that may concern weights or tokens.
+    Parameters
+    ----------
+    source : Source
+        From ``resolve``.
+    execution : Execution, optional
+        Device, device map, tensor parallelism, and what the model may run.
+    dtype : str
+        ``auto``: float32 on a CPU, the checkpoint's dtype elsewhere.
+    warnings : list of str, optional
+        Gets the warnings of transformers that may concern weights or tokens.
 
     Raises
     ------
@@ -53,25 +64,25 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
     import torch
     import transformers
 
-    if config.tensor_parallel and tensor_parallel.size() == 1:
+    execution = execution or Execution()
+    if execution.tensor_parallel and tensor_parallel.size() == 1:
         raise UsageError(
             "tensor_parallel is for `torchrun -m xprobe_cli run`, or inside of xprobe.models.tensor_parallel.lead()"
         )
-    heard = [] if heard is None else heard
-    location, options = location_and_options(source, config.trust_remote_code)
-    heard += heard_then(Path(location))
-    tensor_parallel.order("open")
-    device = pick_device(config.device)
-    dtype = config.dtype
+    warnings = [] if warnings is None else warnings
+    location, options = location_and_options(source, execution.trust_remote_code)
+    warnings += saved_warnings(Path(location))
+    tensor_parallel.order("open", source, dtype)
+    device = pick_device(execution.device)
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    model_config = load_config(source, config.trust_remote_code, heard)
+    model_config = load_config(source, execution.trust_remote_code, warnings)
     tensor_parallel.check_heads(model_config, source.name)
-    _check_files(source, location, config, model_config)
-    tokenizer = load_tokenizer(source, config, heard)
-    said: list[str] = []
-    with quiet(said), ExitStack() as undo:
-        placing = _placing(config, undo)
+    _check_files(source, location, execution.allow_pickle, model_config)
+    tokenizer = load_tokenizer(source, execution.trust_remote_code, warnings)
+    new: list[str] = []
+    with quiet(new), ExitStack() as undo:
+        placing = _placing(execution, undo)
         try:
             model: Any
             info: dict[str, Any]
@@ -79,7 +90,7 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
                 location,
                 config=model_config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=None if config.allow_pickle else True,
+                use_safetensors=None if execution.allow_pickle else True,
                 ignore_mismatched_sizes=True,  # check_complete names them; transformers' own error does not
                 output_loading_info=True,
                 **options,
@@ -105,7 +116,7 @@ def load(source: Source, config: StudyConfig, heard: list[str] | None = None) ->
         config=model_config,
         read=lambda name: stored[name][...] if name in stored else None,
     )
-    heard += [message for message in said if message not in heard]
+    warnings += [message for message in new if message not in warnings]
     _check_tied(model)
     model = model.eval() if placing else model.to(device).eval()
     use_plain_experts(model)
@@ -135,22 +146,22 @@ def use_plain_experts(model: Any) -> None:
             model.set_experts_implementation("eager")
 
 
-def _placing(config: StudyConfig, undo: ExitStack) -> dict[str, Any]:
+def _placing(execution: Execution, undo: ExitStack) -> dict[str, Any]:
     """What tells transformers to spread a model over devices or processes; nothing if it is to be on one.
 
     Weights that are left on disk are read from the checkpoint; those that the checkpoint holds in another form
     (pickles, experts that are fused as they are loaded) are written to a folder, which ``undo`` removes.
     """
-    if config.tensor_parallel:
+    if execution.tensor_parallel:
         from transformers.distributed import DistributedConfig
 
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
-    if config.device_map is None:
+    if execution.device_map is None:
         return {}
     if importlib.util.find_spec("accelerate") is None:
         raise ModelError("a device map needs the package accelerate: pip install accelerate")
     folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="xprobe-offload-", ignore_cleanup_errors=True))
-    return {"device_map": config.device_map, "offload_folder": folder}
+    return {"device_map": execution.device_map, "offload_folder": folder}
 
 
 def _check_tied(model: Any) -> None:
@@ -169,7 +180,7 @@ def _check_tied(model: Any) -> None:
             )
 
 
-def load_tokenizer(source: Source, config: StudyConfig, heard: list[str] | None = None) -> Any:
+def load_tokenizer(source: Source, trust_remote_code: bool = False, warnings: list[str] | None = None) -> Any:
     """The tokenizer that belongs to a model.
 
     Raises
@@ -179,8 +190,8 @@ def load_tokenizer(source: Source, config: StudyConfig, heard: list[str] | None 
     """
     import transformers
 
-    heard = [] if heard is None else heard
-    location, options = location_and_options(source, config.trust_remote_code)
+    warnings = [] if warnings is None else warnings
+    location, options = location_and_options(source, trust_remote_code)
     if source.kind == "folder":
         _check_tokenizer_files(Path(location), source.name)
 
@@ -199,11 +210,11 @@ def load_tokenizer(source: Source, config: StudyConfig, heard: list[str] | None 
             f"the tokenizer of {source.name} was saved with a wrong rule for splitting words, as early Mistral "
             "tokenizers were: it is used with the right one (fix_mistral_regex)"
         )
-    heard += [message for message in said if message not in heard]
+    warnings += [message for message in said if message not in warnings]
     return tokenizer
 
 
-def load_config(source: Source, trust_remote_code: bool = False, heard: list[str] | None = None) -> Any:
+def load_config(source: Source, trust_remote_code: bool = False, warnings: list[str] | None = None) -> Any:
     """The model's configuration, refused if it is not that of a causal decoder with plain weights.
 
     Raises
@@ -214,17 +225,17 @@ def load_config(source: Source, trust_remote_code: bool = False, heard: list[str
     import transformers
 
     location, options = location_and_options(source, trust_remote_code)
-    with quiet(heard):
+    with quiet(warnings):
         try:
             model_config = transformers.AutoConfig.from_pretrained(location, **options)
         except Exception as error:  # as in load
             raise ModelError(_explain(source, location, error)) from error
     check_decoder(model_config, source.name)
     check_plain(model_config, source.name)
-    return with_own_attention(model_config, heard)
+    return with_own_attention(model_config, warnings)
 
 
-def with_own_attention(model_config: Any, heard: list[str] | None = None) -> Any:
+def with_own_attention(model_config: Any, warnings: list[str] | None = None) -> Any:
     """``model_config`` with transformers' default attention where it asks for a package's (flash attention).
 
     Which kernel computes the attention is no property of the weights, and those of packages know no float32.
@@ -232,8 +243,8 @@ def with_own_attention(model_config: Any, heard: list[str] | None = None) -> Any
     asked = getattr(model_config, "_attn_implementation", None)
     if asked not in (None, "eager", "sdpa"):
         model_config._attn_implementation = None
-        if heard is not None:
-            heard.append(f"config.json asks for the attention {asked!r}: transformers' default is used in its place")
+        if warnings is not None:
+            warnings.append(f"config.json asks for the attention {asked!r}: transformers' default is used in its place")
     return model_config
 
 
@@ -309,18 +320,18 @@ def _check_dtypes(checkpoint: Checkpoint, model_config: Any) -> None:
         Placement(model, checkpoint, {}, model.dtype, "cpu", model_config)
 
 
-def _check_files(source: Source, location: str, config: StudyConfig, model_config: Any) -> None:
+def _check_files(source: Source, location: str, allow_pickle: bool, model_config: Any) -> None:
     """Says what is wrong with a folder's weights before transformers does: damaged, cut off, missing or quantised."""
     if source.kind != "folder":
         return
     folder = Path(location)
     pickles = [path.name for path in folder.iterdir() if path.name.endswith(PICKLES)]
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
-        if not (config.allow_pickle and pickles):
+        if not (allow_pickle and pickles):
             _check_dtypes(Checkpoint(folder), model_config)
     elif not pickles:
         raise ModelError(f"{source.name} holds no weights: expected model.safetensors, or its shards and their index")
-    elif not config.allow_pickle:
+    elif not allow_pickle:
         raise ModelError(
             f"{source.name} holds its weights in a pickle ({pickles[0]}), which can run code: --allow-pickle loads "
             "them all the same"

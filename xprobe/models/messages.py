@@ -28,27 +28,27 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _Collector(logging.Handler):
-    def __init__(self, heard: list[str]) -> None:
+    def __init__(self, collected: list[str]) -> None:
         super().__init__(logging.WARNING)
-        self.heard = heard
+        self.collected = collected
 
     def emit(self, record: logging.LogRecord) -> None:
-        _keep(self.heard, record.getMessage())
+        _keep(self.collected, record.getMessage())
 
 
 @contextlib.contextmanager
-def quiet(heard: list[str] | None = None) -> Iterator[None]:
+def quiet(collected: list[str] | None = None) -> Iterator[None]:
     """Nothing is printed inside; errors still come through as exceptions, and everything is put back on exit.
 
     Parameters
     ----------
-    heard : list of str, optional
+    collected : list of str, optional
         Gets every warning that may concern tokens or weights, once each, in one line. Progress bars, and warnings
         that are known to change no number (``HARMLESS``), are dropped.
     """
     from transformers.utils import logging as transformers_logging
 
-    kept: list[str] = [] if heard is None else heard
+    kept: list[str] = [] if collected is None else collected
     bars = transformers_logging.is_progress_bar_enabled()
     forget = getattr(getattr(logging.Logger, "warning_once", None), "cache_clear", None)
     if forget is not None:
@@ -84,7 +84,7 @@ def _listening(logger: logging.Logger, collector: logging.Handler) -> Iterator[N
         logger.propagate = propagate
 
 
-def _keep(heard: list[str], message: str) -> None:
+def _keep(collected: list[str], message: str) -> None:
     line = " ".join(_COLOURS.sub("", message).split())[:MOST]
-    if line and not HARMLESS.search(line) and (said := f"transformers: {line}") not in heard:
-        heard.append(said)
+    if line and not HARMLESS.search(line) and (said := f"transformers: {line}") not in collected:
+        collected.append(said)

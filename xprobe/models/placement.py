@@ -19,7 +19,7 @@ OUTSIDE = ("", -1)  # owner of what belongs to no block; a block's is (name of i
 
 
 def build_empty(
-    config: Any, dtype: torch.dtype, device: str, *, trust_remote_code: bool = False, heard: list[str] | None = None
+    config: Any, dtype: torch.dtype, device: str, *, trust_remote_code: bool = False, warnings: list[str] | None = None
 ) -> Any:
     """The model of ``config`` in evaluation mode: parameters on the meta device, computed buffers real, on ``device``.
 
@@ -33,7 +33,7 @@ def build_empty(
     from transformers import initialization
 
     with initialization.meta_device_safe_creation_ops():
-        model = without_weights(config, dtype, trust_remote_code=trust_remote_code, heard=heard)
+        model = without_weights(config, dtype, trust_remote_code=trust_remote_code, warnings=warnings)
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             if (buffer := module._buffers[name]) is not None:
@@ -46,7 +46,7 @@ def build_empty(
 
 
 def without_weights(
-    config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, heard: list[str] | None = None
+    config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, warnings: list[str] | None = None
 ) -> Any:
     """The model of ``config`` with everything on the meta device.
 
@@ -58,7 +58,7 @@ def without_weights(
     import transformers
 
     try:
-        with quiet(heard), torch.device("meta"):
+        with quiet(warnings), torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from xprobe.config import StudyConfig
+from xprobe.config import Execution
 from xprobe.errors import ModelError, UsageError
 
 FOREVER = timedelta(days=365)  # between two orders the first process may be busy with anything
@@ -54,7 +54,7 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_launch(config: StudyConfig) -> None:
+def check_launch(execution: Execution) -> None:
     """Refuses a configuration that does not fit the way this process was started.
 
     Raises
@@ -63,12 +63,12 @@ def check_launch(config: StudyConfig) -> None:
         One of several processes, each of which would do the same run; or tensor parallelism in a single one.
     """
     _, size = processes()
-    if size > 1 and not config.tensor_parallel:
+    if size > 1 and not execution.tensor_parallel:
         raise UsageError(
             f"started as one of {size} processes (WORLD_SIZE={size}), each of which would do the same run: add "
             "--tensor-parallel to share one model among them, or start it once"
         )
-    if size == 1 and config.tensor_parallel:
+    if size == 1 and execution.tensor_parallel:
         raise UsageError(
             "--tensor-parallel shares a model among processes, and there is but one: start it with "
             "`torchrun --nproc-per-node N -m xprobe_cli run ...`"
@@ -76,12 +76,12 @@ def check_launch(config: StudyConfig) -> None:
 
 
 @contextmanager
-def lead(config: StudyConfig) -> Iterator[None]:
+def lead(execution: Execution) -> Iterator[None]:
     """For the first process: inside, ``loading.load`` and ``Engine`` have the others work along; then these go home.
 
-    Does nothing unless ``config.tensor_parallel``.
+    Does nothing unless ``execution.tensor_parallel``.
     """
-    if not config.tensor_parallel:
+    if not execution.tensor_parallel:
         yield
         return
     with join() as team:

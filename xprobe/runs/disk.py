@@ -166,3 +166,26 @@ def checksum(path: Path) -> str | None:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except (OSError, ValueError):
         return None
+
+
+REPLACED = ("a file", "a link")  # what a new file may take the name of
+PART = ".{}.part"  # temporary name of a file that is being written
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A temporary name to write to. When the block ends, the file is synced and takes the name ``final``.
+
+    Readers see the old content or the new, never a part. A block that raises leaves the old file.
+    """
+    temporary = final.with_name(PART.format(final.name))
+    expect(final, *REPLACED, follow=False)
+    expect(temporary, follow=False)
+    try:
+        yield temporary
+        sync(temporary)  # before the renaming: a name must never stand for bytes that the disk does not have
+        temporary.replace(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(final.parent)

@@ -19,22 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from xprobe.runs import journal
-from xprobe.runs.disk import checksum, entries, expect, make_folder, read_file, sync, what_is, writing
+from xprobe.runs.disk import PART, REPLACED, checksum, entries, expect, make_folder, read_file, replacing, sync, what_is, writing
+from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError, UsageError
 from xprobe.runs.lock import LOCK
+from xprobe.runs.manifest import FORMAT, Manifest
 from xprobe.runs.schema import finished_complaint, identity_complaint
 from xprobe.runs.serialization import shard_bytes
 
-FORMAT = 1  # of the run folder; raised when older readers would misread it
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
 LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
-MAY_CHANGE = ("batch_tokens", "model", "data")  # of the configuration on resume; the bytes of model and data may not
+MAY_CHANGE = ("model", "data")  # names, on resume; the bytes of model and data may not change
 _SELF = "sha256"  # entry of the manifest: checksum of all the others
-ROWS = ".rows-"  # beginning of the name that a file of hidden rows has before it loses it
 SHARD = ".safetensors"  # end of a shard's name
-_REPLACED = ("a file", "a link")  # what a new file may take the name of
 _NAMED = 5  # shards that a message names
-_PART = ".{}.part"  # temporary name of a file that is being written
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,18 @@ class RunFolder:
             It cannot be written, or something else than a file lies where the run keeps one.
         """
         cls.check(path, resume=resume)
-        with writing(path):
-            make_folder(path / SHARDS)
-            sync(path)
-        for folder in (path, path / SHARDS):
+        folder = cls(path)
+        folder.make()
+        return folder
+
+    def make(self) -> None:
+        """Makes the folder and the one of its shards, where they are missing."""
+        with writing(self.path):
+            make_folder(self.path / SHARDS)
+            sync(self.path)
+        for folder in (self.path, self.path / SHARDS):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise RunFolderError(f"cannot write {folder}: permission denied; choose another --out")
-        return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -108,18 +111,18 @@ class RunFolder:
         expect(self.path / JOURNAL)
         expect(self.path / LOCK, follow=False)
         for name in (LAYERS, EXAMPLES, PROBE_TABLE):
-            expect(self.path / name, *_REPLACED, follow=False)
+            expect(self.path / name, *REPLACED, follow=False)
         folders = [self.path, self.path / SHARDS] if expect(self.path / SHARDS, "a folder") else [self.path]
         for place in (place for folder in folders for place in entries(folder)):
-            if place.name.startswith(ROWS) or (place.name.startswith(".") and place.name.endswith(".part")):
+            if place.name.startswith(ROWS_FILE) or (place.name.startswith(".") and place.name.endswith(".part")):
                 expect(place, follow=False)
             elif place.suffix == SHARD:
-                expect(place, *_REPLACED, follow=False)
+                expect(place, *REPLACED, follow=False)
 
     # -- manifest --------------------------------------------------------------------------------------------
 
-    def read_manifest(self) -> dict[str, Any]:
-        """The manifest; empty if there is none yet."""
+    def _read_json(self) -> dict[str, Any]:
+        """The manifest as plain values; empty if there is none yet."""
         path = self.path / MANIFEST
         if not self.has_manifest():
             return {}
@@ -132,14 +135,17 @@ class RunFolder:
                 f"cannot read {path} ({error}): the run cannot be used; start it in a new folder"
             ) from error
         if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
+            environment = manifest.get("environment")
+            writer = environment.get("xprobe") if isinstance(environment, dict) else None
+            version = f"xprobe {writer}, which wrote it" if isinstance(writer, str) else "the version that wrote it"
             raise RunFolderError(
                 f"{path} is of run format {manifest.get('format')}, this version of xprobe reads format {FORMAT}: "
-                "use the version that wrote it, or start the run in a new folder"
+                f"read it with {version}, or start the run in a new folder"
             )
         manifest.pop(_SELF, None)
         return manifest
 
-    def read_run(self) -> dict[str, Any]:
+    def read_run(self) -> Manifest:
         """The manifest of a run that was started, with all that says what the run is made of.
 
         Raises
@@ -147,13 +153,20 @@ class RunFolder:
         RunFolderError
             An entry is missing or wrong.
         """
-        manifest = self.read_manifest()
+        return Manifest.from_dict(self._read_identity())
+
+    def read_study(self) -> dict[str, Any]:
+        """The run's ``StudyConfig`` as it was written, with entries that this version may not know."""
+        return self._read_identity()["study"]
+
+    def _read_identity(self) -> dict[str, Any]:
+        manifest = self._read_json()
         wrong = identity_complaint(manifest)
         if wrong is not None:
             raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; the run cannot be used: start it in a new folder")
         return manifest
 
-    def read_finished(self) -> dict[str, Any]:
+    def read_finished(self) -> Manifest:
         """The manifest of a finished run, with all that any reader relies on.
 
         Raises
@@ -161,7 +174,7 @@ class RunFolder:
         RunFolderError
             The run is not finished, or an entry is missing or wrong.
         """
-        manifest = self.read_run()
+        manifest = self._read_identity()
         if manifest["status"] != "done":
             raise RunFolderError(
                 f"the run in {self.path} is not finished ({manifest['status']}): continue it with --resume"
@@ -169,15 +182,16 @@ class RunFolder:
         wrong = finished_complaint(manifest)
         if wrong is not None:
             raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; {self.resume_command} writes it again")
-        return manifest
+        return Manifest.from_dict(manifest)
 
     @property
     def resume_command(self) -> str:
         """The command that mends what can be mended, for messages."""
         return f"`xprobe run --out {self.path} --resume`"
 
-    def is_finished(self, manifest: dict[str, Any]) -> bool:
+    def is_finished(self) -> bool:
         """Whether nothing has to be computed: the manifest is as it was written, and every shard is there."""
+        manifest = self._read_identity()
         done = manifest["status"] == "done" and finished_complaint(manifest) is None
         return done and self.manifest_is_untouched() and self.holds(manifest["groups"])
 
@@ -189,30 +203,25 @@ class RunFolder:
         except (RunFolderError, ValueError, RecursionError, AttributeError, KeyError):
             return False
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
-        manifest = json.loads(json.dumps(manifest))  # as readers will see it
-        manifest[_SELF] = _own_checksum(manifest)
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Writes the manifest with its checksum, in one step."""
+        values = json.loads(json.dumps(manifest.to_dict()))  # as readers will see it
+        values[_SELF] = _own_checksum(values)
         self.__dict__.pop("_run_key", None)
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         self.write_bytes(MANIFEST, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
 
     @cached_property
     def _run_key(self) -> str:
         """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
-        manifest = self.read_manifest()
-        found = {name: manifest.get(name) for name in ("config", "model", "data")}
-        parts = {name: part if isinstance(part, dict) else {} for name, part in found.items()}
-        values = {
-            "config": {name: value for name, value in parts["config"].items() if name not in MAY_CHANGE},
-            "model": parts["model"].get("files_sha256"),
-            "data": parts["data"].get("files_sha256"),
-            "template": manifest.get("template_sha256"),
-        }
-        return _own_checksum(values)
+        manifest = Manifest.from_dict(self._read_json())
+        study = {name: value for name, value in manifest.study.to_dict().items() if name not in MAY_CHANGE}
+        model, data = manifest.model.files_sha256, manifest.data.files_sha256
+        return _own_checksum({"study": study, "model": model, "data": data, "template": manifest.template_sha256})
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Writes a file of the folder in one step: readers see the old content or the new, never a part."""
-        with writing(self.path), self._renamed(name) as temporary:
+        with writing(self.path), replacing(self.path / name) as temporary:
             temporary.write_bytes(content)
 
     # -- shards ----------------------------------------------------------------------------------------------
@@ -220,15 +229,19 @@ class RunFolder:
     def shard_name(self, group: str) -> str:
         return group.replace("/", ".") + SHARD
 
-    def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any]) -> None:
-        """Stores one context group (numpy arrays or torch tensors) and enters it in the journal with its checksum."""
+    def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any], execution: int = 0) -> None:
+        """Stores one context group (numpy arrays or torch tensors) and enters it in the journal with its checksum.
+
+        ``execution``: which of the stage's executions computes it.
+        """
         name = self.shard_name(group)
         content = shard_bytes(tensors, {"group": group, **metadata})
         with writing(self.path):
-            with self._renamed(f"{SHARDS}/{name}") as temporary:
+            with replacing(self.path / SHARDS / name) as temporary:
                 temporary.write_bytes(content)
             digest = hashlib.sha256(content).hexdigest()
-            line = {"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key}
+            line = {"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key,
+                    "execution": execution}  # fmt: skip
             journal.enter(self.path / JOURNAL, line)
 
     def _entries(self) -> dict[str, dict[str, Any]]:
@@ -240,6 +253,16 @@ class RunFolder:
         known = self._entries()
         return [name for name in known if checksum(self.path / SHARDS / name) == known[name].get("sha256", "")]
 
+    def shards_by_execution(self, groups: list[str]) -> dict[int, int]:
+        """How many of the shards of ``groups`` each execution wrote."""
+        known = self._entries()
+        counts: dict[int, int] = {}
+        for name in map(self.shard_name, groups):
+            index = known.get(name, {}).get("execution")
+            if isinstance(index, int):
+                counts[index] = counts.get(index, 0) + 1
+        return counts
+
     def tidy(self, groups: list[str]) -> None:
         """Leaves the folder as a run that nobody interrupted leaves it.
 
@@ -248,7 +271,7 @@ class RunFolder:
         """
         with writing(self.path):
             for folder in (self.path, self.path / SHARDS):
-                for part in [*folder.glob(_PART.format("*")), *folder.glob(f"{ROWS}*")]:
+                for part in [*folder.glob(PART.format("*")), *folder.glob(f"{ROWS_FILE}*")]:
                     part.unlink()
             known = self._entries()
             names = [self.shard_name(group) for group in groups]
@@ -356,7 +379,7 @@ class RunFolder:
         with writing(self.path), ExitStack() as stack:
             digests: dict[str, str] = {}
             for name, frame in frames.items():
-                temporary = stack.enter_context(self._renamed(name))
+                temporary = stack.enter_context(replacing(self.path / name))
                 frame.to_parquet(temporary, index=False)
                 digests[name] = checksum(temporary) or ""
             yield digests
@@ -386,28 +409,12 @@ class RunFolder:
                 f"cannot read {path} ({error}): {self.resume_command} writes it again from the shards"
             ) from error
 
-    @contextmanager
-    def _renamed(self, name: str) -> Iterator[Path]:
-        """A temporary name to write to; what is there in the end is on the disk under its own name."""
-        final = self.path / name
-        temporary = final.with_name(_PART.format(final.name))
-        expect(final, *_REPLACED, follow=False)
-        expect(temporary, follow=False)
-        try:
-            yield temporary
-            sync(temporary)  # before the renaming: a name must never stand for bytes that the disk does not have
-            temporary.replace(final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(final.parent)
-
 
 def holds_something(path: Path) -> bool:
     """Whether ``path`` is a folder with more in it than a run that was killed before its first file was whole."""
     if not path.is_dir():
         return False
-    nothing = {LOCK, _PART.format(MANIFEST)}
+    nothing = {LOCK, PART.format(MANIFEST)}
     rest = [entry for entry in entries(path) if entry.name not in nothing]
     return any(entry.name != SHARDS or not entry.is_dir() or bool(entries(entry)) for entry in rest)
 

@@ -1,41 +1,44 @@
-"""What a run is made of, and whether it may go on with what is there now."""
+"""Whether a run may go on: what it is made of, compared with what is there now."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from xprobe.models import loading
 from xprobe.runs.folder import MAY_CHANGE
+from xprobe.runs.manifest import Manifest
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What keeps a run from going on, in words; empty if nothing.
+def differences(before: Manifest, now: Manifest, old: dict[str, Any]) -> list[str]:
+    """What keeps a run from going on, in words; empty if nothing does.
+
+    How it is computed (``Execution``) does not matter: a run may go on on another device.
 
     Parameters
     ----------
-    before : dict
-        The run's manifest, checked by ``RunFolder.read_run``.
-    now : dict
-        ``config``, ``model`` and ``data`` (with ``name`` and ``files_sha256``) and ``template_sha256`` as they are now.
+    before : Manifest
+        Of the run.
+    now : Manifest
+        With study, model, data and template as they are now.
+    old : dict
+        The run's ``StudyConfig`` as it was written (``RunFolder.read_study``).
     """
-    old, new = before["config"], now["config"]
+    new = now.study.to_dict()
     changed = [name for name in {**new, **old} if name not in MAY_CHANGE and not _same(name, old, new)]
     found = [_in_words(name, old, new) for name in changed]
-    # the data's bytes are those of the languages read
-    for part in ("model",) if {"languages", "settings"} & set(changed) else ("model", "data"):
-        if before[part].get("files_sha256") != now[part]["files_sha256"]:
-            name, other = before[part].get("name"), now[part]["name"]
-            renamed = f"{part} was {name!r} and is now {other!r} (other bytes)"
-            found.append(renamed if name != other else f"{part} {name!r} has other bytes than it had")
-    if before["template_sha256"] != now["template_sha256"]:
-        found.append("the wording of the template is another one now")
+    found += _other_bytes("model", before.model, now.model)
+    if not {"languages", "settings"} & set(changed):  # the checksum of the data is of the languages read
+        found += _other_bytes("data", before.data, now.data)
+    if before.template_sha256 != now.template_sha256:
+        found.append("the wording of the template has changed")
     return found
 
 
-def other_device(before: dict[str, Any], device: str) -> list[str]:
-    """The same for the kind of device: half of the shards in bf16 from a GPU, half in float32 from a CPU, is no run."""
-    was, now = str(before["model"].get("device")), loading.pick_device(device)
-    return [] if was.split(":")[0] == now.split(":")[0] else [f"device was {was!r} and is now {now!r}"]
+def _other_bytes(what: str, before: Any, now: Any) -> list[str]:
+    if before.files_sha256 == now.files_sha256:
+        return []
+    if before.name == now.name:
+        return [f"{what} {now.name!r} has other bytes than it had"]
+    return [f"{what} was {before.name!r} and is now {now.name!r} (other bytes)"]
 
 
 def _same(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -37,7 +37,7 @@ class FolderLock:
 
     Attributes
     ----------
-    remark : str or None
+    warning : str or None
         What the user should know: the file system has no such locks, so only processes of this machine are noticed.
 
     Raises
@@ -48,7 +48,7 @@ class FolderLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.remark: str | None = None
+        self.warning: str | None = None
         self._made: list[Path] = []
         self._key = ""
         self._owner = 0
@@ -105,7 +105,7 @@ class FolderLock:
             if _runs_here(before):
                 stale = f". If that process is no xprobe, remove {self.path / LOCK}"
                 raise UsageError(_taken(self.path, before) + stale) from error
-            self.remark = (
+            self.warning = (
                 f"the file system of {self.path} has no locks: nothing keeps a process of another machine out of it"
             )
 

@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 def git_state() -> str | None:
     """``git describe`` of the checkout that this file lies in, "-dirty" if changed; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from xprobe.config import MAX_SEED, StudyConfig
+from xprobe.config import MAX_SEED, Execution, StudyConfig
 from xprobe.errors import XprobeError
+from xprobe.runs.manifest import Manifest
 
 _LARGEST = 2**53  # whole numbers up to here are exact in every JSON reader, and fit an int64
 _SHOWN = 60  # characters of a wrong value in a message
@@ -46,7 +47,14 @@ class Depending:
     choose: Callable[[set[str]], Rule]
 
 
-Rule = Value | Entries | Every | Depending
+@dataclass(frozen=True)
+class Items:
+    """A list whose items all follow one rule."""
+
+    rule: Rule
+
+
+Rule = Value | Entries | Every | Depending | Items
 
 
 def complaint(value: Any, rule: Rule, name: str = "") -> str | None:
@@ -64,6 +72,11 @@ def complaint(value: Any, rule: Rule, name: str = "") -> str | None:
         return complaint(value, rule.choose(set(value) if isinstance(value, dict) else set()), name)
     if isinstance(rule, Value):
         return None if rule.fits(value) else _wrong(name, rule, _shown(value))
+    if isinstance(rule, Items):
+        if not isinstance(value, list):
+            return _wrong(name, rule, _shown(value))
+        checked = (complaint(item, rule.rule, f"{name}[{index}]") for index, item in enumerate(value))
+        return next((wrong for wrong in checked if wrong is not None), None)
     inside = f"{name}." if name else ""
     if not isinstance(value, dict) or (isinstance(rule, Every) and rule.filled and not value):
         return _wrong(name, rule, _shown(value))
@@ -74,13 +87,15 @@ def complaint(value: Any, rule: Rule, name: str = "") -> str | None:
         if missing:
             return _wrong(inside + missing[0], rule.needed[missing[0]], "missing")
         pairs = [(key, some) for key, some in {**rule.needed, **rule.optional}.items() if key in value]
-    found = (complaint(value[key], some, f"{inside}{key}") for key, some in pairs)
-    return next((some for some in found if some is not None), None)
+    checked = (complaint(value[key], some, f"{inside}{key}") for key, some in pairs)
+    return next((wrong for wrong in checked if wrong is not None), None)
 
 
 def _wrong(name: str, rule: Rule, what: str) -> str:
     if isinstance(rule, Value):
         words = rule.words
+    elif isinstance(rule, Items):
+        words = "a list"
     else:
         words = "an object that is not empty" if isinstance(rule, Every) and rule.filled else "an object"
     return f"entry {name} must be {words}, is {what}"
@@ -106,6 +121,7 @@ def _finite(value: Any) -> bool:
 
 
 TEXT = Value("text", lambda v: isinstance(v, str) and "\0" not in v)
+MAYBE_TEXT = Value("text or null", lambda v: v is None or TEXT.fits(v))
 COUNT = whole(0)
 NUMBER = Value("a number", _finite)
 POSITIVE = Value("a number above 0", lambda v: _finite(v) and v > 0)
@@ -122,9 +138,9 @@ NAMES = Value(
 STATUS = Value('"running" or "done"', lambda v: v in ("running", "done"))
 
 
-def _config_rules() -> dict[str, Rule]:
-    hints = get_type_hints(StudyConfig)
-    return {f.name: Value(_in_words(hints[f.name]), _fitting(hints[f.name])) for f in fields(StudyConfig)}
+def _field_rules(kind: type) -> dict[str, Rule]:
+    hints = get_type_hints(kind)
+    return {f.name: Value(_in_words(hints[f.name]), _fitting(hints[f.name])) for f in fields(kind)}
 
 
 def _fitting(hint: Any) -> Callable[[Any], bool]:
@@ -132,7 +148,7 @@ def _fitting(hint: Any) -> Callable[[Any], bool]:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON fits a type hint of ``StudyConfig``; tuples are lists there."""
+    """Whether a value from JSON fits a type hint of a configuration; tuples are lists there."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_is_of(value, some) for some in inner)
@@ -175,62 +191,84 @@ _PROBE = Entries({
     "folds": whole(2), "n_components": whole(1), "alpha": POSITIVE, "C": POSITIVE, "seed": whole(0, MAX_SEED),
     "device": TEXT,
 })  # fmt: skip
-_CONFIG = _config_rules()
+_STUDY = _field_rules(StudyConfig)
+_EXECUTION = Entries({
+    "options": Entries({}, _field_rules(Execution)), "device": TEXT, "environment": Entries({}), "shards": COUNT,
+})  # fmt: skip
+_STAGE: dict[str, Rule] = {
+    "executions": Items(_EXECUTION), "seconds": Every(SECONDS), "warnings": TEXTS, "tables": Every(DIGEST),
+    "results": Entries({}),
+}  # fmt: skip
+_TRAINED = Entries({**_STAGE, "results": Entries({"trained": Every(_PROBE)})})
+_COUNTS = Entries({
+    "examples": COUNT, "answer_tokens": COUNT, "languages": COUNT, "paragraphs": COUNT, "skipped": Every(COUNT),
+    "bad_records": Every(COUNT),
+})  # fmt: skip
+_MODEL: dict[str, Rule] = {
+    "kind": TEXT, "location": TEXT, "identity": MAYBE_TEXT, "type": TEXT, "n_blocks": whole(0, 10**6),
+    "width": whole(0, 10**9), "vocab_size": COUNT, "dtype": TEXT, "window": MAYBE, "modules": Every(TEXT),
+    "head_sha256": TEXT, "scale": NUMBER, "softcap": MAYBE,
+}  # fmt: skip
 _IDENTITY: dict[str, Rule] = {
     "status": STATUS,
-    "config": Entries({}, _CONFIG),
-    "model": Entries({"name": TEXT, "files_sha256": TEXT, "device": TEXT}),
-    "data": Entries({"name": TEXT, "files_sha256": TEXT}),
+    "study": Entries({}, _STUDY),
+    "model": Entries({"name": TEXT, "files_sha256": TEXT}, _MODEL),
+    "data": Entries({"name": TEXT, "files": TEXTS, "files_sha256": TEXT}),
     "template_sha256": TEXT,
 }
-_CARRIED: dict[str, Rule] = {"created": TEXT, "probes": Every(_PROBE)}
+_CARRIED: dict[str, Rule] = {
+    "created": TEXT, "selection": Entries({}), "prompt": Entries({}), "counts": _COUNTS, "left_out": Every(TEXTS),
+    "groups": TEXTS, "total_seconds": SECONDS,
+}  # fmt: skip
+_NEEDED = ("seed", "bootstrap", "permutations", "settings", "store_rows")
 
-IDENTITY = Entries(_IDENTITY, _CARRIED)  # what `--resume` relies on; the rest it can write again
+# what `--resume` relies on; the rest it can write again
+IDENTITY = Entries(_IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED})})
 FINISHED = Entries(
     {
         **_IDENTITY,
-        "config": Entries({name: _CONFIG[name] for name in ("seed", "bootstrap", "store_rows")}, _CONFIG),
+        "study": Entries({name: _STUDY[name] for name in _NEEDED}, _STUDY),
         "model": Entries({
-            "name": TEXT, "n_blocks": whole(1, 10**6), "width": whole(1, 10**9), "vocab_size": whole(2),
+            **_MODEL, "name": TEXT, "n_blocks": whole(1, 10**6), "width": whole(1, 10**9), "vocab_size": whole(2),
         }),
         "groups": NAMES,
-        "counts": Entries(
-            {"examples": COUNT, "skipped": Every(COUNT), "bad_records": Every(COUNT)},
-            {"answer_tokens": COUNT, "languages": COUNT, "paragraphs": COUNT},
-        ),
+        "counts": _COUNTS,
         "left_out": Every(TEXTS),
-        "plan": Entries({}, {"warnings": TEXTS}),
-        "parity_error": SECONDS,
-        "phase_definition": COUNT,
-        "results": _RESULTS,
-        "timings": Every(SECONDS),
-        "probes": Every(_PROBE),
+        "stages": Entries(
+            {
+                "states": Entries({**_STAGE, "results": Entries({"plan": Entries({}), "parity_error": SECONDS})}),
+                "phases": Entries({
+                    **_STAGE, "results": Entries({"phase_definition": COUNT, "settings": _RESULTS}),
+                }),
+            },
+            {"probes": _TRAINED},
+        ),
     },
-    {"created": TEXT, "tables": Every(DIGEST)},
+    _CARRIED,
 )  # fmt: skip
 
 
 def identity_complaint(manifest: dict[str, Any]) -> str | None:
     """What keeps a run from being continued; None if nothing does."""
-    found = _complaint_at_any_depth(manifest, IDENTITY)
-    if found is not None:
-        return found
+    wrong = _complaint_at_any_depth(manifest, IDENTITY)
+    if wrong is not None:
+        return wrong
     try:
-        config_from(manifest)
+        Manifest.from_dict(manifest)
     except (XprobeError, TypeError) as error:
-        return f"entry config cannot be used: {error}"
+        return f"entry study or stages cannot be used: {error}"
     return None
 
 
 def finished_complaint(manifest: dict[str, Any]) -> str | None:
     """What keeps a finished run from being read; None if nothing does."""
-    found = _complaint_at_any_depth(manifest, FINISHED)
+    wrong = _complaint_at_any_depth(manifest, FINISHED)
     try:
-        if found is None and not _all_finite(manifest["results"]):
-            found = "entry results must hold finite numbers, holds another"
+        if wrong is None and not _all_finite(manifest["stages"]["phases"]["results"]):
+            wrong = "entry stages.phases.results must hold finite numbers, holds another"
     except RecursionError:
-        found = "entry results is nested too deeply"
-    return found
+        wrong = "entry stages.phases.results is nested too deeply"
+    return wrong
 
 
 def _complaint_at_any_depth(manifest: dict[str, Any], rule: Rule) -> str | None:
@@ -244,8 +282,3 @@ def _all_finite(value: Any) -> bool:
     if isinstance(value, dict | list):
         return all(map(_all_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or _finite(value)
-
-
-def config_from(manifest: dict[str, Any]) -> StudyConfig:
-    """The configuration of a run; entries that this version does not know are left out."""
-    return StudyConfig.from_dict({name: value for name, value in manifest["config"].items() if name in _CONFIG})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from xprobe.errors import UsageError
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.manifest import Manifest
 
 # State (a tensor of the shards) -> the signal that is read from it: h[l] at the last prompt token, where the answer
 # will be produced, and its mean over the question's own tokens
@@ -39,7 +39,7 @@ class StoredStates:
     width: int
 
     @classmethod
-    def of(cls, folder: RunFolder, frame: pd.DataFrame, manifest: dict[str, Any]) -> StoredStates:
+    def from_run(cls, folder: RunFolder, frame: pd.DataFrame, manifest: Manifest) -> StoredStates:
         """
         Raises
         ------
@@ -48,10 +48,10 @@ class StoredStates:
         RunFolderError
             The shards cannot be read, or do not fit the manifest.
         """
-        if not manifest["config"].get("store_rows", True):
+        if not manifest.study.store_rows:
             raise UsageError(f"{folder.path} holds no hidden states: run it again without --no-rows")
-        n_layers, width = manifest["model"]["n_blocks"] + 1, manifest["model"]["width"]
-        for key in manifest["groups"][:1]:
+        n_layers, width = manifest.model.n_blocks + 1, manifest.model.width
+        for key in manifest.groups[:1]:
             layers_there, width_there = folder.row_shape(folder.shard_name(key), "prompt_end")
             folder.check_fit("model.n_blocks", n_layers - 1, layers_there - 1)
             folder.check_fit("model.width", width, width_there)

@@ -1,1 +1,14 @@
-"""The stages of a run: each reads the run folder and adds its tables and its entry in the manifest."""
+"""The stages of a run. Each one reads the run folder, writes its tables, and enters itself in the manifest.
+
+A stage is a module with a ``NAME`` and a function ``compute(run, ...)``. A later stage needs nothing but the folder:
+it can be computed alone, later, and again. ``xprobe.study`` calls them in order.
+"""
+
+from __future__ import annotations
+
+# name -> what it needs, and what it adds
+STAGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "states": ((), "forward passes and the lens: shards"),
+    "phases": (("states",), "signals, retrieval onsets, stability: layers.parquet, examples.parquet"),
+    "probes": (("states", "phases"), "probes on hidden states: probes.parquet"),
+}

@@ -1,29 +1,111 @@
-"""What a shard holds of a context group: written after the lens, read back for the phases. docs/run-folder.md."""
+"""Stage "states": forward passes and the lens. It gives one shard for each context group.
+
+model -> prompts -> requests -> plan -> waves of hidden rows -> lens -> shards
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
+from xprobe_kernels import Unembedding, available_backends
 from xprobe_kernels.transfer import Arrival, upload
 
-from xprobe.lenses.reading import FIELDS, AnswerReadout, start_reading
-from xprobe.phases.signals import example_signals
-from xprobe.runs.folder import RunFolder
-from xprobe.stages.requests import ANSWER, QUESTION
+from xprobe.capture.engine import Engine
+from xprobe.capture.layerwise import LayerwiseEngine
+from xprobe.capture.plan import Plan, Wave
+from xprobe.capture.requests import group_requests
+from xprobe.capture.rows import Rows
+from xprobe.capture.runner import Runner
+from xprobe.errors import DataError, ModelError, UsageError
+from xprobe.events import Note, Stage, Step
+from xprobe.lenses.reading import AnswerReadout, start_reading
+from xprobe.models import loading
+from xprobe.models.anatomy import input_device, inspect
+from xprobe.models.loading import LoadedModel
+from xprobe.models.streaming import streamed as streaming
+from xprobe.qa.prompts import Prompt, Skipped, build_prompts, describe_format
+from xprobe.runs.manifest import Counts, ExecutionEntry, StageEntry
+from xprobe.runs.provenance import environment
+from xprobe.stages.overlap import in_turn, overlapped
+from xprobe.stages.questions import Questions
+from xprobe.stages.requests import ANSWER, QUESTION, strategy_sample, study_request, teacher_forced
+from xprobe.stages.run import Run
+from xprobe.stages.shards import write_wave
 from xprobe.timing import Stopwatch
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-    from xprobe_kernels import Unembedding
+NAME = "states"
+STEP = "forward and lens"  # of the events that count examples
+PARITY_PROMPTS = 4
 
-    from xprobe.capture.plan import Wave
-    from xprobe.capture.rows import Rows
-    from xprobe.qa.prompts import Prompt
+
+def compute(run: Run, questions: Questions, source: loading.Source, loaded: LoadedModel | None = None) -> None:
+    """Computes the shards that the folder lacks, and enters the stage in the manifest.
+
+    Parameters
+    ----------
+    run : Run
+    questions : Questions
+    source : Source
+        Of the model.
+    loaded : LoadedModel, optional
+        The model, where the caller has it in memory.
+
+    Raises
+    ------
+    XprobeError
+        Says what is wrong and what is kept: shards that were written stay valid.
+    """
+    watch = Stopwatch()
+    before = run.manifest.stages.get(NAME, StageEntry())
+    run.notify(Stage("loading the model"))
+    with watch.timed("load"):
+        runner, tokenizer = _open(run, source, loaded)
+    window = loading.window(runner.model.config)
+    run.notify(Stage("building prompts"))
+    with watch.timed("prompts"):
+        prompts, skipped = build_prompts(questions.examples, tokenizer, questions.template, window)
+    if not prompts:
+        raise DataError(f"none of {len(questions.examples)} examples can be used, the first: {skipped[0]}")
+    _check_vocabulary(prompts, runner.anatomy.head.vocab_size, source.name)
+    requests = [study_request(prompt) for prompt in prompts]
+    groups = group_requests(requests)
+    with run.failing(lambda: f"what {run.folder.path} holds stays"):
+        with watch.timed("parity"):
+            runner.check_parity(teacher_forced(prompts, PARITY_PROMPTS), run.execution.backend)
+        with watch.timed("check of sharing"):
+            runner.choose_strategy(strategy_sample(requests))
+    plan = runner.plan(groups)
+    run.notify(Note(f"shared beginnings save {plan.saved:.0%} of {plan.tokens} tokens"))
+
+    _describe_model(run, runner, window)
+    _describe_prompts(run, questions, prompts, skipped, plan, tokenizer)
+    execution = ExecutionEntry(run.execution, str(input_device(runner.model)), environment())
+    executions = before.executions
+    if not executions or not executions[-1].same_as(execution):
+        executions = [*executions, execution]
+    entry = StageEntry(executions, results={"plan": plan.to_dict(), "parity_error": runner.report().parity_error})
+    run.manifest.stages[NAME] = entry
+    run.manifest.status = "running"
+    run.folder.make()
+    run.folder.write_manifest(run.manifest)
+
+    _write_shards(run, runner, plan, prompts, watch, len(executions) - 1)
+
+    report = runner.report()
+    if report.strategy != plan.strategy:  # a sweep found out that it must change
+        entry.results["plan"] = runner.plan(groups).to_dict()
+    entry.results["plan"] |= {"batch_tokens": plan.batch_tokens, "attention_kernel": report.attention_kernel}
+    entry.results["parity_error"] = report.parity_error
+    entry.warnings = list(report.warnings)
+    entry.seconds = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
+    counts = run.folder.shards_by_execution(run.manifest.groups)
+    for index, one in enumerate(executions):
+        one.shards = counts.get(index, 0)
 
 
 class PendingWave:
@@ -67,80 +149,120 @@ class PendingWave:
         return values, self._kept.wait()
 
 
-def write_wave(
-    folder: RunFolder,
-    wave: Wave,
-    prompts: Sequence[Prompt],
-    wanted: Container[str],
-    offsets: Tensor,
-    values: AnswerReadout,
-    rows: dict[str, Tensor],
-    watch: Stopwatch,
-) -> Iterator[int]:
-    """Writes the groups of a wave whose keys are ``wanted``, one shard each; yields each one's number of examples.
+def _write_shards(
+    run: Run, runner: Runner, plan: Plan, prompts: Sequence[Prompt], watch: Stopwatch, execution: int
+) -> None:
+    """Computes every wave with a group that has no shard yet, reads it with the lens, and writes these groups."""
+    folder, device = run.folder, runner.anatomy.head.weight.device
+    by_group: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_group.setdefault(prompt.example.group, []).append(prompt)
+    have = set(folder.finished_shards())
+    missing = {key for key in by_group if folder.shard_name(key) not in have}
+    done = sum(len(members) for key, members in by_group.items() if key not in missing)
 
-    The others were computed again to give these the same bits. ``prompts`` are those of the wave's requests,
-    ``offsets`` as in ``PendingWave``, ``values`` and ``rows`` as ``PendingWave.wait`` gives them. Stage in ``watch``:
-    write.
-    """
-    start = 0
-    for group in wave.groups:
-        stop = start + len(group.requests)
-        if group.key in wanted:
-            own = offsets[start : stop + 1]
-            first, last = own[[0, -1]].tolist()
-            part = values.part(first, last)
-            tensors: dict[str, Any] = {name: getattr(part, name) for name in FIELDS}
-            tensors |= {"offsets": own - first, "targets": rows["targets"][first:last]}
-            tensors |= {name: rows[name][:, start:stop].transpose(0, 1) for name in rows if name != "targets"}
-            examples = [_describe(prompt) for prompt in prompts[start:stop]]
-            with watch.timed("write"):
-                folder.write_shard(group.key, tensors, {"examples": examples})
-            yield stop - start
-        start = stop
+    def prompts_of(wave: Wave) -> list[Prompt]:
+        return [prompt for group in wave.groups for prompt in by_group[group.key]]
 
+    def pending() -> Iterator[tuple[Wave, PendingWave]]:
+        waves = runner.run(plan, missing)
+        while True:
+            with watch.timed("forward", device):
+                wave, rows = next(waves, (None, None))
+            if wave is None or rows is None:
+                return
+            with watch.timed("lens", device):
+                read = PendingWave(
+                    rows, prompts_of(wave), runner.anatomy.head, run.execution.backend, run.manifest.study.store_rows
+                )
+            yield wave, read
 
-def read_signals(folder: RunFolder, manifest: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, NDArray]]:
-    """Example rows (a data frame) and signals [N, L + 1], in the order of the plan, from the shards alone.
+    def write(piece: tuple[Wave, PendingWave], written: Callable[[int], None]) -> None:
+        wave, read = piece
+        values, rows = read.wait()
+        for count in write_wave(folder, wave, prompts_of(wave), missing, read.offsets, values, rows, watch, execution):
+            written(count)
 
-    ``first_token_correct`` in the frame: whether the first answer token is on top at the last layer.
+    def written(count: int) -> None:
+        nonlocal done
+        done += count
+        run.notify(Step(STEP, done, len(prompts)))
 
-    Raises
-    ------
-    RunFolderError
-        Names the shards that are not what this run wrote, or the entry of the manifest that does not fit them.
-    """
-    import pandas as pd
-
-    folder.check_shards(manifest["groups"])
-    model = manifest["model"]
-
-    rows: list[dict[str, Any]] = []
-    signals: dict[str, list[NDArray]] = {}
-    for key in manifest["groups"]:
-        arrays, metadata = folder.read_shard(folder.shard_name(key), (*FIELDS, "offsets"))
-        values = AnswerReadout(**{name: arrays[name] for name in FIELDS})
-        folder.check_fit("model.n_blocks", model["n_blocks"], arrays["rank"].shape[1] - 1)
-        if (largest := int(arrays["rank"].max(initial=0))) > model["vocab_size"]:
-            folder.check_fit("model.vocab_size", model["vocab_size"], largest)
-        correct = arrays["rank"][arrays["offsets"][:-1], -1] == 1
-        for row, right in zip(metadata["examples"], correct.tolist(), strict=True):
-            rows.append({**{k: v for k, v in row.items() if k != "spans"}, "first_token_correct": right})
-        for name, table in example_signals(values, arrays["offsets"], model["vocab_size"]).items():
-            signals.setdefault(name, []).append(table)
-    return pd.DataFrame(rows), {name: np.concatenate(tables) for name, tables in signals.items()}
+    written(0)
+    with run.failing(lambda: f"{done} of {len(prompts)} examples are kept in {folder.path}"):
+        (overlapped if device.type == "cuda" else in_turn)(pending(), write, written)
+    watch.settle()
 
 
-def _describe(prompt: Prompt) -> dict[str, Any]:
-    """What a shard keeps of an example: enough to analyse it without data or model."""
-    example = prompt.example
-    return {
-        "setting": example.setting,
-        "language": example.language,
-        "question_id": example.question_id,
-        "paragraph": example.paragraph,
-        "context_language": example.context_language,
-        "prompt_tokens": prompt.length,
-        "answer_tokens": len(prompt.targets),
-        "spans": {name: list(span) for name, span in prompt.spans.items()},
+def _open(run: Run, source: loading.Source, loaded: LoadedModel | None) -> tuple[Runner, Any]:
+    """The runner of the model, whole or block by block, and the model's tokenizer."""
+    execution = run.execution
+    dtype = run.manifest.model.dtype or run.manifest.study.dtype  # a run that goes on keeps its dtype
+    device = execution.device if loaded is None else str(input_device(loaded.model))
+    backends = available_backends(loading.pick_device(device))
+    if execution.backend not in ("auto", *backends):
+        raise UsageError(f"unknown backend {execution.backend!r}; available here: auto, {', '.join(backends)}")
+
+    def warn(message: str) -> None:
+        run.notify(Note(message))
+
+    warnings: list[str] = []  # of transformers, while it reads weights and tokenizer
+    runner: Runner
+    if execution.stream:
+        trust = execution.trust_remote_code
+        streamed = streaming.open_streamed(
+            run.manifest.study.model, dtype, execution.device, trust_remote_code=trust, warnings=warnings
+        )
+        tokenizer = loading.load_tokenizer(source, trust, warnings)
+        runner = LayerwiseEngine(
+            streamed, execution.batch_tokens, run.folder.path, warn,
+            lambda done, total: run.notify(Step("blocks", done, total)),
+        )  # fmt: skip
+    else:
+        loaded = loaded or loading.load(source, execution, dtype=dtype, warnings=warnings)
+        tokenizer = loaded.tokenizer
+        runner = Engine(loaded.model, inspect(loaded.model), execution.batch_tokens, warn)
+    for message in warnings:
+        runner.warn(message)
+    return runner, tokenizer
+
+
+def _check_vocabulary(prompts: list[Prompt], size: int, name: str) -> None:
+    largest = max(max(prompt.ids) for prompt in prompts)
+    if largest >= size:
+        raise ModelError(
+            f"the tokenizer of {name} gives token id {largest}, the model knows {size}: the two do not belong together"
+        )
+
+
+def _describe_model(run: Run, runner: Runner, window: int | None) -> None:
+    """Enters shape and dtype of the model, and where its parts are."""
+    entry, head = run.manifest.model, runner.anatomy.head
+    entry.type = runner.model.config.model_type
+    entry.n_blocks, entry.width, entry.vocab_size = runner.anatomy.n_layers - 1, head.width, head.vocab_size
+    entry.dtype = str(runner.model.dtype).removeprefix("torch.")
+    entry.window, entry.modules = window, dict(runner.anatomy.names)
+    entry.head_sha256, entry.scale, entry.softcap = head.fingerprint(), head.scale, head.softcap
+
+
+def _describe_prompts(
+    run: Run, questions: Questions, prompts: list[Prompt], skipped: list[Skipped], plan: Plan, tokenizer: Any
+) -> None:
+    """Enters what is asked, and what was left out and why."""
+    manifest, problems = run.manifest, questions.data.problems
+    manifest.created = manifest.created or datetime.now(UTC).isoformat(timespec="seconds")
+    manifest.prompt = {
+        "template": manifest.study.template,
+        **describe_format(questions.template, tokenizer),
+        "example": tokenizer.decode(prompts[0].ids, clean_up_tokenization_spaces=False),
     }
+    manifest.counts = Counts(
+        examples=len(prompts),
+        answer_tokens=sum(len(prompt.targets) for prompt in prompts),
+        languages=len({prompt.example.language for prompt in prompts}),
+        paragraphs=len({prompt.example.paragraph for prompt in prompts}),
+        skipped=dict(Counter(item.reason for item in skipped)),
+        bad_records=dict(Counter(problem.reason for problem in problems)),
+    )
+    manifest.left_out = {"records": [str(p) for p in problems], "examples": [str(s) for s in skipped]}
+    manifest.groups = [group.key for wave in plan.waves for group in wave.groups]

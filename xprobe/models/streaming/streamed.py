@@ -28,7 +28,7 @@ from xprobe.models.anatomy import (
 )
 from xprobe.models.block_io import entering, short_run
 from xprobe.models.checkpoint import Checkpoint
-from xprobe.models.gguf import heard_then
+from xprobe.models.gguf import saved_warnings
 from xprobe.models.messages import quiet
 from xprobe.models.passes import Pass
 from xprobe.models.placement import Placement, build_empty
@@ -93,7 +93,7 @@ def open_streamed(
     device: str = "auto",
     *,
     trust_remote_code: bool = False,
-    heard: list[str] | None = None,
+    warnings: list[str] | None = None,
 ) -> StreamedModel:
     """Opens a checkpoint for block-by-block runs; reads what lies outside the blocks.
 
@@ -105,7 +105,7 @@ def open_streamed(
         Weights are converted to it as they are read; ``auto``: float32 on the CPU, else as the configuration says.
     device : str
         ``cpu``, ``cuda``, ...; ``auto``: the first accelerator that torch sees.
-    heard : list of str, optional
+    warnings : list of str, optional
         Gets the warnings of transformers that may concern weights.
 
     Raises
@@ -116,13 +116,13 @@ def open_streamed(
     device = loading.pick_device(device)
     source = sources.resolve(str(name))
     folder = sources.local_folder(source)
-    if heard is not None:
-        heard += heard_then(folder)
-    config = loading.load_config(source, trust_remote_code, heard)
+    if warnings is not None:
+        warnings += saved_warnings(folder)
+    config = loading.load_config(source, trust_remote_code, warnings)
     checkpoint = Checkpoint(folder)
-    with quiet(heard):
+    with quiet(warnings):
         chosen = _pick_dtype(dtype, config, checkpoint, device)
-        model = build_empty(config, chosen, device, trust_remote_code=trust_remote_code, heard=heard)
+        model = build_empty(config, chosen, device, trust_remote_code=trust_remote_code, warnings=warnings)
         loading.use_plain_experts(model)
         candidates = block_lists(model)
         placement = Placement(model, checkpoint, candidates, chosen, device, config)

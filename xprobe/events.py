@@ -1,0 +1,80 @@
+"""What a run reports while it works: one small object per event, given to the caller's ``progress``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Work that has no count has begun.
+
+    Examples
+    --------
+    >>> str(Stage("loading the model"))
+    'loading the model'
+    """
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Step:
+    """``done`` of ``total`` pieces of a stage's work are done.
+
+    Examples
+    --------
+    >>> str(Step("forward and lens", 3, 12))
+    'forward and lens: 3 of 12'
+    """
+
+    stage: str
+    done: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.done} of {self.total}"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that the user should know: a fallback, a warning, what was found in the folder.
+
+    Examples
+    --------
+    >>> str(Note("the run is finished: shown from its files"))
+    'the run is finished: shown from its files'
+    """
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Event = Stage | Step | Note
+Notify = Callable[[Event], None]
+
+
+class CallerNotify:
+    """Hands events to the caller's function and remembers what that function raised.
+
+    An error of the caller's own function is not a failure of the run, and reaches the caller unchanged.
+    """
+
+    def __init__(self, progress: Notify | None) -> None:
+        self._progress = progress
+        self.error: BaseException | None = None
+
+    def __call__(self, event: Event) -> None:
+        if self._progress is None:
+            return
+        try:
+            self._progress(event)
+        except BaseException as error:
+            self.error = error
+            raise

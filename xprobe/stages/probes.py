@@ -1,0 +1,125 @@
+"""Stage "probes": trains probes on the stored hidden states, and adds their signals to the tables.
+
+shards -> states of one layer -> folds of whole paragraphs -> probes.parquet, probed signals in the other tables
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from xprobe.config import PROBES, SETTINGS
+from xprobe.errors import RunFolderError
+from xprobe.events import Step
+from xprobe.models.loading import pick_device
+from xprobe.phases.tables import replace_signals
+from xprobe.probes.training import ProbeSettings, train
+from xprobe.results import read_tables
+from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE
+from xprobe.runs.states import STATES, StoredStates
+from xprobe.stages import phases
+from xprobe.stages.run import Run
+from xprobe.stages.shards import read_signals
+from xprobe.timing import Stopwatch
+
+NAME = "probes"
+STEP = "probes"  # of the events that count layers
+Signals = dict[str, NDArray[np.float64]]
+
+
+def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
+    """Trains the probes ``wanted`` anew; what other probes found stays.
+
+    Needs the stages "states" and "phases". ``probes.parquet``, and the probed signals in the other tables, are
+    replaced.
+
+    Raises
+    ------
+    UsageError
+        No states are stored, or the device cannot be used.
+    RunFolderError
+        Shards are not what this run wrote, or the tables do not fit them.
+    """
+    study, watch = run.manifest.study, Stopwatch()
+    layers, examples, probes = read_tables(run.folder, run.manifest)
+    frame, _ = read_signals(run.folder, run.manifest)
+    stored = StoredStates.from_run(run.folder, frame, run.manifest)
+    keys = ["setting", "language", "question_id", "paragraph"]
+    if not frame[keys].equals(examples[keys].astype(frame[keys].dtypes)):
+        raise RunFolderError(
+            f"{run.folder.path / MANIFEST}: entry groups does not fit {EXAMPLES}; {run.folder.resume_command} writes "
+            "it again"
+        )
+    with watch.timed("probes"):
+        scores, signals = _train_all(run, stored, frame["first_token_correct"].to_numpy(bool), wanted)
+    kept = probes[~probes["probe"].isin(list(wanted))]
+    if not kept.empty:
+        scores = _in_order(pd.concat([kept, scores], ignore_index=True))
+    if signals:
+        layers, examples = replace_signals(layers, examples, signals, study.bootstrap, study.seed)
+    trained = {**recorded(run), **{name: settings.to_dict() for name, settings in wanted.items()}}
+    trained = {name: trained[name] for name in sorted(trained, key=[*PROBES, *trained].index)}
+    with run.folder.writing_tables({LAYERS: layers, EXAMPLES: examples, PROBE_TABLE: scores}) as digests:
+        # The manifest goes first: a process that ends before the last table has its name leaves tables that differ
+        # from it. Readers refuse them, and the tables can be written again with the settings in the manifest.
+        run.manifest.stages[phases.NAME].tables |= {LAYERS: digests[LAYERS], EXAMPLES: digests[EXAMPLES]}
+        run.entry(NAME, watch, tables={PROBE_TABLE: digests[PROBE_TABLE]}, results={"trained": trained})
+        run.folder.write_manifest(run.manifest)
+
+
+def recorded(run: Run) -> dict[str, dict[str, Any]]:
+    """The settings of every probe that the manifest names."""
+    stage = run.manifest.stages.get(NAME)
+    return {} if stage is None else stage.results["trained"]
+
+
+def settings_of(run: Run) -> dict[str, ProbeSettings]:
+    """The probes that the run has or is to have: those of its configuration, those in its manifest come first.
+
+    Raises
+    ------
+    RunFolderError
+        The manifest names a probe that this version does not know.
+    """
+    study, before = run.manifest.study, recorded(run)
+    unknown = [name for name in before if name not in PROBES]
+    if unknown:
+        raise RunFolderError(
+            f"{run.folder.path / MANIFEST}: entry stages.probes names {unknown[0]!r}, which this version of xprobe "
+            "does not know: use the version that trained it"
+        )
+    known = [field.name for field in fields(ProbeSettings)]
+    wanted = {name: ProbeSettings(seed=study.seed) for name in study.probes or ()}
+    for name, entry in before.items():
+        wanted[name] = ProbeSettings(**{key: value for key, value in entry.items() if key in known})
+    return {name: replace(wanted[name], jobs=run.execution.jobs) for name in PROBES if name in wanted}
+
+
+def _train_all(
+    run: Run, stored: StoredStates, correct: NDArray[np.bool_], wanted: dict[str, ProbeSettings]
+) -> tuple[pd.DataFrame, Signals]:
+    """Scores and signals of all probes ``wanted``; those with the same settings are trained together."""
+    tables: list[pd.DataFrame] = []
+    signals: Signals = {}
+    for settings in dict.fromkeys(wanted.values()):
+        if settings.device != "cpu":
+            pick_device(settings.device)
+        names = tuple(name for name, own in wanted.items() if own == settings)
+        scores, probed = train(
+            stored, correct, names, settings, lambda done, total: run.notify(Step(STEP, done, total))
+        )
+        tables.append(scores)
+        signals |= probed
+    return _in_order(pd.concat(tables, ignore_index=True)), signals
+
+
+def _in_order(scores: pd.DataFrame) -> pd.DataFrame:
+    """The one order of the probe table, whichever probe was trained first: setting, state, layer, probe."""
+    settings = scores["setting"].map({name: rank for rank, name in enumerate(SETTINGS)})
+    states = scores["state"].map({name: rank for rank, name in enumerate(STATES)})
+    probes = scores["probe"].map({name: rank for rank, name in enumerate(PROBES)})
+    return scores.iloc[np.lexsort((probes, scores["layer"], states, settings))].reset_index(drop=True)

@@ -1,0 +1,44 @@
+"""What a study asks: template, data and examples, read before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from xprobe.config import StudyConfig
+from xprobe.errors import DataError
+from xprobe.qa.parallel import load_data
+from xprobe.qa.records import Dataset, Example
+from xprobe.qa.templates import Template, load_template
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The wording, the data, and the examples that a study asks for."""
+
+    template: Template
+    data: Dataset
+    examples: list[Example]
+
+    @property
+    def template_sha256(self) -> str:
+        return hashlib.sha256(repr(self.template).encode()).hexdigest()
+
+
+def read_questions(study: StudyConfig, records: Any = None) -> Questions:
+    """Reads what ``study`` asks for. ``records`` in memory take the place of its data.
+
+    Raises
+    ------
+    UsageError, DataError
+        The template or the data cannot be read, or holds none of what is asked for.
+    """
+    template = load_template(study.template)
+    needed = ("en",) if "en-x" in study.settings else ()
+    source = study.data if records is None else records
+    data = load_data(source, study.languages, strict=study.strict, needed=needed)
+    examples = data.examples(study.settings, study.languages, study.limit)
+    if not examples:
+        raise DataError(f"{study.data} holds no question for {', '.join(study.settings)} in these languages")
+    return Questions(template, data, examples)

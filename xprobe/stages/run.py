@@ -1,0 +1,50 @@
+"""An opened run: what every stage is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from xprobe.config import Execution
+from xprobe.errors import XprobeError
+from xprobe.events import CallerNotify
+from xprobe.runs.folder import RunFolder
+from xprobe.runs.manifest import ExecutionEntry, Manifest, StageEntry
+from xprobe.runs.provenance import environment
+from xprobe.timing import Stopwatch
+
+
+@dataclass
+class Run:
+    """A run folder that this process has locked, and how its stages are computed from now on.
+
+    A stage reads the folder, writes its tables, and enters itself in ``manifest.stages``. The caller writes the
+    manifest when all is done; a stage writes it earlier where it needs it on the disk.
+    """
+
+    folder: RunFolder
+    manifest: Manifest
+    execution: Execution
+    notify: CallerNotify
+
+    def entry(self, stage: str, watch: Stopwatch, device: str = "cpu", **parts: Any) -> StageEntry:
+        """The manifest's entry of a stage that this execution has computed."""
+        execution = ExecutionEntry(self.execution, device, environment())
+        seconds = {name: round(value, 3) for name, value in watch.seconds.items()}
+        self.manifest.stages[stage] = StageEntry(**{"executions": [execution], "seconds": seconds, **parts})
+        return self.manifest.stages[stage]
+
+    @contextmanager
+    def failing(self, kept: Callable[[], str]) -> Iterator[None]:
+        """Turns what the machine or a model's own code raises into an error that says what is kept."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if error is self.notify.error:
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise XprobeError(
+                f"the run failed: {reason}. {kept()}; if memory ran out, add --resume and a smaller --batch-tokens"
+            ) from error
