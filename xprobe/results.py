@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -196,16 +196,22 @@ def load_study(path: str | Path) -> Study:
         The run is not finished, an entry of its manifest is missing or wrong, or a table is not the one that this run
         wrote.
     """
+    import pandas as pd
+
+    from xprobe.config import PROBE_COLUMNS
+
     folder = RunFolder.open(Path(path))
     manifest = folder.read_finished()
-    tables = read_tables(folder, manifest)
-    without = sorted(set(manifest.stages["phases"].results["settings"]) - set(tables[0]["setting"]))
+    layers, examples, *probes = read_tables(folder, manifest, table_names(manifest))
+    without = sorted(set(manifest.stages["phases"].results["settings"]) - set(layers["setting"]))
     if without:
         raise RunFolderError(
             f"{folder.path / MANIFEST}: entry stages.phases.results names {without[0]}, which {LAYERS} does not hold; "
             f"{folder.resume_command} writes it again"
         )
-    return Study(folder.path, manifest, *tables)
+    return Study(
+        folder.path, manifest, layers, examples, probes[0] if probes else pd.DataFrame(columns=list(PROBE_COLUMNS))
+    )
 
 
 def why_stale(folder: RunFolder) -> str | None:
@@ -217,36 +223,35 @@ def why_stale(folder: RunFolder) -> str | None:
     return None
 
 
-def read_tables(folder: RunFolder, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The tables of a finished run: layers, examples, probes (empty if none was trained).
+def read_tables(folder: RunFolder, manifest: Manifest, names: Sequence[str]) -> list[pd.DataFrame]:
+    """Tables of a run, by their file names.
 
     Raises
     ------
     RunFolderError
         A table is missing, cannot be read, or is not the one that this run wrote.
     """
-    import pandas as pd
-
     from xprobe.config import EXAMPLE_COLUMNS, LAYER_COLUMNS, PROBE_COLUMNS
 
+    columns = {LAYERS: LAYER_COLUMNS, EXAMPLES: EXAMPLE_COLUMNS, PROBE_TABLE: PROBE_COLUMNS}
     digests = {name: digest for stage in manifest.stages.values() for name, digest in stage.tables.items()}
-    names = table_names(manifest)
     unknown = [name for name in names if name not in digests]
     if unknown:
         raise RunFolderError(
-            f"{folder.path / MANIFEST} holds no checksum of {', '.join(unknown)}: another version of xprobe wrote it; "
-            f"{folder.resume_command} writes the tables and their checksums again from the shards"
+            f"{folder.path / MANIFEST} holds no checksum of {', '.join(unknown)}: {folder.resume_command} writes the "
+            "tables and their checksums again from the shards"
         )
-    layers, examples, *probes = (folder.read_table(name, digests[name]) for name in names)
-    columns = {LAYERS: LAYER_COLUMNS, EXAMPLES: EXAMPLE_COLUMNS, PROBE_TABLE: PROBE_COLUMNS}
-    for name, table in zip(names, (layers, examples, *probes), strict=True):
+    tables = []
+    for name in names:
+        table = folder.read_table(name, digests[name])
         lacking = [column for column in columns[name] if column not in table]
         if lacking:
             raise RunFolderError(
                 f"{folder.path / name} has no column {lacking[0]!r}: it is not a table of this version of xprobe; "
                 f"{folder.resume_command} writes it again from the shards"
             )
-    return layers, examples, probes[0] if probes else pd.DataFrame(columns=list(PROBE_COLUMNS))
+        tables.append(table)
+    return tables
 
 
 def table_names(manifest: Manifest) -> list[str]:

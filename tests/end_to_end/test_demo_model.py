@@ -24,7 +24,7 @@ from xprobe.qa.parallel import load_data
 from xprobe.qa.prompts import build_prompts
 from xprobe.qa.templates import load_template
 from xprobe.runs.folder import RunFolder
-from xprobe.stages.states import read_signals
+from xprobe.stages.shards import read_signals
 
 XQUAD = os.environ.get("XPROBE_XQUAD_DIR")
 needs_xquad = pytest.mark.skipif(not XQUAD, reason="XPROBE_XQUAD_DIR is not set: no XQuAD here")

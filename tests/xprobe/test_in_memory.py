@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from support.families import FAMILIES, tiny_tokenizer
+from support.runs import parity
 
 import xprobe
 from xprobe.errors import ModelError, UsageError
@@ -33,9 +34,9 @@ def test_a_model_in_memory_gives_the_numbers_of_its_folder(tiny, held, tmp_path)
     by_name = xprobe.run(tiny, out=tmp_path / "a", **FAST)  # a path, not a text
     given = xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "b", **FAST)
     assert same_tables(by_name, given)
-    entry = given.manifest["model"]
-    assert (entry["kind"], entry["name"]) == ("memory", str(tiny))
-    assert "configuration, tokenizer" in entry["identity"]
+    entry = given.manifest.model
+    assert (entry.kind, entry.name) == ("memory", str(tiny))
+    assert "configuration, tokenizer" in entry.identity
 
 
 def test_the_model_is_left_as_it_was(held, tmp_path):
@@ -101,7 +102,7 @@ def test_records_in_memory_give_the_numbers_of_their_files(tiny, tmp_path):
     for study in (listed, framed):
         values = study.layers["value"].to_numpy()
         assert np.array_equal(values, by_name.layers["value"].to_numpy(), equal_nan=True)
-    assert listed.manifest["data"]["name"] == "records in memory"
+    assert listed.manifest.data.name == "records in memory"
     again = xprobe.run(tiny, data=records, out=tmp_path / "b", resume=True, **FAST)
     assert same_tables(listed, again)
     with pytest.raises(UsageError, match="data"):
@@ -159,7 +160,7 @@ def test_arguments_of_other_types_are_named_before_anything_is_written(tiny, tmp
             xprobe.run(tiny, out=tmp_path / "run", **{name: value})
     assert not (tmp_path / "run").exists()
     study = xprobe.run(tiny, out=tmp_path / "run", **{**FAST, "limit": np.int64(2), "bootstrap": np.int32(20)})
-    assert study.manifest["config"]["limit"] == 2
+    assert study.manifest.study.limit == 2
 
 
 def test_models_without_a_head_are_refused(held, tmp_path):
@@ -177,5 +178,5 @@ def test_experts_in_fp64_are_put_back(tmp_path):
     model = AutoModelForCausalLM.from_config(config).double().eval()
     before = model.config._experts_implementation
     study = xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "run", **FAST)
-    assert study.manifest["parity_error"] < 1e-6  # the readout keeps single precision
+    assert parity(study) < 1e-6  # the readout keeps single precision
     assert model.config._experts_implementation == before

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from support.families import save_tiny_model
+from support.runs import parity
 
 import xprobe
 from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
+from xprobe.events import Note, Stage, Step
 from xprobe.lenses import reading
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
@@ -32,10 +34,10 @@ def files(folder) -> dict[str, bytes]:
 
 
 def test_every_example_has_a_row_and_every_layer_its_figures(study):
-    assert len(study.examples) == 2 * 3 * 6 == study.manifest["counts"]["examples"]
+    assert len(study.examples) == 2 * 3 * 6 == study.manifest.counts.examples
     assert study.settings == ("en-x", "x-x")
     for setting in study.settings:
-        table = study.of(setting).stability
+        table = study[setting].stability
         assert list(table.index) == [0, 1, 2, 3, 4]
         assert table["readiness"].between(0, 1).all()
         assert (table["rank"] >= 1).all()
@@ -60,7 +62,7 @@ def test_tables_are_tidy_and_complete(study):
 
 def test_signals_equal_a_hand_written_logit_lens(study, tiny):
     """One example, from text to numbers, with nothing but transformers."""
-    loaded = loading.load(loading.resolve(str(tiny)), xprobe.StudyConfig())
+    loaded = loading.load(loading.resolve(str(tiny)))
     model, tokenizer = loaded.model, loaded.tokenizer
     record = load_data("builtin", ["en"]).records["en"]["p01q1"]
     prompt = (
@@ -96,21 +98,36 @@ def test_a_study_read_back_is_the_study(study):
     again = xprobe.load_study(study.path)
     assert again.manifest == study.manifest
     assert again.to_dict() == study.to_dict()
-    pd.testing.assert_frame_equal(again.stability, study.stability)
+    for setting in study.settings:
+        pd.testing.assert_frame_equal(again[setting].stability, study[setting].stability)
+        assert f"SettingResult({setting}: 18 examples" in repr(again[setting])
+        assert "<table" in again[setting]._repr_html_()
     assert "Study(" in repr(again)
-    assert "<table" in again._repr_html_()
+    assert again._repr_html_().count("<table") == 2
+
+
+def test_a_run_with_several_settings_is_asked_for_one_of_them(study):
+    for name in ("alpha", "boundary", "stability"):
+        with pytest.raises(UsageError, match=r'holds 2 settings: choose study\["en-x"\] or study\["x-x"\]'):
+            getattr(study, name)
+    with pytest.raises(UsageError, match="holds no setting 'x-y'; it holds en-x, x-x"):
+        study["x-y"]
+    assert [result.setting for result in study] == ["en-x", "x-x"]
 
 
 def test_the_json_object_has_the_promised_shape(study):
     value = json.loads(json.dumps(study.to_dict(), allow_nan=False))
-    assert {"run_dir", "model", "settings", "phase_definition", "parity_error", "counts", "alpha", "boundary",
-            "timings", "layers"} <= set(value)  # fmt: skip
+    assert {"run_dir", "model", "settings", "phase_definition", "parity_error", "counts", "seconds", "warnings"} == set(
+        value
+    )
     assert value["phase_definition"] == 1
-    assert set(value["boundary"]) == {"value", "lo", "hi"}
-    assert [layer["layer"] for layer in value["layers"]] == [0, 1, 2, 3, 4]
-    assert {"phase", "stability", "stability_lo", "stability_hi", "readiness", "log_probability", "rank",
-            "entropy", "encoding", "encoding_selectivity"} <= set(value["layers"][0])  # fmt: skip
-    assert set(value["other_settings"]) == {"x-x"}
+    assert list(value["settings"]) == ["en-x", "x-x"]
+    for result in value["settings"].values():
+        assert {"alpha", "boundary", "n", "languages"} <= set(result)
+        assert set(result["boundary"]) == {"value", "lo", "hi"}
+        assert [layer["layer"] for layer in result["layers"]] == [0, 1, 2, 3, 4]
+        assert {"phase", "stability", "stability_lo", "stability_hi", "readiness", "log_probability", "rank",
+                "entropy", "encoding", "encoding_selectivity"} <= set(result["layers"][0])  # fmt: skip
 
 
 def test_the_same_run_gives_the_same_bytes(study, tiny, tmp_path):
@@ -147,10 +164,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monk
 def test_what_the_progress_raises_comes_through_and_what_is_told_is_true(tiny, tmp_path):
     told = []
 
-    def stopping(stage, done, total):
-        if stage == "forward and lens":
-            told.append(done)
-            if done:
+    def stopping(event):
+        if isinstance(event, Step) and event.stage == "forward and lens":
+            told.append(event.done)
+            if event.done:
                 raise RuntimeError("mine")
 
     out = tmp_path / "run"
@@ -205,7 +222,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
     from support.families import tiny_tokenizer
 
     folder = tmp_path / "mixed"
-    loaded = loading.load(loading.resolve(str(tiny)), xprobe.StudyConfig())
+    loaded = loading.load(loading.resolve(str(tiny)))
     loaded.model.save_pretrained(folder)
     tiny_tokenizer("byte_bpe_large").save_pretrained(folder)
     with pytest.raises(ModelError, match="do not belong together"):
@@ -214,7 +231,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
 
 def test_damaged_weights_are_refused(tiny, tmp_path):
     folder = tmp_path / "damaged"
-    loaded = loading.load(loading.resolve(str(tiny)), xprobe.StudyConfig())
+    loaded = loading.load(loading.resolve(str(tiny)))
     with torch.no_grad():
         loaded.model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     loaded.model.save_pretrained(folder)
@@ -238,8 +255,8 @@ def test_values_that_are_not_finite_never_reach_a_shard(tiny, tmp_path, monkeypa
 
 
 def test_a_manifest_that_lacks_entries_is_named(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"format": 1, "status": "done"}')
-    with pytest.raises(RunFolderError, match="entry config must be an object, is missing"):
+    (tmp_path / "manifest.json").write_text('{"format": 2, "status": "done"}')
+    with pytest.raises(RunFolderError, match="entry study must be an object, is missing"):
         xprobe.load_study(tmp_path)
 
 
@@ -256,16 +273,16 @@ def test_one_language_has_no_stability_and_says_so(tiny, tmp_path):
     study = xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=4)
     assert study.stability["stability"].isna().all()
     assert study.alpha["value"] is None
-    assert study.to_dict()["layers"][0]["stability"] is None
+    assert study.to_dict()["settings"]["en-x"]["layers"][0]["stability"] is None
 
 
 def test_examples_beyond_the_window_are_counted_and_the_rest_goes_on(tmp_path):
     model = save_tiny_model(tmp_path / "short", window=600)
     study = xprobe.run(str(model), out=tmp_path / "run", setting="x-x", languages=("en", "th"), limit=6)
-    counts = study.manifest["counts"]
-    assert counts["skipped"] == {"longer than the model's window": 12 - counts["examples"]}
-    assert 0 < counts["examples"] < 12
-    assert len(study.manifest["left_out"]["examples"]) == 12 - counts["examples"]
+    counts = study.manifest.counts
+    assert counts.skipped == {"longer than the model's window": 12 - counts.examples}
+    assert 0 < counts.examples < 12
+    assert len(study.manifest.left_out["examples"]) == 12 - counts.examples
 
 
 def test_a_window_that_nothing_fits_is_an_error(tmp_path):
@@ -300,33 +317,34 @@ def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
 
 def test_stages_are_reported_in_order(tiny, tmp_path):
     seen = []
-    xprobe.run(str(tiny), out=tmp_path / "run", progress=lambda *event: seen.append(event), **SMALL)
-    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    xprobe.run(str(tiny), out=tmp_path / "run", progress=seen.append, **SMALL)
+    stages = list(dict.fromkeys(event.stage if isinstance(event, Step) else str(event) for event in seen))
+    assert [type(event) for event in seen[:3]] == [Stage, Stage, Note]
     assert stages[:2] == ["loading the model", "building prompts"]
     assert re.fullmatch(r"shared beginnings save \d+% of \d+ tokens", stages[2])
-    assert stages[3:] == ["forward and lens", "signals", "probes", "phases and tables"]
-    assert [done for stage, done, _ in seen if stage == "forward and lens"] == [0, 9, 18]
+    assert stages[3:] == ["forward and lens", "signals", "phases and tables", "probes"]
+    assert [e.done for e in seen if isinstance(e, Step) and e.stage == "forward and lens"] == [0, 9, 18]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_and_passes_parity(tiny, tmp_path, dtype):
     study = xprobe.run(str(tiny), out=tmp_path / "run", languages=("en", "de"), limit=2, dtype=dtype)
-    assert study.manifest["model"]["dtype"] == dtype
-    assert study.manifest["parity_error"] < 0.1
+    assert study.manifest.model.dtype == dtype
+    assert parity(study) < 0.1
     arrays, _ = RunFolder(study.path).read_shard("en-x.en.a000p000.safetensors")
     assert np.isfinite(arrays["prompt_end"]).all()
 
 
 def test_pickled_weights_are_refused_unless_asked_for(tiny, tmp_path):
     folder = tmp_path / "pickled"
-    loaded = loading.load(loading.resolve(str(tiny)), xprobe.StudyConfig())
+    loaded = loading.load(loading.resolve(str(tiny)))
     loaded.tokenizer.save_pretrained(folder)
     loaded.model.config.save_pretrained(folder)
     torch.save(loaded.model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="--allow-pickle"):
         xprobe.run(str(folder), out=tmp_path / "run", limit=1)
     study = xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1, allow_pickle=True)
-    assert study.manifest["parity_error"] < 1e-4
+    assert parity(study) < 1e-4
 
 
 def test_unknown_options_are_named():

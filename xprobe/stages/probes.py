@@ -45,7 +45,7 @@ def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
         Shards are not what this run wrote, or the tables do not fit them.
     """
     study, watch = run.manifest.study, Stopwatch()
-    layers, examples, probes = read_tables(run.folder, run.manifest)
+    layers, examples = read_tables(run.folder, run.manifest, (LAYERS, EXAMPLES))
     frame, _ = read_signals(run.folder, run.manifest)
     stored = StoredStates.from_run(run.folder, frame, run.manifest)
     keys = ["setting", "language", "question_id", "paragraph"]
@@ -56,9 +56,9 @@ def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
         )
     with watch.timed("probes"):
         scores, signals = _train_all(run, stored, frame["first_token_correct"].to_numpy(bool), wanted)
-    kept = probes[~probes["probe"].isin(list(wanted))]
-    if not kept.empty:
-        scores = _in_order(pd.concat([kept, scores], ignore_index=True))
+    if set(recorded(run)) - set(wanted):
+        (before,) = read_tables(run.folder, run.manifest, (PROBE_TABLE,))
+        scores = _in_order(pd.concat([before[~before["probe"].isin(list(wanted))], scores], ignore_index=True))
     if signals:
         layers, examples = replace_signals(layers, examples, signals, study.bootstrap, study.seed)
     trained = {**recorded(run), **{name: settings.to_dict() for name, settings in wanted.items()}}

@@ -6,7 +6,7 @@ model -> prompts -> requests -> plan -> waves of hidden rows -> lens -> shards
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +29,7 @@ from xprobe.models.anatomy import input_device, inspect
 from xprobe.models.loading import LoadedModel
 from xprobe.models.streaming import streamed as streaming
 from xprobe.qa.prompts import Prompt, Skipped, build_prompts, describe_format
+from xprobe.runs.folder import RunFolder
 from xprobe.runs.manifest import Counts, ExecutionEntry, StageEntry
 from xprobe.runs.provenance import environment
 from xprobe.stages.overlap import in_turn, overlapped
@@ -94,7 +95,7 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     run.folder.make()
     run.folder.write_manifest(run.manifest)
 
-    _write_shards(run, runner, plan, prompts, watch, len(executions) - 1)
+    _compute_missing(run, runner, plan, prompts, watch, len(executions) - 1)
 
     report = runner.report()
     if report.strategy != plan.strategy:  # a sweep found out that it must change
@@ -106,6 +107,8 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     counts = run.folder.shards_by_execution(run.manifest.groups)
     for index, one in enumerate(executions):
         one.shards = counts.get(index, 0)
+    if len(executions) > 1 and not executions[-1].shards:  # it had nothing to compute
+        executions.pop()
 
 
 class PendingWave:
@@ -149,39 +152,16 @@ class PendingWave:
         return values, self._kept.wait()
 
 
-def _write_shards(
+def _compute_missing(
     run: Run, runner: Runner, plan: Plan, prompts: Sequence[Prompt], watch: Stopwatch, execution: int
 ) -> None:
-    """Computes every wave with a group that has no shard yet, reads it with the lens, and writes these groups."""
-    folder, device = run.folder, runner.anatomy.head.weight.device
+    """Computes the groups that have no shard yet, and reports how many examples are done."""
     by_group: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_group.setdefault(prompt.example.group, []).append(prompt)
-    have = set(folder.finished_shards())
-    missing = {key for key in by_group if folder.shard_name(key) not in have}
+    have = set(run.folder.finished_shards())
+    missing = {key for key in by_group if run.folder.shard_name(key) not in have}
     done = sum(len(members) for key, members in by_group.items() if key not in missing)
-
-    def prompts_of(wave: Wave) -> list[Prompt]:
-        return [prompt for group in wave.groups for prompt in by_group[group.key]]
-
-    def pending() -> Iterator[tuple[Wave, PendingWave]]:
-        waves = runner.run(plan, missing)
-        while True:
-            with watch.timed("forward", device):
-                wave, rows = next(waves, (None, None))
-            if wave is None or rows is None:
-                return
-            with watch.timed("lens", device):
-                read = PendingWave(
-                    rows, prompts_of(wave), runner.anatomy.head, run.execution.backend, run.manifest.study.store_rows
-                )
-            yield wave, read
-
-    def write(piece: tuple[Wave, PendingWave], written: Callable[[int], None]) -> None:
-        wave, read = piece
-        values, rows = read.wait()
-        for count in write_wave(folder, wave, prompts_of(wave), missing, read.offsets, values, rows, watch, execution):
-            written(count)
 
     def written(count: int) -> None:
         nonlocal done
@@ -189,8 +169,70 @@ def _write_shards(
         run.notify(Step(STEP, done, len(prompts)))
 
     written(0)
-    with run.failing(lambda: f"{done} of {len(prompts)} examples are kept in {folder.path}"):
-        (overlapped if device.type == "cuda" else in_turn)(pending(), write, written)
+    with run.failing(lambda: f"{done} of {len(prompts)} examples are kept in {run.folder.path}"):
+        write_shards(
+            runner, plan, by_group, missing, run.folder, watch, written,
+            backend=run.execution.backend, store_rows=run.manifest.study.store_rows, execution=execution,
+        )  # fmt: skip
+
+
+def write_shards(
+    runner: Runner,
+    plan: Plan,
+    prompts: Mapping[str, Sequence[Prompt]],
+    wanted: Container[str],
+    folder: RunFolder,
+    watch: Stopwatch,
+    written: Callable[[int], None],
+    *,
+    backend: str = "auto",
+    store_rows: bool = True,
+    execution: int = 0,
+) -> None:
+    """Computes every wave of ``plan`` that holds a group of ``wanted``, and writes those groups' shards.
+
+    Waves of hidden rows come from the runner, ``PendingWave`` reads them with the lens. On a CPU a wave is written
+    before the next is computed. With a GPU, a writer thread waits for the results and writes them meanwhile; if
+    something fails, what was computed is still written. Steps in ``watch``: forward, lens, write.
+
+    Parameters
+    ----------
+    prompts : mapping of str to sequence of Prompt
+        By group key, the prompts of the group's requests, in their order.
+    written : callable (count)
+        Called from the caller's thread with the number of examples written since the last call.
+    execution : int
+        Index of the stage's execution, for the journal.
+
+    Raises
+    ------
+    RuntimeError, MemoryError
+        As ``Runner.run``; or hidden states hold NaN or infinity.
+    """
+    head = runner.anatomy.head
+    device = head.weight.device
+
+    def prompts_of(wave: Wave) -> list[Prompt]:
+        return [prompt for group in wave.groups for prompt in prompts[group.key]]
+
+    def pending() -> Iterator[tuple[Wave, PendingWave]]:
+        waves = runner.run(plan, wanted)
+        while True:
+            with watch.timed("forward", device):
+                wave, rows = next(waves, (None, None))
+            if wave is None or rows is None:
+                return
+            with watch.timed("lens", device):
+                read = PendingWave(rows, prompts_of(wave), head, backend, store_rows)
+            yield wave, read
+
+    def write(piece: tuple[Wave, PendingWave], kept: Callable[[int], None]) -> None:
+        wave, read = piece
+        values, rows = read.wait()
+        for count in write_wave(folder, wave, prompts_of(wave), wanted, read.offsets, values, rows, watch, execution):
+            kept(count)
+
+    (overlapped if device.type == "cuda" else in_turn)(pending(), write, written)
     watch.settle()
 
 

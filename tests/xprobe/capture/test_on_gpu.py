@@ -116,4 +116,4 @@ def test_a_study_on_a_gpu_equals_that_on_the_cpu_and_can_be_resumed(tiny, tmp_pa
     sorted((tmp_path / "cuda" / "shards").iterdir())[0].unlink()
     xprobe.run(str(tiny), out=tmp_path / "cuda", device="cuda", resume=True, **some)
     assert {path.name: path.read_bytes() for path in (tmp_path / "cuda" / "shards").iterdir()} == before
-    assert {"forward", "lens", "write"} <= set(studies["cuda"].manifest["timings"])
+    assert {"forward", "lens", "write"} <= set(studies["cuda"].manifest.seconds)

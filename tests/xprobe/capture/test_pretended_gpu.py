@@ -22,9 +22,10 @@ from xprobe.lenses.reading import FIELDS, start_reading
 from xprobe.models.anatomy import inspect
 from xprobe.models.streaming.streamed import open_streamed
 from xprobe.runs.folder import RunFolder
-from xprobe.stages import waves
-from xprobe.stages.states import write_wave
-from xprobe.stages.waves import run_waves
+from xprobe.runs.manifest import Manifest
+from xprobe.stages import states
+from xprobe.stages.shards import write_wave
+from xprobe.stages.states import write_shards
 from xprobe.timing import Stopwatch
 
 if torch.cuda.is_available():
@@ -102,7 +103,7 @@ def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
             engine = Engine(model, anatomy, 120)
             plan = engine.plan(group_requests(requests(PROMPTS)))
             keys = {group.key for wave in plan.waves for group in wave.groups}
-            folders[place].write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
+            folders[place].write_manifest(Manifest())
             found = [(wave, pending(wave, rows, PROMPTS, anatomy.head)) for wave, rows in engine.run(plan, keys)]
             written = [
                 count
@@ -166,21 +167,21 @@ def test_a_streamed_model_on_a_gpu_gives_the_values_of_the_cpu(monkeypatch, tmp_
 def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, tmp_path) -> None:
     """A wave is written while the next is computed: here each write waits until that has begun."""
     model, begun, done = tiny_model("llama"), [threading.Event() for _ in range(99)], []
-    real = waves.write_wave
+    real = states.write_wave
 
     def write(*args):
         begun[len(done) + 1].wait(5)
         done.append(begun[len(done) + 1].is_set())
         return real(*args)
 
-    monkeypatch.setattr(waves, "write_wave", write)
+    monkeypatch.setattr(states, "write_wave", write)
     with pretended_gpu(monkeypatch) as gpu:
         anatomy = inspect(to_gpu(model))
         engine = Engine(model, anatomy, 120)
         plan = engine.plan(group_requests(requests(PROMPTS)))
         keys = {group.key for wave in plan.waves for group in wave.groups}
         folder, watch, told = RunFolder.create(tmp_path / "run"), Stopwatch(), []
-        folder.write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
+        folder.write_manifest(Manifest())
         number, take = iter(range(99)), engine.capture
 
         def capture(prompts):
@@ -191,7 +192,7 @@ def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, t
         monkeypatch.setattr(watch, "settle", lambda: None)  # after the loop it may wait
         gpu.waits.clear()
         begun[len(plan.waves)].set()  # the last wave has no next one
-        run_waves(engine, plan, by_group(PROMPTS), keys, folder, watch, told.append)
+        write_shards(engine, plan, by_group(PROMPTS), keys, folder, watch, told.append)
         assert gpu.waits == []
     assert sum(told) == len(PROMPTS)
     assert len(told) > 1  # not all of it in the end
@@ -210,7 +211,7 @@ def test_a_loop_that_fails_has_written_what_it_computed_and_told_of_it(broken, m
         plan = engine.plan(group_requests(requests(PROMPTS)))
         keys = {group.key for wave in plan.waves for group in wave.groups}
         folder, told, calls = RunFolder.create(tmp_path / "run"), [], []
-        folder.write_manifest({"format": 1, "config": {}, "model": {}, "data": {}})
+        folder.write_manifest(Manifest())
         owner, name = (engine, "capture") if broken == 1 else (folder, "write_shard")
         real = getattr(owner, name)
 
@@ -222,7 +223,7 @@ def test_a_loop_that_fails_has_written_what_it_computed_and_told_of_it(broken, m
 
         object.__setattr__(owner, name, failing)
         with pytest.raises(RuntimeError, match="planted"):
-            run_waves(engine, plan, by_group(PROMPTS), keys, folder, Stopwatch(), told.append)
+            write_shards(engine, plan, by_group(PROMPTS), keys, folder, Stopwatch(), told.append)
     kept = [folder.read_shard(shard)[1]["examples"] for shard in folder.finished_shards()]
     assert sum(told) == sum(map(len, kept)) > 0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("xprobe-write")]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.families import FAMILIES, save_tiny_model, tiny_model
 from support.prompts import chosen, family_of_prompts, requests
+from support.runs import chosen_strategy
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from xprobe_kernels import reference
@@ -197,7 +198,7 @@ def test_a_streamed_model_that_carries_state_is_not_packed(tmp_path):
     options = {"languages": ["en", "de"], "limit": 2, "probes": (), "bootstrap": 20}
     streamed = xprobe.run(folder, stream=True, out=tmp_path / "a", **options)
     whole = xprobe.run(folder, out=tmp_path / "b", **options)
-    assert streamed.manifest["plan"]["way"] == whole.manifest["plan"]["way"] == "plain"
+    assert chosen_strategy(streamed) == chosen_strategy(whole) == "plain"
     both = streamed.layers.merge(whole.layers, on=["setting", "layer", "language", "signal"])
     readiness = both[both["signal"] == "readiness"]
     assert (readiness["value_x"] - readiness["value_y"]).abs().max() < 1e-4

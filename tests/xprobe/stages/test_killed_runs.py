@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 from forks import Forks
+from support.runs import contents
 
 import xprobe
 from xprobe.errors import RunFolderError, UsageError
 from xprobe.runs.folder import JOURNAL, MANIFEST, SHARDS, RunFolder
 from xprobe.runs.lock import LOCK
-
-# entries of the manifest that tell of time and place, and the checksum that covers them
-PLACES = ("created", "timings", "environment", "sha256")
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,7 @@ def whole(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 def files(folder: Path) -> dict[str, Any]:
     """Every file's bytes, hidden ones included; of the manifest all that is not a time or a place."""
-    found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    if MANIFEST in found:
-        manifest = json.loads(found[MANIFEST])
-        found[MANIFEST] = {name: value for name, value in manifest.items() if name not in PLACES}
-    return found
+    return contents(folder)
 
 
 def check_what_is_there(out: Path, whole: Whole) -> None:
@@ -59,9 +53,11 @@ def check_what_is_there(out: Path, whole: Whole) -> None:
         assert (out / SHARDS / name).read_bytes() == whole.files[f"{SHARDS}/{name}"]
     for name in ("layers.parquet", "examples.parquet"):
         assert not (out / name).exists() or (out / name).read_bytes() == whole.files[name]
-    manifest = RunFolder(out).read_manifest()
-    if manifest.get("status") == "done":
-        assert xprobe.load_study(out).manifest["results"] == whole.files[MANIFEST]["results"]
+    if RunFolder(out).has_manifest() and RunFolder(out).read_run().status == "done":
+        assert (
+            xprobe.load_study(out).manifest.to_dict()["stages"]["phases"]["results"]
+            == (whole.files[MANIFEST]["stages"]["phases"]["results"])
+        )
     else:
         with pytest.raises((RunFolderError, UsageError), match=r"not finished|not a run folder"):
             xprobe.load_study(out)

@@ -6,6 +6,7 @@ import krippendorff
 import numpy as np
 import pytest
 from support.planted import DECOYS, N_BLOCKS, planted_model, planted_set, planted_template
+from support.runs import parity
 
 import xprobe
 
@@ -33,7 +34,7 @@ def test_every_onset_is_recovered_exactly(study):
 
 def test_readiness_and_rank_have_their_closed_form(study):
     layers = study.layers.set_index(["signal", "language", "layer"])["value"]
-    vocabulary = study.manifest["model"]["vocab_size"]
+    vocabulary = study.manifest.model.vocab_size
     before = 1 - np.log2(1 + len(DECOYS)) / np.log2(vocabulary)
     for language, onset in ONSET.items():
         for layer in range(N_BLOCKS + 1):
@@ -63,7 +64,7 @@ def test_agreement_with_english_is_per_language(study):
 
 
 def test_parity_holds(study):
-    assert study.manifest["parity_error"] < 1e-5
+    assert parity(study) < 1e-5
 
 
 @pytest.mark.parametrize("onset", [2, 5, N_BLOCKS - 1])
@@ -99,9 +100,9 @@ def test_the_layer_where_the_question_is_known_is_recovered_exactly(tmp_path, en
     assert (table["encoding_selectivity"][encoded:] > 0.5).all()  # wrong ones tie in part, so chance is about 0.45
     assert np.allclose(table["encoding_probed"][encoded:], 1.0)
     assert np.allclose(table["encoding_question"], 1.0)  # its own words tell it apart
-    results = study.manifest["results"]["x-x"]
+    results = study["x-x"].summary
     assert results["encoding_depth"] == {"value": encoded, "lo": encoded, "hi": encoded}
     assert results["encoding_peak"]["value"] == encoded
     holds = {language: float(encoded < onset) for language, onset in ONSET.items()}
-    found = study.boundaries["phase_order"].to_dict()
+    found = study["x-x"].boundaries["phase_order"].to_dict()
     assert found == holds

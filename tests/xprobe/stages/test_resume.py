@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.families import save_tiny_model, write_set
+from support.runs import contents, raw_manifest
 
 import xprobe
+from xprobe.config import Execution
 from xprobe.errors import RunFolderError, UsageError, XprobeError
 from xprobe.runs.folder import JOURNAL, MANIFEST, SHARDS, RunFolder
 
 OPTIONS = {"setting": ("en-x", "x-x"), "languages": ("en", "de"), "limit": 6, "bootstrap": 20, "permutations": 20}
-PLACES = ("created", "timings", "environment", "sha256")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def out(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> Path:
 def edit(out: Path, **entries: Any) -> None:
     """Changes entries of the manifest as xprobe would."""
     folder = RunFolder(out)
-    folder.write_manifest({**folder.read_manifest(), **entries})
+    folder.write_manifest(replace(folder.read_run(), **entries))
 
 
 def scribble(out: Path, manifest: Any) -> None:
@@ -52,10 +54,7 @@ def scribble(out: Path, manifest: Any) -> None:
 
 
 def files(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    manifest = json.loads(found[MANIFEST])
-    found[MANIFEST] = {name: value for name, value in manifest.items() if name not in PLACES}
-    return found
+    return contents(out)
 
 
 def shards(out: Path) -> list[Path]:
@@ -208,39 +207,64 @@ def test_data_whose_bytes_changed_is_refused_and_data_that_was_moved_is_not(
 
 
 def test_what_one_version_knows_and_another_does_not_is_a_difference(out: Path, tiny: Path) -> None:
-    config = RunFolder(out).read_manifest()["config"]
-    edit(out, config={**config, "wavelets": 3})
+    manifest = raw_manifest(out)
+    study = manifest["study"]
+    scribble(out, {**manifest, "study": {**study, "wavelets": 3}})
     refuse(tiny, out, "wavelets was 3, which this version of xprobe does not know")
-    edit(out, config={name: value for name, value in config.items() if name != "seed"})
+    scribble(out, {**manifest, "study": {name: value for name, value in study.items() if name != "seed"}})
     refuse(tiny, out, "seed is now 0 and was not known to the version that began the run")
 
 
-def test_a_run_begun_on_another_kind_of_device_can_be_shown_but_not_continued(out: Path, tiny: Path) -> None:
-    manifest = RunFolder(out).read_manifest()
-    edit(out, model={**manifest["model"], "device": "cuda:0"})
-    if manifest["status"] == "done":
-        assert resume(tiny, out) == []
-    else:
-        refuse(tiny, out, "device was 'cuda:0' and is now 'cpu'")
+def test_a_run_goes_on_on_another_device_in_the_dtype_that_it_began_with(tiny: Path, tmp_path: Path) -> None:
+    """As on a GPU, where ``auto`` is the checkpoint's bfloat16: the other half on a CPU is bfloat16, too."""
+    out = tmp_path / "run"
+    begun = xprobe.run(str(tiny), out=out, **{**OPTIONS, "dtype": "bfloat16"})
+    manifest = RunFolder(out).read_run()
+    manifest.study, manifest.status = replace(manifest.study, dtype="auto"), "running"
+    part = manifest.stages["states"].executions[0]
+    part.device, part.options = "cuda:1", Execution(device="cuda:1")
+    folder = RunFolder(out)
+    journal = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
+    folder.write_manifest(manifest)
+    key = RunFolder(out)._run_key
+    (out / JOURNAL).write_text("".join(json.dumps({**line, "run": key}) + "\n" for line in journal))
+    shards(out)[0].unlink()
+    again = xprobe.run(str(tiny), out=out, resume=True, batch_tokens=900, **OPTIONS)
+    assert again.manifest.model.dtype == "bfloat16"
+    assert again.layers.equals(begun.layers)
+    first, second = again.manifest.stages["states"].executions
+    assert (first.device, first.options.device, first.shards) == ("cuda:1", "cuda:1", len(shards(out)) - 1)
+    assert (second.device, second.options.batch_tokens, second.shards) == ("cpu", 900, 1)
+
+
+def test_a_run_that_was_begun_in_memory_goes_on_block_by_block(out: Path, tiny: Path, finished: Path) -> None:
+    shards(out)[0].unlink()
+    assert resume(tiny, out, stream=True) == [shards(out)[0].name]
+    parts = RunFolder(out).read_finished().stages["states"].executions
+    assert [(part.options.stream, part.shards) for part in parts] == [(False, len(shards(out)) - 1), (True, 1)]
+    ours, theirs = (xprobe.load_study(path).layers for path in (out, finished))
+    merged = ours.merge(theirs, on=["setting", "layer", "language", "signal"])
+    assert len(merged) == len(theirs)
+    assert (merged["value_x"] - merged["value_y"]).abs().max() < 1e-3
 
 
 # -- the manifest ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 1, "conf', b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}'])
+@pytest.mark.parametrize("content", [b"", b'{"format": 2, "stud', b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": 2}'])
 def test_a_damaged_manifest_is_refused_and_named(content: bytes, out: Path, tiny: Path) -> None:
     (out / MANIFEST).write_bytes(content)
     refuse(tiny, out, rf"{out / MANIFEST}.*start it in a new folder", RunFolderError)
 
 
-@pytest.mark.parametrize("number", [0, 2, True, 1.0, "1", None])
+@pytest.mark.parametrize("number", [0, 1, 3, True, 2.0, "2", None])
 def test_a_run_of_another_format_is_refused_with_its_number(number: Any, out: Path, tiny: Path) -> None:
-    scribble(out, {**RunFolder(out).read_manifest(), "format": number})
-    refuse(tiny, out, f"is of run format {number}, this version of xprobe reads format 1", RunFolderError)
+    scribble(out, {**raw_manifest(out), "format": number})
+    refuse(tiny, out, f"is of run format {number}, this version of xprobe reads format 2", RunFolderError)
 
 
 def test_groups_taken_out_of_a_manifest_are_put_back(out: Path, tiny: Path, finished: Path) -> None:
-    manifest = RunFolder(out).read_manifest()
+    manifest = raw_manifest(out)
     scribble(out, {**manifest, "groups": manifest["groups"][:-1]})
     assert resume(tiny, out) == []
     assert files(out) == files(finished)
@@ -281,7 +305,7 @@ def test_whatever_is_wrong_in_a_manifest_it_is_refused_or_comes_out_right(
             continue
         came_out += 1
         found = files(out)
-        allowed = {"config", "model", "data"} & {place[0]}  # names of model and data may be others
+        allowed = {"study", "model", "data"} & {place[0]}  # names of model and data may be others
         assert {n: v for n, v in found.items() if n != MANIFEST} == {n: v for n, v in right.items() if n != MANIFEST}
         assert {n: v for n, v in found[MANIFEST].items() if n not in allowed} == {
             n: v for n, v in right[MANIFEST].items() if n not in allowed

@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 from support.families import save_tiny_model
+from support.runs import raw_manifest, steady
 
 import xprobe
-from xprobe import study as pipeline
 from xprobe.errors import RunFolderError
 from xprobe.probes.training import ProbeSettings
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, SHARDS, RunFolder
-from xprobe.stages.phases import retrain
+from xprobe.stages import states
+from xprobe.study import train_probes
 
 OPTIONS: dict[str, Any] = {
     "setting": ("en-x", "x-x"), "languages": ("en", "de"), "limit": 6, "bootstrap": 20, "permutations": 20,
@@ -37,7 +38,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def probed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run after `xprobe probe` trained two probes with other settings."""
     out = shutil.copytree(finished, tmp_path_factory.mktemp("probed") / "run")
-    retrain(out, SOME, OTHER)
+    train_probes(out, SOME, OTHER)
     return out
 
 
@@ -55,7 +56,7 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline._Run, "_open", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(states, "_open", lambda *_: pytest.fail("the model was loaded"))
 
 
 def tables(out: Path) -> dict[str, bytes]:
@@ -64,8 +65,7 @@ def tables(out: Path) -> dict[str, bytes]:
 
 def manifest(out: Path) -> dict[str, Any]:
     """All entries but those of the time, and the checksum that covers them."""
-    entries = json.loads((out / MANIFEST).read_text())
-    return {name: value for name, value in entries.items() if name not in ("timings", "sha256")}
+    return steady(raw_manifest(out))
 
 
 def resume(tiny: Path, out: Path) -> None:
@@ -118,7 +118,7 @@ def test_tables_written_again_hold_the_probes_that_were_trained_with_other_setti
     (out / PROBE_TABLE).write_bytes(b"")
     resume(tiny, out)
     assert tables(out) == tables(probed)
-    assert xprobe.load_study(out).manifest["probes"]["language"] == OTHER.to_dict()
+    assert xprobe.load_study(out).manifest.stages["probes"].results["trained"]["language"] == OTHER.to_dict()
 
 
 def test_a_run_that_has_to_be_computed_again_keeps_the_settings_of_its_probes(
@@ -138,14 +138,14 @@ def test_a_probe_trained_on_a_run_with_stale_tables_writes_them_all_again(
     out = shutil.copytree(finished, tmp_path / "run")
     for table in TABLES if name == "all" else [name]:
         pd.DataFrame({"a": [1]}).to_parquet(out / table)
-    retrain(out, SOME, OTHER)
+    train_probes(out, SOME, OTHER)
     assert tables(out) == tables(probed)
     assert manifest(out) == manifest(probed)
 
 
 def test_probes_trained_again_one_by_one_give_the_tables_of_the_run(out: Path, finished: Path) -> None:
     for name in ("correctness", "alignment", "language"):
-        retrain(out, (name,))
+        train_probes(out, (name,))
     assert tables(out) == tables(finished)
     assert manifest(out) == manifest(finished)
 
@@ -166,12 +166,12 @@ def test_a_process_that_ends_while_probes_are_stored_leaves_a_run_that_can_be_me
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            retrain(out, SOME, OTHER)
+            train_probes(out, SOME, OTHER)
     with pytest.raises(RunFolderError, match="is not the table that this run wrote"):
         xprobe.load_study(out)
     other_way = shutil.copytree(out, out.with_name("copy"))
     resume(tiny, out)
-    retrain(other_way, SOME, OTHER)
+    train_probes(other_way, SOME, OTHER)
     assert tables(out) == tables(other_way) == tables(probed)
 
 
@@ -185,9 +185,9 @@ def test_a_full_disk_leaves_the_probes_as_they_were(out: Path, finished: Path, m
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     with pytest.raises(RunFolderError, match="No space left on device"):
-        retrain(out, SOME, OTHER)
+        train_probes(out, SOME, OTHER)
     monkeypatch.undo()
-    assert xprobe.load_study(out).manifest["probes"] == manifest(finished)["probes"]
+    assert manifest(out) == manifest(finished)
     assert tables(out) == tables(finished)
     assert not list(out.glob(".*.part"))
 
@@ -196,14 +196,14 @@ def test_a_run_of_a_version_without_checksums_of_tables_gets_them(
     out: Path, finished: Path, tiny: Path, no_model: None
 ) -> None:
     folder = RunFolder(out)
-    entries = folder.read_manifest()
-    del entries["tables"]
+    entries = folder.read_finished()
+    for stage in entries.stages.values():
+        stage.tables = {}
     folder.write_manifest(entries)
     with pytest.raises(RunFolderError, match=r"holds no checksum of layers.parquet.*--resume` writes the tables"):
         xprobe.load_study(out)
     resume(tiny, out)
     assert manifest(out) == manifest(finished)
-    assert xprobe.load_study(out).manifest["tables"].keys() == set(TABLES)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "swapped", "of another run", "gone", "no journal"])
@@ -228,25 +228,25 @@ def test_no_probe_is_trained_on_a_shard_that_the_run_did_not_write(
     else:
         (out / "journal.jsonl").unlink()
     with pytest.raises(RunFolderError, match=rf"this run wrote: `xprobe run --out {out} --resume` computes") as caught:
-        retrain(out, ("language",))
+        train_probes(out, ("language",))
     assert all(name in str(caught.value) for name in changed)
     assert tables(out) == tables(finished)
     resume(tiny, out)
     assert tables(out) == tables(finished)
-    retrain(out, ("language",))
+    train_probes(out, ("language",))
 
 
 @pytest.mark.parametrize(("entry", "value", "there"), [("n_blocks", 9, 4), ("width", 7, 32), ("vocab_size", 2, "")])
 def test_a_manifest_that_does_not_fit_the_shards_is_named(entry: str, value: int, there: Any, out: Path) -> None:
-    entries = RunFolder(out).read_manifest()
+    entries = raw_manifest(out)
     entries["model"][entry] = value
     (out / MANIFEST).write_text(json.dumps(entries))
     with pytest.raises(RunFolderError, match=rf"entry model.{entry} is {value}, the shards hold {there}"):
-        retrain(out, ("language",))
+        train_probes(out, ("language",))
 
 
 def test_groups_in_another_order_than_the_examples_are_refused(out: Path) -> None:
-    entries = RunFolder(out).read_manifest()
+    entries = raw_manifest(out)
     (out / MANIFEST).write_text(json.dumps({**entries, "groups": entries["groups"][::-1]}))
     with pytest.raises(RunFolderError, match=r"entry groups does not fit examples.parquet"):
-        retrain(out, ("language",))
+        train_probes(out, ("language",))

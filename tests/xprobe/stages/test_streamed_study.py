@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from support.families import save_tiny_model
+from support.runs import chosen_strategy, parity
 
 import xprobe
 from xprobe.capture import layerwise
 from xprobe.errors import RunFolderError
 from xprobe.models.streaming import streamed as streaming
 from xprobe.runs.folder import RunFolder
-from xprobe.stages.states import read_signals
+from xprobe.stages.shards import read_signals
 
 SMALL = {"batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6}
 
@@ -32,7 +33,7 @@ def test_it_equals_the_study_in_memory(family, tmp_path):
     for shard in sorted((whole.path / "shards").iterdir()):
         mine, own = (RunFolder.open(s.path).read_shard(shard.name)[0] for s in (streamed, whole))
         assert np.allclose(mine["question_mean"], own["question_mean"], rtol=1e-4, atol=1e-4)
-    assert streamed.manifest["parity_error"] < 1e-3
+    assert parity(streamed) < 1e-3
     assert not list(streamed.path.glob(".rows-*"))
 
 
@@ -50,11 +51,9 @@ def test_every_byte_of_the_checkpoint_is_read_once(tiny, tmp_path, monkeypatch):
 def test_a_model_that_cannot_be_packed_is_streamed_plainly_and_it_is_said(tmp_path):
     said = []
     model = save_tiny_model(tmp_path / "model", "bloom")
-    study = xprobe.run(
-        str(model), out=tmp_path / "run", stream=True, progress=lambda stage, done, total: said.append(stage), **SMALL
-    )
-    assert any("cannot be run with prompts packed as a tree" in stage for stage in said)
-    assert study.manifest["plan"]["way"] == "plain"
+    study = xprobe.run(str(model), out=tmp_path / "run", stream=True, progress=said.append, **SMALL)
+    assert any("cannot be run with prompts packed as a tree" in str(event) for event in said)
+    assert chosen_strategy(study) == "plain"
 
 
 def test_a_resumed_sweep_computes_what_is_missing(tiny, tmp_path):
@@ -73,12 +72,15 @@ def test_a_sweep_that_was_stopped_before_its_end_begins_again(tiny, tmp_path):
     before = {shard.name: shard.read_bytes() for shard in (first.path / "shards").iterdir()}
     for path in [*(first.path / "shards").iterdir(), *first.path.glob("*.parquet"), first.path / "journal.jsonl"]:
         path.unlink()
-    manifest = {k: v for k, v in first.manifest.items() if k not in ("results", "phase_definition", "probes")}
-    folder.write_manifest({**manifest, "status": "running", "parity_error": None})
+    manifest = folder.read_run()
+    manifest.status = "running"
+    manifest.stages = {"states": manifest.stages["states"]}
+    manifest.stages["states"].results["parity_error"] = None
+    folder.write_manifest(manifest)
     (first.path / ".rows-left").write_bytes(bytes(100))
     again = xprobe.run(str(tiny), out=tmp_path / "run", stream=True, resume=True, **SMALL)
     assert {shard.name: shard.read_bytes() for shard in (again.path / "shards").iterdir()} == before
-    assert again.manifest["parity_error"] < 1e-3
+    assert parity(again) < 1e-3
     assert not list(again.path.glob(".rows-*"))
 
 
@@ -89,5 +91,5 @@ def test_no_room_for_the_rows_is_said_before_the_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(layerwise.os, "posix_fallocate", full)
     space = layerwise._MappedSpace(5, 32, torch.float32, tmp_path)
     with pytest.raises(RunFolderError, match=r"cannot keep .* GB of hidden rows .*No space left"):
-        space.reserve(1000, 10)
+        space.reserve({"answer": 1000, "question": 10})
     assert list(tmp_path.iterdir()) == []
