@@ -78,7 +78,7 @@ def forecast(config: StudyConfig) -> Forecast:
     XprobeError
         As the run itself would, for bad data or an unknown model.
     """
-    template, _, examples = read_questions(config)
+    template, _, examples, _ = read_questions(config)
     source = loading.resolve(config.model)
     model_config = loading.load_config(source, config.trust_remote_code)
     tokenizer = loading.load_tokenizer(source, config)

@@ -17,6 +17,7 @@ from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, Xpr
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
+from xprobe.qa.selection import Selection
 from xprobe.qa.templates import Template, load_template
 from xprobe.results import Study, load_study
 from xprobe.runs.disk import check_writable
@@ -137,8 +138,10 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
-def read_questions(config: StudyConfig, records: Any = None) -> tuple[Template, Dataset, list[Example]]:
-    """The wording, the data and the examples that a configuration asks for; ``records`` in memory in place of its data.
+def read_questions(config: StudyConfig, records: Any = None) -> tuple[Template, Dataset, list[Example], Selection]:
+    """The wording, the data, the examples that a configuration asks for, and the record of how they were selected.
+
+    ``records`` in memory stand in place of the configuration's data.
 
     Raises
     ------
@@ -148,11 +151,17 @@ def read_questions(config: StudyConfig, records: Any = None) -> tuple[Template, 
     template = load_template(config.template)
     needed = ("en",) if "en-x" in config.settings else ()
     source = config.data if records is None else records
-    data = load_data(source, config.languages, strict=config.strict, needed=needed)
-    examples = data.examples(config.settings, config.languages, config.limit)
+    bounds = {
+        "limit": config.limit,
+        "paragraphs": config.paragraphs,
+        "questions_per_paragraph": config.questions_per_paragraph,
+    }
+    limited = any(bound is not None for bound in bounds.values())
+    data = load_data(source, config.languages, strict=config.strict, needed=needed, with_reference=limited)
+    examples, selection = data.select(config.settings, config.languages, **bounds)
     if not examples:
         raise DataError(f"{config.data} holds no question for {', '.join(config.settings)} in these languages")
-    return template, data, examples
+    return template, data, examples, selection
 
 
 def default_out(config: StudyConfig) -> Path:
@@ -172,6 +181,7 @@ class _Run:
     records: Any = None  # and questions
     watch: Stopwatch = field(default_factory=Stopwatch)
     template: Template = field(init=False)
+    selection: Selection = field(init=False)
     told: Exception | None = None  # what the caller's ``progress`` raised
 
     def go(self) -> Study:
@@ -189,7 +199,7 @@ class _Run:
         from xprobe.stages.phases import analyse
 
         config = self.config
-        self.template, data, examples = read_questions(config, self.records)
+        self.template, data, examples, self.selection = read_questions(config, self.records)
         source = loading.resolve(config.model) if self.loaded is None else self.loaded.source
         identity = self._identity(source, data)
         before, finished = self._earlier(identity)

@@ -25,7 +25,12 @@ _DATA_FILE = re.compile(r"[^.].*" + _ENDING)
 
 
 def load_data(
-    spec: Any, languages: Iterable[str] | None = None, *, strict: bool = False, needed: Iterable[str] = ()
+    spec: Any,
+    languages: Iterable[str] | None = None,
+    *,
+    strict: bool = False,
+    needed: Iterable[str] = (),
+    with_reference: bool = False,
 ) -> Dataset:
     """Reads the dataset that ``spec`` names, or takes the records that it holds.
 
@@ -41,6 +46,9 @@ def load_data(
         Raise on the first problem.
     needed : iterable of str
         Languages read as well if the data holds them (English, for the contexts of en-x).
+    with_reference : bool
+        Read the first language of the data as well: English, or else the first one by alphabet. It decides in which
+        order a limited run takes questions.
 
     Raises
     ------
@@ -50,30 +58,34 @@ def load_data(
         A file is in no known format, no usable record is left, or (``strict``) a record is bad.
     """
     if isinstance(spec, Dataset):
-        _wanted(spec.languages, languages, needed, spec.name)
+        _languages_to_read(spec.languages, languages, needed, with_reference, spec.name)
         if strict:
             _check_strictly(spec.problems)
         return spec
     if isinstance(spec, str | os.PathLike):
-        return _load_files(os.fsdecode(spec), languages, strict, needed)
+        return _load_files(os.fsdecode(spec), languages, strict, needed, with_reference)
     from xprobe.qa import memory  # loads pandas
 
     collected, problems = memory.read_records(spec)
-    kept = _wanted(collected, languages, needed, RECORDS_IN_MEMORY)
+    kept = _languages_to_read(collected, languages, needed, with_reference, RECORDS_IN_MEMORY)
     parts = {language: (f"data[{language!r}]", collected[language]) for language in kept}
     return _joined(RECORDS_IN_MEMORY, parts, problems, strict)
 
 
-def _load_files(spec: str, languages: Iterable[str] | None, strict: bool, needed: Iterable[str]) -> Dataset:
+def _load_files(
+    spec: str, languages: Iterable[str] | None, strict: bool, needed: Iterable[str], with_reference: bool
+) -> Dataset:
     files = find_files(spec)
     misnamed = [] if _kind(spec) == "file" else _misnamed(files)
-    kept = _wanted(files, languages, needed, spec)
+    kept = _languages_to_read(files, languages, needed, with_reference, spec)
     parts = {language: (str(files[language]), read_file(files[language], language)) for language in kept}
     data = _joined(spec, parts, misnamed, strict, f". `xprobe data check {spec}` lists every problem")
     return replace(data, files=tuple(str(files[language]) for language in kept))
 
 
-def _wanted(present: Iterable[str], languages: Iterable[str] | None, needed: Iterable[str], name: str) -> list[str]:
+def _languages_to_read(
+    present: Iterable[str], languages: Iterable[str] | None, needed: Iterable[str], with_reference: bool, name: str
+) -> list[str]:
     """The languages to read, in the order of ``present``."""
     known = list(present)
     if languages is None:
@@ -82,7 +94,8 @@ def _wanted(present: Iterable[str], languages: Iterable[str] | None, needed: Ite
     for language in asked:
         if language not in known:
             raise UsageError(f"language {language!r} is not in {name}; available: {', '.join(known)}")
-    return [language for language in known if language in {*asked, *needed}]
+    reference = known[:1] if with_reference else ()
+    return [language for language in known if language in {*asked, *needed, *reference}]
 
 
 def _joined(
