@@ -1,4 +1,4 @@
-"""What a dataset is to the rest of xprobe: records of one language, joined by question id; examples of a setting."""
+"""The data model: records of one language, datasets that join languages by question id, examples of a setting."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ class Record:
     """One question in one language. ``context[answer_start:answer_start + len(answer)] == answer`` holds.
 
     ``answers`` are the distinct texts of all gold answers, ``answer`` first; ``(answer,)`` if not given.
+
+    Examples
+    --------
+    >>> record = Record("q1", "en", "p1", "Ada sold 40 boats.", "How many?", "40", 9)
+    >>> record.answers
+    ('40',)
     """
 
     id: str
@@ -32,13 +38,19 @@ class Record:
 
 @dataclass(frozen=True)
 class Problem:
-    """A record that was left out, and why."""
+    """A record that was left out, and why.
+
+    Examples
+    --------
+    >>> print(Problem("small.en.json", "id q2", "no answer"))
+    small.en.json: id q2: no answer
+    """
 
     file: str
-    where: str  # the record's id, or its place in the file
-    reason: str  # short, the same for all problems of one kind: what is counted
+    where: str  # the id of the record, or its place in the file
+    reason: str  # short; the same text for all problems of one kind, so that they can be counted
     detail: str = ""
-    id: str = field(default="", compare=False)  # the record's, if it has a usable one
+    id: str = field(default="", compare=False)  # of the record, if it has a usable id
 
     def __str__(self) -> str:
         return printable(f"{self.file}: {self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
@@ -46,10 +58,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Example:
-    """A question in one language as one setting asks it: what becomes one prompt.
+    """A question in one language, as one setting asks it. Each example becomes one prompt.
 
-    ``answers`` are the distinct texts of all gold answers in the context's language, ``answer`` first; ``(answer,)`` if
-    not given.
+    ``answers`` are the distinct texts of all gold answers in the language of the context, ``answer`` first;
+    ``(answer,)`` if not given.
+
+    Examples
+    --------
+    >>> example = Example("en-x", "de", "q1", "p1", "en", "Ada sold 40 boats.", "Wie viele?", "40", 9)
+    >>> example.id, example.group
+    ('en-x/de/q1', 'en-x/en/p1')
     """
 
     setting: str
@@ -72,13 +90,23 @@ class Example:
 
     @property
     def group(self) -> str:
-        """Examples with the same setting, context and context language: one shard."""
+        """The key of the examples with the same setting, context and context language. They share one shard."""
         return f"{self.setting}/{self.context_language}/{self.paragraph}"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Parallel questions: ``records[language][id]``, ids in the order of the reference language's file."""
+    """Parallel questions: ``records[language][id]``.
+
+    Languages are in alphabetical order, English first. The ids of each language are in the order of its file.
+
+    Examples
+    --------
+    >>> from xprobe.qa.parallel import load_data
+    >>> data = load_data("builtin", ["de", "en"])
+    >>> data.languages, len(data.ids)
+    (('en', 'de'), 36)
+    """
 
     name: str
     records: dict[str, dict[str, Record]]
@@ -92,7 +120,7 @@ class Dataset:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Every question id, in file order of the first language that holds it."""
+        """Every question id, in the file order of the first language that has it."""
         return tuple(dict.fromkeys(id_ for records in self.records.values() for id_ in records))
 
     def select(
@@ -213,7 +241,13 @@ class Dataset:
 
 
 def printable(text: str) -> str:
-    """``text`` with line breaks, terminal codes and the like escaped: ids come from other people's files."""
+    r"""``text`` with line breaks, terminal codes and the like escaped, since ids come from files of other people.
+
+    Examples
+    --------
+    >>> printable("q1\n")
+    'q1\\n'
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
