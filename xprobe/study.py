@@ -139,9 +139,7 @@ def _no_progress(stage: str, done: int, total: int) -> None:
 
 
 def read_questions(config: StudyConfig, records: Any = None) -> tuple[Template, Dataset, list[Example], Selection]:
-    """The wording, the data, the examples that a configuration asks for, and the record of how they were selected.
-
-    ``records`` in memory stand in place of the configuration's data.
+    """Template, data, examples and their selection, as a configuration asks for; ``records`` replace its data.
 
     Raises
     ------
@@ -151,12 +149,8 @@ def read_questions(config: StudyConfig, records: Any = None) -> tuple[Template, 
     template = load_template(config.template)
     needed = ("en",) if "en-x" in config.settings else ()
     source = config.data if records is None else records
-    bounds = {
-        "limit": config.limit,
-        "paragraphs": config.paragraphs,
-        "questions_per_paragraph": config.questions_per_paragraph,
-    }
-    limited = any(bound is not None for bound in bounds.values())
+    bounds = {name: getattr(config, name) for name in ("limit", "paragraphs", "questions_per_paragraph")}
+    limited = any(bounds.values())
     data = load_data(source, config.languages, strict=config.strict, needed=needed, with_reference=limited)
     examples, selection = data.select(config.settings, config.languages, **bounds)
     if not examples:
