@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=("en-x", "x-x"), default="en-x")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--questions", type=int, default=40, help="the first N of XQuAD, in 12 languages each")
+    parser.add_argument("--questions", type=int, default=40, help="of XQuAD, in 12 languages each")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--torch-products", action="store_true")
     parser.add_argument("--memory", action="store_true")

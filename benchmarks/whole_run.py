@@ -321,7 +321,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, help="a random model of this shape instead")
     parser.add_argument("--tokenizer", default="smollm2-135m", help="the model whose tokenizer a random model takes")
     parser.add_argument("--data", default="xquad", help="as for xprobe run (default: xquad)")
-    parser.add_argument("--questions", type=int, help="the first N, in 12 languages each (default: all)")
+    parser.add_argument("--questions", type=int, help="how many, in 12 languages each (default: all)")
     parser.add_argument("--dtype", default="auto", help="as for xprobe run; auto is bfloat16 for a random model")
     parser.add_argument("--device", default="auto", help="as for xprobe run")
     parser.add_argument("--batch-tokens", default="4096,16384", help="budgets to measure (default: 4096,16384)")

@@ -62,7 +62,9 @@ class StudyConfig:
     languages : tuple of str, optional
         Question languages; all that the data holds if None.
     limit : int, optional
-        Use the first ``limit`` questions, each in every language.
+        How many questions to use, each in every language; spread over paragraphs (docs/data.md).
+    paragraphs, questions_per_paragraph : int, optional
+        How many paragraphs to use, and at most how many questions of each: in place of ``limit``.
     signals : tuple of str, optional
         Which signals to compute. None: readiness, and encoding if rows are kept.
     probes : tuple of str, optional
@@ -95,6 +97,8 @@ class StudyConfig:
     settings: tuple[str, ...] = ("en-x",)
     languages: tuple[str, ...] | None = None
     limit: int | None = None
+    paragraphs: int | None = None
+    questions_per_paragraph: int | None = None
     signals: tuple[str, ...] | None = None
     probes: tuple[str, ...] | None = None
     template: str = "auto"
@@ -129,12 +133,7 @@ class StudyConfig:
         if self.languages is not None and not self.languages:
             raise UsageError("languages is empty: name at least one, or leave it out for all that the data holds")
         _known("dtype", (self.dtype,), DTYPES)
-        if self.limit is not None and (
-            isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1
-        ):
-            raise UsageError(
-                f"limit must be a whole number of at least 1, got {self.limit!r}; leave it out for no limit"
-            )
+        check_selection(self.limit, self.paragraphs, self.questions_per_paragraph)
         for name, least in (("bootstrap", 1), ("permutations", 20), ("seed", 0)):
             _check_least(name, getattr(self, name), least)
         for name in ("bootstrap", "permutations"):
@@ -280,6 +279,34 @@ def _known_values(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise UsageError(f"configuration has unknown entries {unknown}; known: {sorted(known)}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def check_selection(limit: int | None, paragraphs: int | None, questions_per_paragraph: int | None) -> None:
+    """Checks the three numbers that choose questions.
+
+    Raises
+    ------
+    UsageError
+        One is below 1 or no whole number, or ``limit`` stands together with another.
+
+    Examples
+    --------
+    >>> check_selection(None, 12, 4)
+    >>> check_selection(20, 12, None)
+    Traceback (most recent call last):
+    xprobe.errors.UsageError: limit 20 contradicts paragraphs 12: leave out limit, or leave out paragraphs
+    """
+    bounds = {"paragraphs": paragraphs, "questions_per_paragraph": questions_per_paragraph}
+    meaning = {"limit": "no limit", "paragraphs": "all paragraphs", "questions_per_paragraph": "all questions of each"}
+    for name, value in {"limit": limit, **bounds}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise UsageError(
+                f"{name} must be a whole number of at least 1, got {value!r}; leave it out for {meaning[name]}"
+            )
+    others = [name for name, value in bounds.items() if value is not None]
+    if limit is not None and others:
+        given = " and ".join(f"{name} {bounds[name]}" for name in others)
+        raise UsageError(f"limit {limit} contradicts {given}: leave out limit, or leave out {' and '.join(others)}")
 
 
 def _known(what: str, values: tuple[str, ...], allowed: Any) -> None:

@@ -52,7 +52,21 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     help="en-x: context and answer in English, question in x; x-x: all in x. Repeatable.",
 )
 @click.option("--languages", type=Names(), help="Question languages, comma-separated. [default: all in the data]")
-@click.option("--limit", type=click.IntRange(min=1), help="Use the first N questions, each in every language.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Use N questions, each in every language, spread over paragraphs: four on each where there are as many.",
+)
+@click.option(
+    "--paragraphs",
+    type=click.IntRange(min=1),
+    metavar="P",
+    help="Use P paragraphs, in place of --limit (docs/data.md).",
+)
+@click.option(
+    "--questions-per-paragraph", type=click.IntRange(min=1), metavar="Q", help="Use at most Q questions of a paragraph."
+)
 @click.option(
     "--signals",
     type=Names(),
@@ -187,6 +201,11 @@ def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dic
     folder = RunFolder.open(out)
     manifest = folder.read_run()
     given = {name for name in chosen if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    bounds = {"paragraphs", "questions_per_paragraph"}
+    if "limit" in given:
+        given |= bounds  # they exclude each other, so those of the run must not be added
+    elif bounds & given:
+        given.add("limit")
     held = {"a model": manifest.model.kind, "questions": manifest.data.name}
     what = [name for name, value in held.items() if value in (MODEL_IN_MEMORY, RECORDS_IN_MEMORY)]
     if what:

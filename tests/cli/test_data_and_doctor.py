@@ -46,7 +46,7 @@ def test_check_of_the_built_in_set_finds_nothing(capsys):
 def test_check_lists_every_problem_with_file_and_id(capsys, damaged):
     assert main(["data", "check", str(damaged)]) == 1
     out = capsys.readouterr().out
-    assert "toy.en.json: id q0: answer is not at answer_start ('b' is not at 4; it stands at 2)" in out
+    assert "toy.en.json: id q0: answer is not at answer_start ('b' is not at 4; its text is at 2)" in out
     assert "toy.de.json: id q2: id is missing in a parallel file" in out
     assert out.count("id q0") == 1  # left out of the English file, but not reported as missing from it as well
     assert "en  2 usable questions" in out
@@ -70,7 +70,7 @@ def test_check_reads_lines_and_compressed_files(capsys, tmp_path):
     (tmp_path / "toy.de.json.gz").write_bytes(gzip.compress(json.dumps([record]).encode()))
     assert main(["data", "check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "toy.en.jsonl: line 2, id q1: answer is not at answer_start ('b' is not at 0; it stands at 2)" in out
+    assert "toy.en.jsonl: line 2, id q1: answer is not at answer_start ('b' is not at 0; its text is at 2)" in out
     assert "toy.en.jsonl: line 3: not valid JSON" in out
     assert "en  1 usable questions\nde  1 usable questions\n2 problems" in out
     assert main(["data", "check", str(tmp_path / "toy.de.json.gz"), "--json"]) == 0

@@ -125,6 +125,8 @@ def bad_calls(tmp_path, tiny):
         "unknown probe": ([model, "--probes", "syntax"], 2, "syntax"),
         "limit 0": ([model, "--limit", "0"], 2, "--limit"),
         "limit that is no number": ([model, "--limit", "many"], 2, "many"),
+        "paragraphs 0": ([model, "--paragraphs", "0"], 2, "--paragraphs"),
+        "limit and paragraphs": ([model, "--limit", "4", "--paragraphs", "2"], 2, "leave out limit, or leave out par"),
         "unknown option": ([model, "--limt", "1"], 2, "--limt"),
         "unknown model": (["no/such-model-anywhere"], 1, "no/such-model-anywhere"),
         "path that does not exist": (["./nowhere/model"], 2, "./nowhere/model"),
@@ -242,6 +244,8 @@ def test_resume_takes_the_options_of_the_run_where_none_are_given(finished, caps
     assert capsys.readouterr().err == (
         f"xprobe: error: cannot resume {finished}: limit was 4 and is now 3. Choose another --out\n"
     )
+    assert main(["run", "--out", str(finished), "--resume", "--paragraphs", "2"]) == 2
+    assert "limit was 4 and is now None; paragraphs was None and is now 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -81,8 +81,9 @@ def one_by_one(engine, prompts):
 @needs_xquad
 @pytest.mark.parametrize("setting", ["en-x", "x-x"])
 def test_shared_beginnings_give_the_numbers_of_one_example_at_a_time(loaded, setting):
-    """Real XQuAD: two paragraphs with all their questions, in three scripts."""
-    examples = load_data(str(XQUAD), ["en", "th", "zh"]).examples([setting], limit=13)
+    """Real XQuAD: 13 questions on one paragraph, in three scripts."""
+    data = load_data(str(XQUAD), ["en", "th", "zh"])
+    examples, _ = data.select([setting], paragraphs=1, questions_per_paragraph=13)
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     engine = Engine(loaded.model, inspect(loaded.model), batch_tokens=4096)
     assert chosen(engine, prompts[:3]) == "tree"
@@ -101,7 +102,8 @@ def test_shared_beginnings_give_the_numbers_of_one_example_at_a_time(loaded, set
 @pytest.mark.slow
 @needs_xquad
 def test_shared_beginnings_are_as_near_to_fp64_as_single_runs(loaded):
-    examples = load_data(str(XQUAD), ["en", "th", "zh"]).examples(["en-x"], limit=5)
+    data = load_data(str(XQUAD), ["en", "th", "zh"])
+    examples, _ = data.select(["en-x"], paragraphs=1, questions_per_paragraph=5)
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     engine = Engine(loaded.model, inspect(loaded.model), batch_tokens=4096)
     shared, alone = (
@@ -120,7 +122,8 @@ def test_shared_beginnings_are_as_near_to_fp64_as_single_runs(loaded):
 @needs_xquad
 def test_in_bf16_sharing_adds_nothing_to_the_error_of_bf16(source, loaded):
     """Against fp32: packed runs are no farther off than runs of one example at a time in the same dtype."""
-    examples = load_data(str(XQUAD), ["en", "de", "th"]).examples(["en-x"], limit=5)
+    data = load_data(str(XQUAD), ["en", "de", "th"])
+    examples, _ = data.select(["en-x"], paragraphs=1, questions_per_paragraph=5)
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     exact = one_by_one(Engine(loaded.model, inspect(loaded.model), 1), prompts)
     narrow = loading.load(source, xprobe.StudyConfig(dtype="bfloat16")).model

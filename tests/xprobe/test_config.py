@@ -67,6 +67,30 @@ REFUSED = {
     "limit a fraction": ({"limit": 2.5}, r"limit must be .* got 2\.5"),
     "limit a bool": ({"limit": True}, r"limit must be .* got True"),
     "limit a text": ({"limit": "5"}, r"limit must be .* got '5'"),
+    "paragraphs zero": (
+        {"paragraphs": 0},
+        r"^paragraphs must be .* got 0; leave it out for all paragraphs",
+    ),
+    "paragraphs a bool": ({"paragraphs": True}, r"^paragraphs must be .* got True"),
+    "paragraphs a text": ({"paragraphs": "5"}, r"^paragraphs must be .* got '5'"),
+    "questions of a paragraph zero": (
+        {"questions_per_paragraph": 0},
+        r"^questions_per_paragraph must be a whole number of at least 1, got 0; leave it out for all questions",
+    ),
+    "questions of a paragraph a fraction": (
+        {"questions_per_paragraph": 1.5},
+        r"^questions_per_paragraph must be .* got 1\.5",
+    ),
+    "limit and paragraphs": ({"limit": 8, "paragraphs": 2}, r"leave out limit, or leave out paragraphs$"),
+    "limit and questions of a paragraph": (
+        {"limit": 8, "questions_per_paragraph": 4},
+        r"leave out limit, or leave out questions_per_paragraph$",
+    ),
+    "limit and both": (
+        {"limit": 8, "paragraphs": 2, "questions_per_paragraph": 4},
+        r"^limit 8 contradicts paragraphs 2 and questions_per_paragraph 4: "
+        r"leave out limit, or leave out paragraphs and questions_per_paragraph$",
+    ),
     "no draws": ({"bootstrap": 0}, r"bootstrap must be a whole number of at least 1, got 0"),
     "draws a float": ({"bootstrap": 100.0}, r"bootstrap must be .* got 100\.0"),
     "too few permutations": ({"permutations": 19}, r"permutations must be a whole number of at least 20, got 19"),
@@ -95,6 +119,8 @@ def test_a_signal_that_is_not_computed_yet_is_refused_with_those_that_are(signal
     "options",
     [
         {"limit": 1},
+        {"paragraphs": 1},
+        {"paragraphs": 1, "questions_per_paragraph": 1},
         {"bootstrap": 1},
         {"permutations": 20},
         {"batch_tokens": 1},
@@ -138,8 +164,9 @@ def test_a_configuration_survives_the_way_through_json(config: StudyConfig) -> N
 
 def test_every_field_of_the_full_example_differs_from_its_default() -> None:
     same = [f.name for f in dataclasses.fields(StudyConfig) if getattr(FULL, f.name) == getattr(StudyConfig(), f.name)]
-    # rows are what probes need; the others take the place of a device, and of each other
-    assert set(same) == {"store_rows", "device_map", "tensor_parallel", "stream"}
+    # probes need rows; device_map, tensor_parallel and stream exclude a device; the last two exclude a limit
+    excluded = {"store_rows", "device_map", "tensor_parallel", "stream", "paragraphs", "questions_per_paragraph"}
+    assert set(same) == excluded
 
 
 def test_all_that_can_be_is_computed_unless_asked_otherwise() -> None:

@@ -1,4 +1,4 @@
-"""From the bytes of a file to its JSON: compression, encoding, and files that are damaged or something else."""
+"""From the bytes of a file to its JSON: decompression, encoding, and clear errors for damaged or other files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from xprobe.errors import DataError, UsageError
 
 
 def read_text(path: Path) -> tuple[str, str]:
-    """Text of a file, unpacked if it is a gzip file, and the SHA-256 of its bytes as they are on the disk.
+    """The text of a file, decompressed if it is a gzip file, and the SHA-256 of its bytes on the disk.
 
-    Bytes that are not UTF-8 survive as lone surrogates, to be reported record by record.
+    Bytes that are not UTF-8 become lone surrogates. They are reported later, record by record.
 
     Raises
     ------
     UsageError
         The file does not exist or cannot be opened.
     DataError
-        It is a damaged gzip file, in another encoding, or empty.
+        The file is a damaged gzip file, in another encoding, or empty.
+
+    Examples
+    --------
+    >>> from xprobe.qa.parallel import BUILTIN_DIR
+    >>> text, checksum = read_text(BUILTIN_DIR / "builtin.en.json")
+    >>> text[0], len(checksum)
+    ('{', 64)
     """
     try:
         raw = path.read_bytes()
@@ -30,7 +37,7 @@ def read_text(path: Path) -> tuple[str, str]:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     checksum = hashlib.sha256(raw).hexdigest()
     if path.suffix == ".gz" or raw[:2] == b"\x1f\x8b":
-        raw = _unpacked(raw, path)
+        raw = _decompress(raw, path)
     if raw[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") or raw[:3] == b"\0\0\0" or raw[1:4] == b"\0\0\0":
         raise DataError(f"{path} is UTF-32: save it as UTF-8")
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or (len(raw) > 1 and 0 in raw[:2]):
@@ -42,27 +49,40 @@ def read_text(path: Path) -> tuple[str, str]:
 
 
 def parse_document(text: str, path: Path) -> Any:
-    """The one JSON value that ``text`` is.
+    """The JSON value in ``text``, which is all of the file at ``path``.
 
     Raises
     ------
     DataError
-        It is not JSON.
+        The text is not JSON.
+
+    Examples
+    --------
+    >>> parse_document('{"data": []}', Path("small.en.json"))
+    {'data': []}
     """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not valid JSON: {fault(error, text)}. Get the file again, or leave its language out"
-        ) from error
+        what = describe_json_error(error, text)
+        raise DataError(f"{path} is not valid JSON: {what}. Get the file again, or leave its language out") from error
     except RecursionError as error:
         raise DataError(f"{path} is not in SQuAD v1.1 format: its JSON is nested too deeply") from error
-    except ValueError as error:  # a whole number of thousands of digits
+    except ValueError as error:  # an integer with thousands of digits
         raise DataError(f"{path} is not in SQuAD v1.1 format: {error}") from error
 
 
-def fault(error: json.JSONDecodeError, text: str, what: str = "file") -> str:
-    """What is wrong with the JSON of ``text``, where, and whether it ends early."""
+def describe_json_error(error: json.JSONDecodeError, text: str, what: str = "file") -> str:
+    """What is wrong in the JSON ``text`` and where, and whether the text ends early.
+
+    Examples
+    --------
+    >>> try:
+    ...     json.loads('{"id": "q1"')
+    ... except json.JSONDecodeError as error:
+    ...     describe_json_error(error, '{"id": "q1"', "line")
+    "Expecting ',' delimiter at column 12; the line ends early, as after a broken download"
+    """
     place = f"at line {error.lineno}, column {error.colno}" if what == "file" else f"at column {error.colno}"
     hint = f"{error.msg.removesuffix(' starting at')} {place}"
     if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
@@ -70,9 +90,9 @@ def fault(error: json.JSONDecodeError, text: str, what: str = "file") -> str:
     return hint
 
 
-def _unpacked(raw: bytes, path: Path) -> bytes:
+def _decompress(raw: bytes, path: Path) -> bytes:
     if raw[:2] != b"\x1f\x8b":
-        what = "is empty" if not raw else "is not a gzip file, as its name says"
+        what = "is empty" if not raw else "is not a gzip file, although its name says so"
         raise DataError(f"{path} {what}. Get the file again, or leave its language out")
     try:
         return gzip.decompress(raw)

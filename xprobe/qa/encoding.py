@@ -1,7 +1,7 @@
-"""Texts as tokens: what a prompt's parts become, each part found again in the tokens and verified by decoding.
+"""Tokenises prompts, and finds the tokens of each part of a prompt. Decoding verifies every part.
 
-Parts that come from the data are tokenised as text: where the tokenizer would cut a control token out of them, the
-text is tokenised again by a copy that does not (``control.py``), and verified to hold none.
+Parts that come from the data are tokenised as text. If the tokenizer finds a control token in them, a copy of the
+tokenizer that knows no such token (``control.py``) tokenises the text again, and the result is verified to hold none.
 """
 
 from __future__ import annotations
@@ -9,49 +9,73 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from xprobe.qa.control import RenamedTokenizer, ambiguous_tokens, control_tokens, renamed_tokenizers
 
 Span = tuple[int, int]
-PROBES = 4  # real texts on which a copy of the tokenizer must give the tokenizer's own ids
+CHECKED_TEXTS = 4  # ordinary texts on which a copy of the tokenizer must give the same ids as the tokenizer
 
 
 class UnverifiedError(Exception):
-    """What did not decode to what."""
+    """A span or an answer does not decode to its text."""
 
 
 class ControlTokenError(Exception):
-    """Which text of the data became which control token."""
+    """The tokenizer takes text of the data for a control token."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and its answer as text. Parts are ``template``, ``context`` and ``question``, the last two once each."""
+    """A prompt and its answer as text.
+
+    Parameters
+    ----------
+    pieces : tuple of (str, str)
+        The prompt as pairs (part, text). A part is ``template``, ``context`` or ``question``. There is one context and
+        one question.
+    lead : str
+        Text between prompt and answer. Its tokens belong to the answer.
+    answer : str
+        The gold answer.
+    answer_start : int
+        Character position of the answer in the context.
+
+    Examples
+    --------
+    >>> pieces = (("context", "Ada sold 40 boats."), ("template", " Q: "), ("question", "How many?"))
+    >>> text = Text(pieces, " ", "40", 9)
+    >>> text.prompt
+    'Ada sold 40 boats. Q: How many?'
+    >>> text.character_spans
+    {'context': (0, 18), 'question': (22, 31), 'answer_in_context': (9, 11)}
+    """
 
     pieces: tuple[tuple[str, str], ...]
-    lead: str  # between prompt and answer, of xprobe's own; belongs to the answer's tokens
+    lead: str
     answer: str
-    answer_start: int  # of the answer in the context
+    answer_start: int
 
     @property
     def prompt(self) -> str:
+        """The text of the prompt."""
         return "".join(text for _, text in self.pieces)
 
     @property
-    def places(self) -> dict[str, Span]:
+    def character_spans(self) -> dict[str, Span]:
         """The character spans of context, question and gold answer in the prompt."""
-        places: dict[str, Span] = {}
+        spans: dict[str, Span] = {}
         start = 0
         for name, text in self.pieces:
             if name != "template":
-                places[name] = (start, start + len(text))
+                spans[name] = (start, start + len(text))
             start += len(text)
-        first = places["context"][0] + self.answer_start
-        return places | {"answer_in_context": (first, first + len(self.answer))}
+        first = spans["context"][0] + self.answer_start
+        return spans | {"answer_in_context": (first, first + len(self.answer))}
 
     def with_template(self, change: Callable[[str], str]) -> Text:
-        """This text with every stretch of the template changed, and the data as they are."""
+        """This text with ``change`` applied to every part of the template. The data stay the same."""
         joined: list[tuple[str, str]] = []
         for name, text in self.pieces:
             if name == "template" and joined and joined[-1][0] == "template":
@@ -62,14 +86,14 @@ class Text:
         return replace(self, pieces=pieces, lead=change(self.lead))
 
     def without_data(self) -> Text:
-        """This text with single letters in place of context, question and answer."""
+        """This text with single letters instead of context, question and answer."""
         letters = {"context": "a", "question": "b"}
         pieces = tuple((name, letters.get(name, text)) for name, text in self.pieces)
         return replace(self, pieces=pieces, answer="a", answer_start=0)
 
 
 class Tokens(NamedTuple):
-    """A text's token ids, the first ``length`` of them the prompt's, and the token spans of its parts."""
+    """Token ids of a text, the number of them that belong to the prompt, and the token spans of its parts."""
 
     ids: tuple[int, ...]
     length: int
@@ -81,13 +105,13 @@ class _Encoded(NamedTuple):
     offsets: list[Span]
 
 
-_Encode = Callable[[list[str], bool], list[_Encoded]]  # (texts, with the tokenizer's own special tokens around)
+_Encode = Callable[[list[str], bool], list[_Encoded]]  # (texts, whether the tokenizer adds its special tokens)
 
 
 def encode_texts(
     texts: Sequence[Text], tokenizer: Any, *, chat: bool
 ) -> list[Tokens | UnverifiedError | ControlTokenError]:
-    """The tokens of every text, or why there are none.
+    """The tokens of every text, or the error that keeps it from having any.
 
     Parameters
     ----------
@@ -96,7 +120,20 @@ def encode_texts(
     tokenizer : transformers tokenizer
         A fast one.
     chat : bool
-        Whether the texts come from a chat template, which writes the special tokens around them itself.
+        Whether the texts come from a chat template. It writes the special tokens itself, so the tokenizer adds none.
+
+    Examples
+    --------
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = "[UNK] Ada sold 40 boats Who".split()
+    >>> backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    >>> text = Text((("context", "Ada sold 40 boats"), ("template", " "), ("question", "Who")), " ", "Ada", 0)
+    >>> (tokens,) = encode_texts([text], tokenizer, chat=False)
+    >>> tokens.ids, tokens.length, tokens.spans["question"]
+    ((1, 2, 3, 4, 5, 1), 5, (4, 5))
     """
     reader = _Reader(tokenizer, chat)
     results = reader.read(texts, _encode_with(tokenizer))
@@ -105,7 +142,7 @@ def encode_texts(
         return results
     ordinary = [text for text, result in zip(texts, results, strict=True) if isinstance(result, Tokens)]
     checked = {text.without_data(): None for text in (texts[index] for index in suspects)}
-    copy = _faithful_copy(reader, [*ordinary[:PROBES], *checked], [texts[index] for index in suspects])
+    copy = _faithful_copy(reader, [*ordinary[:CHECKED_TEXTS], *checked], [texts[index] for index in suspects])
     if copy is None:
         return results
     renamed = [texts[index].with_template(copy.rename) for index in suspects]
@@ -118,13 +155,13 @@ def encode_texts(
 
 
 class _Reader:
-    """Finds the parts of texts in their tokens, by the ids and decoding of one tokenizer."""
+    """Finds the parts of texts in their tokens, and verifies them with one tokenizer."""
 
     def __init__(self, tokenizer: Any, chat: bool) -> None:
         self.tokenizer = tokenizer
         self.chat = chat
         self.controls = control_tokens(tokenizer)
-        self._ambiguous = {id_: _plain(self.controls[id_]) for id_ in ambiguous_tokens(tokenizer, self.controls)}
+        self._ambiguous = {id_: _comparable(self.controls[id_]) for id_ in ambiguous_tokens(tokenizer, self.controls)}
 
     def read(self, texts: Sequence[Text], encode: _Encode) -> list[Tokens | UnverifiedError | ControlTokenError]:
         heads = encode([text.prompt for text in texts], not self.chat)
@@ -138,8 +175,8 @@ class _Reader:
         return results
 
     def _read(self, text: Text, head: _Encoded, whole: _Encoded, encode: _Encode) -> Tokens:
-        prompt, places = text.prompt, text.places
-        head, answer = self._cut(text, prompt, head, whole, encode)
+        prompt, places = text.prompt, text.character_spans
+        head, answer = self._split(text, prompt, head, whole, encode)
         spans = {name: _overlapping(head.offsets, place) for name, place in places.items()}
         for name in ("context", "question"):
             self._check_text(head, spans[name], prompt, places[name], name)
@@ -148,14 +185,14 @@ class _Reader:
         self._verify_answer(answer, text.answer)
         return Tokens((*head.ids, *answer), len(head.ids), spans)
 
-    def _cut(
+    def _split(
         self, text: Text, prompt: str, head: _Encoded, whole: _Encoded, encode: _Encode
     ) -> tuple[_Encoded, list[int]]:
-        """The prompt's tokens, and the answer's as they follow it.
+        """The tokens of the prompt, and the tokens of the answer that follow it.
 
-        The two are tokenised together. Where that would merge the prompt's end with the answer, the answer is
-        tokenised alone; except that a chat template's blank before the answer may stay in the answer's first token,
-        as in every text that the model has seen.
+        The two are tokenised together. If that merges the end of the prompt with the answer, the answer is tokenised
+        alone. One exception: the blank of a chat template before the answer may be in the first token of the answer,
+        as in the texts on which the model was trained.
         """
         length = len(head.ids)
         together = whole.ids[:length] == head.ids and len(whole.ids) > length
@@ -174,35 +211,37 @@ class _Reader:
         return head, alone.ids
 
     def _check_text(self, encoded: _Encoded, span: Span, text: str, place: Span, name: str) -> None:
-        """Raises ControlTokenError if a control token among the tokens of ``span`` holds text of ``text[place]``."""
+        """Raises ControlTokenError if a control token within ``span`` covers characters of ``text[place]``."""
         if self.controls.keys().isdisjoint(encoded.ids[span[0] : span[1]]):
             return
         for index, id_ in enumerate(encoded.ids[slice(*span)], span[0]):
             if id_ not in self.controls:
                 continue
             start, stop = encoded.offsets[index]
-            # a token that stands for unknown text or one byte is suspect only where the text spells its name
-            if id_ in self._ambiguous and (stop - start < 2 or self._ambiguous[id_] not in _plain(text[start:stop])):
+            # the unknown token and byte tokens count only if the text spells their name
+            if id_ in self._ambiguous and (
+                stop - start < 2 or self._ambiguous[id_] not in _comparable(text[start:stop])
+            ):
                 continue
-            # a control token of the template may take the blanks around it along
+            # a control token of the template may include blanks around it
             if text[max(start, place[0]) : min(stop, place[1])].strip():
                 raise ControlTokenError(f"{self.controls[id_]!r} in the {name}")
 
     def _verify_span(self, head: _Encoded, span: Span, text: str, place: Span) -> None:
         wanted, (first, last) = text[slice(*place)], span
         if first == last:
-            raise UnverifiedError(f"no token holds {_short(wanted)}")
-        decoded = _plain(self._decode(head.ids[first:last])).strip("\ufffd")
+            raise UnverifiedError(f"no token holds {_shorten(wanted)}")
+        decoded = _comparable(self._decode(head.ids[first:last])).strip("\ufffd")
         covered = text[
             min(a for a, b in head.offsets[first:last] if a < b) : max(b for _, b in head.offsets[first:last])
         ]
-        if _plain(wanted) not in decoded or decoded not in _plain(covered):
-            raise UnverifiedError(f"{_short(wanted)} decodes to {_short(decoded)}")
+        if _comparable(wanted) not in decoded or decoded not in _comparable(covered):
+            raise UnverifiedError(f"{_shorten(wanted)} decodes to {_shorten(decoded)}")
 
     def _verify_answer(self, ids: list[int], answer: str) -> None:
         decoded = self._decode(ids) if ids else ""
-        if not ids or _plain(decoded) != _plain(answer):
-            raise UnverifiedError(f"answer {_short(answer)} decodes to {_short(decoded)}")
+        if not ids or _comparable(decoded) != _comparable(answer):
+            raise UnverifiedError(f"answer {_shorten(answer)} decodes to {_shorten(decoded)}")
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -231,7 +270,7 @@ def _encode_renamed(copy: RenamedTokenizer) -> _Encode:
 
 
 def _without_end(ids: list[int], offsets: Iterable[Span], mask: list[int], special: bool) -> _Encoded:
-    """Ids and character offsets, without the special tokens that a tokenizer may put at the end."""
+    """Ids and character offsets, without special tokens that the tokenizer added at the end."""
     offsets = [(int(start), int(stop)) for start, stop in offsets]
     stop = len(ids)
     while special and stop and mask[stop - 1] and offsets[stop - 1][0] == offsets[stop - 1][1]:
@@ -240,7 +279,7 @@ def _without_end(ids: list[int], offsets: Iterable[Span], mask: list[int], speci
 
 
 def _faithful_copy(reader: _Reader, checked: list[Text], texts: list[Text]) -> RenamedTokenizer | None:
-    """A copy of the tokenizer with renamed control tokens that gives the tokenizer's ids for ``checked``."""
+    """A copy of the tokenizer that gives the same ids for ``checked``; None if there is none."""
     every = [text.prompt + text.lead + text.answer for text in (*checked, *texts)]
     wholes = every[: len(checked)]
     wanted = [one.ids for one in _encode_with(reader.tokenizer)(wholes, not reader.chat)]
@@ -253,17 +292,18 @@ def _faithful_copy(reader: _Reader, checked: list[Text], texts: list[Text]) -> R
 
 
 def _overlapping(offsets: list[Span], place: Span) -> Span:
-    """The tokens that hold a character of ``place``; an empty span if there are none."""
+    """The span of tokens that hold a character of ``place``; an empty span if there are none."""
     start, stop = place
     inside = [index for index, (a, b) in enumerate(offsets) if a < stop and b > start and a < b]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def _plain(text: str) -> str:
-    """Text without what tokenizers may change and give back: blanks, case, compatibility forms, format characters."""
+@lru_cache(maxsize=256)  # prompts on one context come one after the other
+def _comparable(text: str) -> str:
+    """``text`` without what a tokenizer may change: blanks, case, compatibility forms and format characters."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(c for c in folded if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:18]} … {text[-18:]}")

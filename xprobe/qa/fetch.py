@@ -1,4 +1,4 @@
-"""Downloads XQuAD into the cache: one validated file per language, each renamed into place whole."""
+"""Downloads XQuAD into the cache. A file is validated under a temporary name and then renamed."""
 
 from __future__ import annotations
 
@@ -25,17 +25,39 @@ def fetch_xquad(
     force: bool = False,
     report: Callable[[str, int], None] | None = None,
 ) -> Path:
-    """Downloads ``url``/xquad.<lang>.json for every language that is not there yet; returns the folder.
+    """Downloads XQuAD (Artetxe, Ruder, Yogatama 2020; licence CC BY-SA 4.0) into the cache.
 
-    XQuAD (Artetxe, Ruder, Yogatama 2020) is licensed CC BY-SA 4.0. ``report(language, questions)`` is called as each
-    file is in place. Files already there are kept unless ``force``.
+    Parameters
+    ----------
+    languages : iterable of str
+        Which languages to download.
+    url : str
+        Address of the folder with the files ``xquad.<lang>.json``.
+    force : bool
+        Download again what the cache holds already.
+    report : callable, optional
+        Called as ``report(language, questions)`` when the file of a language is in place.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder of the files.
 
     Raises
     ------
     UsageError
-        A language that XQuAD does not have.
+        XQuAD does not have one of the languages.
     DataError
-        The address does not answer, or what it sends is not SQuAD data. Files fetched before stay.
+        The address does not answer or does not send SQuAD data, or the cache cannot be written. Files that were
+        downloaded before stay.
+
+    Examples
+    --------
+    >>> fetch_xquad(["en", "th"])  # doctest: +SKIP
+    PosixPath('/home/me/.cache/xprobe/data/xquad')
+    >>> fetch_xquad(["en", "fr"])
+    Traceback (most recent call last):
+    xprobe.errors.UsageError: XQuAD has no language 'fr'; it has ar, de, el, en, es, hi, ro, ru, th, tr, vi, zh
     """
     languages = tuple(languages)
     for language in languages:

@@ -1,31 +1,48 @@
-"""Flat records: each question with its own context, as Hugging Face's sets have them, in rows or in columns."""
+"""Flat records: every question holds its own context, as in the data sets of Hugging Face. In rows or in columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What a flat record holds; the answers may also be in columns "answers.text" and "answers.answer_start"
+# the keys of a flat record; "answers" may be split into "answers.text" and "answers.answer_start"
 FIELDS = ("id", "context", "question", "answers", "answers.text", "answers.answer_start", "is_impossible")
 
 
 def is_record(item: Any) -> bool:
-    """Whether an object of a file is meant to be a flat record, though perhaps a bad one."""
+    """Whether ``item`` looks like a flat record, even if it is a bad one.
+
+    Examples
+    --------
+    >>> is_record({"question": "Who?"}), is_record({"paragraphs": []})
+    (True, False)
+    """
     return isinstance(item, Mapping) and ("question" in item or "context" in item)
 
 
 def is_table(document: Any) -> bool:
-    """Whether ``document`` holds columns, each a list or an object of row names (as ``DataFrame.to_json`` writes)."""
+    """Whether ``document`` holds columns: each a list, or an object by row name as ``DataFrame.to_json`` writes it.
+
+    Examples
+    --------
+    >>> is_table({"context": ["Ada sold 40 boats."], "question": ["Who?"]})
+    True
+    """
     return is_record(document) and all(isinstance(document.get(key), list | dict) for key in ("context", "question"))
 
 
-def rows_of(table: dict[str, Any], more: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The records of a table, with ``FIELDS`` and ``more``; other columns are ignored.
+def table_rows(table: dict[str, Any], more: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The records of a table. Columns other than ``FIELDS`` and ``more`` are ignored.
 
     Raises
     ------
     ValueError
         The columns have different lengths, or different row names.
+
+    Examples
+    --------
+    >>> table_rows({"id": ["q1", "q2"], "question": ["Who?", "When?"], "title": ["A", "B"]})
+    [{'id': 'q1', 'question': 'Who?'}, {'id': 'q2', 'question': 'When?'}]
     """
     columns = {key: table[key] for key in (*FIELDS, *more) if isinstance(table.get(key), list | dict)}
     sizes = {key: len(value) for key, value in columns.items()}

@@ -1,4 +1,4 @@
-"""Records that are in memory: dictionaries, data frames, and what can be made a data frame."""
+"""Records in memory: dictionaries, data frames, and objects that can become a data frame."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from xprobe.errors import UsageError
-from xprobe.qa.flat import FIELDS, is_record, is_table, rows_of
+from xprobe.qa.flat import FIELDS, is_record, is_table, table_rows
 from xprobe.qa.layouts import add_items
 from xprobe.qa.records import Problem
 from xprobe.qa.validation import Collector, usable_id
@@ -23,14 +23,14 @@ ACCEPTED = (
 )
 _CODE = re.compile(r"(?!all$)[a-z]{2,3}(?:[-_][A-Za-z0-9]+)*")
 _LANGUAGE_KEYS = ("language", "lang")
-_KEYS = (*FIELDS, "paragraphs")  # of a flat record, of an article of SQuAD
-_DEPTH = 8  # lists and dictionaries deeper in each other are no record's
+_KEYS = (*FIELDS, "paragraphs")  # the keys of a flat record, and that of a SQuAD article
+_DEPTH = 8  # no record nests lists and dictionaries deeper
 
 Items = list[tuple[str, Any]]  # place in words, record
 
 
 def read_records(data: Any) -> tuple[dict[str, Collector], list[Problem]]:
-    """Records and problems of each language, English first, and the problems of records whose language is not known.
+    """The records and problems of each language, English first, and the problems of records without a language.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def read_records(data: Any) -> tuple[dict[str, Collector], list[Problem]]:
     Raises
     ------
     UsageError
-        ``data`` is something else, or holds no record.
+        ``data`` has another form, or holds no record.
 
     Examples
     --------
@@ -65,9 +65,9 @@ def read_records(data: Any) -> tuple[dict[str, Collector], list[Problem]]:
                 keys = "its keys must be language codes such as 'en' or 'zh-Hans'"
                 raise UsageError(f"data is a dictionary, so {keys}; got {language!r}")
             names[language] = f"data[{language!r}]"
-            by_language[language] = _numbered(records, names[language])
+            by_language[language] = _items(records, names[language])
     else:
-        by_language = _split(_numbered(data, "data"), problems)
+        by_language = _split_by_language(_items(data, "data"), problems)
         names = dict.fromkeys(by_language, "data")
     if not by_language:
         raise UsageError(
@@ -80,9 +80,9 @@ def read_records(data: Any) -> tuple[dict[str, Collector], list[Problem]]:
     return collected, problems
 
 
-def _split(items: Items, problems: list[Problem]) -> dict[str, Items]:
-    """Items by the language that each of them names."""
-    found: dict[str, Items] = {}
+def _split_by_language(items: Items, problems: list[Problem]) -> dict[str, Items]:
+    """Items by language: each item names its own."""
+    by_language: dict[str, Items] = {}
     for place, item in items:
         fields = item if isinstance(item, dict) else {}
         language = next((fields[key] for key in _LANGUAGE_KEYS if fields.get(key) is not None), None)
@@ -97,12 +97,12 @@ def _split(items: Items, problems: list[Problem]) -> dict[str, Items]:
             detail = f"it must be a code such as 'en' or 'zh-Hans', got {language!r}"
             problems.append(Problem("data", where, 'bad "language"', detail, id_))
         else:
-            found.setdefault(language, []).append((place, item))
-    return found
+            by_language.setdefault(language, []).append((place, item))
+    return by_language
 
 
-def _numbered(records: Any, name: str) -> Items:
-    """Records as dictionaries of plain values, each with its place."""
+def _items(records: Any, name: str) -> Items:
+    """Records as dictionaries of plain values, each with its place (``record 7``)."""
     if not isinstance(records, pd.DataFrame | list | tuple | Mapping) and callable(getattr(records, "to_pandas", None)):
         kind = type(records).__name__
         try:
@@ -113,40 +113,40 @@ def _numbered(records: Any, name: str) -> Items:
             ) from error
     if isinstance(records, pd.DataFrame):
         if not records.columns.is_unique:
-            twice = records.columns[records.columns.duplicated()][0]
-            raise UsageError(f"{name} is a data frame with two columns named {twice!r}: keep one")
+            repeated = records.columns[records.columns.duplicated()][0]
+            raise UsageError(f"{name} is a data frame with two columns named {repeated!r}: keep one")
         records = records.to_dict("records")
     elif isinstance(records, Mapping) and _is_columns(records):
         try:
-            records = rows_of(_plain(records), _LANGUAGE_KEYS)
+            records = table_rows(_to_json_types(records), _LANGUAGE_KEYS)
         except ValueError as error:
             raise UsageError(f"{name} cannot be read as a table: {error}") from error
     elif isinstance(records, Mapping) and isinstance(records.get("data"), list):
-        records = records["data"]  # the document of a SQuAD file
+        records = records["data"]  # a whole SQuAD document
     if not isinstance(records, list | tuple):
         wanted = ACCEPTED if name == "data" else "a list of records or a data frame"
-        raise UsageError(f"{name} must be {wanted}; got {_described(records)}")
+        raise UsageError(f"{name} must be {wanted}; got {_describe(records)}")
     if records and not any(isinstance(record, Mapping) for record in records):
         raise UsageError(
-            f"{name} must hold dictionaries, one for each record; its first entry is {_described(records[0])}"
+            f"{name} must hold dictionaries, one for each record; its first entry is {_describe(records[0])}"
         )
-    return [(f"record {number}", _kept(record)) for number, record in enumerate(records, start=1)]
+    return [(f"record {number}", _known_values(record)) for number, record in enumerate(records, start=1)]
 
 
 def _is_columns(data: Mapping) -> bool:
-    return is_table({key: _plain(data[key], 1) for key in ("context", "question") if key in data})
+    return is_table({key: _to_json_types(data[key], 1) for key in ("context", "question") if key in data})
 
 
-def _kept(record: Any) -> Any:
-    """What counts of a record, without what is missing."""
+def _known_values(record: Any) -> Any:
+    """The values of a record under known keys, without missing values."""
     if not isinstance(record, Mapping):
         return record
-    values = {key: _plain(record[key]) for key in (*_KEYS, *_LANGUAGE_KEYS) if key in record}
+    values = {key: _to_json_types(record[key]) for key in (*_KEYS, *_LANGUAGE_KEYS) if key in record}
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _plain(value: Any, depth: int = _DEPTH) -> Any:
-    """``value`` in the types of JSON, as far as it has them; not-a-number, as data frames fill gaps, becomes None."""
+def _to_json_types(value: Any, depth: int = _DEPTH) -> Any:
+    """``value`` in the types of JSON where possible. NaN, which marks gaps in data frames, becomes None."""
     if value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, str | int | float | type(None)):
@@ -154,19 +154,19 @@ def _plain(value: Any, depth: int = _DEPTH) -> Any:
     if callable(getattr(value, "tolist", None)):  # numpy's arrays and numbers, pandas' series
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry, depth - 1) for key, entry in value.items()} if depth else {}
+        return {str(key): _to_json_types(entry, depth - 1) for key, entry in value.items()} if depth else {}
     if isinstance(value, list | tuple):
-        return [_plain(entry, depth - 1) for entry in value] if depth else []
+        return [_to_json_types(entry, depth - 1) for entry in value] if depth else []
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _checksum(items: Items) -> str:
-    """SHA-256 of the records as JSON: the same for the same records, whatever held them."""
-    plain = [
+    """SHA-256 of the records as JSON. The container of the records does not change it."""
+    rows = [
         {key: value for key, value in item.items() if key in _KEYS} if isinstance(item, dict) else None
         for _, item in items
     ]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=lambda value: type(value).__name__)
+    text = json.dumps(rows, sort_keys=True, separators=(",", ":"), default=lambda value: type(value).__name__)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -174,7 +174,7 @@ def _is_code(language: Any) -> bool:
     return isinstance(language, str) and _CODE.fullmatch(language) is not None
 
 
-def _described(value: Any) -> str:
-    """Type and, if short, value."""
+def _describe(value: Any) -> str:
+    """The type of a value, and the value itself if it is short."""
     text = repr(value) if isinstance(value, str | int | float | bytes | type(None)) else ""
     return f"{type(value).__name__} {text}" if text and len(text) <= 40 else f"a {type(value).__name__}"

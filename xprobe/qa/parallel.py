@@ -1,4 +1,4 @@
-"""Parallel sets: the built-in one, XQuAD, a folder of files named by language, one such file, or records in memory."""
+"""Loads parallel question sets: built-in, XQuAD, a folder with a file per language, one file, records in memory."""
 
 from __future__ import annotations
 
@@ -25,55 +25,74 @@ _DATA_FILE = re.compile(r"[^.].*" + _ENDING)
 
 
 def load_data(
-    spec: Any, languages: Iterable[str] | None = None, *, strict: bool = False, needed: Iterable[str] = ()
+    spec: Any,
+    languages: Iterable[str] | None = None,
+    *,
+    strict: bool = False,
+    needed: Iterable[str] = (),
+    with_reference: bool = False,
 ) -> Dataset:
-    """Reads the dataset that ``spec`` names, or takes the records that it holds.
+    """Loads the dataset that ``spec`` names or holds.
 
     Parameters
     ----------
     spec : str, path, Dataset, or records
         ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files, or one such file. A file is in SQuAD v1.1
-        format or holds flat records as Hugging Face's sets do; it may hold JSON lines (``.jsonl``) and be compressed
-        (``.gz``). Records in memory: see ``xprobe.qa.memory.read_records``. A ``Dataset`` is returned as it is.
+        format, or holds flat records as the data sets of Hugging Face do. It may hold JSON lines (``.jsonl``) and be
+        compressed (``.gz``). For records in memory see ``xprobe.qa.memory.read_records``. A ``Dataset`` is returned
+        unchanged.
     languages : iterable of str, optional
-        Read only these (and ``needed``); all if None.
+        Read only these languages (and ``needed``). All if None.
     strict : bool
         Raise on the first problem.
     needed : iterable of str
         Languages read as well if the data holds them (English, for the contexts of en-x).
+    with_reference : bool
+        Read the first language of the data as well: English, or else the first one by alphabet. It decides in which
+        order a limited run takes questions.
 
     Raises
     ------
     UsageError
-        Nothing at ``spec``, an unknown language, or something that is no data.
+        There is nothing at ``spec``, a language is unknown, or ``spec`` has a type that cannot hold data.
     DataError
-        A file is in no known format, no usable record is left, or (``strict``) a record is bad.
+        A file is in no known format, no usable record is left, or a record is bad and ``strict`` is True.
+
+    Examples
+    --------
+    >>> data = load_data("builtin", ["de", "en"])
+    >>> data.languages, len(data.ids), data.problems
+    (('en', 'de'), 36, ())
     """
     if isinstance(spec, Dataset):
-        _wanted(spec.languages, languages, needed, spec.name)
+        _languages_to_read(spec.languages, languages, needed, with_reference, spec.name)
         if strict:
             _check_strictly(spec.problems)
         return spec
     if isinstance(spec, str | os.PathLike):
-        return _load_files(os.fsdecode(spec), languages, strict, needed)
+        return _load_files(os.fsdecode(spec), languages, strict, needed, with_reference)
     from xprobe.qa import memory  # loads pandas
 
     collected, problems = memory.read_records(spec)
-    kept = _wanted(collected, languages, needed, RECORDS_IN_MEMORY)
+    kept = _languages_to_read(collected, languages, needed, with_reference, RECORDS_IN_MEMORY)
     parts = {language: (f"data[{language!r}]", collected[language]) for language in kept}
-    return _joined(RECORDS_IN_MEMORY, parts, problems, strict)
+    return _join(RECORDS_IN_MEMORY, parts, problems, strict)
 
 
-def _load_files(spec: str, languages: Iterable[str] | None, strict: bool, needed: Iterable[str]) -> Dataset:
+def _load_files(
+    spec: str, languages: Iterable[str] | None, strict: bool, needed: Iterable[str], with_reference: bool
+) -> Dataset:
     files = find_files(spec)
-    misnamed = [] if _kind(spec) == "file" else _misnamed(files)
-    kept = _wanted(files, languages, needed, spec)
+    misnamed = [] if _kind(spec) == "file" else _misnamed_files(files)
+    kept = _languages_to_read(files, languages, needed, with_reference, spec)
     parts = {language: (str(files[language]), read_file(files[language], language)) for language in kept}
-    data = _joined(spec, parts, misnamed, strict, f". `xprobe data check {spec}` lists every problem")
+    data = _join(spec, parts, misnamed, strict, f". `xprobe data check {spec}` lists every problem")
     return replace(data, files=tuple(str(files[language]) for language in kept))
 
 
-def _wanted(present: Iterable[str], languages: Iterable[str] | None, needed: Iterable[str], name: str) -> list[str]:
+def _languages_to_read(
+    present: Iterable[str], languages: Iterable[str] | None, needed: Iterable[str], with_reference: bool, name: str
+) -> list[str]:
     """The languages to read, in the order of ``present``."""
     known = list(present)
     if languages is None:
@@ -82,13 +101,14 @@ def _wanted(present: Iterable[str], languages: Iterable[str] | None, needed: Ite
     for language in asked:
         if language not in known:
             raise UsageError(f"language {language!r} is not in {name}; available: {', '.join(known)}")
-    return [language for language in known if language in {*asked, *needed}]
+    reference = known[:1] if with_reference else ()
+    return [language for language in known if language in {*asked, *needed, *reference}]
 
 
-def _joined(
+def _join(
     name: str, parts: dict[str, tuple[str, Collector]], problems: list[Problem], strict: bool, advice: str = ""
 ) -> Dataset:
-    """One dataset of what was read of each language, which comes with the name of its source."""
+    """Joins the languages to one dataset. ``parts`` holds, by language, the name of its source and what was read."""
     records = {language: part.records for language, (_, part) in parts.items()}
     problems = [*problems, *(problem for _, part in parts.values() for problem in part.problems)]
     reported = {(language, problem.id) for language, (_, part) in parts.items() for problem in part.problems}
@@ -109,19 +129,31 @@ def _check_strictly(problems: Sequence[Problem]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(
-            f"{problems[0]}{more}; mend it, or run without --strict (strict=False) to leave such records out"
+            f"{problems[0]}{more}; correct it, or run without --strict (strict=False) to leave such records out"
         )
 
 
 def find_files(spec: str) -> dict[str, Path]:
-    """Path per language of the dataset that ``spec`` names, in alphabetical order of language, English first."""
+    """The file of each language of the dataset that ``spec`` names. English first, then in alphabetical order.
+
+    Raises
+    ------
+    UsageError
+        There is no data at ``spec``, or its files are not named by language.
+
+    Examples
+    --------
+    >>> files = find_files("builtin")
+    >>> list(files)[:3], files["th"].name
+    (['en', 'ar', 'de'], 'builtin.th.json')
+    """
     if spec == "builtin":
-        return _folder(BUILTIN_DIR, spec)
+        return _files_in_folder(BUILTIN_DIR, spec)
     if spec == "xquad":
-        return _folder(xquad_dir(), spec)
+        return _files_in_folder(xquad_dir(), spec)
     path, kind = _path(spec), _kind(spec)
     if kind == "folder":
-        return _folder(path, spec)
+        return _files_in_folder(path, spec)
     if kind == "file":
         match = _FILE_NAME.match(path.name)
         if match is None:
@@ -135,11 +167,11 @@ def find_files(spec: str) -> dict[str, Path]:
 
 
 def _path(spec: str) -> Path:
-    return Path(os.path.expanduser(spec))  # Path.expanduser raises where there is no such user
+    return Path(os.path.expanduser(spec))  # Path.expanduser raises for an unknown user
 
 
 def _kind(spec: str) -> str:
-    """What lies at a path: ``file``, ``folder`` or ``""``; also for text that can be no path, as too long a one."""
+    """``file``, ``folder``, or ``""`` for anything else: also for text that cannot be a path, such as one too long."""
     try:
         path = _path(spec)
         return "" if not spec else "folder" if path.is_dir() else "file" if path.is_file() else ""
@@ -148,7 +180,18 @@ def _kind(spec: str) -> str:
 
 
 def xquad_dir() -> Path:
-    """Where XQuAD lies: ``$XPROBE_XQUAD_DIR`` if set, else the cache that ``xprobe data fetch xquad`` fills."""
+    """The folder of XQuAD: ``$XPROBE_XQUAD_DIR`` if set, else the cache that ``xprobe data fetch xquad`` fills.
+
+    Raises
+    ------
+    UsageError
+        The folder holds no data.
+
+    Examples
+    --------
+    >>> xquad_dir().name  # doctest: +SKIP
+    'xquad'
+    """
     named = os.environ.get("XPROBE_XQUAD_DIR")
     folder = Path(named).expanduser() if named else cache_dir() / "data" / "xquad"
     if not folder.is_dir() or not _data_files(folder):
@@ -158,34 +201,34 @@ def xquad_dir() -> Path:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """Files that may hold records, by their names; hidden ones left out."""
+    """Files whose names end like those of data files, without hidden files."""
     try:
         return sorted(path for path in folder.iterdir() if _DATA_FILE.match(path.name))
     except OSError as error:
         raise UsageError(f"cannot read the folder {folder}: {error.strerror or error}") from error
 
 
-def _folder(folder: Path, spec: str) -> dict[str, Path]:
-    found: dict[str, dict[str, Path]] = {}
+def _files_in_folder(folder: Path, spec: str) -> dict[str, Path]:
+    sets: dict[str, dict[str, Path]] = {}
     for path in _data_files(folder):
         match = _FILE_NAME.match(path.name)
         if match is None:
             continue
-        other = found.setdefault(match["name"], {}).setdefault(match["language"], path)
+        other = sets.setdefault(match["name"], {}).setdefault(match["language"], path)
         if other != path:
             raise UsageError(f"{folder} holds {match['language']!r} twice: keep {other.name} or {path.name}")
-    if not found:
+    if not sets:
         raise UsageError(f"no data in {folder}: expected files like xquad.en.json (NAME.<language>.json)")
-    if len(found) > 1:
-        raise UsageError(f"{folder} holds several sets ({', '.join(sorted(found))}): keep one set per folder")
-    (files,) = found.values()
+    if len(sets) > 1:
+        raise UsageError(f"{folder} holds several sets ({', '.join(sorted(sets))}): keep one set per folder")
+    (files,) = sets.values()
     if "all" in files:
-        raise UsageError(f"{files['all']}: 'all' stands for all languages together, it cannot be the name of one")
+        raise UsageError(f"{files['all']}: 'all' means all languages together, so no language can have this name")
     return dict(sorted(files.items(), key=lambda entry: (entry[0] != "en", entry[0])))
 
 
-def _misnamed(files: dict[str, Path]) -> list[Problem]:
-    """Files that begin like the set's but whose language code is none: left out, and said so."""
+def _misnamed_files(files: dict[str, Path]) -> list[Problem]:
+    """A problem for each file whose name begins like the set's but has no valid language code."""
     first = next(iter(files.values()))
     match = _FILE_NAME.match(first.name)
     stem = match["name"] if match else first.stem
@@ -199,12 +242,14 @@ def _misnamed(files: dict[str, Path]) -> list[Problem]:
 def _align(
     records: dict[str, dict[str, Record]], names: dict[str, str], reported: Set[tuple[str, str]]
 ) -> list[Problem]:
-    """Reports ids that one language has and another lacks, and gives every paragraph one key in all languages.
+    """Reports ids that a language lacks, and gives each paragraph the same key in all languages.
 
-    Paragraphs are matched by any question id that they share: the key is the paragraph's place in the first language
-    (English if present) that holds it. A paragraph that shares none keeps its own place, with its language before it
-    if that key is another paragraph's; so does the second of two that one paragraph of another language is split into,
-    since a key stands for one context in each language. A language and id in ``reported`` are not reported again.
+    Paragraphs with a common question id are the same paragraph. Its key is the one that it has in the first language
+    (English if present). A paragraph without a common id keeps its own key; if another paragraph has that key, the
+    language is put before it. The same holds if a language splits a paragraph in two: the first part takes the common
+    key, the second part keeps its own, because a key stands for one context in each language.
+
+    Pairs of language and id in ``reported`` are not reported again.
     """
     common: dict[str, str] = {}
     for language in records:

@@ -1,8 +1,8 @@
-"""Reasoning blocks of chat templates: the switches that turn them off, and how a block that stays open is closed.
+"""Reasoning blocks of chat templates: the variables that turn them off, and how to close a block that stays open.
 
-A model that reasons writes its thoughts between two tags before it answers. A template may open that block in the
-prompt, and the gold answer would then stand among the thoughts. The tags differ by family, their shape hardly does:
-a word such as "think" between brackets, and the same word again with a slash or with "end" instead of "start".
+A reasoning model writes its thoughts between two tags before it answers. If a template opens such a block in the
+prompt, the gold answer would be inside the thoughts. The tags differ between model families, but they look alike: a
+word such as "think" between brackets, and the same word with a slash, or with "end" instead of "start".
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _CLOSING_WORDS = {"end", "close", "stop", "suffix"}
-_TELLING_WORDS = {"no", "not", "non", "off", "none", "nothink", "mode", "effort", "level"}  # <|no_think|> opens nothing
+_NOT_OPENING_WORDS = {"no", "not", "non", "off", "none", "nothink", "mode", "effort", "level"}  # <|no_think|>
 _OPPOSITES = (("start", "end"), ("begin", "end"), ("open", "close"), ("prefix", "suffix"), ("begin", "stop"))
 
 _SWITCH = re.compile(r"think|reason|thought|(?:^|_)cot(?:_|$)|deliberat|reflect", re.IGNORECASE)
 _NEGATIVE = re.compile(r"^(?:no|not|non|disable|skip|without|suppress|hide)(?:_|(?=think|reason))", re.IGNORECASE)
-_YES_OR_NO = re.compile(r"^(?:enable|use|with|allow|do|should|force)_", re.IGNORECASE)
-# what no yes or no can stand for, though a template may ask whether it is there
-_NEVER_YES_OR_NO = re.compile(r"effort|level|budget|mode|style|format|content|text|prompt|token|tag", re.IGNORECASE)
-# values that mean "do not reason", or "as little as you can", where a template compares a variable with them
+_BOOLEAN_NAME = re.compile(r"^(?:enable|use|with|allow|do|should|force)_", re.IGNORECASE)
+# names of variables that are not booleans, even if a template tests whether they are set
+_NOT_BOOLEAN = re.compile(r"effort|level|budget|mode|style|format|content|text|prompt|token|tag", re.IGNORECASE)
+# values that mean "do not reason" or "reason as little as possible" where a template compares a variable with them
 _OFF = (
     "none", "off", "disabled", "disable", "no", "false", "no_think", "nothink", "/no_think", "non_thinking",
     "no_thinking", "chat", "minimal", "low",
@@ -43,20 +43,38 @@ _DATE = re.compile(r"(?:(?:current|todays?|now)_?)?date(?:_?(?:string|str|time))
 
 @dataclass(frozen=True)
 class Block:
-    """The last reasoning block of a text. ``start`` and ``opened`` are character positions of tags."""
+    """The last reasoning block of a text.
 
-    start: int  # its first tag
-    opened: int = 0  # the tag that is still open
-    tag: str = ""  # that tag; empty if the block is closed
-    written: str = ""  # all that stands behind it
+    Parameters
+    ----------
+    start : int
+        Character position of the first tag of the block.
+    opened : int
+        Character position of the tag that is still open.
+    tag : str
+        The tag that is still open; empty if the block is closed.
+    written : str
+        All text after that tag.
+
+    Examples
+    --------
+    >>> Block(start=4, opened=4, tag="<think>").is_open
+    True
+    """
+
+    start: int
+    opened: int = 0
+    tag: str = ""
+    written: str = ""
 
     @property
     def is_open(self) -> bool:
+        """Whether the block has no closing tag."""
         return bool(self.tag)
 
 
 def find_block(tail: str) -> Block | None:
-    """The last reasoning block in ``tail``, the prompt's text after the user's message; None if it holds no tag of one.
+    """The last reasoning block in ``tail``, the text of the prompt after the user's message; None if there is none.
 
     Examples
     --------
@@ -68,7 +86,7 @@ def find_block(tail: str) -> Block | None:
     start: int | None = None
     opened: list[re.Match[str]] = []
     for tag in _TAG.finditer(tail):
-        if _TELLING_WORDS & _words(tag["name"] or ""):
+        if _NOT_OPENING_WORDS & _words(tag["name"] or ""):
             continue
         if not opened:
             start = tag.start()
@@ -84,24 +102,40 @@ def find_block(tail: str) -> Block | None:
 
 
 def is_tag(text: str) -> bool:
-    """Whether ``text`` is a tag of a reasoning block and nothing else."""
+    """Whether ``text`` is a tag of a reasoning block and nothing else.
+
+    Examples
+    --------
+    >>> is_tag("<think>"), is_tag("<b>")
+    (True, False)
+    """
     return _TAG.fullmatch(text) is not None
 
 
-def says_no_reasoning(text: str) -> bool:
-    """Whether ``text`` is nothing but a tag that turns reasoning off, such as ``<|no_think|>``."""
+def is_no_reasoning_tag(text: str) -> bool:
+    """Whether ``text`` is a tag that turns reasoning off, such as ``<|no_think|>``, and nothing else.
+
+    Examples
+    --------
+    >>> is_no_reasoning_tag("<|no_think|>"), is_no_reasoning_tag("<think>")
+    (True, False)
+    """
     return re.fullmatch(r"\s*[<\[/]*\W*no[_ -]?(?:think|reason)(?:ing)?\W*\s*", text, re.IGNORECASE) is not None
 
 
 def close_block(tail: str, block: Block, constants: Collection[str], known: Collection[str]) -> str | None:
-    r"""``tail`` with its open block closed, as the model's family writes an empty block; None if that is not known.
+    r"""``tail`` with its open block closed. The result is None if the closing tag is not known.
 
     Parameters
     ----------
+    tail : str
+        Text of the prompt after the user's message.
+    block : Block
+        The open block of ``tail``.
     constants : collection of str
-        The template's own texts: an empty block among them is the family's.
+        The texts of the template. If one of them is an empty block, the block is closed in this form.
     known : collection of str
-        Further texts that are tags for certain: the tokenizer's added tokens.
+        Further texts that are certainly tags: the added tokens of the tokenizer.
 
     Examples
     --------
@@ -128,7 +162,13 @@ def close_block(tail: str, block: Block, constants: Collection[str], known: Coll
 
 
 def parse(source: str) -> nodes.Template | None:
-    """The syntax tree of a chat template; None if it cannot be parsed."""
+    """The syntax tree of a chat template; None if it cannot be parsed.
+
+    Examples
+    --------
+    >>> parse("{% if %}") is None
+    True
+    """
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -139,7 +179,13 @@ def parse(source: str) -> nodes.Template | None:
 
 
 def constants(tree: nodes.Template | None) -> list[str]:
-    """The texts that a template can write."""
+    """The texts that a template can write.
+
+    Examples
+    --------
+    >>> constants(parse("<a>{{ 'b' if thinking else 'c' }}"))
+    ['<a>', 'b', 'c']
+    """
     if tree is None:
         return []
     values: list[str] = [node.data for node in tree.find_all(nodes.TemplateData)]
@@ -147,10 +193,17 @@ def constants(tree: nodes.Template | None) -> list[str]:
 
 
 def switches(tree: nodes.Template | None) -> dict[str, Any]:
-    """The variables of a template that govern reasoning, each with the value that turns it off.
+    """The variables of a template that control reasoning, each with the value that turns it off.
 
-    A variable counts if its name speaks of reasoning and the template asks whether it is true, or compares it with
-    a number or a word; one whose text is printed does not, unless its name is that of a yes or no.
+    A variable counts if its name is about reasoning and the template tests whether it is true, or compares it with a
+    number or a word. A variable that is printed does not count, unless its name is that of a boolean.
+
+    Examples
+    --------
+    >>> switches(parse("{% if enable_thinking %}<think>{% endif %}"))
+    {'enable_thinking': False}
+    >>> switches(parse("{% if thinking_budget > 0 %}<think>{% endif %}"))
+    {'thinking_budget': 0}
     """
     if tree is None:
         return {"enable_thinking": False, "thinking": False}
@@ -158,29 +211,36 @@ def switches(tree: nodes.Template | None) -> dict[str, Any]:
     for name, use in _uses(tree):
         if _SWITCH.search(name):
             uses.setdefault(name, set()).add(use)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, kinds in uses.items():
-        if _YES_OR_NO.search(name) and "number" not in kinds:
-            found[name] = False
+        if _BOOLEAN_NAME.search(name) and "number" not in kinds:
+            values[name] = False
             continue
         if kinds & {"printed", "called"}:
             continue
         words = {kind[1] for kind in kinds if isinstance(kind, tuple)}
         off = next((word for wanted in _OFF for word in sorted(words) if word.casefold() == wanted), None)
         if off is not None:
-            found[name] = off
+            values[name] = off
         elif "number" in kinds:
-            found[name] = 0
-        elif "truth" in kinds and "text" not in kinds and not (words or _NEVER_YES_OR_NO.search(name)):
-            found[name] = bool(_NEGATIVE.search(name))
-    return found
+            values[name] = 0
+        elif "truth" in kinds and "text" not in kinds and not (words or _NOT_BOOLEAN.search(name)):
+            values[name] = bool(_NEGATIVE.search(name))
+    return values
 
 
 def date_variables(tree: nodes.Template | None) -> list[str]:
-    """The variables of a template that stand for today's date as a text, and that it cannot do without.
+    """The variables of a template that hold the date of today as text and must be set.
 
-    One that the template gives a default, or asks for before it writes of dates at all, is left to the template: what
-    it then writes does not change from day to day.
+    A variable with a default, or one that the template tests before it writes a date, need not be set: without it the
+    text does not change from day to day.
+
+    Examples
+    --------
+    >>> date_variables(parse("Today is {{ date_string }}."))
+    ['date_string']
+    >>> date_variables(parse("{% if date_string %}Today is {{ date_string }}.{% endif %}"))
+    []
     """
     if tree is None:
         return ["date_string"]
@@ -200,9 +260,9 @@ def _words(name: str) -> set[str]:
 
 
 def _closing_tags(tag: str) -> Iterator[str]:
-    """What may close ``tag``, the likeliest first."""
+    """Tags that may close ``tag``, the most likely first."""
     if tag.startswith("<|channel|>"):
-        return  # only the template's dialogue can show the header of the answer's channel
+        return  # only a dialogue of the template shows the header of the channel for the answer
     if tag.startswith("<|channel>"):
         yield "<channel|>"
         return
@@ -215,10 +275,10 @@ def _closing_tags(tag: str) -> Iterator[str]:
 
 
 def _uses(tree: nodes.Template) -> Iterator[tuple[str, Any]]:
-    """(variable, use) of every place that reads a variable, or that sets it to a text.
+    """Pairs (variable, use) for every place that reads a variable or sets it to a text.
 
-    Uses are truth, number, ("word", word) for a comparison with one, printed, called (a method of it as well), text,
-    and passed on.
+    A use is ``truth``, ``number``, ``("word", word)`` for a comparison with a word, ``printed``, ``called`` (also for a
+    method of the variable), ``text`` or ``passed on``.
     """
 
     def visit(node: nodes.Node, use: Any) -> Iterator[tuple[str, Any]]:
@@ -231,13 +291,13 @@ def _uses(tree: nodes.Template) -> Iterator[tuple[str, Any]]:
         for field, value in node.iter_fields():
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, nodes.Node):
-                    yield from visit(child, _use_of(node, field, use))
+                    yield from visit(child, _child_use(node, field, use))
 
     yield from visit(tree, "passed on")
 
 
-def _use_of(node: nodes.Node, field: str, use: Any) -> Any:
-    """How ``node`` uses its child, where ``use`` is how the node itself is used."""
+def _child_use(node: nodes.Node, field: str, use: Any) -> Any:
+    """How ``node`` uses the child in ``field``. ``use`` is the use of the node itself."""
     if isinstance(node, nodes.If | nodes.CondExpr) and field == "test":
         return "truth"
     if isinstance(node, nodes.Not | nodes.Test):
@@ -273,9 +333,9 @@ def _is_text(node: nodes.Node | None) -> bool:
 
 
 class _Generation(Extension):
-    """``{% generation %}``, by which some templates mark what the assistant says."""
+    """The tag ``{% generation %}``, with which some templates mark the text of the assistant."""
 
-    tags = {"generation"}  # noqa: RUF012 -- jinja's own way to name them
+    tags = {"generation"}  # noqa: RUF012 -- jinja needs a class attribute
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -1,4 +1,4 @@
-"""Prompt templates: the built-in one, or a TOML file of the user's (`templates/default.toml` says what it may hold)."""
+"""Prompt templates: the built-in one, or a TOML file of the user (``templates/default.toml`` describes the entries)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ _KEYS = ("format", "prompt", "cue", "separator")
 
 @dataclass(frozen=True)
 class Template:
-    """What surrounds context, question and answer: tables by language."""
+    """The text around context, question and answer: tables by language.
+
+    Examples
+    --------
+    >>> template = Template("plain", {"en": "{context} Q: {question}"}, {"en": "A:"}, {"en": " "})
+    >>> template.pieces("de", "Ada sold 40 boats.", "Wie viele?")[1:4]
+    [('context', 'Ada sold 40 boats.'), ('template', ' Q: '), ('question', 'Wie viele?')]
+    """
 
     format: str
     prompt: dict[str, str]
@@ -26,26 +33,38 @@ class Template:
     separator: dict[str, str]
 
     def pieces(self, language: str, context: str, question: str) -> list[tuple[str, str]]:
-        """The prompt as (part, text) in order; parts are ``template``, ``context`` and ``question``."""
+        """The prompt as pairs (part, text) in order. A part is ``template``, ``context`` or ``question``."""
         before, rest = _pick(self.prompt, language).split("{context}")
         between, after = rest.split("{question}")
         parts = [("template", before), ("context", context), ("template", between)]
         return [*parts, ("question", question), ("template", after)]
 
     def cue_for(self, language: str) -> str:
+        """The text that ends a plain prompt, on a line of its own."""
         return _pick(self.cue, language)
 
     def separator_for(self, language: str) -> str:
+        """The text between the cue and the answer."""
         return _pick(self.separator, language)
 
 
 def load_template(name: str) -> Template:
-    """The template that ``name`` asks for: ``auto``, ``chat``, ``plain`` (built-in wording), or a TOML file's path.
+    """Loads a template.
+
+    Parameters
+    ----------
+    name : str
+        ``auto``, ``chat`` or ``plain`` for the built-in wording, or the path of a TOML file.
 
     Raises
     ------
     UsageError
-        No such file, or a file that is not a template; the message names the entry.
+        There is no such file, or it is not a template. The message names the entry.
+
+    Examples
+    --------
+    >>> load_template("plain").cue_for("de")
+    'Antwort:'
     """
     path = DEFAULT_TEMPLATE if name in FORMATS else Path(name).expanduser()
     try:
@@ -77,7 +96,7 @@ def _table(path: Path, key: str, value: Any, *, strip: bool = True) -> dict[str,
     table = {FALLBACK_LANGUAGE: value} if isinstance(value, str) else value
     if not isinstance(table, dict) or not table or not all(isinstance(text, str) for text in table.values()):
         raise UsageError(f"template file {path}: {key} must be a text, or a table of texts by language")
-    # a prompt must neither start nor end with blanks: chat templates strip them, and spans would move
+    # a prompt must not start or end with blanks: chat templates remove them, and spans would move
     return {language: text.strip() if strip else text for language, text in table.items()}
 
 

@@ -10,16 +10,18 @@ from xprobe.config import StudyConfig
 from xprobe.errors import DataError
 from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
+from xprobe.qa.selection import Selection
 from xprobe.qa.templates import Template, load_template
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The wording, the data, and the examples that a study asks for."""
+    """The wording, the data, the examples that a study asks for, and how they were selected."""
 
     template: Template
     data: Dataset
     examples: list[Example]
+    selection: Selection
 
     @property
     def template_sha256(self) -> str:
@@ -37,8 +39,10 @@ def read_questions(study: StudyConfig, records: Any = None) -> Questions:
     template = load_template(study.template)
     needed = ("en",) if "en-x" in study.settings else ()
     source = study.data if records is None else records
-    data = load_data(source, study.languages, strict=study.strict, needed=needed)
-    examples = data.examples(study.settings, study.languages, study.limit)
+    bounds = {name: getattr(study, name) for name in ("limit", "paragraphs", "questions_per_paragraph")}
+    limited = any(bounds.values())
+    data = load_data(source, study.languages, strict=study.strict, needed=needed, with_reference=limited)
+    examples, selection = data.select(study.settings, study.languages, **bounds)
     if not examples:
         raise DataError(f"{study.data} holds no question for {', '.join(study.settings)} in these languages")
-    return Questions(template, data, examples)
+    return Questions(template, data, examples, selection)

@@ -293,6 +293,7 @@ def _describe_prompts(
     """Enters what is asked, and what was left out and why."""
     manifest, problems = run.manifest, questions.data.problems
     manifest.created = manifest.created or datetime.now(UTC).isoformat(timespec="seconds")
+    manifest.selection = questions.selection.to_dict()
     manifest.prompt = {
         "template": manifest.study.template,
         **describe_format(questions.template, tokenizer),

@@ -61,7 +61,7 @@ def test_without_a_usable_answer_the_fault_of_the_first_is_named(tmp_path: Path)
     assert list(records) == ["q1"]
     assert [str(problem) for problem in problems] == [
         f"{NAME}: id q2: answer is not at answer_start "
-        "('1880' is not at 36; it stands at 35; none of the 3 answers can be used)"
+        "('1880' is not at 36; its text is at 35; none of the 3 answers can be used)"
     ]
     _, problems, _ = read_squad(write(tmp_path, document([{"text": ""}, GOLD | {"text": "x"}])), "de")
     assert str(problems[0]) == f'{NAME}: id q2: empty "text" (none of the 2 answers can be used)'

@@ -240,7 +240,7 @@ NOTHING: dict[str, tuple[str, bytes, str]] = {
     "an empty file of lines": ("x.de.jsonl", b" \n\n", "the file is empty"),
     "an empty gzip file": ("x.de.json.gz", b"", "is empty"),
     "nothing inside gzip": ("x.de.json.gz", gzip.compress(b""), "the file is empty"),
-    "no gzip file": ("x.de.json.gz", SQUAD, "is not a gzip file, as its name says"),
+    "no gzip file": ("x.de.json.gz", SQUAD, "is not a gzip file, although its name says so"),
     "a cut gzip file": ("x.de.json.gz", gzip.compress(SQUAD)[:-20], "the gzip file ends early"),
     "a gzip header alone": ("x.de.jsonl.gz", gzip.compress(SQUAD)[:5], "the gzip file ends early"),
     "a damaged gzip file": ("x.de.json.gz", gzip.compress(SQUAD)[:-8] + b"\0" * 8, "the gzip file is damaged"),

@@ -164,7 +164,7 @@ def test_a_bad_record_is_reported_by_id_or_place_and_the_rest_goes_on() -> None:
     assert [str(problem) for problem in found.problems] == [
         "data: record 7: wrong type (a record must be a dictionary, got NoneType)",
         'data: record 3: missing "id"',
-        "data: id q3: answer is not at answer_start ('tower' is not at 5; it stands at 4)",
+        "data: id q3: answer is not at answer_start ('tower' is not at 5; its text is at 4)",
         "data['en']: id q2: id is missing in a parallel file",
     ]
     assert (list(found.records["en"]), list(found.records["de"])) == (["q1"], ["q1", "q2", "q3"])

@@ -150,11 +150,11 @@ BAD_RECORDS = {
     "start off by one": (
         put("answer_start", 36),
         "answer is not at answer_start",
-        "'1880' is not at 36; it stands at 35",
+        "'1880' is not at 36; its text is at 35",
     ),
-    "start negative": (put("answer_start", -38), "answer is not at answer_start", "it stands at 35"),
-    "start past the end": (put("answer_start", 10**6), "answer is not at answer_start", "it stands at 35"),
-    "answer not there": (put("text", "1881"), "answer is not at answer_start", "it does not stand in the context"),
+    "start negative": (put("answer_start", -38), "answer is not at answer_start", "its text is at 35"),
+    "start past the end": (put("answer_start", 10**6), "answer is not at answer_start", "its text is at 35"),
+    "answer not there": (put("text", "1881"), "answer is not at answer_start", "the context does not hold it"),
     "half a surrogate pair in the question": (put("question", "Wann \ud83c?"), "bad UTF-8", 'in "question"'),
     "half a surrogate pair in the answer": (put("text", "18\udc8080"), "bad UTF-8", 'in "text"'),
 }
@@ -311,7 +311,7 @@ def test_strict_makes_the_first_bad_record_fatal_and_names_it(tmp_path: Path) ->
     document["data"][0]["paragraphs"][0]["qas"][2]["question"] = ""
     path = write(tmp_path, document)
     assert len(load_data(str(path)).problems) == 2
-    with pytest.raises(DataError, match=rf"{NAME}: id q2: answer is not at answer_start .*it stands at 35.*1 more"):
+    with pytest.raises(DataError, match=rf"{NAME}: id q2: answer is not at answer_start .*its text is at 35.*1 more"):
         load_data(str(path), strict=True)
 
 

@@ -1,0 +1,29 @@
+"""The examples in the docstrings of this room run, and every public function has one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+
+import pytest
+
+import xprobe.qa
+
+MODULES = [importlib.import_module(f"xprobe.qa.{module.name}") for module in pkgutil.iter_modules(xprobe.qa.__path__)]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_examples_run(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted > 0
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_public_function_has_an_example(module: ModuleType) -> None:
+    functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+    own = [f for f in functions if f.__module__ == module.__name__ and not f.__name__.startswith("_")]
+    assert [f.__name__ for f in own if ">>>" not in (f.__doc__ or "")] == []
