@@ -26,10 +26,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Entries:
-    """An object with known names. Names that are in neither table are allowed: a later version may have added them."""
+    """An object with known names. Names that are in neither table are allowed: a later version may have added them.
+
+    ``others``: the rule that such names follow, if they must follow one.
+    """
 
     needed: Mapping[str, Rule]
     optional: Mapping[str, Rule] = field(default_factory=dict)
+    others: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ def complaint(value: Any, rule: Rule, name: str = "") -> str | None:
         missing = [key for key in rule.needed if key not in value]
         if missing:
             return _wrong(inside + missing[0], rule.needed[missing[0]], "missing")
-        pairs = [(key, some) for key, some in {**rule.needed, **rule.optional}.items() if key in value]
+        known = {**rule.needed, **rule.optional}
+        pairs = [(key, some) for key, some in known.items() if key in value]
+        if rule.others is not None:
+            pairs += [(key, rule.others) for key in value if key not in known]
     checked = (complaint(value[key], some, f"{inside}{key}") for key, some in pairs)
     return next((wrong for wrong in checked if wrong is not None), None)
 
@@ -223,7 +230,7 @@ _CARRIED: dict[str, Rule] = {
 _NEEDED = ("seed", "bootstrap", "permutations", "settings", "store_rows")
 
 # what `--resume` relies on; the rest it can write again
-IDENTITY = Entries(_IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED})})
+IDENTITY = Entries(_IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED}, Entries(_STAGE))})
 FINISHED = Entries(
     {
         **_IDENTITY,
@@ -242,6 +249,7 @@ FINISHED = Entries(
                 }),
             },
             {"probes": _TRAINED},
+            Entries(_STAGE),
         ),
     },
     _CARRIED,

@@ -229,12 +229,12 @@ def test_a_run_goes_on_on_another_device_in_the_dtype_that_it_began_with(tiny: P
     key = RunFolder(out)._run_key
     (out / JOURNAL).write_text("".join(json.dumps({**line, "run": key}) + "\n" for line in journal))
     shards(out)[0].unlink()
-    again = xprobe.run(str(tiny), out=out, resume=True, batch_tokens=900, **OPTIONS)
+    again = xprobe.run(str(tiny), out=out, resume=True, jobs=1, **OPTIONS)
     assert again.manifest.model.dtype == "bfloat16"
     assert again.layers.equals(begun.layers)
     first, second = again.manifest.stages["states"].executions
     assert (first.device, first.options.device, first.shards) == ("cuda:1", "cuda:1", len(shards(out)) - 1)
-    assert (second.device, second.options.batch_tokens, second.shards) == ("cpu", 900, 1)
+    assert (second.device, second.options.jobs, second.shards) == ("cpu", 1, 1)
 
 
 def test_a_run_that_was_begun_in_memory_goes_on_block_by_block(out: Path, tiny: Path, finished: Path) -> None:
