@@ -20,7 +20,7 @@ from torch import Tensor
 from xprobe_kernels import Unembedding, capture, lens
 from xprobe_kernels.attention import Blocks, Reach, tree_attention
 from xprobe_kernels.configs import Config
-from xprobe_kernels.readout import MIB
+from xprobe_kernels.request import MIB, LensRequest
 
 Case = tuple[str, bool, Callable[[], float]]  # name, whether it keeps to our own kernels, error over its bound
 DESCRIBED = Config(64, 64, 64, 4, 3, descriptors=True)
@@ -77,7 +77,8 @@ def lens_error(
     else:
         from xprobe_kernels import triton_lens
 
-        found = triton_lens.readout(where, on, tokens, top_k, finals, MIB, "ieee", config, splits)
+        request = LensRequest(where, on, tokens, top_k, finals, workspace_bytes=MIB)
+        found = triton_lens.readout(request, config, splits)
     worst = 0.0
     for name, bound in (("logits", 1e-2), ("logsumexp", 1e-2), ("entropy", 2e-2), ("top_logits", 1e-2), ("kl", 2e-2)):
         if getattr(truth, name) is not None:
@@ -114,7 +115,7 @@ def attention_error(dtype: torch.dtype, tokens: int, width: int, **options: Any)
     at, third = np.arange(tokens), tokens // 3
     until = np.select([at < third, at < 2 * third, at < tokens - 5], [tokens - 5, 2 * third, tokens - 5], tokens)
     positions = np.where(at < 2 * third, at, np.where(at < tokens - 5, at - third, at - tokens + 5))
-    reach = Reach.of(until, positions, Blocks.choose(dtype.itemsize, width), torch.device(DEVICE))
+    reach = Reach.from_tree(until, positions, Blocks.choose(dtype.itemsize, width), torch.device(DEVICE))
     sinks = torch.randn(4, generator=random) if options.pop("sinks", False) else None
     there = None if sinks is None else sinks.to(DEVICE)
     found = tree_attention(*(t.to(DEVICE) for t in (query, key, value)), reach, scale=0.2, sinks=there, **options)

@@ -72,7 +72,7 @@ class Trial:
         return {"name": self.name} | asdict(self)
 
     @staticmethod
-    def of(record: dict[str, Any]) -> Trial:
+    def from_record(record: dict[str, Any]) -> Trial:
         known = {key: value for key, value in record.items() if key != "name"}
         return Trial(**known | {"config": Config(**record["config"])})
 
@@ -271,7 +271,7 @@ def earlier(path: Path) -> dict[str, list[Trial]]:
         return {}
     found = {}
     for shape in json.loads(path.read_text(encoding="utf-8"))["shapes"]:
-        found[shape["regime"]] = trials = [Trial.of(record) for record in shape["trials"]]
+        found[shape["regime"]] = trials = [Trial.from_record(record) for record in shape["trials"]]
         for trial in trials:
             if trial.status == TRYING:
                 trial.status, trial.message = DIED, "the process hung or died on it"
@@ -317,7 +317,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3-8b", help="a model's name, as for xprobe bench")
     parser.add_argument("--rows", default="many,few", help="many, few or both (default: many,few)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
 
@@ -328,12 +327,9 @@ def main(given: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune.py needs a GPU, and torch sees none", file=sys.stderr)
         return 1
-    if options.worker:
-        from tune_card import measure  # a script's own folder is on its path
-
-        return measure(options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    command = [sys.executable, __file__, str(options.out), "--worker", "--shape", options.shape]
+    worker = Path(__file__).with_name("tune_card.py")
+    command = [sys.executable, str(worker), str(options.out), "--shape", options.shape]
     command += ["--rows", options.rows, "--dtype", options.dtype]
     code = supervise(command, options.out, options.seconds)
     if options.out.exists():

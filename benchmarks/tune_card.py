@@ -1,4 +1,7 @@
-"""The measuring part of tune.py: compiles candidates in processes of their own, checks and times them on the GPU."""
+"""The measuring process of tune.py: compiles candidates in parallel, then checks and times them on the GPU.
+
+tune.py starts this script with its own options, and starts it again if a candidate hangs or kills it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,9 +26,11 @@ from torch import Tensor
 from tune import (
     OK,
     PRODUCT,
+    Halving,
     SameCodeError,
     Trial,
     WrongAnswerError,
+    arguments,
     chosen,
     earlier,
     neighbours,
@@ -33,19 +39,19 @@ from tune import (
     trials_for,
     write,
 )
-from tune import Halving as SuccessiveHalving
 from xprobe_kernels import triton_lens, workspace
 from xprobe_kernels.bench import baselines
 from xprobe_kernels.bench.accuracy import truth
 from xprobe_kernels.bench.environment import environment
+from xprobe_kernels.bench.lens_speed import make_tasks
+from xprobe_kernels.bench.measure import SHORT
 from xprobe_kernels.bench.shapes import GPU, HEADS, Work, work
 from xprobe_kernels.configs import choose
-from xprobe_kernels.readout import MIB, Readout
+from xprobe_kernels.readout import Readout
+from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_rows import Prepared
 from xprobe_kernels.unembedding import Unembedding
 
-SHORT = 2e-3  # seconds; a shorter launch is repeated within one measurement until it takes about this long
-CACHES = 4  # the inputs that take turns are this many times the size of the GPU's cache
 CLOSE = 4e-5  # relative: both sum in fp32, and one tile of 64 tokens left out would cost ten times as much
 COMPILERS = 12  # processes at most, each with a context of its own on the GPU
 
@@ -108,10 +114,7 @@ class CudaCard:
     def __init__(self, job: Work, dtype: torch.dtype, pool: ProcessPoolExecutor | None) -> None:
         self.job, self.dtype, self.pool = job, dtype, pool
         device = torch.device("cuda")
-        self.tasks = [baselines.make(job, device, dtype)]
-        size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        copies = -(-CACHES * size // job.least_bytes(dtype.itemsize))
-        self.tasks += [self.tasks[0].clone() for _ in range(1, copies)]
+        self.tasks = make_tasks(job, device, dtype)
         self.out = torch.empty(job.rows, job.vocabulary, dtype=dtype, device=device)
         self.expected = self._read(workspace.readout)
         reading = baselines.read_lens(Readout(**self.expected, backend="workspace", precision="ieee"))
@@ -166,7 +169,7 @@ class CudaCard:
 
     def _read(self, readout: Any, *options: Any, at: int = 0) -> dict[str, Any]:
         task = self.tasks[at]
-        return readout(task.hidden, task.head, task.lookup[:, None], baselines.TOP_K, None, 256 * MIB, "ieee", *options)
+        return readout(LensRequest(task.hidden, task.head, task.lookup[:, None], baselines.TOP_K), *options)
 
     def time(self, trials: list[Trial]) -> dict[str, float]:
         wanted = {PRODUCT, *(trial.name for trial in trials)}
@@ -293,9 +296,7 @@ def _regime(
         card.announce(near)
         return near
 
-    halving = SuccessiveHalving(
-        card, trials, seconds=max(seconds - (monotonic() - begun), 1.0), around=around, save=save
-    )
+    halving = Halving(card, trials, seconds=max(seconds - (monotonic() - begun), 1.0), around=around, save=save)
     best = halving.run()
     winner = chosen(trials, best)
     shape |= {"chosen": winner.name if winner.status == OK else None, "done": True}
@@ -315,3 +316,7 @@ def _pool() -> ProcessPoolExecutor | None:
 def _silence() -> None:
     """The compiler prints whole programs to stderr when it fails; its exception is enough."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+if __name__ == "__main__":
+    sys.exit(measure(arguments()))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import util
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from xprobe_kernels.readout import interpreted
 from xprobe_kernels.transfer import on
+from xprobe_kernels.triton_support import kernel_dtypes, kernels_run_on
 from xprobe_kernels.unembedding import Unembedding, describe
 
 
@@ -84,14 +83,14 @@ def check_spans(spans: Tensor, batch: int, length: int) -> None:
 
 
 def _use_kernel(backend: str, hidden: Tensor, out: Tensor) -> bool:
-    narrow = (torch.float32, torch.float16) + (() if interpreted() else (torch.bfloat16,))
-    fits = hidden.dtype in narrow and out.dtype in narrow and (out.shape[1] <= 1 or out.stride(1) == 1)
-    here = (hidden.device.type == "cuda" or interpreted()) and util.find_spec("triton") is not None
+    dtypes = kernel_dtypes()
+    fits = hidden.dtype in dtypes and out.dtype in dtypes and (out.shape[1] <= 1 or out.stride(1) == 1)
+    here = kernels_run_on(hidden.device)
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
     if backend == "triton" and not (fits and here):
         raise ValueError(
-            f"backend 'triton' needs Triton and a GPU, {', '.join(map(str, narrow))} and dense rows; "
+            f"backend 'triton' needs Triton and a GPU, {', '.join(map(str, dtypes))} and dense rows of out; "
             f"got hidden {describe(hidden)}, out {describe(out)}"
         )
     return backend == "triton" or (backend == "auto" and fits and here and hidden.device.type == "cuda")

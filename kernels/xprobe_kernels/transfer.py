@@ -29,7 +29,7 @@ def page_locked(tensor: Tensor) -> Tensor:
     return tensor.pin_memory()
 
 
-class Arrival:
+class HostCopy:
     """Tensors on their way to main memory; the device goes on with what comes after them.
 
     ``tensors`` may be overwritten on the device by later work of the same stream: the copies come before it.

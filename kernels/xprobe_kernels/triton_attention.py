@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xprobe_kernels.attention import Reach
+from xprobe_kernels.reach import Reach
 from xprobe_kernels.triton_fold import INFINITY, softcapped
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -1,8 +1,8 @@
 """The fused lens: product, bias, scale, soft-cap, softmax sums, ranks and top-k in one pass over the vocabulary.
 
-Grid: tiles of rows x parts of the vocabulary. A program walks its part tile by tile and carries the state of its rows
-in registers (triton_fold.py); logits are never written. Parts are merged in fixed order (triton_rows.py): the same
-bits from run to run, without locks or atomics.
+The grid is tiles of rows x splits of the vocabulary. A program walks through its split tile by tile and carries the
+state of its rows in registers (triton_fold.py). Logits are never written to memory. The splits are merged in fixed
+order (triton_rows.py), without locks or atomics, so a repeated run gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
+from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_fold import fold, scaled, start, store
 from xprobe_kernels.triton_rows import Partials, Prepared, dense, finish, prepare
-from xprobe_kernels.unembedding import Unembedding
 
 
 @triton.jit
@@ -186,37 +186,19 @@ def lens_kernel(
     )  # fmt: skip
 
 
-def readout(
-    hidden: Tensor,
-    head: Unembedding,
-    lookup: Tensor,
-    top_k: int,
-    final_rows: Tensor | None,
-    workspace_bytes: int,
-    precision: str,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> dict[str, Any]:
-    """The fields of ``Readout``; arguments as ``lens`` has checked them. ``config`` and ``splits``: for tuning."""
-    head, lookup = dense(head), lookup.contiguous()
-    prepared = prepare(hidden, head, lookup)
-    partials = launch(prepared, head, lookup, top_k, precision, config, splits)
-    return finish(partials, prepared, head, lookup, final_rows, workspace_bytes, precision)
+def readout(request: LensRequest, config: Config | None = None, splits: int | None = None) -> dict[str, Any]:
+    """The fields of ``Readout``. Tuning passes ``config`` and ``splits``; without them the launch is chosen."""
+    request = dense(request)
+    prepared = prepare(request)
+    return finish(request, prepared, launch(request, prepared, config, splits))
 
 
 def launch(
-    prepared: Prepared,
-    head: Unembedding,
-    lookup: Tensor,
-    top_k: int,
-    precision: str = "ieee",
-    config: Config | None = None,
-    splits: int | None = None,
+    request: LensRequest, prepared: Prepared, config: Config | None = None, splits: int | None = None
 ) -> Partials:
-    """Runs the pass over prepared rows."""
-    normed = prepared.normed
-    rows, width = normed.shape
-    weight = head.weight
+    """Runs the pass over the prepared rows of a ``dense`` request."""
+    head, lookup, normed = request.head, request.lookup, prepared.normed
+    weight, (rows, width) = head.weight, normed.shape
     architecture, processors = device_limits(normed.device)
     describable = _describable(normed) and _describable(weight) and normed.dtype == weight.dtype
     if config is None:
@@ -228,7 +210,7 @@ def launch(
     if splits is None:
         row_bytes = config.block_m * width * normed.itemsize
         splits = choose_splits(row_tiles, tiles, slots, row_bytes, limits_of(architecture).level2)
-    partials = Partials.empty(splits, rows, lookup.shape[1], top_k, normed.device)
+    partials = Partials.empty(splits, request)
     if not rows:
         return partials
     operands: tuple[Any, Any] = (normed, weight)
@@ -238,11 +220,12 @@ def launch(
     lens_kernel[(row_tiles * splits,)](
         *operands, weight.stride(0), head.bias, lookup, prepared.thresholds,
         partials.sums, partials.above, partials.top, partials.top_ids,
-        rows, head.vocab_size, width, lookup.shape[1], splits,
+        rows, head.vocab_size, width, request.lookups, splits,
         max(1, min(slots // splits, row_tiles)), float(head.scale), float(head.softcap or 0.0),
         HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
-        LOOKUPS=triton.next_power_of_2(max(lookup.shape[1], 1)), K=top_k, PLACES=triton.next_power_of_2(max(top_k, 1)),
-        PRECISION=precision if normed.dtype == torch.float32 else "ieee",
+        LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=request.top_k,
+        PLACES=triton.next_power_of_2(max(request.top_k, 1)),
+        PRECISION=request.precision if normed.dtype == torch.float32 else "ieee",
         EVEN=width % config.block_k == 0,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, HALVES=config.halves,
         DESCRIPTORS=described, FLAT=config.flat,
@@ -253,7 +236,7 @@ def launch(
 
 @cache
 def device_limits(device: torch.device) -> tuple[str, int]:
-    """Architecture and number of multiprocessors; the interpreter has a few, so that it splits vocabularies too."""
+    """Architecture and number of multiprocessors. The interpreter reports 3, so that it splits vocabularies too."""
     if device.type != "cuda":
         return "interpreter", 3
     properties = torch.cuda.get_device_properties(device)
@@ -263,7 +246,7 @@ def device_limits(device: torch.device) -> tuple[str, int]:
 
 
 def _describable(matrix: Tensor) -> bool:
-    """Tensor descriptors want 16-byte aligned rows."""
+    """Whether a tensor descriptor can describe the matrix: its rows must be aligned to 16 bytes."""
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0
 
 

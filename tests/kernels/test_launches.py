@@ -33,6 +33,7 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 from xprobe_kernels import Unembedding, triton_attention, triton_capture, triton_lens, triton_rows, workspace
 from xprobe_kernels.attention import Blocks, Reach
+from xprobe_kernels.request import LensRequest
 
 found = []
 
@@ -61,8 +62,8 @@ for dtype, width, vocabulary, lookups, options in (
     head = Unembedding(torch.randn(vocabulary, width).to(dtype), **options)
     for rows in (1, 37):
         hidden, lookup = torch.randn(rows, width).to(dtype), torch.zeros(rows, lookups, dtype=torch.int64)
-        triton_lens.readout(hidden, head, lookup, 5, None, 1 << 28, "ieee")
-        workspace.readout(hidden, head, lookup, 0, None, 1 << 20, "ieee")
+        triton_lens.readout(LensRequest(hidden, head, lookup, top_k=5))
+        workspace.readout(LensRequest(hidden, head, lookup, workspace_bytes=1 << 20))
     hidden, spans = torch.randn(2, 9, width).to(dtype), torch.tensor([[0, 1, 2], [1, 2, 7]])
     triton_capture.capture_rows(hidden, spans, torch.empty(2, width, dtype=dtype), head)
     triton_capture.capture_rows(hidden, spans, torch.empty(2, width, dtype=dtype), None)
@@ -70,13 +71,13 @@ for dtype, width, vocabulary, lookups, options in (
         query = torch.randn(tokens, heads, 64).to(dtype).transpose(0, 1)
         key = torch.randn(max(1, heads // 2), tokens, 64).to(dtype)
         blocks = Blocks.choose(dtype.itemsize, 64)
-        reach = Reach.of(np.full(tokens, tokens), np.arange(tokens), blocks, cpu)
+        reach = Reach.from_tree(np.full(tokens, tokens), np.arange(tokens), blocks, cpu)
         triton_attention.attend(query, key, key, reach, 0.1, None, None, None)
         triton_attention.attend(query, key, key, reach, 0.1, 7, 3.0, torch.zeros(heads))
 
 kinds = len(found)
 for tokens in range(64, 73):  # reaches of any length: nothing new to be compiled
-    reach = Reach.of(np.arange(1, tokens + 1), np.zeros(tokens, dtype=int), Blocks.choose(4, 64), cpu)
+    reach = Reach.from_tree(np.arange(1, tokens + 1), np.zeros(tokens, dtype=int), Blocks.choose(4, 64), cpu)
     assert all(part.data_ptr() % 16 == 0 for part in (reach.until, reach.positions, reach.bounds, reach.visits))
 json.dump(found[:kinds], sys.stdout)
 """

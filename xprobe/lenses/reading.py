@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from xprobe_kernels import Unembedding, lens
-from xprobe_kernels.transfer import Arrival
+from xprobe_kernels.transfer import HostCopy
 
 from xprobe.capture.memory import is_out_of_memory, release_memory
 from xprobe.capture.rows import Captured
@@ -43,7 +43,7 @@ class AnswerReadout:
 class Reading:
     """Lens values on their way to main memory: made by ``start_reading``, there when ``values`` returns."""
 
-    def __init__(self, parts: list[Arrival], layers: int) -> None:
+    def __init__(self, parts: list[HostCopy], layers: int) -> None:
         self._parts, self._layers = parts, layers
 
     def values(self) -> AnswerReadout:
@@ -70,7 +70,7 @@ def start_reading(captured: Captured, head: Unembedding, backend: str = "auto") 
     """
     layers, positions, width = captured.answers.shape
     step = max(1, ROW_BYTES // (layers * width * 4))
-    parts: list[Arrival] = []
+    parts: list[HostCopy] = []
     at = 0
     while at < positions:
         try:
@@ -85,7 +85,7 @@ def start_reading(captured: Captured, head: Unembedding, backend: str = "auto") 
     return Reading(parts, layers)
 
 
-def _start(captured: Captured, some: slice, head: Unembedding, backend: str) -> Arrival:
+def _start(captured: Captured, some: slice, head: Unembedding, backend: str) -> HostCopy:
     device = head.weight.device
     rows = captured.answers[:, some].to(device)  # rows of a streamed model are in a file
     layers, positions, width = rows.shape
@@ -100,4 +100,4 @@ def _start(captured: Captured, some: slice, head: Unembedding, backend: str) -> 
     )
     assert values.kl is not None  # final_rows was given
     found = {"logit": values.logits[:, 0], "logsumexp": values.logsumexp, "rank": values.rank[:, 0]}
-    return Arrival(found | {"entropy": values.entropy, "kl": values.kl})
+    return HostCopy(found | {"entropy": values.entropy, "kl": values.kl})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from xprobe_kernels.transfer import Arrival
+from xprobe_kernels.transfer import HostCopy
 
 from xprobe.lenses.reading import FIELDS, AnswerReadout, start_reading
 from xprobe.phases.signals import example_signals
@@ -43,7 +43,7 @@ class Leaving:
         rows = {"targets": captured.targets}
         if store_rows:
             rows |= {"prompt_end": captured.prompt_ends, "question_mean": captured.questions}
-        self._rows = Arrival(rows)
+        self._rows = HostCopy(rows)
 
     def wait(self) -> tuple[AnswerReadout, dict[str, Tensor]]:
         """Lens values of all positions, and the gold tokens ``targets`` [P] and rows [L + 1, N, D] beside them.

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from xprobe_kernels.bench.baselines import Reading, Task, naive_logits, naive_rows
-from xprobe_kernels.unembedding import Unembedding
+from xprobe_kernels.reference import logits as exact_logits
 
 SAMPLE = 16
-VOCABULARY_PART = 16384
 TIMES_NAIVE = 2.0  # a variant may be this many times as far from fp64 as the naive lens in the model's dtype ...
 SLACK = 5e-5  # ... plus this many nats (fp32 sums over a vocabulary in another order)
 
@@ -89,16 +88,6 @@ def truth(task: Task, sample: int = SAMPLE) -> Truth:
     bounds = {name: TIMES_NAIVE * errors[name] + SLACK for name in measured}
     bounds["top_logit"] += 2 * bounds["logit"]
     return Truth(index, logits, final, lookup, bounds)
-
-
-def exact_logits(hidden: Tensor, head: Unembedding) -> Tensor:
-    """All logits in fp64, the weight converted part by part."""
-    normed = head.normalize(hidden.double())
-    parts = [
-        head.bias_and_scale(normed @ part.double().T, slice(number * VOCABULARY_PART, (number + 1) * VOCABULARY_PART))
-        for number, part in enumerate(head.weight.split(VOCABULARY_PART))
-    ]
-    return head.cap(torch.cat(parts, -1))
 
 
 def _largest(difference: Tensor) -> float:

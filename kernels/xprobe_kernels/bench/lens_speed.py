@@ -18,7 +18,7 @@ from xprobe_kernels.bench.shapes import Work
 
 COPY, SQUARE = "large copy", "large square product"
 WRONG, FAILED, OK, SKIPPED = "wrong", "failed", "ok", "skipped"
-CACHES = 4  # the inputs that take turns are this many times the size of the GPU's cache
+CACHES = 4  # all copies of the inputs together are this many times as large as the GPU's cache
 CPU_MEMORY = 6 << 30  # a naive variant takes its rows in chunks rather than hold more than this
 
 
@@ -62,7 +62,7 @@ def compare(
         "variants": [],
     }
     try:
-        tasks = _tasks(work, device, dtype, kl)
+        tasks = make_tasks(work, device, dtype, kl=kl)
         judge = truth(tasks[0])
     except (RuntimeError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
         return report | {"message": f"inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
@@ -109,8 +109,8 @@ def compare(
     return report
 
 
-def _tasks(work: Work, device: torch.device, dtype: torch.dtype, kl: bool) -> list[Task]:
-    """Equal inputs, on a GPU so many that a call never finds its own in the cache."""
+def make_tasks(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool = False) -> list[Task]:
+    """Copies of the same inputs, which calls use in turns. On a GPU there are so many that no call finds its own cached."""
     tasks = [baselines.make(work, device, dtype, kl=kl)]
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)

@@ -13,7 +13,7 @@ from support.families import save_tiny_model, tiny_model
 from support.pretended_gpu import GPU, RUBBISH, pretended_gpu, to_gpu
 from support.prompts import family_of_prompts
 from xprobe_kernels import lens
-from xprobe_kernels.transfer import Arrival, upload
+from xprobe_kernels.transfer import HostCopy, upload
 
 from xprobe.capture.engine import Engine
 from xprobe.capture.layerwise import LayerwiseEngine
@@ -48,7 +48,7 @@ def test_the_pretended_gpu_notices_who_waits(monkeypatch) -> None:
             assert len(gpu.waits) > number, number
             del gpu.waits[number + 1 :]
         gpu.waits.clear()
-        arrival = Arrival({"x": there * 2})
+        arrival = HostCopy({"x": there * 2})
         assert (arrival._tensors["x"] == RUBBISH).all()
         assert not gpu.waits
         assert arrival.wait()["x"].tolist() == [0, 2, 4, 6, 8, 10]
