@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
 from xprobe_kernels.request import LensRequest
-from xprobe_kernels.triton_fold import fold, scaled, start, store
+from xprobe_kernels.triton_fold import Lookups, fold, scaled, start, store
 from xprobe_kernels.triton_rows import Partials, Prepared, dense, finish, prepare
 
 
@@ -60,16 +60,9 @@ def fold_tile(
     z,  # [BM, BN] product
     tile,
     rows,
-    peak,
-    total,
-    moment,
-    above,
-    top,
-    top_ids,
-    tokens_ptr,
-    thresholds_ptr,
-    bias_ptr,
+    state,
     lookups,
+    bias_ptr,
     vocabulary,
     scale,
     cap,
@@ -81,23 +74,17 @@ def fold_tile(
     BN: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """Reads a tile, whole or in two halves of its columns: half of the registers then do."""
+    """Reads a tile. HALVES == 2: the left half of its columns, then the right one, with half of the registers."""
     columns = tile * BN + tl.arange(0, BN // HALVES)
     if HALVES == 2:
         z, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
     z = scaled(z, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-    peak, total, moment, above, top, top_ids = fold(
-        z, columns, rows, peak, total, moment, above, top, top_ids,
-        tokens_ptr, thresholds_ptr, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K,
-    )  # fmt: skip
+    state = fold(z, columns, rows, state, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K)
     if HALVES == 2:
         columns += BN // 2
         z = scaled(right, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-        peak, total, moment, above, top, top_ids = fold(
-            z, columns, rows, peak, total, moment, above, top, top_ids,
-            tokens_ptr, thresholds_ptr, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K,
-        )  # fmt: skip
-    return peak, total, moment, above, top, top_ids
+        state = fold(z, columns, rows, state, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K)
+    return state
 
 
 @triton.jit(do_not_specialize=["count", "splits", "group"])
@@ -147,7 +134,8 @@ def lens_kernel(
 
     offsets = row_tile * BM + tl.arange(0, BM)
     rows = tl.minimum(offsets, count - 1).to(tl.int64)
-    peak, total, moment, above, top, top_ids = start(vocabulary, BM, LOOKUPS, K, PLACES)
+    lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
+    state = start(vocabulary, BM, LOOKUPS, K, PLACES)
     if FLAT:  # one loop over tiles and steps: loads of the next tile run while this one is folded
         steps = tl.cdiv(width, BK)
         z = tl.zeros([BM, BN], tl.float32)
@@ -160,9 +148,8 @@ def lens_kernel(
             )  # fmt: skip
             z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
             if at + BK >= width:
-                peak, total, moment, above, top, top_ids = fold_tile(
-                    z, tile, rows, peak, total, moment, above, top, top_ids,
-                    tokens_ptr, thresholds_ptr, bias_ptr, lookups, vocabulary, scale, cap,
+                state = fold_tile(
+                    z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
                     HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
                 )  # fmt: skip
                 z = tl.zeros([BM, BN], tl.float32)
@@ -175,14 +162,13 @@ def lens_kernel(
                     EVEN, BM, BN, BK, DESCRIPTORS,
                 )  # fmt: skip
                 z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
-            peak, total, moment, above, top, top_ids = fold_tile(
-                z, tile, rows, peak, total, moment, above, top, top_ids,
-                tokens_ptr, thresholds_ptr, bias_ptr, lookups, vocabulary, scale, cap,
+            state = fold_tile(
+                z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
                 HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
             )  # fmt: skip
     store(
-        peak, total, moment, above, top, top_ids, offsets.to(tl.int64), count, part, lookups,
-        sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES,
+        state, offsets.to(tl.int64), count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K,
+        PLACES,
     )  # fmt: skip
 
 

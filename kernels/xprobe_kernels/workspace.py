@@ -14,7 +14,7 @@ import triton.language as tl
 
 from xprobe_kernels.precision import matmul_precision, product
 from xprobe_kernels.request import LensRequest
-from xprobe_kernels.triton_fold import fold, scaled, start, store
+from xprobe_kernels.triton_fold import Lookups, fold, scaled, start, store
 from xprobe_kernels.triton_rows import Partials, dense, finish, prepare
 
 
@@ -48,21 +48,16 @@ def row_kernel(
     """Reads one row of products once, front to back."""
     row = tl.program_id(0).to(tl.int64)
     rows = (first_row + row + tl.arange(0, 1)).to(tl.int64)
-    peak, total, moment, above, top, top_ids = start(vocabulary, 1, LOOKUPS, K, PLACES)
+    lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
+    state = start(vocabulary, 1, LOOKUPS, K, PLACES)
     end = first_token + tokens
     for offset in range(0, tokens, BN):
         columns = first_token + offset + tl.arange(0, BN)
         inside = columns < end
         z = tl.load(products_ptr + row * stride + offset + tl.arange(0, BN), mask=inside, other=0.0)
         z = scaled(z[None, :], columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-        peak, total, moment, above, top, top_ids = fold(
-            z, columns, rows, peak, total, moment, above, top, top_ids,
-            tokens_ptr, thresholds_ptr, lookups, end, cap, HAS_CAP, LOOKUPS, K,
-        )  # fmt: skip
-    store(
-        peak, total, moment, above, top, top_ids, rows, count, part, lookups,
-        sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES,
-    )  # fmt: skip
+        state = fold(z, columns, rows, state, lookups_of_rows, end, cap, HAS_CAP, LOOKUPS, K)
+    store(state, rows, count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES)
 
 
 def readout(request: LensRequest) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def compare(
 
 
 def make_tasks(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool = False) -> list[Task]:
-    """Copies of the same inputs, which calls use in turns. On a GPU there are so many that no call finds its own cached."""
+    """Copies of one input that calls use in turns; on a GPU so many that no call finds its own in the cache."""
     tasks = [baselines.make(work, device, dtype, kl=kl)]
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
