@@ -150,7 +150,9 @@ class Steps:
         yield Part([*command, sys.executable, "-c", ONE_LAUNCH], self.out / "profile.txt")
 
     def aot(self, limit: float, result: Result) -> Iterator[Part]:
-        found = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        from xprobe_kernels.bench.environment import program_output
+
+        found = program_output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         target = f"sm_{found.splitlines()[0].strip().replace('.', '')}" if found else "gfx942"
         yield Part([sys.executable, "-m", "xprobe_kernels.aot", "--targets", target], self.log)
 
@@ -295,14 +297,14 @@ def add_run(file: Path, out: Path) -> str | None:
 
 def write_environment(out: Path, commit: str | None) -> None:
     import torch
-    from xprobe_kernels.bench.environment import environment
+    from xprobe_kernels.bench.environment import environment, program_output
 
     found = environment(torch.device("cuda"))
     properties = torch.cuda.get_device_properties(0)
     names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
     found["properties"] = {name: getattr(properties, name, None) for name in names}
     found["shared_memory_per_program"] = getattr(properties, "shared_memory_per_block_optin", None)
-    found["nvidia_smi"] = output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv")
+    found["nvidia_smi"] = program_output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv")
     found["commit"] = found["commit"] or commit
     found["tools"] = {name: found_tool(name) for name in ("compute-sanitizer", "ncu", "nvcc", "gcc")}
     write(out / "environment.json", found)
@@ -318,14 +320,6 @@ def write(path: Path, content: Any) -> None:
 def found_tool(name: str) -> str | None:
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(name) or shutil.which(name, path=f"{cuda}/bin:/opt/nvidia/nsight-compute")
-
-
-def output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def run_all(steps: Any, names: list[str], seconds: float, out: Path, command: list[str]) -> list[Result]:

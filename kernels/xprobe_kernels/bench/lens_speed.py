@@ -1,4 +1,4 @@
-"""The lens beside its rivals on one piece of work."""
+"""Compares the lens backends with their rivals on one shape."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from xprobe_kernels.bench.shapes import Work
 COPY, SQUARE = "large copy", "large square product"
 WRONG, FAILED, OK, SKIPPED = "wrong", "failed", "ok", "skipped"
 CACHES = 4  # all copies of the inputs together are this many times as large as the GPU's cache
-CPU_MEMORY = 6 << 30  # a naive variant takes its rows in chunks rather than hold more than this
+CPU_MEMORY = 6 << 30  # bytes that a naive variant may use on a CPU; beyond them it takes its rows in chunks
 
 
 class WrongError(ArithmeticError):
-    """An answer is farther from the truth than the bound."""
+    """The error of a result is above its bound."""
 
 
 def compare(
@@ -37,9 +37,9 @@ def compare(
     kl: bool = False,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Every variant's figures on ``work``; a variant that fails or is wrong says so and stops no other.
+    """Figures of every variant on ``work``. A variant that fails or is wrong is reported, and the others go on.
 
-    ``quick`` leaves torch.compile out and measures the ceilings on little.
+    ``quick`` leaves out torch.compile and measures the ceilings with small tensors.
     """
     tick = clock(device)
     report: dict[str, Any] = {
@@ -103,7 +103,7 @@ def compare(
     del tasks, calls, checks, judge, found, run
     gc.collect()
     if not quick:
-        torch.compiler.reset()  # every work compiles anew, for its own shape
+        torch.compiler.reset()  # each shape compiles its own code
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return report
@@ -126,7 +126,7 @@ def _turning(call: Callable[[Task], Any], tasks: list[Task]) -> Call:
 def _check(
     variant: Variant, judge: Truth, errors: dict[str, dict[str, float]], wrong: set[str]
 ) -> Callable[[Any], None]:
-    """Notes the errors of a result; one that is out of bounds goes among the wrong and fails its variant."""
+    """A check that stores the errors of a result. If one is above its bound, the variant is wrong and fails."""
 
     def check(result: Any) -> None:
         assert variant.read is not None
@@ -141,13 +141,13 @@ def _check(
 
 @dataclass(frozen=True)
 class Large:
-    """What shows the machine's own speed: a square product of this side, a copy of this many bytes."""
+    """Two measurements of the machine's own speed: a square product of ``side``, and a copy of ``size`` bytes."""
 
     side: int
     size: int
 
     def calls(self, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
-        """To be measured by turns with the rest."""
+        """Calls to measure in turn with the variants."""
         square = torch.randn(self.side, self.side, device=device).to(dtype)
         out = torch.empty_like(square)
         source = torch.ones(self.size, dtype=torch.uint8, device=device)
