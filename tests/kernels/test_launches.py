@@ -1,7 +1,7 @@
-"""Every kernel is specialised and compiled as a real launch would, for a GPU that is not there.
+"""Every kernel is specialised and compiled as in a real launch, on a machine without a GPU.
 
-The interpreter takes no notice of what a launch does before the kernel runs: which arguments are compiled in, what is
-aligned, whether globals that a kernel uses are what they were.
+The interpreter skips what a launch does before the kernel runs: it compiles some arguments in, looks at alignment, and
+checks that the globals of the kernel have not changed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 20.0  # seconds for one kernel: one that takes longer has gone wrong in the compiler
 
 SCRIPT = """
-import json, sys, time
+import json, sys
 import numpy as np
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -41,9 +40,8 @@ class Compiled:
     def __init__(self, kernel): self.kernel = kernel
     def __getitem__(self, grid):
         def launch(*args, **options):
-            started = time.perf_counter()
             self.kernel.warmup(*args, grid=grid, **options)
-            found.append((self.kernel.fn.__name__, time.perf_counter() - started))
+            found.append(self.kernel.fn.__name__)
         return launch
 
 for module, name in (
@@ -76,15 +74,15 @@ for dtype, width, vocabulary, lookups, options in (
         triton_attention.attend(query, key, key, reach, 0.1, 7, 3.0, torch.zeros(heads))
 
 kinds = len(found)
-for tokens in range(64, 73):  # reaches of any length: nothing new to be compiled
+for tokens in range(64, 73):  # a tree of any length: nothing new is compiled
     reach = Reach.from_tree(np.arange(1, tokens + 1), np.zeros(tokens, dtype=int), Blocks.choose(4, 64), cpu)
     assert all(part.data_ptr() % 16 == 0 for part in (reach.until, reach.positions, reach.bounds, reach.visits))
 json.dump(found[:kinds], sys.stdout)
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: every other test launches the kernels on it")
-def test_every_kernel_passes_what_a_launch_checks_and_compiles_in_time(tmp_path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU every other test launches the kernels on it")
+def test_every_kernel_passes_what_a_launch_checks_and_compiles(tmp_path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
@@ -95,7 +93,6 @@ def test_every_kernel_passes_what_a_launch_checks_and_compiles_in_time(tmp_path)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert {name for name, _ in found} == {
+    assert set(found) == {
         *("lens_kernel", "prepare_kernel", "merge_kernel", "row_kernel", "capture_kernel", "tree_attention_kernel")
     }
-    assert max(seconds for _, seconds in found) < LIMIT, sorted(found, key=lambda each: -each[1])[:3]

@@ -1,4 +1,4 @@
-"""The Triton kernels' own ways: tiles, parts and their merge, addresses, buffers, launch choices."""
+"""What only the Triton kernels have: tiles, splits and their merge, addresses, buffers, launch configurations."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def assert_right(case: Case, readout: Readout) -> None:
 # -- tiles and parts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 60, 300])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 60, 70])  # the last ones are more than there are tiles
 def test_any_number_of_parts_merges_to_the_same_readout(splits) -> None:
     case = random_case(torch.float32, 19, 33, 700, bias=True, lookups=3, top_k=7)
     assert_right(case, launched(case, SMALL, splits))
