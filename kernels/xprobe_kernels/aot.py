@@ -277,8 +277,8 @@ def _amd(built: Any) -> dict[str, Any]:
     code = built.asm["amdgcn"]
 
     def number(name: str) -> int | None:
-        found = re.search(rf"\.{name}:\s*(\d+)", code)
-        return int(found.group(1)) if found else None
+        match = re.search(rf"\.{name}:\s*(\d+)", code)
+        return int(match.group(1)) if match else None
 
     return {
         "registers": number("vgpr_count"),

@@ -121,13 +121,13 @@ def limits_of(architecture: str) -> Architecture:
 
 def _older(architecture: str) -> list[str]:
     """Known architectures of the same kind that are not newer, newest first."""
-    found = re.fullmatch(r"(sm_|gfx)([0-9a-f]+)", architecture)
-    if not found:
+    match = re.fullmatch(r"(sm_|gfx)([0-9a-f]+)", architecture)
+    if not match:
         return [architecture] if architecture in ARCHITECTURES else []
-    kind, base = found.group(1), 10 if found.group(1) == "sm_" else 16
+    kind, base = match.group(1), 10 if match.group(1) == "sm_" else 16
     known = [name for name in ARCHITECTURES if name.startswith(kind)]
     ages = {name: int(name.removeprefix(kind), base) for name in known}
-    own = int(found.group(2), base)
+    own = int(match.group(2), base)
     return sorted((name for name in known if ages[name] <= own), key=lambda name: -ages[name])
 
 
@@ -167,11 +167,11 @@ def candidates(architecture: str, itemsize: int) -> list[Config]:
     options = [{}, {"flat": True}]
     if limits.descriptors:
         options = [{"descriptors": True}, {"descriptors": True, "flat": True}, *options]
-    found = []
+    configs = []
     for loading in options:
         for m, n, warps, resident, halves in shapes:
             for block_k, stages in ((64, 4), (64, 3), (32, 4), (128, 3), (128, 2)):
                 config = Config(m, n, block_k, warps, stages, resident, halves, **loading)
                 if config.fits(limits, itemsize):
-                    found.append(config)
-    return found
+                    configs.append(config)
+    return configs

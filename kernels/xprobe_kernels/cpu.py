@@ -72,7 +72,7 @@ class _Divergence:
     """KL(final || row) for R rows. Carries the sum over v of e^(z_final - m_final) * (z_row - m_row)."""
 
     def __init__(self, final_rows: Tensor, tile: int, dtype: torch.dtype) -> None:
-        self.rows, self.of = torch.unique(final_rows, return_inverse=True)
+        self.rows, self.final_of = torch.unique(final_rows, return_inverse=True)
         self.sums = _Sums(self.rows.numel(), final_rows.device)
         self.cross = torch.zeros(final_rows.shape[0], dtype=torch.float64, device=final_rows.device)
         self.rescale = torch.zeros_like(self.sums.exp)  # factor by which the current tile rescaled the sums
@@ -85,8 +85,8 @@ class _Divergence:
 
     def result(self, sums: _Sums) -> Tensor:
         own = self.sums.exp_z / self.sums.exp - self.sums.exp.log()
-        cross = self.cross / self.sums.exp[self.of] - sums.exp.log()
-        return (own[self.of] - cross).clamp(min=0)
+        cross = self.cross / self.sums.exp[self.final_of] - sums.exp.log()
+        return (own[self.final_of] - cross).clamp(min=0)
 
 
 @dataclass
@@ -120,9 +120,9 @@ class _EagerPass(_Carried):
             _merge_top(z, tokens.start, self.top_logits[part], self.top_ids[part])
         tile, other = self.sums.add(part, self.head.cap(z)), self.divergence
         if other is not None:
-            of = other.of[part]
-            carried = other.cross[part] + tile.move * other.before[of]
-            other.cross[part] = other.rescale[of] * carried + _weighted_sum(other.weights[of], tile.shifted)
+            final = other.final_of[part]
+            carried = other.cross[part] + tile.move * other.before[final]
+            other.cross[part] = other.rescale[final] * carried + _weighted_sum(other.weights[final], tile.shifted)
 
 
 class _CompiledPass(_Carried):
@@ -136,7 +136,7 @@ class _CompiledPass(_Carried):
         fields = {name: getattr(self, name)[part] for name in ("lookup", "threshold", "above", "top_logits", "top_ids")}
         other = self.divergence
         if other is not None:
-            fields |= {"final_of": other.of[part], "final_weights": other.weights, "final_rescale": other.rescale}
+            fields |= {"final_of": other.final_of[part], "final_weights": other.weights, "final_rescale": other.rescale}
             fields |= {"final_before": other.before, "cross": other.cross[part]}
         k, lookups = self.top_ids.shape[1], self.lookup.shape[1]
         self._run(part, z, tokens, self.sums, start=tokens.start, lookups=lookups, top_k=k, **fields)

@@ -94,10 +94,10 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
     "triton" and "workspace" need a GPU. With ``TRITON_INTERPRET=1`` they also run on a CPU, slowly.
     """
     device = torch.device(device)
-    found = [name for name, (_, kinds) in BACKENDS.items() if device.type in kinds and name not in KERNELS]
+    names = [name for name, (_, kinds) in BACKENDS.items() if device.type in kinds and name not in KERNELS]
     if not kernels_run_on(device):
-        return found
-    return [*found, *KERNELS] if device.type == "cpu" else [*KERNELS, *found]
+        return names
+    return [*names, *KERNELS] if device.type == "cpu" else [*KERNELS, *names]
 
 
 def lens(

@@ -116,12 +116,12 @@ def fold(
         worst = tl.min(top, 1)
         # ids rise from tile to tile, so a later token takes a place only with a strictly larger logit
         while tl.max((best > worst).to(tl.int32), 0) > 0:
-            found = tl.min(tl.where(left == best[:, None], columns[None, :], NO_ID), 1)
+            winner = tl.min(tl.where(left == best[:, None], columns[None, :], NO_ID), 1)
             out = tl.max(tl.where(top == worst[:, None], top_ids, -1), 1)
             place = (top_ids == out[:, None]) & (best > worst)[:, None]
             top = tl.where(place, best[:, None], top)
-            top_ids = tl.where(place, found[:, None], top_ids)
-            left = tl.where(columns[None, :] == found[:, None], -INFINITY, left)
+            top_ids = tl.where(place, winner[:, None], top_ids)
+            left = tl.where(columns[None, :] == winner[:, None], -INFINITY, left)
             best = tl.max(left, 1)
             worst = tl.min(top, 1)
     return State(highest, total, moment, above, top, top_ids)

@@ -29,7 +29,7 @@ def operands(
     rows,  # [BM] int64, inside R
     row_tile,
     tile,
-    at,  # where along the width
+    column,  # first column of the width
     vocabulary,
     width,
     EVEN: tl.constexpr,
@@ -40,10 +40,10 @@ def operands(
 ):
     """The next blocks [BM, BK] and [BN, BK] of the product."""
     if DESCRIPTORS:
-        a = normed.load([row_tile * BM, at])
-        b = weight.load([tile * BN, at])
+        a = normed.load([row_tile * BM, column])
+        b = weight.load([tile * BN, column])
     else:
-        k = at + tl.arange(0, BK)
+        k = column + tl.arange(0, BK)
         tokens = tl.minimum(tile * BN + tl.arange(0, BN), vocabulary - 1).to(tl.int64)
         left = normed + rows[:, None] * width + k[None, :]
         right = weight + tokens[:, None] * weight_stride + k[None, :]
@@ -141,13 +141,13 @@ def lens_kernel(
         z = tl.zeros([BM, BN], tl.float32)
         for i in range((last - first) * steps):
             tile = first + i // steps
-            at = i % steps * BK
+            column = i % steps * BK
             a, b = operands(
-                normed, weight, weight_stride, rows, row_tile, tile, at, vocabulary, width,
+                normed, weight, weight_stride, rows, row_tile, tile, column, vocabulary, width,
                 EVEN, BM, BN, BK, DESCRIPTORS,
             )  # fmt: skip
             z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
-            if at + BK >= width:
+            if column + BK >= width:
                 state = fold_tile(
                     z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
                     HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
@@ -156,9 +156,9 @@ def lens_kernel(
     else:
         for tile in range(first, last):
             z = tl.zeros([BM, BN], tl.float32)
-            for at in range(0, width, BK):
+            for column in range(0, width, BK):
                 a, b = operands(
-                    normed, weight, weight_stride, rows, row_tile, tile, at, vocabulary, width,
+                    normed, weight, weight_stride, rows, row_tile, tile, column, vocabulary, width,
                     EVEN, BM, BN, BK, DESCRIPTORS,
                 )  # fmt: skip
                 z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)

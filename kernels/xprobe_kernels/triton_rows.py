@@ -167,13 +167,13 @@ def merge_kernel(
         ids = tl.load(top_ids_ptr + place, mask=held, other=NO_ID)
         for k in range(K):
             best = tl.max(values, 0)
-            found = tl.min(tl.where(values == best, ids, NO_ID), 0)
-            values = tl.where(ids == found, -INFINITY, values)
+            winner = tl.min(tl.where(values == best, ids, NO_ID), 0)
+            values = tl.where(ids == winner, -INFINITY, values)
             shown = tl.where(best == LOWEST, -INFINITY, best)
             if HAS_CAP:
                 shown = softcapped(shown, cap)
             tl.store(out_ptr + r * K + k, tl.where(finite, shown, float("nan")))
-            tl.store(out_ids_ptr + r * K + k, tl.where(finite, found, -1).to(tl.int64))
+            tl.store(out_ids_ptr + r * K + k, tl.where(finite, winner, -1).to(tl.int64))
 
 
 @dataclass(frozen=True, eq=False)

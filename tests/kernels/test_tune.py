@@ -233,6 +233,23 @@ def test_without_a_gpu_each_says_so_in_one_line(script, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_candidates_are_compiled_with_the_arguments_of_a_launch(monkeypatch) -> None:
+    from xprobe_kernels import triton_lens
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tune_card = pytest.importorskip("tune_card")
+    kernel, compiled = triton_lens.lens_kernel, []
+
+    class Kernel:
+        def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> None:
+            compiled.append([*kernel.arg_names[: len(args)], *(name for name in options if name in kernel.arg_names)])
+
+    monkeypatch.setattr(triton_lens, "lens_kernel", Kernel())
+    trial = Trial(Config(16, 64, 16, 4, 2))
+    assert tune_card.compile_only(trial, (19, 32, 700), torch.float32, "cpu") >= 0
+    assert [sorted(names) for names in compiled] == [sorted(kernel.arg_names)]
+
+
 class FakeSteps:
     """Steps of small Python programs."""
 
@@ -334,7 +351,7 @@ def test_tests_count_only_if_they_ran_the_kernels(tmp_path, names, inner, expect
     details: dict = {}
     assert gpu.read_tests(tmp_path / "tests.xml", details) == expected
     assert details["failures"] == (["t::a[triton]: off by 1"] if "failure" in inner else [])
-    assert gpu.read_tests(tmp_path / "none.xml", {}) == "the tests did not come to their end"
+    assert gpu.read_tests(tmp_path / "none.xml", {}) == "the tests did not finish"
 
 
 def test_long_logs_keep_their_beginning_and_their_end(tmp_path, monkeypatch) -> None:

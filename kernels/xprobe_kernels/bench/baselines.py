@@ -202,13 +202,13 @@ def variants(
     def same(reading: Reading) -> Reading:
         return reading
 
-    found = [Variant("naive fp32", NAIVE, naive(rows, fp32=True), same, rows)]
+    listed = [Variant("naive fp32", NAIVE, naive(rows, fp32=True), same, rows)]
     if dtype != torch.float32:
-        found.append(Variant(f"naive {short}", NAIVE, naive(rows, fp32=False), same, rows))
-    found.append(
+        listed.append(Variant(f"naive {short}", NAIVE, naive(rows, fp32=False), same, rows))
+    listed.append(
         Variant(f"compiled naive {short}", COMPILED, naive(rows, fp32=False, rows_function=compiled), same, rows)
     )
     if device == "cpu" and dtype != torch.float32:
-        found.append(Variant("bare product fp32", PRODUCT, product(product32_rows, fp32=True), None, product32_rows))
-    found.append(Variant(f"bare product {short}", PRODUCT, product(product_rows, fp32=False), None, product_rows))
-    return found + [Variant(f"lens {name}", BACKEND, backend(name), read_lens) for name in backends]
+        listed.append(Variant("bare product fp32", PRODUCT, product(product32_rows, fp32=True), None, product32_rows))
+    listed.append(Variant(f"bare product {short}", PRODUCT, product(product_rows, fp32=False), None, product_rows))
+    return listed + [Variant(f"lens {name}", BACKEND, backend(name), read_lens) for name in backends]

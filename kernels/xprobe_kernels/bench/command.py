@@ -170,9 +170,9 @@ def measured_backends(device: torch.device) -> list[str]:
     The reference is left out everywhere. The kernels are measured on a GPU only, since the interpreter's speed says
     nothing. The CPU backends are measured on a GPU only if there are no kernels.
     """
-    found = [name for name in readout.available_backends(device) if name != "reference"]
-    kernels = [name for name in found if name in readout.KERNELS and device.type != "cpu"]
-    return kernels or [name for name in found if name not in readout.KERNELS]
+    names = [name for name in readout.available_backends(device) if name != "reference"]
+    kernels = [name for name in names if name in readout.KERNELS and device.type != "cpu"]
+    return kernels or [name for name in names if name not in readout.KERNELS]
 
 
 def _one_of(name: str, value: str, expected: tuple[str, ...]) -> None:

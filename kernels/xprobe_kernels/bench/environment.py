@@ -56,8 +56,8 @@ def processor() -> str:
 
 
 def _driver() -> str | None:
-    found = program_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
+    printed = program_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return printed.splitlines()[0].strip() if printed else None
 
 
 def _version(package: str) -> str | None:

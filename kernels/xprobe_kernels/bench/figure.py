@@ -54,8 +54,8 @@ def roofline(result: dict[str, Any], target: str) -> None:
     intensity = [part["operations"] / part["least_bytes"] for part in parts]
     for name in names:
         points = [
-            (at, entry["operations_per_second"] / scale)
-            for at, part in zip(intensity, parts, strict=True)
+            (x, entry["operations_per_second"] / scale)
+            for x, part in zip(intensity, parts, strict=True)
             for entry in part["variants"]
             if entry["name"] == name and entry["status"] == "ok"
         ]
@@ -72,7 +72,7 @@ def roofline(result: dict[str, Any], target: str) -> None:
     left, right = min(intensity) / 3, max(*intensity, peak / bandwidth) * 3
     ridge = peak / bandwidth
     roof = [left, ridge, right]
-    axes.plot(roof, [min(at * bandwidth, peak) / scale for at in roof], color="#333333", linewidth=1.4, zorder=2)
+    axes.plot(roof, [min(x * bandwidth, peak) / scale for x in roof], color="#333333", linewidth=1.4, zorder=2)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     axes.set_ylim(lowest / 1.6, peak / scale * (1.6 * peak / scale / lowest) ** ROOM)
     text = f"matrix product: {_digits(peak / scale)} {unit}"
@@ -126,10 +126,10 @@ def _label_shapes(axes: Any, parts: list[dict[str, Any]], intensity: list[float]
     left, right = axes.get_xlim()
     step = LINE / axes.get_window_extent().width * axes.figure.dpi * log10(right / left)
     order = sorted(range(len(parts)), key=intensity.__getitem__)
-    for at, place in zip(order, spread([log10(intensity[at]) for at in order], step), strict=True):
-        column = intensity[at]
+    for index, place in zip(order, spread([log10(intensity[i]) for i in order], step), strict=True):
+        column = intensity[index]
         axes.plot([column, column], [bottom, roof], color="#bbbbbb", linewidth=0.7, linestyle=":", zorder=1)
-        name = f"{parts[at]['model']}, {parts[at]['regime']} rows"
+        name = f"{parts[index]['model']}, {parts[index]['regime']} rows"
         axes.annotate(
             name, (column, roof), (10**place, roof * (top / roof) ** 0.2),
             rotation=90, ha="center", va="bottom", fontsize=8, color="#444444",

@@ -67,11 +67,11 @@ def compare(
     except (RuntimeError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
         return report | {"message": f"inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     free = tick.free() * 0.8
-    found = baselines.variants(
+    variants = baselines.variants(
         work, dtype, backends, min(free, CPU_MEMORY) if device.type == "cpu" else free, kl=kl, device=device.type
     )
-    skipped = [variant for variant in found if quick and variant.kind == COMPILED]
-    run = [variant for variant in found if variant not in skipped]
+    skipped = [variant for variant in variants if quick and variant.kind == COMPILED]
+    run = [variant for variant in variants if variant not in skipped]
     errors: dict[str, dict[str, float]] = {}
     wrong: set[str] = set()
     checks = {variant.name: _check(variant, judge, errors, wrong) for variant in run if variant.read is not None}
@@ -81,7 +81,7 @@ def compare(
     short = baselines.DTYPES[report["dtype"]]
     naive, product = _median(samples["naive fp32"]), _median(samples[f"bare product {short}"])
     ceilings = large.ceilings(samples, work, product)
-    for variant in found:
+    for variant in variants:
         sample = samples.get(variant.name, Sample())
         entry: dict[str, Any] = {
             "name": variant.name,
@@ -100,7 +100,7 @@ def compare(
         report["variants"].append(entry)
     report |= {"copies_of_inputs": len(tasks), "bounds": judge.bounds, "sampled_rows": len(judge.index)}
     report["ceilings"] = None if ceilings is None else vars(ceilings)
-    del tasks, calls, checks, judge, found, run
+    del tasks, calls, checks, judge, variants, run
     gc.collect()
     if not quick:
         torch.compiler.reset()  # each shape compiles its own code
