@@ -1,19 +1,19 @@
-"""The whole way from prompts to lens values, against the lens that people write: interleaved runs in one process.
+"""From prompts to lens values with xprobe, compared with hand-written lenses: interleaved runs in one process.
 
     python benchmarks/engine_speed.py                      en-x, fp32
     python benchmarks/engine_speed.py --setting x-x
     python benchmarks/engine_speed.py --dtype bfloat16 --json FILE
 
-``usual``    all positions, layer by layer, every example alone: what most notebooks do
-``careful``  one forward pass per example, rows of the answer positions alone, all layers in one product
+``usual``    all positions, layer by layer, one example at a time: what most notebooks do
+``careful``  one forward pass per example, rows of the answer positions only, all layers in one product
 ``xprobe``   the capture engine and the lens, group by group, as ``xprobe run`` uses them
 
 Every round times a whole group of prompts with xprobe and a few of the same prompts with the others, in milliseconds
-per example; the ratios are medians over rounds. The values of all three are compared on the way.
+per example. The ratios are medians over rounds. The values of all three are compared.
 
-``--torch-products`` makes xprobe use torch's own matrix products even where it would choose oneDNN's
-(``xprobe_kernels.precision``): what is left is the sharing. ``--memory`` runs each way in a process of its own and
-reports its peak resident memory, the model included, the peak of loading it not.
+``--torch-products`` makes xprobe use torch's own matrix products where it would choose oneDNN's
+(``xprobe_kernels.precision``), so that only the effect of sharing remains. ``--memory`` runs each method in its own
+process and reports its peak resident memory, with the model but without the peak of loading it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from xprobe.qa.prompts import Prompt, build_prompts
 from xprobe.qa.templates import load_template
 from xprobe.runs.provenance import environment
 
-EXAMPLES = {"usual": 1, "careful": 5}  # per round; they are slow
+EXAMPLES = {"usual": 1, "careful": 5}  # examples per round; these methods are slow
 
 
 class Lens:
-    """The hand-written ones: log-probabilities [L + 1, n] of an example's answer tokens."""
+    """The hand-written lenses: log-probabilities [L + 1, n] of an example's answer tokens."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -68,10 +68,13 @@ class Lens:
 
     def careful(self, prompt: Prompt) -> torch.Tensor:
         rows: list[torch.Tensor] = []
-        at = slice(prompt.length - 1, len(prompt.ids) - 1)
-        hooks = [self.blocks[0].register_forward_pre_hook(lambda module, args: rows.append(args[0][0, at].clone()))]
-        for block in self.blocks:
-            hooks.append(block.register_forward_hook(lambda module, args, out: rows.append(first(out)[0, at].clone())))
+        answer = slice(prompt.length - 1, len(prompt.ids) - 1)
+
+        def keep(hidden: torch.Tensor) -> None:
+            rows.append(hidden[0, answer].clone())
+
+        hooks = [self.blocks[0].register_forward_pre_hook(lambda module, args: keep(args[0]))]
+        hooks += [block.register_forward_hook(lambda module, args, out: keep(first(out))) for block in self.blocks]
         try:
             with torch.inference_mode():
                 self.model.base_model(input_ids=torch.tensor([prompt.ids], device=self.model.device), use_cache=False)
@@ -87,8 +90,8 @@ def first(out: Any) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
-def xprobe_way(engine: Engine, wave: Wave) -> torch.Tensor:
-    """Log-probabilities [L + 1, P] of a wave; rank, entropy and divergence come with them."""
+def with_xprobe(engine: Engine, wave: Wave) -> torch.Tensor:
+    """Log-probabilities [L + 1, P] of a wave. Rank, entropy and divergence are computed with them."""
     values = read_answers(engine.capture(wave.prompts), engine.anatomy.head)
     return torch.from_numpy(values.logit - values.logsumexp).T
 
@@ -114,27 +117,27 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     engine.settle(prompts[:3])
     plan = make_plan(group_prompts(prompts), StudyConfig.batch_tokens, engine.way)
     by_hand = Lens(model)
-    ways = {"usual": by_hand.usual, "careful": by_hand.careful}
+    methods = {"usual": by_hand.usual, "careful": by_hand.careful}
     draw = random.Random(0)
-    xprobe_way(engine, plan.waves[0])
-    for way in ways.values():
-        way(prompts[0])
-    times: dict[str, list[float]] = {name: [] for name in (*ways, "xprobe")}
+    with_xprobe(engine, plan.waves[0])
+    for method in methods.values():
+        method(prompts[0])
+    times: dict[str, list[float]] = {name: [] for name in (*methods, "xprobe")}
     farthest = 0.0
     for turn in range(arguments.rounds):
         wave = plan.waves[turn % len(plan.waves)]
-        seconds, ours = timed(lambda wave=wave: xprobe_way(engine, wave))
+        seconds, ours = timed(lambda wave=wave: with_xprobe(engine, wave))
         times["xprobe"].append(seconds / len(wave.prompts))
         offsets = [0]
         for prompt in wave.prompts:
             offsets.append(offsets[-1] + len(prompt.targets))
-        for name, way in ways.items():
+        for name, method in methods.items():
             some = draw.sample(range(len(wave.prompts)), min(EXAMPLES[name], len(wave.prompts)))
-            seconds, theirs = timed(lambda way=way, some=some, wave=wave: [way(wave.prompts[i]) for i in some])
+            seconds, theirs = timed(lambda method=method, some=some, wave=wave: [method(wave.prompts[i]) for i in some])
             times[name].append(seconds / len(some))
             for i, values in zip(some, theirs, strict=True):
                 farthest = max(farthest, float((values.cpu() - ours[:, offsets[i] : offsets[i + 1]]).abs().max()))
-    ratios = {n: [a / b for a, b in zip(times[n], times["xprobe"], strict=True)] for n in ways}
+    ratios = {n: [a / b for a, b in zip(times[n], times["xprobe"], strict=True)] for n in methods}
     return {
         "ms_per_example": {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()},
         "ratio": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
@@ -149,13 +152,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak(name: str, arguments: argparse.Namespace) -> None:
-    """Runs one way and prints its peak resident memory in MB."""
+    """Runs one method and prints its peak resident memory in MB."""
     model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     if name == "xprobe":
         engine = Engine(model, anatomy, StudyConfig.batch_tokens)
         for wave in make_plan(group_prompts(prompts), StudyConfig.batch_tokens, engine.way).waves[:3]:
-            xprobe_way(engine, wave)
+            with_xprobe(engine, wave)
     else:
         for prompt in sorted(prompts, key=lambda p: len(p.ids))[-5:]:
             getattr(Lens(model), name)(prompt)

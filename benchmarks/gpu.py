@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in one command straight from the checkout: tests, whole runs, kernels, tuning, profile.
+"""Everything that needs a GPU, in one command from a checkout: tests, whole runs, kernels, tuning, profile.
 
     python benchmarks/gpu.py OUT [--minutes 10] [--steps env,sanitize,tests,run,bench,tune,profile,aot]
                                  [--model MODEL] [--data DATA] [--commit HASH]
 
-Every step is a process with a time limit of its own; one that fails or runs out of time stops no other, and what a
-step does not use goes to those after it. OUT gets eight files, each written as results come: environment.json,
-run.json (whole_run.py: the demo model or MODEL, then a random one of Llama-3-8B's shape, over DATA), bench.json,
-roofline.png, tune.json, profile.txt, log.txt (what all other steps print) and summary.json.
-Exit code 0 only if every step succeeded. Clocks and other settings of the card are read, never changed.
+Every step is a process with its own time limit. A step that fails or runs out of time does not stop the others, and
+time that a step does not use goes to later steps. OUT gets eight files, which are written as results come:
+environment.json, run.json (whole_run.py: the demo model or MODEL, then a random one of Llama-3-8B's shape, over DATA),
+bench.json, roofline.png, tune.json, profile.txt, log.txt (the output of all other steps) and summary.json. The exit
+code is 0 only if every step succeeded. Clocks and other settings of the GPU are read, never changed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 OK, FAILED, LATE, SKIPPED, RUNNING = "ok", "failed", "out of time", "skipped", "running"
-# steps in order, and how they share the time; a wrong address found first spares the tests a broken GPU
+# steps in order, and their shares of the time; sanitize comes early, because a wrong address breaks the GPU for the
+# tests
 WEIGHTS = {"env": 6, "sanitize": 12, "tests": 32, "run": 26, "bench": 26, "tune": 32, "profile": 5, "aot": 4}
 TESTS = ("tests/kernels", "tests/xprobe/capture/test_on_gpu.py", "tests/xprobe/models/test_devices.py")
 RUNS = {"demo": [], "llama-3-8b": ["--shape", "llama-3-8b"]}  # whole_run.py's options
 RESERVE = 8.0  # seconds kept for stopping a step and for the table
 GRACE = 5.0  # seconds between asking a process to end and ending it
-LARGEST = 8 << 20  # bytes of a log; of a longer one the beginning and the end are kept
+LARGEST = 8 << 20  # bytes of a log; of a longer log only the beginning and the end are kept
 FIRST_SHAPE = "llama-3-8b"
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy")
@@ -54,7 +55,7 @@ torch.cuda.synchronize()
 
 @dataclass(frozen=True)
 class Part:
-    """One process of a step. ``then`` looks at what it left behind, whatever became of it, and names what is wrong."""
+    """One process of a step. ``then`` reads its results, also after a failure, and returns what is wrong, or None."""
 
     command: list[str]
     log: Path
@@ -81,7 +82,7 @@ class Result:
 
 
 class Steps:
-    """The steps as processes; each returns its parts for ``limit`` seconds, or raises ``SkippedError``."""
+    """The steps as processes. Each yields its parts for ``limit`` seconds, or raises ``SkippedError``."""
 
     def __init__(
         self, out: Path, scratch: Path, commit: str | None, model: str = "smollm2-135m", data: str = "xquad"
@@ -102,7 +103,7 @@ class Steps:
     def run(self, limit: float, result: Result) -> Iterator[Part]:
         for name, options in RUNS.items():
             file = self.scratch / f"run-{name}.json"
-            seconds = limit / len(RUNS) / 3  # of the loop; the rest is for loading, warming up and the lens by hand
+            seconds = limit / len(RUNS) / 3  # for the loop; the rest is for loading, warm-up and the other lenses
             command = [sys.executable, str(ROOT / "benchmarks" / "whole_run.py"), str(file), *options]
             command += ["--model", self.model, "--tokenizer", self.model, "--data", self.data]
             command += ["--seconds", f"{seconds:.0f}", *(["--commit", self.commit] if self.commit else [])]
@@ -130,10 +131,10 @@ class Steps:
 
     def sanitize(self, limit: float, result: Result) -> Iterator[Part]:
         script = [sys.executable, str(ROOT / "benchmarks" / "sanitize.py")]
-        yield Part(script, self.log)  # without the tool first: compiles all, and says what is wrong already
+        yield Part(script, self.log)  # first without the tool: compiles everything and finds plain errors
         tool = found_tool("compute-sanitizer")
         if tool is None:
-            raise MissingToolError("compute-sanitizer is not there: the kernels ran without it only")
+            raise MissingToolError("compute-sanitizer is not there: the kernels ran only without it")
         options = ["--error-exitcode", "9", "--print-limit", "20"]
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         yield Part([tool, "--tool", "memcheck", *options, *script], self.log, uncached)
@@ -150,7 +151,9 @@ class Steps:
         yield Part([*command, sys.executable, "-c", ONE_LAUNCH], self.out / "profile.txt")
 
     def aot(self, limit: float, result: Result) -> Iterator[Part]:
-        found = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        from xprobe_kernels.bench.environment import program_output
+
+        found = program_output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         target = f"sm_{found.splitlines()[0].strip().replace('.', '')}" if found else "gfx942"
         yield Part([sys.executable, "-m", "xprobe_kernels.aot", "--targets", target], self.log)
 
@@ -166,7 +169,7 @@ class MissingToolError(Exception):
 def run_step(
     name: str, parts: Callable[[float, Result], Iterator[Part]], limit: float, result: Result | None = None
 ) -> Result:
-    """Runs the parts one after the other until the time is over; the first that fails gives the exit code."""
+    """Runs the parts one after the other until the time is over. The first part that fails gives the exit code."""
     result = result or Result(name)
     result.limit = round(limit, 1)
     begun = time.monotonic()
@@ -197,7 +200,7 @@ def run_step(
 
 
 def run(part: Part, limit: float) -> int | None:
-    """The exit code of a part; None if it was stopped at ``limit`` seconds, with all that it had started."""
+    """Runs a part. Returns its exit code, or None if it and its children were stopped after ``limit`` seconds."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cli"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     with part.log.open("a", encoding="utf-8") as log:
@@ -223,7 +226,7 @@ def run(part: Part, limit: float) -> int | None:
 
 
 def stop(child: subprocess.Popen[Any]) -> None:
-    """Ends a process and its group, politely first: a supervisor then ends its own workers."""
+    """Ends a process and its group. It is asked first, so that a supervisor can end its own workers."""
     if child.poll() is None:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -242,9 +245,9 @@ def shorten(log: Path) -> None:
 
 
 def read_tests(found: Path, details: dict[str, Any]) -> str | None:
-    """Counts and failures of the tests into ``details``; complains if none of them ran a Triton kernel."""
+    """Stores counts and failures of the tests in ``details``. Returns a problem if no test ran a Triton kernel."""
     if not found.exists():
-        return "the tests did not come to their end"
+        return "the tests did not finish"
     cases = list(ElementTree.parse(found).getroot().iter("testcase"))
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]
@@ -261,7 +264,7 @@ def read_tests(found: Path, details: dict[str, Any]) -> str | None:
 
 
 def merge(file: Path, out: Path) -> str | None:
-    """Adds one shape's figures to bench.json and draws the figure anew."""
+    """Adds the figures of one shape to bench.json and redraws the roofline figure."""
     if not file.exists():
         return f"no figures of {file.stem}"
     result, whole = json.loads(file.read_text(encoding="utf-8")), out / "bench.json"
@@ -274,14 +277,14 @@ def merge(file: Path, out: Path) -> str | None:
         from xprobe_kernels.bench import figure
 
         figure.roofline(result, str(out / "roofline.png"))
-    except Exception as error:  # a figure is welcome, no more
+    except Exception as error:  # the results matter more than the figure
         return f"no figure: {type(error).__name__}: {error}"
     bad = [v["name"] for part in result["lens"] for v in part["variants"] if v["status"] in ("wrong", "failed")]
     return f"wrong or failed: {', '.join(dict.fromkeys(bad))}" if bad else None
 
 
 def add_run(file: Path, out: Path) -> str | None:
-    """Adds a model's figures to run.json; complains of waits inside the loop."""
+    """Adds the figures of one model to run.json. Returns a problem if the loop waits for the GPU."""
     if not file.exists():
         return f"no figures of {file.stem}"
     result, whole = json.loads(file.read_text(encoding="utf-8")), out / "run.json"
@@ -295,21 +298,21 @@ def add_run(file: Path, out: Path) -> str | None:
 
 def write_environment(out: Path, commit: str | None) -> None:
     import torch
-    from xprobe_kernels.bench.environment import environment
+    from xprobe_kernels.bench.environment import environment, program_output
 
     found = environment(torch.device("cuda"))
     properties = torch.cuda.get_device_properties(0)
     names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
     found["properties"] = {name: getattr(properties, name, None) for name in names}
     found["shared_memory_per_program"] = getattr(properties, "shared_memory_per_block_optin", None)
-    found["nvidia_smi"] = output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv")
+    found["nvidia_smi"] = program_output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv")
     found["commit"] = found["commit"] or commit
     found["tools"] = {name: found_tool(name) for name in ("compute-sanitizer", "ncu", "nvcc", "gcc")}
     write(out / "environment.json", found)
 
 
 def write(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Writes the file atomically."""
     fresh = path.with_name(path.name + ".part")
     fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(fresh, path)
@@ -320,25 +323,17 @@ def found_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=f"{cuda}/bin:/opt/nvidia/nsight-compute")
 
 
-def output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def run_all(steps: Any, names: list[str], seconds: float, out: Path, command: list[str]) -> list[Result]:
-    """Every step within its share of what is left; summary.json is rewritten before and after each."""
+    """Runs every step within its share of the time left. summary.json is rewritten before and after each step."""
     end = time.monotonic() + seconds - RESERVE
     results: list[Result] = []
 
     def save() -> None:
         write(out / "summary.json", {"command": command, "steps": [asdict(result) for result in results]})
 
-    for at, name in enumerate(names):
+    for index, name in enumerate(names):
         left = end - time.monotonic()
-        share = WEIGHTS[name] / sum(WEIGHTS[later] for later in names[at:])
+        share = WEIGHTS[name] / sum(WEIGHTS[later] for later in names[index:])
         results.append(Result(name))
         save()
         if left <= 1:

@@ -1,10 +1,11 @@
-"""Every kernel once on small shapes, against a fp64 lens on the CPU; meant to run under ``compute-sanitizer`` too.
+"""Runs every kernel on small shapes and compares it with an fp64 lens on the CPU, also under ``compute-sanitizer``.
 
     python benchmarks/sanitize.py [--own]
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
     compute-sanitizer --tool racecheck python benchmarks/sanitize.py --own
 
-``--own``: only calls that launch no product of the library. Exit code 1 if an answer is wrong or a call fails.
+``--own``: only calls that launch no matrix product of the library. The exit code is 1 if a result is wrong or a call
+fails.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 from xprobe_kernels import Unembedding, capture, lens
 from xprobe_kernels.attention import Blocks, Reach, tree_attention
 from xprobe_kernels.configs import Config
-from xprobe_kernels.readout import MIB
+from xprobe_kernels.request import MIB, LensRequest
 
-Case = tuple[str, bool, Callable[[], float]]  # name, whether it keeps to our own kernels, error over its bound
+Case = tuple[str, bool, Callable[[], float]]  # name, whether it launches only our own kernels, error over its bound
 DESCRIBED = Config(64, 64, 64, 4, 3, descriptors=True)
 DEVICE, SHORT = "cuda", torch.bfloat16
 HALVED = Config(64, 64, 32, 4, 3, halves=2)
@@ -31,7 +32,7 @@ HALVED = Config(64, 64, 32, 4, 3, halves=2)
 def inputs(
     rows: int, width: int, vocabulary: int, lookups: int, dtype: torch.dtype, norm: str = "rms", **options: Any
 ) -> tuple[Tensor, Unembedding, Tensor]:
-    """On the CPU. True options become random vectors; the last look-up of a row is -1 where there are several."""
+    """Rows, head and look-ups on the CPU. True options become random vectors. The last of several look-ups is -1."""
     random = torch.Generator().manual_seed(rows * width + vocabulary)
 
     def normal(*shape: int) -> Tensor:
@@ -48,7 +49,7 @@ def inputs(
 
 
 def moved(head: Unembedding, dtype: torch.dtype | None, device: str) -> Unembedding:
-    """The same head elsewhere or in another dtype."""
+    """The same head on another device or in another dtype."""
     fields = {name: getattr(head, name) for name in ("weight", "gamma", "beta", "bias")}
     fields = {name: value if value is None else value.to(device, dtype) for name, value in fields.items()}
     return Unembedding(**fields, norm=head.norm, eps=head.eps, scale=head.scale, softcap=head.softcap)
@@ -59,25 +60,26 @@ def lens_error(
     dtype: torch.dtype | None = None, rows_dtype: torch.dtype | None = None, config: Config | None = None,
     splits: int | None = None, **options: Any,
 ) -> float:  # fmt: skip
-    """Largest error over its bound; bounds are generous: what is looked for are wrong addresses and races."""
+    """The largest error over its bound. The bounds are generous, because they look for wrong addresses and races."""
     dtype = dtype or SHORT
     hidden, head, lookup = inputs(rows, width, vocabulary, lookups, dtype, **options)
     hidden = hidden.to(rows_dtype or dtype)
     finals = rows - 1 - torch.arange(rows) % max(1, rows // 3) if kl else None
-    # the kernels round normed rows to the operands' dtype: so must the truth, or its bound would hide everything
+    # the kernels round normed rows to the operands' dtype; so does the truth, or its bound would have to be far larger
     normed = head.normalize(hidden.float()).to(hidden.dtype).double()
     plain = moved(head.without_norm(), torch.float64, "cpu")
     plain = Unembedding(plain.weight, norm="none", bias=plain.bias, scale=plain.scale, softcap=plain.softcap)
     truth = lens(normed, plain, lookup, top_k=top_k, final_rows=finals, backend="reference")
-    where, on, tokens = hidden.to(DEVICE), moved(head, None, DEVICE), lookup.to(DEVICE)
+    gpu_hidden, gpu_head, gpu_lookup = hidden.to(DEVICE), moved(head, None, DEVICE), lookup.to(DEVICE)
     finals = None if finals is None else finals.to(DEVICE)
     options = {"top_k": top_k, "final_rows": finals, "backend": backend, "workspace_bytes": MIB}
     if config is None:
-        found = vars(lens(where, on, tokens, **options))
+        found = vars(lens(gpu_hidden, gpu_head, gpu_lookup, **options))
     else:
         from xprobe_kernels import triton_lens
 
-        found = triton_lens.readout(where, on, tokens, top_k, finals, MIB, "ieee", config, splits)
+        request = LensRequest(gpu_hidden, gpu_head, gpu_lookup, top_k, finals, workspace_bytes=MIB)
+        found = triton_lens.readout(request, config, splits)
     worst = 0.0
     for name, bound in (("logits", 1e-2), ("logsumexp", 1e-2), ("entropy", 2e-2), ("top_logits", 1e-2), ("kl", 2e-2)):
         if getattr(truth, name) is not None:
@@ -102,19 +104,21 @@ def capture_error(norm: str | None, strided: bool) -> float:
     head = None if head is None else moved(head, None, DEVICE)
     capture(where, spans.to(DEVICE), guarded[1:5], head, backend="triton")
     if not bool(guarded[[0, 5]].isnan().all()):
-        return float("inf")  # wrote beside its output
+        return float("inf")  # it wrote outside of its output
     off = (guarded[1:5].cpu().float() - known).abs() / known.abs().clamp(min=1)
     return float(off.nan_to_num(nan=float("inf")).max()) / 2e-2
 
 
 def attention_error(dtype: torch.dtype, tokens: int, width: int, **options: Any) -> float:
-    """Attention over a packed tree: a beginning, two halves that continue it, and a sequence of its own behind them."""
+    """Attention over a packed tree: a beginning with two continuations, and a separate sequence after them."""
     random = torch.Generator().manual_seed(tokens + width)
     query, key, value = (torch.randn(n, tokens, width, generator=random).to(dtype) for n in (4, 2, 2))
-    at, third = np.arange(tokens), tokens // 3
-    until = np.select([at < third, at < 2 * third, at < tokens - 5], [tokens - 5, 2 * third, tokens - 5], tokens)
-    positions = np.where(at < 2 * third, at, np.where(at < tokens - 5, at - third, at - tokens + 5))
-    reach = Reach.of(until, positions, Blocks.choose(dtype.itemsize, width), torch.device(DEVICE))
+    index, third = np.arange(tokens), tokens // 3
+    until = np.select(
+        [index < third, index < 2 * third, index < tokens - 5], [tokens - 5, 2 * third, tokens - 5], tokens
+    )
+    positions = np.where(index < 2 * third, index, np.where(index < tokens - 5, index - third, index - tokens + 5))
+    reach = Reach.from_tree(until, positions, Blocks.choose(dtype.itemsize, width), torch.device(DEVICE))
     sinks = torch.randn(4, generator=random) if options.pop("sinks", False) else None
     there = None if sinks is None else sinks.to(DEVICE)
     found = tree_attention(*(t.to(DEVICE) for t in (query, key, value)), reach, scale=0.2, sinks=there, **options)
@@ -122,7 +126,7 @@ def attention_error(dtype: torch.dtype, tokens: int, width: int, **options: Any)
     scores = query.double() @ key.double().repeat_interleave(2, 0).transpose(1, 2) * 0.2
     if cap := options.get("softcap"):
         scores = cap * torch.tanh(scores / cap)
-    seen = torch.from_numpy((at[None] <= at[:, None]) & (at[:, None] < until[None]))
+    seen = torch.from_numpy((index[None] <= index[:, None]) & (index[:, None] < until[None]))
     if window := options.get("window"):
         seen &= torch.from_numpy(positions[:, None] - positions[None] < window)
     scores = scores.masked_fill(~seen, -torch.inf)
@@ -133,23 +137,23 @@ def attention_error(dtype: torch.dtype, tokens: int, width: int, **options: Any)
 
 
 def cases() -> Iterator[Case]:
-    def pass_(name: str, *shape: int, own: bool = True, backend: str = "triton", **options: Any) -> Case:
+    def lens_case(name: str, *shape: int, own: bool = True, backend: str = "triton", **options: Any) -> Case:
         return name, own, lambda: lens_error(*shape, backend=backend, **options)
 
     everything = {"norm": "layer", "gamma": True, "beta": True, "bias": True, "softcap": 7.0, "scale": 0.5}
-    yield pass_("lens, default configuration, few rows", 33, 256, 2049)
-    yield pass_("lens, default configuration, many rows", 257, 128, 2100, gamma=True)
-    yield pass_("lens, layer norm, bias, cap, scale, 3 look-ups", 37, 200, 1031, lookups=3, **everything)
-    yield pass_("lens, odd width and vocabulary, no top-k", 19, 33, 517, top_k=0, norm="none")
-    yield pass_("lens, one row, one split", 1, 64, 300, config=HALVED, splits=1)
-    yield pass_("lens, descriptors", 70, 192, 1000, config=DESCRIBED, splits=3)
-    yield pass_("lens, descriptors, width that no block divides", 70, 200, 1000, config=DESCRIBED, splits=5)
-    yield pass_("lens, halves, flat", 70, 200, 1000, config=Config(64, 64, 32, 4, 3, halves=2, flat=True))
-    yield pass_("lens, fp32", 19, 100, 700, dtype=torch.float32, top_k=32)
-    yield pass_("lens, KL", 19, 128, 700, own=False, kl=True)
-    yield pass_("workspace", 37, 200, 1031, own=False, backend="workspace", lookups=3, kl=True, **everything)
+    yield lens_case("lens, default configuration, few rows", 33, 256, 2049)
+    yield lens_case("lens, default configuration, many rows", 257, 128, 2100, gamma=True)
+    yield lens_case("lens, layer norm, bias, cap, scale, 3 look-ups", 37, 200, 1031, lookups=3, **everything)
+    yield lens_case("lens, odd width and vocabulary, no top-k", 19, 33, 517, top_k=0, norm="none")
+    yield lens_case("lens, one row, one split", 1, 64, 300, config=HALVED, splits=1)
+    yield lens_case("lens, descriptors", 70, 192, 1000, config=DESCRIBED, splits=3)
+    yield lens_case("lens, descriptors, width that no block divides", 70, 200, 1000, config=DESCRIBED, splits=5)
+    yield lens_case("lens, halves, flat", 70, 200, 1000, config=Config(64, 64, 32, 4, 3, halves=2, flat=True))
+    yield lens_case("lens, fp32", 19, 100, 700, dtype=torch.float32, top_k=32)
+    yield lens_case("lens, KL", 19, 128, 700, own=False, kl=True)
+    yield lens_case("workspace", 37, 200, 1031, own=False, backend="workspace", lookups=3, kl=True, **everything)
     name = "workspace, fp32 rows and 16-bit weight, several parts"
-    yield pass_(name, 19, 200, 4001, own=False, backend="workspace", rows_dtype=torch.float32)
+    yield lens_case(name, 19, 200, 4001, own=False, backend="workspace", rows_dtype=torch.float32)
     for norm in (None, "rms", "layer"):
         for strided in (False, True):
             name = f"capture, {norm or 'no'} norm{', strided' if strided else ''}"
@@ -183,7 +187,7 @@ def main() -> int:
             continue
         failed += not found <= 1
         print(f"{'ok' if found <= 1 else 'WRONG':<6}  {name}: {found:.3f} of its bound", flush=True)
-    print("all right" if not failed else f"{failed} wrong or failed")
+    print("all correct" if not failed else f"{failed} wrong or failed")
     return 1 if failed else 0
 
 

@@ -1,12 +1,12 @@
-"""Measures launch configurations of the fused lens on the GPU at hand and says what belongs in ``configs.py``.
+"""Measures launch configurations of the fused lens on this machine's GPU and prints the lines for ``configs.py``.
 
     python benchmarks/tune.py OUT.json [--seconds 180] [--shape llama-3-8b] [--rows many,few]
 
-Every candidate is compared with the workspace backend before it is timed, and timed in turns with a bare library
-product of the same shape: shares of that product are what is ranked. Successive halving: three rounds for all, in
-order of promise; twenty for the best quarter; then other numbers of splits around the best; fifty for the last five.
-OUT.json is rewritten after every candidate. A candidate that hangs or kills the process is noted, and a fresh process
-goes on behind it. The measuring itself is in tune_card.py.
+The results of every candidate are first compared with the workspace backend. Then it is timed in turn with a bare
+library product of the same shape. Candidates are ranked by their share of that product. The search is successive
+halving: three rounds for all candidates, most promising first; twenty rounds for the best quarter; then other numbers
+of splits for the best ones; fifty rounds for the last five. OUT.json is rewritten after every candidate. If a candidate
+hangs or kills the process, this is noted, and a new process continues after it. tune_card.py does the measuring.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from typing import Any, Protocol
 from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, MANY, SMALLEST, Config, candidates, choose_splits
 
 WAITING, TRYING, OK, WRONG, FAILED, DIED = "waiting", "trying", "ok", "wrong", "failed", "died"
-SAME = "same code"  # as an earlier candidate's: an option that the compiler makes nothing of here
+SAME = "same code"  # as an earlier candidate: the compiler ignores the option that differs
 PRODUCT = "bare product"
 ROUNDS = (3, 20, 50)
-SHARES = (0.6, 0.85, 1.0)  # of the time, by when the first round, the second and the last are over
-MOST = 16  # of the candidates that get the second round
-LAST = 5  # of them the last one
-NEIGHBOURS = 3  # so many of the best are tried with other splits
-HOPELESS = 0.5  # of the best share so far: no more than one launch
+SHARES = (0.6, 0.85, 1.0)  # shares of the time after which the three stages of the search end
+MOST = 16  # candidates in the second stage, at most
+LAST = 5  # candidates in the last stage
+NEIGHBOURS = 3  # this many of the best are also tried with other splits
+HOPELESS = 0.5  # a candidate below this part of the best share gets only one launch
 GAIN = 1.01  # by which a candidate must beat the current configuration to replace it
-STALL = 90.0  # seconds without a sign of life after which a measuring process is stopped
+STALL = 90.0  # seconds without progress after which a measuring process is stopped
 RESTARTS = 8
 
 
@@ -46,23 +46,23 @@ class WrongAnswerError(ArithmeticError):
 
 
 class SameCodeError(Exception):
-    """The compiler made of a candidate what it made of an earlier one."""
+    """The compiler produced the same code for an earlier candidate."""
 
 
 @dataclass
 class Trial:
-    """A configuration on the scale: what was tried and what came of it."""
+    """A configuration and the results of measuring it."""
 
     config: Config
-    splits: int | None = None  # None: what configs.choose_splits says
+    splits: int | None = None  # None: chosen by configs.choose_splits
     status: str = WAITING
     message: str | None = None
-    rung: int = 0  # the last round it took part in
-    share: float | None = None  # of the bare product's throughput, medians of the same rounds
+    rung: int = 0  # the last stage of the search it took part in
+    share: float | None = None  # throughput as a share of the bare product's, medians of the same rounds
     seconds: float | None = None  # median of the last round
     spread: float | None = None  # interquartile range over median
     launches: int = 0  # in the last round
-    about: dict[str, Any] = field(default_factory=dict)  # what the compiler and the shape say
+    about: dict[str, Any] = field(default_factory=dict)  # registers, spills, shared memory, seconds to compile
 
     @property
     def name(self) -> str:
@@ -72,19 +72,19 @@ class Trial:
         return {"name": self.name} | asdict(self)
 
     @staticmethod
-    def of(record: dict[str, Any]) -> Trial:
+    def from_record(record: dict[str, Any]) -> Trial:
         known = {key: value for key, value in record.items() if key != "name"}
         return Trial(**known | {"config": Config(**record["config"])})
 
 
 class Card(Protocol):
-    """What a GPU does; the tests have one of their own."""
+    """Checks and times trials. The tests replace it by one that needs no GPU."""
 
     def check(self, trial: Trial) -> None:
         """Compiles and runs the trial once; raises if it fails or is wrong."""
 
     def time(self, trials: list[Trial]) -> dict[str, float]:
-        """Seconds of one launch of each and of the bare product, in turns."""
+        """Seconds of one launch of each trial and of the bare product, measured in turn."""
 
 
 def text(config: Config) -> str:
@@ -99,7 +99,7 @@ def text(config: Config) -> str:
 
 
 def promise(config: Config) -> float:
-    """Smaller is more likely to win: large tiles, which read least from the cache, the copy engine, deep pipelines."""
+    """A sorting key; smaller is more promising. Large tiles, tensor descriptors and deep pipelines come first."""
     shapes = [(128, 256, 8, 2), (128, 128, 8, 1), (256, 128, 8, 2), (128, 256, 8, 1), (64, 256, 8, 1), (128, 64, 4, 1),
               (64, 128, 4, 1), (64, 256, 4, 1), (128, 64, 8, 1), (128, 128, 4, 1), (64, 64, 4, 1)]  # fmt: skip
     shape = (config.block_m, config.block_n, config.warps, config.halves)
@@ -109,13 +109,13 @@ def promise(config: Config) -> float:
 
 
 def line_up(default: Config, found: Iterable[Config], rows: int) -> list[Trial]:
-    """The current configuration, then the candidates as ``rows`` rows leave them, each once."""
+    """The current configuration, then the candidates, fitted to ``rows`` rows and without duplicates."""
     ordered = sorted((config.for_rows(rows) for config in found), key=promise)
     return [Trial(config) for config in dict.fromkeys([default.for_rows(rows), *ordered])]
 
 
 def neighbours(trial: Trial, architecture: str, itemsize: int, rows: int, vocabulary: int, slots: int) -> list[Trial]:
-    """The same tile with other numbers of splits, hence of row tiles that share the weight, and of residents."""
+    """The same tile with other numbers of splits and of resident programs."""
     limits = ARCHITECTURES.get(architecture, SMALLEST)
     row_tiles, tiles = -(-rows // trial.config.block_m), -(-vocabulary // trial.config.block_n)
     own = trial.splits or choose_splits(row_tiles, tiles, slots * trial.config.resident)
@@ -130,7 +130,7 @@ def neighbours(trial: Trial, architecture: str, itemsize: int, rows: int, vocabu
 
 
 class Halving:
-    """Successive halving over trials, the first of which is the current configuration and stays to the end."""
+    """Successive halving over trials. The first one is the current configuration and stays to the end."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Halving:
         return self.now() - self.begun >= share * self.seconds
 
     def best(self, count: int, among: list[Trial]) -> list[Trial]:
-        """The fastest of ``among``, which took part in the same rounds: three launches do not beat fifty."""
+        """The fastest of ``among``. They must have taken part in the same rounds to be comparable."""
         done = [trial for trial in among if trial.status == OK and trial.share is not None]
         return sorted(done, key=lambda trial: -(trial.share or 0.0))[:count]
 
@@ -191,7 +191,7 @@ class Halving:
             trial.status, trial.message = SAME, str(error)
         except WrongAnswerError as error:
             trial.status, trial.message = WRONG, str(error)[:300]
-        except Exception as error:  # of the compiler, the driver or torch: all of them are findings
+        except Exception as error:  # errors of the compiler, the driver and torch are results here
             trial.status, trial.message = FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             error.__traceback__ = None  # frames hold tensors
             if fatal(trial.message):
@@ -200,7 +200,7 @@ class Halving:
         self.save()
 
     def turns(self, trials: list[Trial], rung: int) -> None:
-        """The trials and the current configuration by turns, until the rounds or the time are over."""
+        """Times the trials and the current configuration in turn, until the rounds or the time are over."""
         taking = trials + [first for first in self.trials[:1] if first.status == OK and first not in trials]
         times: list[dict[str, float]] = []
         for number in range(ROUNDS[rung] if taking else 0):
@@ -223,12 +223,12 @@ class Halving:
 
 
 def fatal(message: str) -> bool:
-    """Whether the process cannot use its GPU any more."""
+    """Whether the process can no longer use its GPU."""
     return any(sign in message for sign in ("illegal memory access", "unspecified launch failure", "AcceleratorError"))
 
 
 def chosen(trials: list[Trial], best: Trial | None) -> Trial:
-    """The best one if it beats the current configuration, the first, by more than noise."""
+    """The best trial if it beats the current configuration, the first trial, by more than noise; else the latter."""
     current = trials[0]
     if best is None or (current.status == OK and (best.share or 0.0) < GAIN * (current.share or 0.0)):
         return current
@@ -236,7 +236,7 @@ def chosen(trials: list[Trial], best: Trial | None) -> Trial:
 
 
 def paste(architecture: str, itemsize: int, winners: dict[int, Trial], device: str, date: str) -> str:
-    """The entry for ``configs.CONFIGS``; a regime that was not measured keeps what it has."""
+    """The entry for ``configs.CONFIGS``. A regime that was not measured keeps its configuration."""
     kept = CONFIGS.get((architecture, itemsize))
     notes, entries = [f"    # {device}, {date[:10]}"], []
     for regime, name in enumerate(("many rows", "few rows")):
@@ -259,19 +259,19 @@ def paste(architecture: str, itemsize: int, winners: dict[int, Trial], device: s
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Whole or not at all: a reader or a kill never finds half a file."""
+    """Writes the file atomically, so that no reader finds half of it."""
     fresh = path.with_name(path.name + ".part")
     fresh.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(fresh, path)
 
 
 def earlier(path: Path) -> dict[str, list[Trial]]:
-    """What a process before this one tried, by regime; what it was trying is what it died of."""
+    """The trials of an earlier process, by regime. It died of the trial that it was measuring."""
     if not path.exists():
         return {}
     found = {}
     for shape in json.loads(path.read_text(encoding="utf-8"))["shapes"]:
-        found[shape["regime"]] = trials = [Trial.of(record) for record in shape["trials"]]
+        found[shape["regime"]] = trials = [Trial.from_record(record) for record in shape["trials"]]
         for trial in trials:
             if trial.status == TRYING:
                 trial.status, trial.message = DIED, "the process hung or died on it"
@@ -279,7 +279,7 @@ def earlier(path: Path) -> dict[str, list[Trial]]:
 
 
 def supervise(command: list[str], out: Path, seconds: float, *, stall: float = STALL, poll: float = 0.2) -> int:
-    """Runs measuring processes, one after the other, until one ends well or the time is over."""
+    """Runs measuring processes, one after the other, until one succeeds or the time is over."""
     end = time.monotonic() + seconds
     out.unlink(missing_ok=True)
     code = 1
@@ -300,7 +300,7 @@ def supervise(command: list[str], out: Path, seconds: float, *, stall: float = S
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)
         code = worker.wait()
-        if code == 0 or _tried(out) == before:  # done, or no farther than the one before it
+        if code == 0 or _tried(out) == before:  # done, or no progress
             break
     return 1 if code else 0
 
@@ -317,7 +317,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3-8b", help="a model's name, as for xprobe bench")
     parser.add_argument("--rows", default="many,few", help="many, few or both (default: many,few)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
 
@@ -328,12 +327,9 @@ def main(given: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune.py needs a GPU, and torch sees none", file=sys.stderr)
         return 1
-    if options.worker:
-        from tune_card import measure  # a script's own folder is on its path
-
-        return measure(options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    command = [sys.executable, __file__, str(options.out), "--worker", "--shape", options.shape]
+    worker = Path(__file__).with_name("tune_card.py")
+    command = [sys.executable, str(worker), str(options.out), "--shape", options.shape]
     command += ["--rows", options.rows, "--dtype", options.dtype]
     code = supervise(command, options.out, options.seconds)
     if options.out.exists():
@@ -342,7 +338,7 @@ def main(given: list[str] | None = None) -> int:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The best of every shape, and what to paste."""
+    """The best trials of every shape, and the lines to paste into configs.py."""
     lines = []
     for shape in report["shapes"]:
         done = sorted((t for t in shape["trials"] if t["status"] == OK), key=lambda t: -t["share"])

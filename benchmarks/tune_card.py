@@ -1,4 +1,7 @@
-"""The measuring part of tune.py: compiles candidates in processes of their own, checks and times them on the GPU."""
+"""The measuring process of tune.py: compiles candidates in parallel, then checks and times them on the GPU.
+
+tune.py starts this script with its own options, and starts it again if a candidate hangs or kills it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,13 +22,14 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 from tune import (
     OK,
     PRODUCT,
+    Halving,
     SameCodeError,
     Trial,
     WrongAnswerError,
+    arguments,
     chosen,
     earlier,
     neighbours,
@@ -33,25 +38,25 @@ from tune import (
     trials_for,
     write,
 )
-from tune import Halving as SuccessiveHalving
 from xprobe_kernels import triton_lens, workspace
 from xprobe_kernels.bench import baselines
 from xprobe_kernels.bench.accuracy import truth
 from xprobe_kernels.bench.environment import environment
+from xprobe_kernels.bench.lens_speed import make_tasks
+from xprobe_kernels.bench.measure import SHORT
 from xprobe_kernels.bench.shapes import GPU, HEADS, Work, work
 from xprobe_kernels.configs import choose
-from xprobe_kernels.readout import MIB, Readout
+from xprobe_kernels.readout import Readout
+from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_rows import Prepared
 from xprobe_kernels.unembedding import Unembedding
 
-SHORT = 2e-3  # seconds; a shorter launch is repeated within one measurement until it takes about this long
-CACHES = 4  # the inputs that take turns are this many times the size of the GPU's cache
-CLOSE = 4e-5  # relative: both sum in fp32, and one tile of 64 tokens left out would cost ten times as much
-COMPILERS = 12  # processes at most, each with a context of its own on the GPU
+CLOSE = 4e-5  # allowed relative difference of fp32 sums; a missing tile of 64 tokens costs ten times as much
+COMPILERS = 12  # compiling processes at most; each has its own context on the GPU
 
 
 class Watched:
-    """Stands in for a Triton kernel: compiles only, or notes what was launched."""
+    """Wraps a Triton kernel: compiles it without a launch, or records what was launched."""
 
     def __init__(self, kernel: Any, *, launch: bool) -> None:
         self.kernel, self.launch, self.built, self.grid = kernel, launch, None, None
@@ -75,27 +80,28 @@ def watching(*, launch: bool) -> Iterator[Watched]:
         triton_lens.lens_kernel = kernel
 
 
-_ROOM: dict[tuple[int, int, int, torch.dtype], tuple[Prepared, Unembedding, Tensor]] = {}
+_INPUTS: dict[tuple[int, int, int, torch.dtype], tuple[LensRequest, Prepared]] = {}  # of the last shape
 
 
-def compile_only(trial: Trial, shape: tuple[int, int, int], dtype: torch.dtype) -> float:
-    """Fills Triton's cache on disk with what a launch of this shape takes; returns seconds. In a process of its own."""
+def compile_only(trial: Trial, shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cuda") -> float:
+    """Compiles the kernel for a shape into Triton's disk cache; returns seconds. Runs in a compiling process."""
     rows, width, vocabulary = shape
-    if (*shape, dtype) not in _ROOM:
-        _ROOM.clear()
-        lookup = torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
-        each = torch.empty(rows, 1, device="cuda")
-        prepared = Prepared(torch.empty(rows, width, dtype=dtype, device="cuda"), each, each, each)
-        weight = torch.empty(vocabulary, width, dtype=dtype, device="cuda")
-        _ROOM[*shape, dtype] = (prepared, Unembedding(weight), lookup)
+    if (*shape, dtype) not in _INPUTS:
+        _INPUTS.clear()
+        lookup = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        each = torch.empty(rows, 1, device=device)
+        normed = torch.empty(rows, width, dtype=dtype, device=device)
+        head = Unembedding(torch.empty(vocabulary, width, dtype=dtype, device=device))
+        prepared = Prepared(normed, finite=each.to(torch.int8), logits=each, thresholds=each)
+        _INPUTS[*shape, dtype] = (LensRequest(normed, head, lookup, baselines.TOP_K), prepared)
     start = perf_counter()
     with watching(launch=False):
-        triton_lens.launch(*_ROOM[*shape, dtype], baselines.TOP_K, "ieee", trial.config, trial.splits)
+        triton_lens.launch(*_INPUTS[*shape, dtype], trial.config, trial.splits)
     return perf_counter() - start
 
 
 def code(built: Any) -> str:
-    """The assembly without what only debuggers read; nothing where there is none."""
+    """A hash of the assembly without debugging information; "" if there is no assembly."""
     assembly = getattr(built, "asm", {})
     text = assembly.get("ptx") or assembly.get("amdgcn") or ""
     lines = (line for line in text.split(".section")[0].splitlines() if ".loc" not in line and "$L__tmp" not in line)
@@ -103,25 +109,22 @@ def code(built: Any) -> str:
 
 
 class CudaCard:
-    """Inputs on the GPU, the answers they have, and graphs of the calls to be timed."""
+    """Inputs on the GPU, the expected results, and CUDA graphs of the calls to time."""
 
     def __init__(self, job: Work, dtype: torch.dtype, pool: ProcessPoolExecutor | None) -> None:
         self.job, self.dtype, self.pool = job, dtype, pool
         device = torch.device("cuda")
-        self.tasks = [baselines.make(job, device, dtype)]
-        size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        copies = -(-CACHES * size // job.least_bytes(dtype.itemsize))
-        self.tasks += [self.tasks[0].clone() for _ in range(1, copies)]
+        self.tasks = make_tasks(job, device, dtype)
         self.out = torch.empty(job.rows, job.vocabulary, dtype=dtype, device=device)
         self.expected = self._read(workspace.readout)
         reading = baselines.read_lens(Readout(**self.expected, backend="workspace", precision="ieee"))
-        self.fault = truth(self.tasks[0]).judge(reading)[1]  # of the answers by which candidates are judged
+        self.fault = truth(self.tasks[0]).judge(reading)[1]  # what is wrong with the expected results, or None
         self.seen: dict[tuple[str, Any], str] = {}  # code and grid -> the first candidate that had them
         self.futures: dict[str, Future[float]] = {}
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
 
     def announce(self, trials: list[Trial]) -> None:
-        """Has them compiled ahead, in this order."""
+        """Starts compiling the trials ahead of time, in this order."""
         shape = (self.job.rows, self.job.head.width, self.job.vocabulary)
         for trial in trials if self.pool else []:
             if trial.name not in self.futures:
@@ -136,7 +139,7 @@ class CudaCard:
         if future is not None:
             try:
                 trial.about["compile_seconds"] = future.result()
-            except BrokenProcessPool:  # some candidate killed its compiler: from here on compile in this process
+            except BrokenProcessPool:  # a candidate killed its compiler: compile in this process from now on
                 self.pool, self.futures = None, {}
         with watching(launch=True) as watched, poisoned():
             found = self._read(triton_lens.readout, trial.config, trial.splits)
@@ -151,7 +154,7 @@ class CudaCard:
         self._compare(found)
 
     def _compare(self, found: dict[str, Any]) -> None:
-        """All rows against those of the workspace backend."""
+        """Compares all rows with those of the workspace backend."""
         for name in ("logits", "logsumexp", "entropy", "top_logits"):
             known = self.expected[name]
             off = ((found[name] - known).abs() / known.abs().clamp(min=1)).nan_to_num(nan=float("inf")).max()
@@ -161,23 +164,26 @@ class CudaCard:
         if bool(((ranks - known).abs() > 2 + 0.0005 * known).any()) or float((ranks == known).float().mean()) < 0.7:
             raise WrongAnswerError(f"ranks: {float((ranks == known).float().mean()):.1%} agree")
         same = (found["top_ids"] == self.expected["top_ids"]).float().mean()
-        if float(same) < 0.99:  # what differs has equal logits within the bound above
+        if float(same) < 0.99:  # ids that differ have equal logits within the bound above
             raise WrongAnswerError(f"top ids: {float(same):.1%} agree")
 
-    def _read(self, readout: Any, *options: Any, at: int = 0) -> dict[str, Any]:
-        task = self.tasks[at]
-        return readout(task.hidden, task.head, task.lookup[:, None], baselines.TOP_K, None, 256 * MIB, "ieee", *options)
+    def _read(self, readout: Any, *options: Any, copy: int = 0) -> dict[str, Any]:
+        task = self.tasks[copy]
+        return readout(LensRequest(task.hidden, task.head, task.lookup[:, None], baselines.TOP_K), *options)
 
     def time(self, trials: list[Trial]) -> dict[str, float]:
         wanted = {PRODUCT, *(trial.name for trial in trials)}
         self.graphs = {name: graph for name, graph in self.graphs.items() if name in wanted}
-        self._graph(PRODUCT, lambda at: torch.mm(self.tasks[at].normed, self.tasks[at].head.weight.T, out=self.out))
+        products = [(task.normed, task.head.weight.T) for task in self.tasks]
+        self._graph(PRODUCT, lambda copy: torch.mm(*products[copy], out=self.out))
         for trial in trials:
-            self._graph(trial.name, lambda at, t=trial: self._read(triton_lens.readout, t.config, t.splits, at=at))
+            self._graph(
+                trial.name, lambda copy, t=trial: self._read(triton_lens.readout, t.config, t.splits, copy=copy)
+            )
         return {name: self._seconds(name) for name in (PRODUCT, *(trial.name for trial in trials))}
 
     def _graph(self, name: str, call: Any) -> None:
-        """One call for each copy of the inputs, as a graph: no launch gaps in what is timed."""
+        """Records one call for each copy of the inputs as a graph, so that no launch gaps are timed."""
         if name in self.graphs:
             return
         stream = torch.cuda.Stream()
@@ -188,8 +194,8 @@ class CudaCard:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for at in range(len(self.tasks)):
-                call(at)
+            for copy in range(len(self.tasks)):
+                call(copy)
         self.graphs[name] = (graph, 1)
         once = self._seconds(name)
         self.graphs[name] = (graph, max(1, round(SHORT / max(once * len(self.tasks), 1e-7))))
@@ -207,7 +213,7 @@ class CudaCard:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """New tensors hold NaN, or the largest integer, until they are written."""
+    """Fills new tensors with NaN, or the largest integer, so that unwritten results are seen."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -217,7 +223,7 @@ def poisoned() -> Iterator[None]:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """All shapes, one after the other; what a process before this one measured is not measured again."""
+    """Measures all shapes, one after the other. Results of an earlier process are kept."""
     end = monotonic() + options.seconds
     dtype = getattr(torch, options.dtype)
     device = torch.device("cuda")
@@ -251,7 +257,7 @@ def measure(options: argparse.Namespace) -> int:
             torch.cuda.empty_cache()
     if pool is not None:
         pool.shutdown(wait=False, cancel_futures=True)
-    os._exit(0 if len(winners) == len(regimes) else 1)  # compilers that are at work are not waited for
+    os._exit(0 if len(winners) == len(regimes) else 1)  # without waiting for compilers that are still running
 
 
 def _regime(
@@ -293,9 +299,7 @@ def _regime(
         card.announce(near)
         return near
 
-    halving = SuccessiveHalving(
-        card, trials, seconds=max(seconds - (monotonic() - begun), 1.0), around=around, save=save
-    )
+    halving = Halving(card, trials, seconds=max(seconds - (monotonic() - begun), 1.0), around=around, save=save)
     best = halving.run()
     winner = chosen(trials, best)
     shape |= {"chosen": winner.name if winner.status == OK else None, "done": True}
@@ -313,5 +317,9 @@ def _pool() -> ProcessPoolExecutor | None:
 
 
 def _silence() -> None:
-    """The compiler prints whole programs to stderr when it fails; its exception is enough."""
+    """Silences the compiler, which prints whole programs to stderr when it fails. Its exception is enough."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+if __name__ == "__main__":
+    sys.exit(measure(arguments()))

@@ -1,21 +1,21 @@
-"""The whole way of a run on this machine's device: examples per second, shares of time, distance from the floor.
+"""A whole run on this machine's device: examples per second, shares of time, distance from the arithmetic floor.
 
     python benchmarks/whole_run.py OUT.json                                     the demo model, XQuAD en-x
     python benchmarks/whole_run.py OUT.json --shape llama-3-8b                  a random model of that shape, bf16
     python benchmarks/whole_run.py OUT.json --batch-tokens 4096,16384 --seconds 60
 
 Every budget of ``--batch-tokens`` runs the loop of ``xprobe run`` (forward with capture, lens, shards on the disk) over
-as many contexts as fit its share of ``--seconds``, after about two waves, twice, that warm up and are not counted in.
-Beside it, by turns: ``usual``, the lens that most notebooks have (all positions, layer by layer, every example alone),
-and ``careful`` (rows of the answer alone, all layers in one product), as in engine_speed.py. Ratios are medians over
-rounds.
+as many contexts as fit its share of ``--seconds``. About two waves run twice before that to warm up; they do not count.
+The loop is then compared, in turn, with ``usual``, the lens of most notebooks (all positions, layer by layer, one
+example at a time), and ``careful`` (rows of the answer only, all layers in one product), as in engine_speed.py. Ratios
+are medians over rounds.
 
-On a GPU also: the share of the wall time in which kernels and copies run and the longest of them (torch's profiler),
-the capture's share of the forward pass (events around it, in a run of its own), what made the host wait inside the loop
-(torch's warnings of synchronisation), and the rate of a large library product, the ceiling. The floor is the arithmetic
-of the tokens that the plan runs over and of the lens, at that ceiling; attention is left out of it. Prompts of a random
-model are made by the demo model's tokenizer (``--tokenizer`` names another model), whose tokens are shorter than a
-large model's: seconds for all of XQuAD are for these tokens, and an extrapolation.
+On a GPU four more things are measured: the share of the wall time in which kernels and copies run, and the longest of
+them (torch's profiler); the capture's share of the forward pass (events around it, in a separate run); what made the
+host wait inside the loop (torch's warnings of synchronisation); and the rate of a large library product, the ceiling.
+The floor is the arithmetic of the tokens that are run and of the lens at that ceiling, without attention. The prompts
+of a random model come from the demo model's tokenizer (``--tokenizer`` names another model). Its tokens are shorter
+than a large model's. The seconds for all of XQuAD are extrapolated and hold for these tokens.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> Any:
-    """A Llama of a shape with random weights, made where it will be."""
+    """A Llama with random weights, created on its device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -111,13 +111,13 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def operations(self, plan: Plan) -> float:
-        """Of the blocks' products over the tokens that are run and of the lens over its rows; attention left out."""
+        """Operations of the blocks' products over the tokens run and of the lens over its rows; no attention."""
         head, (positions, _) = self.anatomy.head, totals(plan)
         lens_rows = positions * self.anatomy.n_layers
         return 2.0 * self.parameters * plan.tokens_run + 2.0 * lens_rows * head.vocab_size * head.width
 
     def loop(self, engine: Engine, groups: list[Group]) -> tuple[float, dict[str, float], Plan]:
-        """Seconds of the whole loop over groups, shards written to a temporary folder, and of its stages."""
+        """Seconds of the loop over groups and of its stages. Shards are written to a temporary folder."""
         plan, watch = engine.plan(groups), Stopwatch()
         with tempfile.TemporaryDirectory() as path:
             folder = RunFolder.create(Path(path) / "run")
@@ -129,13 +129,13 @@ class Bench:
             return time.perf_counter() - started, watch.seconds, plan
 
     def rate(self, batch_tokens: int, seconds: float) -> dict[str, Any]:
-        """The loop over as many groups as fit ``seconds``, at one budget of tokens."""
+        """Runs the loop over as many groups as fit ``seconds``, with one budget of tokens."""
         engine = self.engine(batch_tokens)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         enough = max(1, round(batch_tokens * 2 / max(engine.plan(self.groups[:1]).tokens_run, 1)))  # two waves
         first = min(enough, max(1, len(self.groups) // 2))
-        cold, _, _ = self.loop(engine, self.groups[:first])  # compiles kernels, makes room
+        cold, _, _ = self.loop(engine, self.groups[:first])  # compiles kernels, allocates memory
         warm, _, _ = self.loop(engine, self.groups[:first])
         fits = int(first * seconds / max(warm, 1e-6))
         groups = self.groups[: max(1, min(len(self.groups), fits))]
@@ -159,7 +159,7 @@ class Bench:
         return found
 
     def on_gpu(self, engine: Engine, groups: list[Group]) -> dict[str, Any]:
-        """What only a GPU can tell: waits, the capture's share, kernels within the wall time."""
+        """Measurements that need a GPU: waits, the capture's share, kernels within the wall time."""
         with waiting() as waits:
             self.loop(engine, groups)
         watch, receive = Stopwatch(), rows.Receiver.__call__
@@ -173,36 +173,36 @@ class Bench:
             _, stages, _ = self.loop(engine, groups)
         finally:
             rows.Receiver.__call__ = receive  # type: ignore[method-assign]
-        watch.settle()
+        watch.collect()
         return {"waits": waits, "capture_share_of_forward": watch.seconds["capture"] / stages["forward"]} | profiled(
             lambda: self.loop(engine, groups)
         )
 
     def against(self, batch_tokens: int, rounds: int) -> dict[str, Any]:
-        """The lenses that people write and the loop, by turns."""
+        """Compares the loop with the hand-written lenses, in turn."""
         engine, by_hand = self.engine(batch_tokens), Lens(self.model)
-        ways = {"usual": by_hand.usual, "careful": by_hand.careful}
+        methods = {"usual": by_hand.usual, "careful": by_hand.careful}
         plan = engine.plan(self.groups)
         some = [list(wave.groups) for wave in plan.waves[: rounds + 1]]
         self.loop(engine, some[0])
-        for way in ways.values():
-            way(some[0][0].prompts[0])
-        times: dict[str, list[float]] = {name: [] for name in (*ways, "xprobe")}
+        for method in methods.values():
+            method(some[0][0].prompts[0])
+        times: dict[str, list[float]] = {name: [] for name in (*methods, "xprobe")}
         farthest = 0.0
         for turn in range(rounds):
             groups = some[turn % len(some)]
             prompts = [prompt for group in groups for prompt in group.prompts]
             wall, _, _ = self.loop(engine, groups)
             times["xprobe"].append(wall / len(prompts))
-            for name, way in ways.items():
+            for name, method in methods.items():
                 chosen = prompts[turn :: max(1, len(prompts) // EXAMPLES[name])][: EXAMPLES[name]]
-                seconds, found = timed(lambda way=way, chosen=chosen: [way(prompt) for prompt in chosen])
+                seconds, found = timed(lambda method=method, chosen=chosen: [method(prompt) for prompt in chosen])
                 times[name].append(seconds / len(chosen))
                 if name == "careful":
                     ours = self.log_probabilities(engine, chosen)
                     theirs = torch.cat(found, 1).float().cpu()
                     farthest = max(farthest, float((ours - theirs).abs().max()))
-        ratios = {n: [a / b for a, b in zip(times[n], times["xprobe"], strict=True)] for n in ways}
+        ratios = {n: [a / b for a, b in zip(times[n], times["xprobe"], strict=True)] for n in methods}
         return {
             "batch_tokens": batch_tokens, "rounds": rounds,
             "ms_per_example": {name: 1e3 * statistics.median(each) for name, each in times.items()},
@@ -212,7 +212,7 @@ class Bench:
         }  # fmt: skip
 
     def log_probabilities(self, engine: Engine, prompts: list[Prompt]) -> torch.Tensor:
-        """Of the gold tokens [L + 1, P], by the engine."""
+        """Log-probabilities [L + 1, P] of the gold tokens, by the engine."""
         captured = engine.capture(prompts)
         layers, positions, width = captured.answers.shape
         head = self.anatomy.head
@@ -228,7 +228,7 @@ def totals(plan: Plan) -> tuple[int, int]:
 
 @contextmanager
 def waiting() -> Iterator[list[str]]:
-    """Collects what made the host wait for the GPU, as torch warns of it."""
+    """Collects the lines that made the host wait for the GPU, from torch's warnings."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -40,7 +40,7 @@ class Stopwatch:
         """Adds to a stage."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
-    def settle(self) -> None:
+    def collect(self) -> None:
         """Waits for the GPU's stages and adds them up."""
         for name, first, last in self._running:
             last.synchronize()

@@ -1,6 +1,12 @@
-"""Tensors in, tensors out: the lens readout and the capture of hidden rows. Knows no model, no dataset, no file.
+"""The logit lens of many rows and the capture of hidden rows: tensors in, tensors out.
 
+Depends on torch, and on Triton for the GPU kernels. It knows no model, no dataset and no file.
+
+>>> import torch
 >>> from xprobe_kernels import Unembedding, lens
+>>> head = Unembedding(torch.eye(3), norm="none")
+>>> lens(torch.tensor([[1.0, 2.0, 3.0]]), head, torch.tensor([1])).rank.tolist()
+[[2]]
 """
 
 from xprobe_kernels.capture import capture

@@ -1,9 +1,10 @@
-"""Compiles every kernel for named targets on a machine without a GPU and reports what the compiler made of it.
+"""Compiles every kernel for named targets on a machine without a GPU, and reports its use of registers and memory.
 
     python -m xprobe_kernels.aot [--targets sm_90,gfx942] [--json FILE] [--all]
 
-Per kernel and target: registers per thread, spilled bytes (stack and local memory), shared memory and the matrix
-instruction of the product. Exit code 1 if a kernel does not build, spills in the product's loop, or does not fit.
+For each kernel and target it prints registers per thread, spilled bytes (stack and local memory), shared memory and the
+matrix instruction of the product. The exit code is 1 if a kernel does not build, spills in the product's loop, or does
+not fit in shared memory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TARGETS = {  # backend, architecture, threads per warp
 }
 PRODUCTS = ("lens_kernel", "tree_attention_kernel")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-# what the product's matrix instruction is called in each target's assembly, best first
+# names of the matrix instructions in each target's assembly, best first
 MATRIX = {"ptx": ("wgmma.mma_async", "tcgen05.mma", "mma.sync"), "amdgcn": ("v_mfma",)}
 
 
@@ -49,14 +50,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What one compilation gave. Sizes in bytes; None where the target does not tell."""
+    """The result of one compilation. Sizes in bytes; None where the target's tools report nothing."""
 
     kernel: str
     label: str
     target: str
     registers: int | None = None
     spilled: int | None = None
-    loop_spills: int | None = None  # instructions on local memory within the product's loop
+    loop_spills: int | None = None  # loads and stores of local memory in the product's loop
     shared: int | None = None
     matrix: str | None = None
     error: str | None = None
@@ -98,7 +99,7 @@ def lens_variant(
     }  # fmt: skip
     if not even:
         types |= {"width": "i32", "weight_stride": "i64"}
-    constants: dict[str, Any] = {"lookups": 1} if lookups == 1 else {}  # launches compile the 1 in
+    constants: dict[str, Any] = {"lookups": 1} if lookups == 1 else {}  # Triton compiles an argument of 1 in
     types |= {} if lookups == 1 else {"lookups": "i32"}
     constants |= {
         "HAS_BIAS": full, "HAS_CAP": full, "LOOKUPS": lookups, "K": top_k,
@@ -177,7 +178,7 @@ def attention_variant(dtype: str, width: int, *, full: bool = False) -> Variant:
 
 
 def variants(target: str, every: bool = False) -> Iterator[Variant]:
-    """What runs on ``target``: its configurations in both regimes; ``every``: candidates for tuning as well."""
+    """What runs on ``target``: its configurations for many and few rows. ``every``: also the candidates for tuning."""
     for dtype in ("bf16", "fp32"):
         for config in dict.fromkeys(CONFIGS[target, ITEMSIZE[dtype]]):
             yield lens_variant(config, dtype)
@@ -200,7 +201,7 @@ def variants(target: str, every: bool = False) -> Iterator[Variant]:
 
 
 def compile_for(variant: Variant, target: str) -> Report:
-    """Compiles one variant; what goes wrong is in the report."""
+    """Compiles one variant. An error is stored in the report."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -216,13 +217,13 @@ def compile_for(variant: Variant, target: str) -> Report:
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
     try:
         built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    except Exception as error:  # the compiler raises many kinds; each is a finding
-        said = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [type(error).__name__]
-        return Report(variant.kernel, variant.label, target, error=" | ".join(said[-2:])[:300])
-    found = _nvidia(built) if target.startswith("sm_") else _amd(built)
+    except Exception as error:  # the compiler raises exceptions of many types; all of them are results here
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [type(error).__name__]
+        return Report(variant.kernel, variant.label, target, error=" | ".join(lines[-2:])[:300])
+    usage = _nvidia(built) if target.startswith("sm_") else _amd(built)
     if variant.kernel not in PRODUCTS:
-        found |= {"loop_spills": None, "matrix": None}  # no product in it
-    return Report(variant.kernel, variant.label, target, shared=built.metadata.shared, **found)
+        usage |= {"loop_spills": None, "matrix": None}  # the kernel has no product
+    return Report(variant.kernel, variant.label, target, shared=built.metadata.shared, **usage)
 
 
 def _kernel(name: str) -> Any:
@@ -254,14 +255,14 @@ def _nvidia(built: Any) -> dict[str, Any]:
 
 
 def loop_spills(code: str) -> int:
-    """Loads and stores of local memory in the innermost loops that hold a product (SASS as nvdisasm prints it)."""
+    """Counts loads and stores of local memory in innermost loops with a product. ``code`` is the output of nvdisasm."""
     lines = code.splitlines()
-    labels = {line.strip()[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line.strip())}
+    labels = {line.strip()[:-1]: number for number, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line.strip())}
     loops = []
-    for at, line in enumerate(lines):
+    for number, line in enumerate(lines):
         jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-        if jump and labels.get(jump.group(1), at) < at:
-            loops.append((labels[jump.group(1)], at))
+        if jump and labels.get(jump.group(1), number) < number:
+            loops.append((labels[jump.group(1)], number))
     product = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b")
     inner = [
         (start, end)
@@ -276,8 +277,8 @@ def _amd(built: Any) -> dict[str, Any]:
     code = built.asm["amdgcn"]
 
     def number(name: str) -> int | None:
-        found = re.search(rf"\.{name}:\s*(\d+)", code)
-        return int(found.group(1)) if found else None
+        match = re.search(rf"\.{name}:\s*(\d+)", code)
+        return int(match.group(1)) if match else None
 
     return {
         "registers": number("vgpr_count"),
@@ -307,7 +308,7 @@ def table(reports: list[Report]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xprobe_kernels.aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of " + ", ".join(TARGETS))
-    parser.add_argument("--all", action="store_true", help="the candidates for tuning as well")
+    parser.add_argument("--all", action="store_true", help="also compile the candidates for tuning")
     parser.add_argument("--json", help="write the reports to this file")
     options = parser.parse_args(arguments)
     wanted = options.targets.split(",")
@@ -315,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"--targets: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set: Triton interprets and does not compile; unset it")
+        parser.error("TRITON_INTERPRET is set, so Triton interprets and does not compile: unset it")
     reports = []
     for target in wanted:
         for variant in variants(target, options.all):

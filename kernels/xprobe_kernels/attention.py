@@ -1,118 +1,33 @@
-"""Attention over a packed tree of token sequences on a GPU: one kernel, no mask in memory, nothing computed twice.
+"""Attention over a packed tree of token sequences on a GPU (``reach.py`` describes the tree).
 
-Sequences with common beginnings are packed so that every shared token stands once, each before those that continue it
-(depth first). Then token i attends to token j exactly if ``j <= i < until[j]``, where ``until[j]`` is the end of what
-continues j: two numbers per pair decide, and whole blocks are left out by the same rule.
+One kernel does all of it. No mask is stored, and tokens that several sequences share are computed once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import util
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from xprobe_kernels.readout import interpreted
-from xprobe_kernels.transfer import on, upload
+from xprobe_kernels.reach import Blocks, Reach
+from xprobe_kernels.transfer import on
+from xprobe_kernels.triton_support import kernel_dtypes, kernels_run_on
 from xprobe_kernels.unembedding import describe
 
-MAX_WIDTH = 256  # of a head's queries, keys and values
+__all__ = ["MAX_WIDTH", "Blocks", "Reach", "available", "serves", "tree_attention"]
 
-
-@dataclass(frozen=True)
-class Blocks:
-    """How the kernel walks: tiles of queries x keys. ``warps``, ``stages``: as Triton has them."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-    @staticmethod
-    def choose(itemsize: int, width: int) -> Blocks:
-        """For heads of ``width`` numbers of ``itemsize`` bytes; shared memory stays below 99 KiB."""
-        if itemsize == 4:
-            return Blocks(32, 32, 4, 2) if width <= 64 else Blocks(16, 16, 4, 2)  # larger ones spill on sm_90
-        return Blocks(64, 64, 4, 3 if width <= 64 else 2) if width <= 128 else Blocks(64, 32, 4, 2)
-
-
-@dataclass(frozen=True, eq=False)
-class Reach:
-    """Who attends to whom in a packed sequence of N tokens, on one device and for one choice of blocks.
-
-    Attributes
-    ----------
-    until, positions : Tensor [N], int32
-        The end of what continues a token in the packed sequence, and its position in its own sequences.
-    bounds : Tensor [Q, 3], int32
-        For every block of queries: its first entry in ``visits``, the first one that needs a mask, the end.
-    visits : Tensor int32
-        Blocks of keys that a block of queries looks at, those seen by all of its queries first.
-    """
-
-    until: Tensor
-    positions: Tensor
-    bounds: Tensor
-    visits: Tensor
-    blocks: Blocks
-
-    @classmethod
-    def of(cls, until: NDArray, positions: NDArray, blocks: Blocks, device: torch.device) -> Reach:
-        """From ``until`` and ``positions`` [N] in main memory, without waiting for the device.
-
-        Raises
-        ------
-        ValueError
-            There are no tokens, or one ends before itself or after the last.
-        """
-        until, positions = (np.ascontiguousarray(values, dtype=np.int32) for values in (until, positions))
-        count = len(until)
-        if positions.shape != until.shape or not count or (until <= np.arange(count)).any() or until.max() > count:
-            raise ValueError(f"until and positions must hold N numbers each, until[i] from i + 1 to N; N is {count}")
-        bounds, visits = _visits(until, blocks)
-        parts = (until, positions, bounds.ravel(), visits)
-        # each at a multiple of 16 bytes: the kernel would be compiled once more for every other alignment
-        starts = np.cumsum([0, *(-(-len(part) // 4) * 4 for part in parts)])
-        together = np.zeros(starts[-1], dtype=np.int32)
-        for start, part in zip(starts, parts, strict=False):
-            together[start : start + len(part)] = part
-        there = upload(torch.from_numpy(together), device)
-        found = [there[start : start + len(part)] for start, part in zip(starts, parts, strict=False)]
-        return cls(found[0], found[1], found[2].view(-1, 3), found[3], blocks)
-
-
-def _visits(until: NDArray, blocks: Blocks) -> tuple[NDArray, NDArray]:
-    """``bounds`` and ``visits`` of ``Reach``."""
-    count = len(until)
-    q_first = np.arange(0, count, blocks.queries)
-    q_last = np.minimum(q_first + blocks.queries, count) - 1
-    k_first = np.arange(0, count, blocks.keys)
-    k_last = np.minimum(k_first + blocks.keys, count) - 1
-    farthest, nearest = (reduce.reduceat(until, k_first) for reduce in (np.maximum, np.minimum))
-    seen = (k_first <= q_last[:, None]) & (farthest > q_first[:, None])
-    whole = (k_last <= q_first[:, None]) & (nearest > q_last[:, None]) & (k_last - k_first + 1 == blocks.keys)
-    order = np.argsort(np.where(whole, 0, np.where(seen, 1, 2)), axis=1, kind="stable").astype(np.int32)
-    ends = seen.sum(1).cumsum()
-    starts = ends - seen.sum(1)
-    kept = np.arange(len(k_first)) < seen.sum(1)[:, None]
-    return np.stack([starts, starts + whole.sum(1), ends], 1).astype(np.int32), order[kept]
+MAX_WIDTH = 256  # largest width of an attention head's queries, keys and values
 
 
 def available(device: torch.device) -> bool:
-    """Whether there is a kernel for ``device`` here."""
-    return device.type == "cuda" and util.find_spec("triton") is not None
+    """Whether the attention kernel runs on ``device``, which must be a GPU."""
+    return device.type == "cuda" and kernels_run_on(device)
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether ``tree_attention`` can take these (heads first, tokens, width)."""
-    narrow = (torch.float32, torch.float16) + (() if interpreted() else (torch.bfloat16,))
+    """Whether ``tree_attention`` takes these tensors [heads, tokens, width]."""
     return (
-        (query.device.type == "cuda" or interpreted())
-        and util.find_spec("triton") is not None
-        and query.dtype in narrow
+        kernels_run_on(query.device)
+        and query.dtype in kernel_dtypes()
         and query.dtype == key.dtype == value.dtype
         and max(query.shape[-1], value.shape[-1]) <= MAX_WIDTH
     )
@@ -129,43 +44,64 @@ def tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of every token of a packed tree on itself and on what it continues.
+    """Softmax attention of each token of a packed tree to itself and to the tokens that it continues.
 
     Parameters
     ----------
     query : Tensor [H, N, d]
+        fp32, fp16 or bf16. The same dtype and device as ``key`` and ``value``.
     key : Tensor [G, N, d]
+        G divides H: ``H / G`` neighbouring query heads share keys and values.
     value : Tensor [G, N, e]
-        fp32, fp16 or bf16; G divides H, and ``H / G`` neighbouring query heads share keys and values. Scores and sums
-        are fp32; weights are cast to the dtype of the values before the second product, as libraries do. Values must
-        be finite: 0 times infinity is NaN, in every query of a block that visits it.
+        Must be finite: 0 times infinity is NaN, in every query of a block that visits the value.
     reach : Reach
-        Of N tokens, on the device of the query.
+        Which tokens attend to which: N tokens, on the device of ``query``.
     scale : float
         Multiplies the dot products.
     window : int, optional
-        A token attends to its last ``window`` positions only, its own included. Blocks out of its reach are visited.
+        A token attends to the last ``window`` positions of its sequence only, its own included. Saves no time: blocks
+        outside of the window are visited too.
     softcap : float, optional
-        c in ``c * tanh(scale * score / c)``.
+        Scores become ``c * tanh(scale * q.k / c)`` with this c.
     sinks : Tensor [H], optional
-        Logits that take part in each head's denominator and add nothing to its sum.
+        One logit per head. It adds to the softmax denominator and has no value of its own (attention sinks).
 
     Returns
     -------
     Tensor [N, H, e]
-        In the dtype of the query.
+        In the dtype of ``query``.
 
     Raises
     ------
     ValueError
         Names the argument, its value and what was expected.
+
+    Notes
+    -----
+    Scores and sums are fp32. Softmax weights are cast to the dtype of ``value`` before the second product, as in the
+    usual attention libraries. The method is the running softmax of FlashAttention (Dao et al., 2022).
+
+    Examples
+    --------
+    Needs Triton and a GPU, or ``TRITON_INTERPRET=1``. The two sequences 5 6 7 and 5 6 8 share two tokens:
+
+    >>> import numpy as np, torch
+    >>> from xprobe_kernels.attention import Blocks, Reach, serves, tree_attention
+    >>> query = key = value = torch.eye(4)[None]  # one head, tokens 5 6 7 8
+    >>> blocks = Blocks(16, 16, warps=4, stages=1)
+    >>> reach = Reach.from_tree(np.array([4, 4, 3, 4]), np.array([0, 1, 2, 2]), blocks, torch.device("cpu"))
+    >>> if serves(query, key, value):
+    ...     out = tree_attention(query, key, value, reach, scale=1.0)
+    ...     assert out[3, 0, 2] == 0  # token 8 does not attend to token 7
     """
     heads, tokens, _ = query.shape
     if key.shape[1:] != query.shape[1:] or value.shape[:2] != key.shape[:2] or heads % key.shape[0]:
         raise ValueError(f"query, key, value do not fit: {describe(query)}, {describe(key)}, {describe(value)}")
     if not serves(query, key, value):
-        raise ValueError(f"this needs Triton, a GPU, one narrow dtype and at most {MAX_WIDTH} wide heads: "
-                         f"{describe(query)}, {describe(value)}")  # fmt: skip
+        raise ValueError(
+            f"tree_attention needs Triton, a GPU, one dtype of {', '.join(map(str, kernel_dtypes()))} "
+            f"and heads at most {MAX_WIDTH} wide; got query {describe(query)}, value {describe(value)}"
+        )
     if len(reach.until) != tokens or reach.until.device != query.device:
         raise ValueError(f"reach is of {len(reach.until)} tokens on {reach.until.device}, query is {describe(query)}")
     if window is not None and window < 1:

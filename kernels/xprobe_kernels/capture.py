@@ -1,15 +1,14 @@
-"""Copies chosen rows of a block's output into a row buffer, one row or a mean per span."""
+"""``capture`` copies chosen rows of a block's output to a buffer: single rows, or the mean of a span of rows."""
 
 from __future__ import annotations
 
-from importlib import util
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from xprobe_kernels.readout import interpreted
 from xprobe_kernels.transfer import on
+from xprobe_kernels.triton_support import kernel_dtypes, kernels_run_on
 from xprobe_kernels.unembedding import Unembedding, describe
 
 
@@ -22,30 +21,40 @@ def capture(
     check: bool = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> None:
-    """Writes the mean of ``hidden[batch, start:stop]`` for every span into ``out``; keeps no view of ``hidden``.
+    """Writes the mean of ``hidden[batch, start:stop]`` for each span to ``out``. Keeps no view of ``hidden``.
 
     Parameters
     ----------
     hidden : Tensor [B, T, D]
-        Output of one block.
+        Output of one block of the model.
     spans : Tensor [S, 3], int64
-        (batch, start, stop) with ``0 <= batch < B`` and ``0 <= start < stop <= T``. One position: ``stop = start + 1``,
-        copied bit for bit; a longer span is averaged in fp32 (fp64 for fp64 rows). On any device; on that of ``hidden``
-        no copy is made.
+        (batch, start, stop) with ``0 <= batch < B`` and ``0 <= start < stop <= T``. A single position has
+        ``stop = start + 1`` and is copied bit for bit. A longer span is averaged in fp32 (fp64 for fp64 rows). The
+        tensor may be on any device; on the device of ``hidden`` it is not copied.
     out : Tensor [S, D]
-        Written in place, in its own dtype.
+        Written in place. Rows are cast to its dtype.
     head : Unembedding, optional
-        Applies its final norm (statistics, gamma, beta) to the rows before they are cast: they are then rows for
-        ``lens`` with ``head.without_norm()``. None: rows as the model left them.
+        Its final norm is applied to the rows before they are cast. Read such rows with ``head.without_norm()``.
     check : bool
-        False: ``spans`` passed the check in an earlier call with the same [B, T]; saves a wait for the device.
+        False skips the check of ``spans``, for spans that passed it in an earlier call with the same [B, T]. This saves
+        a wait for the device.
     backend : "auto", "triton" or "torch"
-        "auto": the kernel (one launch) where Triton and a GPU are at hand, plain torch elsewhere.
+        "auto" uses the kernel (one launch) if there are Triton and a GPU, and plain torch otherwise.
 
     Raises
     ------
     ValueError
         Names the argument, its value and what was expected.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from xprobe_kernels import capture
+    >>> hidden = torch.arange(8.0).view(1, 4, 2)
+    >>> out = torch.empty(2, 2)
+    >>> capture(hidden, torch.tensor([[0, 3, 4], [0, 0, 2]]), out)  # the last position, and the mean of the first two
+    >>> out.tolist()
+    [[6.0, 7.0], [1.0, 2.0]]
     """
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be a floating-point tensor of shape [B, T, D], got {describe(hidden)}")
@@ -73,25 +82,25 @@ def capture(
 
 
 def check_spans(spans: Tensor, batch: int, length: int) -> None:
-    """Raises the ValueError of ``capture`` for spans [S, 3] outside of [B, T]; in main memory it waits for nothing."""
+    """Raises a ValueError if one of ``spans`` [S, 3] is outside of [B, T]. Waits for the GPU if the spans are there."""
     rows, starts, stops = spans.unbind(1)
     bad = (rows < 0) | (rows >= batch) | (starts < 0) | (starts >= stops) | (stops > length)
     if bool(bad.any()):
-        where = int(bad.nonzero()[0])
+        index = int(bad.nonzero()[0])
         raise ValueError(
-            f"spans[{where}] = {spans[where].tolist()} is not (batch, start, stop) within [{batch}, {length}]"
+            f"spans[{index}] = {spans[index].tolist()} is not (batch, start, stop) within [{batch}, {length}]"
         )
 
 
 def _use_kernel(backend: str, hidden: Tensor, out: Tensor) -> bool:
-    narrow = (torch.float32, torch.float16) + (() if interpreted() else (torch.bfloat16,))
-    fits = hidden.dtype in narrow and out.dtype in narrow and (out.shape[1] <= 1 or out.stride(1) == 1)
-    here = (hidden.device.type == "cuda" or interpreted()) and util.find_spec("triton") is not None
+    dtypes = kernel_dtypes()
+    fits = hidden.dtype in dtypes and out.dtype in dtypes and (out.shape[1] <= 1 or out.stride(1) == 1)
+    here = kernels_run_on(hidden.device)
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
     if backend == "triton" and not (fits and here):
         raise ValueError(
-            f"backend 'triton' needs Triton and a GPU, {', '.join(map(str, narrow))} and dense rows; "
+            f"backend 'triton' needs Triton and a GPU, {', '.join(map(str, dtypes))} and dense rows of out; "
             f"got hidden {describe(hidden)}, out {describe(out)}"
         )
     return backend == "triton" or (backend == "auto" and fits and here and hidden.device.type == "cuda")

@@ -1,7 +1,8 @@
-"""rowpass.c, compiled on first use by the machine's own C compiler and kept in the cache folder.
+"""Compiles rowpass.c on first use with the machine's C compiler, and keeps the library in the cache folder.
 
-``XPROBE_CC`` names the compiler (a name or a path; default: the first of cc, gcc, clang); ``none`` does without.
-Without one, or where it fails, ``row_pass()`` is None and the tiles are read in plain torch, several times slower.
+``XPROBE_CC`` is the name or path of the compiler. The default is the first of cc, gcc and clang. ``none`` turns the
+compiled code off. If there is no compiler or it fails, ``row_pass()`` is None, and plain torch reads the tiles, several
+times slower.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ SOURCE = Path(__file__).with_name("rowpass.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DIGEST = hashlib.sha256().digest_size
-PATIENCE = 120  # seconds for the compiler, which takes well under one
+TIMEOUT = 120  # seconds for the compiler; compiling takes less than one
 
 
 class Tile(ctypes.Structure):
-    """What rowpass.c reads and writes; its comments say what each field is."""
+    """The struct that rowpass.c reads and writes. Comments there describe each field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "width", "start", "lookups", "top_k", "threads")),
@@ -49,7 +50,7 @@ RowPass = Callable[[Tile], None]
 
 
 def run(row_pass: RowPass, z: Tensor, **fields: Tensor | float | None) -> None:
-    """Reads a tile ``z`` [r, v]; other fields by name. Tensors must be dense and of the types that rowpass.c gives."""
+    """Reads a tile ``z`` [r, v]. Other fields by name; tensors must be dense and have the types in rowpass.c."""
     tile = Tile(rows=z.shape[0], width=z.shape[1], threads=torch.get_num_threads())
     for name, value in (fields | {"z": z}).items():
         if isinstance(value, Tensor):
@@ -62,7 +63,7 @@ def run(row_pass: RowPass, z: Tensor, **fields: Tensor | float | None) -> None:
 
 @functools.cache
 def row_pass() -> RowPass | None:
-    """The compiled function; None where there is none, with one warning if a compiler is there and failed."""
+    """The compiled function, or None. Warns once if there is a compiler and it fails."""
     if os.name != "posix":
         return None
     asked = os.environ.get("XPROBE_CC")
@@ -72,13 +73,13 @@ def row_pass() -> RowPass | None:
     try:
         if compiler is None:
             if asked:
-                raise FileNotFoundError(f"XPROBE_CC is {asked!r}, and there is no such program")
+                raise FileNotFoundError(f"XPROBE_CC is {asked!r}, but there is no such program")
             return None
         return _build(compiler)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"the compiled lens is not available, slower code takes its place (XPROBE_CC=none: without this warning): "
+            f"the compiled lens is not available, slower code replaces it (XPROBE_CC=none turns this warning off): "
             f"{str(reason).strip()[:500]}",
             RuntimeWarning,
             stacklevel=2,
@@ -96,27 +97,27 @@ def cache_folder() -> Path:
 
 
 def _build(compiler: str) -> RowPass:
-    """From the cache if it was compiled before, for this source by this compiler on such a processor; else anew."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=True)
-    # clang's OpenMP would be a second pool of threads beside torch's libgomp: its rows are read by one thread
+    """Loads the library from the cache, or compiles it. Its key: source, flags, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=True)
+    # clang's OpenMP would start a second pool of threads beside torch's libgomp, so clang's code uses one thread
     threads = "-fopenmp-simd" if "clang" in version.stdout else "-fopenmp"
     key = hashlib.sha256()
     for part in (SOURCE.read_text(), *FLAGS, threads, version.stdout, _processor()):
         key.update(part.encode() + b"\0")
     path = cache_folder() / f"rowpass-{key.hexdigest()[:24]}.so"
     if _is_whole(path):
-        with contextlib.suppress(OSError, AttributeError):  # made on another machine that shares the folder
+        with contextlib.suppress(OSError, AttributeError):  # another machine that shares the folder made it
             return _load(path)
     with tempfile.TemporaryDirectory(prefix="xprobe-") as folder:
         made = Path(folder, "rowpass.so")
         command = [compiler, *FLAGS, threads, "-o", str(made), str(SOURCE), "-lm"]
-        subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+        subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
         library = made.read_bytes()
         return _load(path if _keep(path, library + hashlib.sha256(library).digest()) else made)
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the library ends in its own digest: to load half of one can kill the process."""
+    """Whether the file ends with its own digest. Loading a damaged library can kill the process."""
     try:
         library = path.read_bytes()
     except OSError:
@@ -125,7 +126,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _keep(path: Path, library: bytes) -> bool:
-    """Writes a cache file whole or not at all, as others may do at once; False where the folder cannot be used."""
+    """Writes a cache file atomically, as other processes may write it too. False if the folder cannot be written."""
     name = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,10 +148,10 @@ def _load(path: Path) -> RowPass:
 
 
 def _processor() -> str:
-    """Name and abilities of the processor: what ``-march=native`` looks at."""
+    """Name and features of the processor, on which the code of ``-march=native`` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
-    telling = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part", "isa")
-    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
+    keys = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part", "isa")
+    return "\n".join(sorted({line for line in lines if line.startswith(keys)}))

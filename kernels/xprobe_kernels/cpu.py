@@ -1,10 +1,11 @@
-"""The lens tile by tile over the vocabulary: bounded memory on any machine.
+"""The lens tile by tile over the vocabulary, in bounded memory on any machine.
 
-A matrix product gives a tile of raw logits. All the rest is one pass of compiled code over it (fp32 on the CPU, where
-there is a C compiler) or, anywhere, a dozen passes of plain torch (``_EagerPass``), which define what happens.
+A matrix product gives a tile of raw logits. One pass of compiled code then reads the tile (``_CompiledPass``: fp32 on a
+CPU with a C compiler). Everywhere else a dozen passes of plain torch read it (``_EagerPass``). They define what is
+computed.
 
-Each tile of logits is read while it is small and then forgotten. What is carried from tile to tile is a running
-maximum and a few sums per row, in fp64 and relative to that maximum, so that neither the number of rows in the call
+A tile is read while it is small enough for the cache, and then overwritten. From tile to tile each row carries a
+running maximum and a few sums. They are fp64 and relative to that maximum. So neither the number of rows in the call
 nor an offset common to all logits costs digits.
 """
 
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from xprobe_kernels import compiled
 from xprobe_kernels.precision import cpu_product
-from xprobe_kernels.reference import tie_threshold
+from xprobe_kernels.request import LensRequest
+from xprobe_kernels.ties import tie_threshold
 from xprobe_kernels.unembedding import Unembedding
 
 TILE = 1024  # vocabulary entries at a time
@@ -29,11 +31,11 @@ ROWS = 512  # rows at a time: a [512, 1024] fp32 tile is 2 MiB, half the memory 
 
 @dataclass
 class _Tile:
-    """What adding a tile gives back for the rows of a part."""
+    """What ``_Sums.add`` returns for the rows of a part."""
 
     shifted: Tensor  # z - m, [r, v]
     weights: Tensor  # e^(z - m), [r, v]
-    rescale: Tensor  # what the sums so far were multiplied by, [r]
+    rescale: Tensor  # factor that the earlier sums were multiplied by, [r]
     move: Tensor  # old m - new m, [r]
 
 
@@ -49,7 +51,7 @@ class _Sums:
         """Adds a tile [r, v] to the rows of ``part``; changes ``z`` in place."""
         old = self.peak[part]
         new = torch.maximum(old, z.amax(-1).double())
-        shift = torch.where(torch.isfinite(new), new, 0.0)  # a row of -inf so far: keep its sums at zero
+        shift = torch.where(torch.isfinite(new), new, 0.0)  # keeps the sums at zero while all logits of a row are -inf
         move = torch.where(torch.isfinite(old), old - shift, 0.0)
         rescale = torch.where(torch.isfinite(old), move.exp(), 0.0)
         shifted = z.sub_(shift.to(z.dtype)[:, None])
@@ -67,29 +69,29 @@ class _Sums:
 
 
 class _Divergence:
-    """KL(final || row) for R rows: carries sum over v of e^(z_final - m_final) * (z_row - m_row)."""
+    """KL(final || row) for R rows. Carries the sum over v of e^(z_final - m_final) * (z_row - m_row)."""
 
     def __init__(self, final_rows: Tensor, tile: int, dtype: torch.dtype) -> None:
-        self.rows, self.of = torch.unique(final_rows, return_inverse=True)
+        self.rows, self.final_of = torch.unique(final_rows, return_inverse=True)
         self.sums = _Sums(self.rows.numel(), final_rows.device)
         self.cross = torch.zeros(final_rows.shape[0], dtype=torch.float64, device=final_rows.device)
-        self.rescale = torch.zeros_like(self.sums.exp)  # by how much the tile at hand moved the sums
+        self.rescale = torch.zeros_like(self.sums.exp)  # factor by which the current tile rescaled the sums
         self.space = torch.empty(self.rows.numel() * tile, dtype=dtype, device=final_rows.device)
 
     def start_tile(self, width: int) -> None:
-        """The final rows' tile is read, part by part into ``weights`` [f, v], before any row is read against it."""
+        """Starts a tile. The final rows are read first, part by part, and leave e^(z - m) in ``weights`` [f, v]."""
         self.before = self.sums.exp.clone()
         self.weights = self.space[: self.rows.numel() * width].view(-1, width)
 
     def result(self, sums: _Sums) -> Tensor:
         own = self.sums.exp_z / self.sums.exp - self.sums.exp.log()
-        cross = self.cross / self.sums.exp[self.of] - sums.exp.log()
-        return (own[self.of] - cross).clamp(min=0)
+        cross = self.cross / self.sums.exp[self.final_of] - sums.exp.log()
+        return (own[self.final_of] - cross).clamp(min=0)
 
 
 @dataclass
 class _Carried:
-    """What is known of R rows after some tiles; a pass over the next tile adds to it."""
+    """The state of R rows after some tiles. A pass over the next tile updates it."""
 
     head: Unembedding
     lookup: Tensor  # [R, A]
@@ -102,10 +104,10 @@ class _Carried:
 
 
 class _EagerPass(_Carried):
-    """Reads tiles [r, v] of raw logits in plain torch; overwrites them."""
+    """Reads tiles [r, v] of raw logits in plain torch and overwrites them."""
 
     def read_finals(self, part: slice, z: Tensor, tokens: slice) -> None:
-        """``z``: this part of the final rows' weights to be."""
+        """Reads a part of the final rows and replaces their logits ``z`` by e^(z - m)."""
         assert self.divergence is not None
         tile = self.divergence.sums.add(part, self.head.cap(self.head.bias_and_scale(z, tokens)))
         self.divergence.rescale[part] = tile.rescale
@@ -118,13 +120,13 @@ class _EagerPass(_Carried):
             _merge_top(z, tokens.start, self.top_logits[part], self.top_ids[part])
         tile, other = self.sums.add(part, self.head.cap(z)), self.divergence
         if other is not None:
-            of = other.of[part]
-            carried = other.cross[part] + tile.move * other.before[of]
-            other.cross[part] = other.rescale[of] * carried + _weighted_sum(other.weights[of], tile.shifted)
+            final = other.final_of[part]
+            carried = other.cross[part] + tile.move * other.before[final]
+            other.cross[part] = other.rescale[final] * carried + _weighted_sum(other.weights[final], tile.shifted)
 
 
 class _CompiledPass(_Carried):
-    """The same in one pass of compiled code over fp32 logits in the CPU's memory."""
+    """Does the same in one pass of compiled code over fp32 logits in CPU memory."""
 
     def read_finals(self, part: slice, z: Tensor, tokens: slice) -> None:
         assert self.divergence is not None
@@ -134,7 +136,7 @@ class _CompiledPass(_Carried):
         fields = {name: getattr(self, name)[part] for name in ("lookup", "threshold", "above", "top_logits", "top_ids")}
         other = self.divergence
         if other is not None:
-            fields |= {"final_of": other.of[part], "final_weights": other.weights, "final_rescale": other.rescale}
+            fields |= {"final_of": other.final_of[part], "final_weights": other.weights, "final_rescale": other.rescale}
             fields |= {"final_before": other.before, "cross": other.cross[part]}
         k, lookups = self.top_ids.shape[1], self.lookup.shape[1]
         self._run(part, z, tokens, self.sums, start=tokens.start, lookups=lookups, top_k=k, **fields)
@@ -147,25 +149,16 @@ class _CompiledPass(_Carried):
         compiled.run(row_pass, z, bias=bias, scale=head.scale, softcap=head.softcap, **fields)
 
 
-def readout(
-    hidden: Tensor,
-    head: Unembedding,
-    lookup: Tensor,
-    top_k: int,
-    final_rows: Tensor | None,
-    workspace_bytes: int,
-    precision: str = "ieee",
-    *,
-    eager: bool = False,
-) -> dict[str, Any]:
-    """The fields of ``Readout``; arguments as ``lens`` has checked them. Arithmetic in fp32, in fp64 for fp64 rows."""
+def readout(request: LensRequest, *, eager: bool = False) -> dict[str, Any]:
+    """The fields of ``Readout``, computed in fp32 (fp64 for fp64 rows). ``eager``: without compiled code."""
+    hidden, head, top_k, final_rows = request.hidden, request.head, request.top_k, request.final_rows
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows, device, lookup = hidden.shape[0], hidden.device, lookup.contiguous()
+    rows, device, lookup = request.rows, hidden.device, request.lookup.contiguous()
     finals = 0 if final_rows is None else int(torch.unique(final_rows).numel())
-    step, tile = _partition(head.width, finals, top_k, dtype, workspace_bytes)
+    step, tile = _partition(head.width, finals, top_k, dtype, request.workspace_bytes)
     parts, final_parts = _parts(rows, step), _parts(finals, step)
     narrow = device.type == "cpu" and hidden.dtype == head.weight.dtype == torch.bfloat16 and matrix_units()
-    keep = rows * head.width * dtype.itemsize <= workspace_bytes // 6
+    keep = rows * head.width * dtype.itemsize <= request.workspace_bytes // 6
     normed = _Normed(hidden, head, dtype, parts, keep=keep, rounded=narrow)
 
     looked_up, threshold = _look_up(normed, head, lookup, parts, dtype)
@@ -211,9 +204,9 @@ def readout(
     }
 
 
-def readout_eager(*arguments: Any) -> dict[str, Any]:
+def readout_eager(request: LensRequest) -> dict[str, Any]:
     """``readout`` without compiled code."""
-    return readout(*arguments, eager=True)
+    return readout(request, eager=True)
 
 
 def matrix_units() -> bool:
@@ -223,11 +216,11 @@ def matrix_units() -> bool:
 
 @contextmanager
 def _products(precision: str) -> Iterator[None]:
-    """How fp32 products are made on the CPU, whatever torch.set_float32_matmul_precision was told.
+    """Sets the precision of fp32 products on the CPU, whatever ``torch.set_float32_matmul_precision`` was set to.
 
-    "ieee" keeps their operands. "bf16" lets them be rounded: where they hold bf16 numbers that costs nothing, the sums
-    and the result are fp32, and matrix units do the work. The setting is the process's: another thread's products run
-    at it while this one is inside. It is touched only where it differs.
+    "ieee" keeps the operands. "bf16" rounds them, sums in fp32 and uses the processor's matrix units; operands that
+    hold bf16 numbers lose nothing. The setting belongs to the process: products of other threads use it too while this
+    context is active. It is changed only if it differs, and put back.
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
@@ -242,27 +235,28 @@ def _products(precision: str) -> Iterator[None]:
 
 
 def _partition(width: int, finals: int, top_k: int, dtype: torch.dtype, workspace_bytes: int) -> tuple[int, int]:
-    """Rows and vocabulary entries at a time, so that everything temporary fits the workspace."""
+    """How many rows and vocabulary entries to take at a time, so that all temporary memory fits in the workspace."""
     size = dtype.itemsize
     share = workspace_bytes // 6
     tile = min(TILE, share // (size * width))  # the weights of a tile, converted
     if finals:
         tile = min(tile, share // (5 * size * finals))  # the final rows' logits and weights
     tile = max(tile, 1)
-    cell = (4 + 2 * bool(finals)) * size + 40 * bool(top_k)  # bytes per logit: copies of it, sortable keys
+    cell = (4 + 2 * bool(finals)) * size + 40 * bool(top_k)  # bytes per logit: its copies and its sorting keys
     step = min(ROWS, share // (cell * tile), share // (5 * size * width))
     return max(step, 1), tile
 
 
 def _parts(rows: int, step: int) -> list[slice]:
-    return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 class _Normed:
-    """Normed rows, computed once where all of them may be kept, else at each use.
+    """Normed rows. With ``keep`` they are computed once, otherwise at each use.
 
-    Rows that are not finite become zeros, so that nothing of them spreads. bf16 rows are normed and multiplied in fp32,
-    but ``rounded`` to bf16 after the norm, as models themselves do, where matrix units are there to multiply them.
+    Rows that are not finite become zeros, so that they affect no other row. bf16 rows are normed and multiplied in
+    fp32. With ``rounded`` they are rounded to bf16 after the norm, as models do, so that matrix units can multiply
+    them.
     """
 
     def __init__(
@@ -279,17 +273,17 @@ class _Normed:
                 kept[part] = self[part]
             self.kept = kept
 
-    def __getitem__(self, at: slice | Tensor) -> Tensor:
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
         if self.kept is not None:
-            return self.kept[at]
-        normed = self.head.normalize(torch.where(self.finite[at][:, None], self.hidden[at], 0.0).to(self.dtype))
+            return self.kept[rows]
+        normed = self.head.normalize(torch.where(self.finite[rows][:, None], self.hidden[rows], 0.0).to(self.dtype))
         return normed.bfloat16().to(self.dtype) if self.rounded else normed
 
 
 def _look_up(
     normed: _Normed, head: Unembedding, lookup: Tensor, parts: list[slice], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Logits [R, A] of the looked-up tokens, and the value (before the soft-cap) that others must exceed."""
+    """Logits [R, A] of the looked-up tokens, and the thresholds [R, A] that others must exceed before the soft-cap."""
     logits = torch.empty(lookup.shape, dtype=dtype, device=lookup.device)
     threshold = torch.empty_like(logits)
     for part in parts:
@@ -303,7 +297,7 @@ def _look_up(
 
 
 def _count_above(z: Tensor, lookup: Tensor, threshold: Tensor, start: int) -> Tensor:
-    """How many tokens of the tile [r, v] exceed each threshold [r, A]; the looked-up token itself never counts."""
+    """How many tokens of the tile [r, v] exceed each threshold [r, A]. The looked-up token itself never counts."""
     above = torch.empty_like(lookup)
     for a in range(lookup.shape[1]):
         above[:, a] = torch.count_nonzero(z > threshold[:, a, None], -1)
@@ -323,10 +317,10 @@ def _weighted_sum(weights: Tensor, z: Tensor) -> Tensor:
 
 
 def _merge_top(z: Tensor, start: int, logits: Tensor, ids: Tensor) -> None:
-    """Merges a tile [r, v] into the running top-k [r, k], in place: largest first, the lowest id first among equals."""
+    """Merges a tile [r, v] into the running top-k [r, k] in place. Largest first; among equals the lowest id first."""
     k = logits.shape[1]
     filled = min(start, k)
-    if filled == k:  # few rows have anything to merge, once some tiles are read
+    if filled == k:  # after the first tiles only few rows have anything to merge
         better = (z.amax(-1) > logits[:, -1]).nonzero()[:, 0]
         if not better.numel():
             return
@@ -334,20 +328,21 @@ def _merge_top(z: Tensor, start: int, logits: Tensor, ids: Tensor) -> None:
     else:
         chosen = torch.arange(z.shape[0], device=z.device)
     values, order = _top(z, k)
-    # the ids so far are lower: first, and a stable sort keeps them first
-    values, found = torch.cat([logits[chosen, :filled], values], 1), torch.cat([ids[chosen, :filled], order + start], 1)
+    # earlier ids are lower: they come first here, and a stable sort keeps them first
+    values = torch.cat([logits[chosen, :filled], values], 1)
+    tokens = torch.cat([ids[chosen, :filled], order + start], 1)
     best = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     logits[chosen, : best.shape[1]] = values.gather(1, best)
-    ids[chosen, : best.shape[1]] = found.gather(1, best)
+    ids[chosen, : best.shape[1]] = tokens.gather(1, best)
 
 
 def _top(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row (all, if there are fewer) and their columns, the lowest first among equals."""
+    """The k largest of each row (all if there are fewer) and their columns; among equals the lowest column first."""
     if z.shape[1] <= k:
         top = z.sort(dim=-1, descending=True, stable=True)
         return top.values, top.indices
     values, order = z.topk(k + 1, -1)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]  # topk takes any of them, in any order
+    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]  # among equals topk takes any, in any order
     values, order = values[:, :k], order[:, :k]
     if tied.numel():
         order[tied] = z[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]

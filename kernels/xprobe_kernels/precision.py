@@ -1,4 +1,4 @@
-"""Matrix products of the library with fp32 accumulation and fp32 results, at the precision the caller asked for."""
+"""Library matrix products with fp32 sums and fp32 results, at the precision that the caller asked for."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ROWS_AT_A_TIME = 64
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """fp32 products on a GPU at "ieee" or "tf32", whatever the caller's own setting; the setting is put back.
+    """Sets the precision of fp32 products on a GPU to "ieee" or "tf32", and puts the caller's setting back.
 
-    The setting is the process's: another thread's fp32 products run at it while this one is inside.
+    The setting belongs to the process: fp32 products of other threads use it too while this context is active.
     """
-    # on a processor with matrix units, oneDNN has a setting of its own: kernels in the interpreter multiply there
+    # oneDNN has its own setting on processors with matrix units, where interpreted kernels multiply
     libraries: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, precision)]
     libraries.append((torch.backends.mkldnn.matmul, "ieee"))  # type: ignore[attr-defined]
     before = [library.fp32_precision for library, _ in libraries]
@@ -37,7 +37,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def product(rows: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """``rows @ weight.T`` [r, v] in fp32; 16-bit operands are multiplied as they are and summed in fp32."""
+    """``rows @ weight.T`` [r, v] in fp32. On a GPU 16-bit operands are multiplied as they are and summed in fp32."""
     if rows.dtype == torch.float32 or rows.device.type != "cuda":
         return torch.mm(rows.float(), weight.float().T, out=out)
     if out is None:
@@ -47,11 +47,11 @@ def product(rows: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether fp32 products on this CPU should go to oneDNN rather than to the BLAS that torch was built with.
+    """Whether oneDNN computes fp32 products on this CPU faster than torch's own BLAS library.
 
-    MKL leaves half of an AMD processor's width unused: it takes its AVX2 code where the processor has AVX-512, which
-    oneDNN uses (measured: 2.2 times as fast, docs/kernels.md). Decided by the processor's name and not by a stopwatch:
-    the two differ in their last bits, and the same machine must give the same bits every time.
+    True on AMD processors with AVX-512 where torch uses MKL: MKL runs its AVX2 code there, oneDNN uses AVX-512. The
+    decision depends on the processor's name, not on a measurement. The two libraries differ in the last bits, and a
+    machine must give the same bits every time.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
@@ -63,7 +63,7 @@ def onednn_is_faster() -> bool:
 
 
 def _onednn_answers() -> bool:
-    """torch's own entry to oneDNN's linear layer is not public: believed only where it computes."""
+    """Whether oneDNN's linear layer computes correctly. torch's function for it is not public, so it is tried first."""
     rows, weight = torch.arange(6.0).view(2, 3), torch.ones(4, 3)
     try:
         return torch.equal(onednn_linear(rows, weight, None), rows @ weight.T)
@@ -77,9 +77,9 @@ def onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def cpu_product(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """``rows @ weight.T`` [r, v] by the faster library; in ``out`` unless that one makes its own result."""
+    """``rows @ weight.T`` [r, v] by the faster library. oneDNN returns a new tensor; torch writes to ``out``."""
     if rows.dtype == torch.float32 and rows.device.type == "cpu" and onednn_is_faster():
-        # it makes code for every number of rows and keeps it: few numbers, little code
+        # oneDNN compiles and keeps code for each number of rows, so the number is rounded up
         missing = -rows.shape[0] % ROWS_AT_A_TIME
         return onednn_linear(F.pad(rows, (0, 0, 0, missing)) if missing else rows, weight, None)[: rows.shape[0]]
     return torch.mm(rows, weight.T, out=out)

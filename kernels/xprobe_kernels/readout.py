@@ -1,24 +1,26 @@
-"""``lens``: the logit lens of many rows in one call, and ``Readout``, what it returns."""
+"""``lens``, the logit lens of many rows in one call, and ``Readout``, its result."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module, util
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from xprobe_kernels.request import MIB, LensRequest
 from xprobe_kernels.transfer import on
+from xprobe_kernels.triton_support import interpreted, kernel_dtypes, kernels_run_on
 from xprobe_kernels.unembedding import Unembedding, describe
 
-MAX_TOP_K = 32
-MIB = 1 << 20
+__all__ = ["BACKENDS", "KERNELS", "MAX_TOP_K", "MIB", "Readout", "available_backends", "interpreted", "lens"]
 
-# name -> (module and function, device types it serves). `auto` takes the first that serves device and dtype.
+MAX_TOP_K = 32
+
+# name -> (module and function, device types). "auto" takes the first backend that serves the device and the dtypes.
 BACKENDS = {
     "triton": ("triton_lens:readout", ("cuda",)),
     "workspace": ("workspace:readout", ("cuda",)),
@@ -26,32 +28,42 @@ BACKENDS = {
     "cpu-eager": ("cpu:readout_eager", ("cpu", "cuda")),
     "reference": ("reference:readout", ("cpu", "cuda")),
 }
-KERNELS = ("triton", "workspace")  # need Triton; on a CPU only its interpreter runs them
+KERNELS = ("triton", "workspace")  # need Triton; on a CPU they run in its interpreter only
 
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """What the lens says of R rows with A looked-up tokens each. Floating-point outputs are fp32 (fp64 for fp64 rows).
+    """Result of ``lens`` for R rows with A looked-up tokens each. Floating-point outputs are fp32 (fp64 for fp64 rows).
 
-    A row that holds NaN or infinity reads NaN (rank 0, id -1), and so does a look-up of -1; other rows are untouched.
+    A row with NaN or infinity gives NaN, rank 0 and id -1. So does a look-up of -1. Other rows are not affected.
 
     Attributes
     ----------
     logits : Tensor [R, A]
         Logits of the looked-up tokens, with bias, scale and soft-cap.
     logsumexp : Tensor [R]
-        Natural logarithm of the sum of exponentials over the vocabulary; ``logits - logsumexp`` is in nats.
+        Natural logarithm of the sum of the exponentials of all logits.
     rank : Tensor [R, A], int64
-        1 + number of other tokens with a strictly larger logit, compared before the soft-cap, which keeps the order.
-        Logits closer than the rounding error of the projection count as tied.
+        1 + the number of other tokens with a strictly larger logit. Logits are compared before the soft-cap, which
+        keeps their order. Logits closer than the rounding error of the projection are tied.
     entropy : Tensor [R]
-        Of the lens distribution, in nats.
+        Entropy of the softmax distribution, in nats.
     top_ids, top_logits : Tensor [R, k]
-        The k largest logits, largest first; of equal ones (before the soft-cap) the lowest id first. None if k = 0.
+        The k largest logits, largest first. Among logits that are equal before the soft-cap the lowest id comes first.
+        None if k = 0.
     kl : Tensor [R]
-        KL(final layer || this row) in nats. None unless ``final_rows`` was given.
+        KL(final layer || this row), in nats. None unless ``final_rows`` was given.
     backend, precision : str
-        What computed it.
+        The backend and the precision that computed the result.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from xprobe_kernels import Unembedding, lens
+    >>> head = Unembedding(torch.eye(2), norm="none")
+    >>> readout = lens(torch.tensor([[0.25, 0.75]]).log(), head, torch.tensor([1]))
+    >>> round(float(readout.log_probability.exp()), 4), int(readout.rank)
+    (0.75, 1)
     """
 
     logits: Tensor
@@ -71,17 +83,21 @@ class Readout:
 
 
 def available_backends(device: str | torch.device = "cpu") -> list[str]:
-    """Backends that can serve ``device`` here, the one that ``auto`` takes first."""
-    kind = torch.device(device).type
-    found = [name for name, (_, kinds) in BACKENDS.items() if kind in kinds]
-    if kind == "cpu" and interpreted():
-        found += KERNELS
-    return [name for name in found if name not in KERNELS or util.find_spec("triton")]
+    """Names of the backends that run on ``device`` on this machine; "auto" prefers the first.
 
+    Examples
+    --------
+    >>> from xprobe_kernels import available_backends
+    >>> [name for name in available_backends("cpu") if name not in ("triton", "workspace")]
+    ['cpu', 'cpu-eager', 'reference']
 
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter (``TRITON_INTERPRET=1``): slow, on any machine."""
-    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
+    "triton" and "workspace" need a GPU. With ``TRITON_INTERPRET=1`` they also run on a CPU, slowly.
+    """
+    device = torch.device(device)
+    names = [name for name, (_, kinds) in BACKENDS.items() if device.type in kinds and name not in KERNELS]
+    if not kernels_run_on(device):
+        return names
+    return [*names, *KERNELS] if device.type == "cpu" else [*KERNELS, *names]
 
 
 def lens(
@@ -96,36 +112,60 @@ def lens(
     workspace_bytes: int = 256 * MIB,
     check: bool = True,
 ) -> Readout:
-    """Logit lens of ``hidden``: logit, rank and log-normaliser of given tokens, entropy, top-k and KL, row by row.
+    """Logit lens of ``hidden``: per row the logits and ranks of given tokens, log-sum-exp, entropy, top-k and KL.
 
-    The [R, V] logits are never held at once (the ``reference`` backend excepted).
+    All [R, V] logits are never held at once. Only the ``reference`` backend holds them.
 
     Parameters
     ----------
     hidden : Tensor [R, D]
-        Residual-stream rows as the model left them, *before* the final norm; any number of layers stacked.
+        Rows of the residual stream *before* the final norm. The rows of any number of layers may be stacked.
     head : Unembedding
         The model's final norm and unembedding.
     lookup : Tensor [R] or [R, A], int64
-        Token ids to look up in each row; -1 for none.
+        Token ids to look up in each row; -1 looks up nothing.
     top_k : int, 0 to 32
         How many of the largest logits to return.
     final_rows : Tensor [R], int64, optional
-        For each row, the index of the row that holds the final layer of the same position; asks for ``kl``. On the
-        device of ``hidden``, or in main memory: then no GPU is waited for to find how many there are.
-    backend : "auto" or one of ``available_backends(hidden.device)``
+        For each row, the index of the row that holds the final layer of the same position. With it ``kl`` is computed.
+        It may be on the device of ``hidden`` or on the CPU. On the CPU is faster: the host need not wait for the GPU.
+    backend : str
+        "auto" or one of ``available_backends(hidden.device)``.
     precision : "ieee" or "tf32"
         "tf32" lets a GPU round fp32 operands of the projection to 10 mantissa bits.
     workspace_bytes : int
-        Bound on temporary memory, in bytes. The GPU kernels take a normed copy of the rows beside it, unless the rows
-        need neither norm nor cast (``capture`` with a head).
+        Upper bound on temporary memory, in bytes. The GPU kernels also hold a normed copy of the rows, unless the rows
+        need neither norm nor cast (rows from ``capture`` with a head).
     check : bool
-        False: ids and row indices are known to be in range. On a GPU that saves waiting for it before the first launch.
+        False skips the check that ids and row indices are in range. On a GPU this saves one wait for the device.
+
+    Returns
+    -------
+    Readout
 
     Raises
     ------
     ValueError
         Names the argument, its value and what was expected.
+
+    Notes
+    -----
+    The logit lens is from nostalgebraist, "interpreting GPT: the logit lens" (2020). docs/kernels.md describes the
+    algorithm and its numerics.
+
+    Examples
+    --------
+    Two layers of one position. The second layer is the final one:
+
+    >>> import torch
+    >>> from xprobe_kernels import Unembedding, lens
+    >>> head = Unembedding(torch.eye(3), norm="none")
+    >>> hidden = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    >>> readout = lens(hidden, head, torch.tensor([0, 0]), top_k=2, final_rows=torch.tensor([1, 1]))
+    >>> readout.rank.flatten().tolist(), readout.top_ids.tolist()
+    ([3, 1], [[2, 1], [0, 1]])
+    >>> readout.kl[1].item()
+    0.0
     """
     lookup = _checked_lookup(hidden, head, lookup, check)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= min(MAX_TOP_K, head.vocab_size):
@@ -137,40 +177,40 @@ def lens(
         raise ValueError(f"workspace_bytes must be a whole number of at least {MIB} (1 MiB), got {workspace_bytes!r}")
     if final_rows is not None:
         bounds = (0, hidden.shape[0]) if check else None
-        _check_indices("final_rows", final_rows, hidden, (hidden.shape[0],), bounds, anywhere=True)
+        _check_indices("final_rows", final_rows, hidden, (hidden.shape[0],), bounds, cpu_allowed=True)
     name = _backend(backend, hidden, head)
     if final_rows is not None and name not in KERNELS:
         final_rows = final_rows.to(hidden.device)
+    request = LensRequest(hidden, head, lookup, top_k, final_rows, precision, workspace_bytes)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on(hidden.device):
-        fields = _function(name)(hidden, head, lookup, top_k, final_rows, workspace_bytes, precision)
+        fields = _function(name)(request)
     return Readout(**fields, backend=name, precision=precision)
 
 
 def _backend(asked: str, hidden: Tensor, head: Unembedding) -> str:
-    """The backend's name; "auto" skips what cannot take the dtypes."""
+    """The name of the backend to use. "auto" skips backends that do not take the dtypes."""
     usable = available_backends(hidden.device)
     if asked != "auto" and asked not in usable:
         raise ValueError(f"backend must be 'auto' or one of {usable} on {hidden.device.type}, got {asked!r}")
     for name in usable if asked == "auto" else [asked]:
         if name not in KERNELS:
             return name
-        narrow = (torch.float32, torch.float16) + (() if interpreted() else (torch.bfloat16,))
-        wrong = [dtype for dtype in (hidden.dtype, head.weight.dtype) if dtype not in narrow]
+        wrong = [dtype for dtype in (hidden.dtype, head.weight.dtype) if dtype not in kernel_dtypes()]
         if not wrong:
             return name
         if asked == name:
-            raise ValueError(f"backend {name!r} takes {', '.join(map(str, narrow))} here, got {wrong[0]}")
+            raise ValueError(f"backend {name!r} takes {', '.join(map(str, kernel_dtypes()))} here, got {wrong[0]}")
     raise AssertionError("some backend takes every dtype")
 
 
 @cache
-def _function(name: str) -> Callable[..., dict[str, Any]]:
+def _function(name: str) -> Callable[[LensRequest], dict[str, Any]]:
     module, function = BACKENDS[name][0].split(":")
     return getattr(import_module(f"xprobe_kernels.{module}"), function)
 
 
 def _checked_lookup(hidden: Tensor, head: Unembedding, lookup: Tensor, check: bool) -> Tensor:
-    """Checks rows and look-ups against the head; returns the look-ups as [R, A]."""
+    """Checks rows and look-ups against the head. Returns the look-ups as [R, A]."""
     if not isinstance(head, Unembedding):
         raise ValueError(f"head must be an Unembedding, got {describe(head)}")
     if not isinstance(hidden, Tensor) or hidden.ndim != 2 or not hidden.is_floating_point():
@@ -196,11 +236,11 @@ def _check_indices(
     hidden: Tensor,
     shape: tuple[int, ...],
     bounds: tuple[int, int] | None,
-    anywhere: bool = False,
+    cpu_allowed: bool = False,
 ) -> None:
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != shape:
         raise ValueError(f"{name} must be an int64 tensor of shape {list(shape)}, got {describe(value)}")
-    if value.device != hidden.device and not (anywhere and value.device.type == "cpu"):
+    if value.device != hidden.device and not (cpu_allowed and value.device.type == "cpu"):
         raise ValueError(f"{name} is on {value.device}, hidden is on {hidden.device}: move one of them")
     if bounds and value.numel():
         low, high = bounds

@@ -1,32 +1,32 @@
-/* One pass over a tile of raw logits: everything the lens carries from tile to tile, while the tile is in the caches.
+/* One pass over a tile of raw logits, while the tile is in the cache. It updates what the lens carries on.
  *
- * The tile-by-tile code in cpu.py is the definition of what happens here; compiled.py compiles and calls this file.
- * Rows are independent of one another, so that neither the number of threads nor the split into tiles of rows changes
- * a bit of the result. Infinities and NaN are values like any other: no option that assumes them away may be used.
+ * _EagerPass in cpu.py defines what this code computes. compiled.py compiles and calls it. Rows are independent of each
+ * other, so neither the number of threads nor the split into tiles of rows changes a bit of the result. Infinities and
+ * NaN occur: do not use compiler options that assume there are none.
  */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define BLOCK 256 /* fp32 sums run over this many terms at most, and then on in fp64 */
+#define BLOCK 256 /* an fp32 sum has at most this many terms; these sums are added in fp64 */
 
-/* Field for field what compiled.py declares as Tile. Row-major and dense, r rows, v columns. */
+/* The same fields as Tile in compiled.py. Arrays are dense and row-major, with r rows and v columns. */
 typedef struct {
     int64_t rows, width, start, lookups, top_k, threads;
     float scale, softcap;       /* 1: no scale; 0: no soft-cap */
     float *z;                   /* [r, v] raw logits of tokens start..start+v-1; overwritten */
     const float *bias;          /* [v], or NULL */
     const int64_t *lookup;      /* [r, a]; negative: none */
-    const float *threshold;     /* [r, a] what others must exceed, before the soft-cap */
-    int64_t *above;             /* [r, a] how many do; added to */
+    const float *threshold;     /* [r, a] value that other logits must exceed, before the soft-cap */
+    int64_t *above;             /* [r, a] number of logits that do; the pass adds to it */
     float *top_logits;          /* [r, k] largest first, before the soft-cap; filled from the first tile on */
     int64_t *top_ids;           /* [r, k] */
     double *peak, *exp, *exp_z; /* [r] running maximum m, sum of e^(z-m), sum of e^(z-m) * (z-m) */
-    double *rescale;            /* [r] final rows: gets what the sums were multiplied by, and z becomes e^(z-m) */
-    const int64_t *final_of;    /* [r] rows read against final rows: which of them; NULL: none */
-    const float *final_weights; /* [f, v] as a pass over the final rows left them */
-    const double *final_rescale, *final_before; /* [f] and their sum of e^(z-m) before this tile */
+    double *rescale;            /* [r] for final rows: factor that rescaled the sums; z becomes e^(z-m) */
+    const int64_t *final_of;    /* [r] index of the final row of each row; NULL: no KL */
+    const float *final_weights; /* [f, v] the z that the pass over the final rows left */
+    const double *final_rescale, *final_before; /* [f] their rescale, and their sum of e^(z-m) before this tile */
     double *cross;              /* [r] sum of e^(z_final - m_final) * (z - m) */
 } Tile;
 
@@ -63,7 +63,7 @@ static inline float tanh_of(float x)
     return size < 0.625f ? near_zero : far;
 }
 
-/* The largest value, NaN left out (they reach the sums); -inf if there is none. */
+/* The largest value without NaN, or -inf. NaN shows up in the sums. */
 static float largest_of(const float *z, int64_t width)
 {
     float largest = -INFINITY;
@@ -80,7 +80,7 @@ static int64_t count_above(const float *z, int64_t width, float threshold)
     return count;
 }
 
-/* Merges a tile into the running top k. Tokens come by rising id and go behind their equals: lowest id first. */
+/* Merges a tile into the running top k. Ids rise and go behind equal logits, so the lowest id stays first. */
 static void merge_top(const Tile *t, const float *z, float largest, float *top, int64_t *ids)
 {
     int64_t k = t->top_k, filled = t->start < k ? t->start : k;
@@ -167,15 +167,15 @@ static void read_row(const Tile *t, int64_t i)
     }
 
     double old = t->peak[i], peak = largest > old ? largest : old;
-    if (peak == INFINITY) { /* fp32 overflowed: no probabilities */
+    if (peak == INFINITY) { /* fp32 overflowed: there are no probabilities */
         t->peak[i] = INFINITY;
         t->exp[i] = t->exp_z[i] = NAN;
         return;
     }
-    float m = isfinite(peak) ? (float)peak : 0.0f; /* a row of -inf so far: its sums stay 0 */
+    float m = isfinite(peak) ? (float)peak : 0.0f; /* all logits of the row are -inf so far: its sums stay 0 */
     double move = isfinite(old) ? old - m : 0.0, rescale = isfinite(old) ? exp(move) : 0.0;
     double sum = 0, weighted = 0;
-    if (t->final_of) { /* before z may become weights */
+    if (t->final_of) { /* must come before z becomes weights */
         int64_t of = t->final_of[i];
         double carried = t->cross[i] + move * t->final_before[of];
         t->cross[i] = t->final_rescale[of] * carried + sum_cross(z, width, m, t->final_weights + of * width);
@@ -189,7 +189,7 @@ static void read_row(const Tile *t, int64_t i)
 
 void xprobe_row_pass(const Tile *t)
 {
-    int threads = t->rows * t->width < 16384 ? 1 : (int)t->threads; /* too little to wake anyone for */
+    int threads = t->rows * t->width < 16384 ? 1 : (int)t->threads; /* too little work for threads */
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < t->rows; i++) read_row(t, i);
 }

@@ -1,4 +1,4 @@
-"""The tree attention kernel: running softmax over the blocks of keys that a block of queries can see."""
+"""The tree attention kernel: a running softmax over the blocks of keys that a block of queries visits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xprobe_kernels.attention import Reach
+from xprobe_kernels.reach import Reach
 from xprobe_kernels.triton_fold import INFINITY, softcapped
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -31,7 +31,7 @@ def scores(
     HAS_CAP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Scores [BM, BN] in units of log 2; -inf where a query does not see a key."""
+    """Scores [BM, BN] times log2(e), for exp2; -inf where a query does not attend to a key."""
     inside = j < tokens
     d = tl.arange(0, BD)
     place = key_ptr + j.to(tl.int64)[:, None] * key_stride + d[None, :]
@@ -64,12 +64,12 @@ def absorb(
     sums,
     BE: tl.constexpr,
 ):
-    """Takes a block of scores into the running maximum, denominator [BM] and weighted sum [BM, BE]."""
+    """Adds a block of scores to the running maximum [BM], denominator [BM] and weighted sum [BM, BE]."""
     e = tl.arange(0, BE)
     place = value_ptr + j.to(tl.int64)[:, None] * value_stride + e[None, :]
     v = tl.load(place, mask=(j < tokens)[:, None] & (e < value_width)[None, :], other=0.0)
     new = tl.maximum(peak, tl.max(s, 1))
-    shift = tl.where(new == -INFINITY, 0.0, new)  # a query that has seen no key yet
+    shift = tl.where(new == -INFINITY, 0.0, new)  # the query has seen no key yet
     p = tl.exp2(s - shift[:, None])
     rescale = tl.exp2(peak - shift)
     total = total * rescale + tl.sum(p, 1)
@@ -110,7 +110,7 @@ def tree_attention_kernel(
     BD: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """One block of queries of one head."""
+    """Attention of one block of queries of one head."""
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     i = block * BM + tl.arange(0, BM)
@@ -121,28 +121,28 @@ def tree_attention_kernel(
     values = value_ptr + head // GROUP * value_head
     peak = tl.full([BM], -INFINITY, tl.float32)
     total = tl.zeros([BM], tl.float32)
-    if HAS_SINKS:  # a key of its own without a value
+    if HAS_SINKS:  # like a key that has no value
         peak = tl.zeros([BM], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         total += 1.0
     sums = tl.zeros([BM, BE], tl.float32)
     first = tl.load(bounds_ptr + 3 * block)
     masked = tl.load(bounds_ptr + 3 * block + 1)
     last = tl.load(bounds_ptr + 3 * block + 2)
-    for at in range(first, masked):
-        j = tl.load(visits_ptr + at) * BN + tl.arange(0, BN)
+    for visit in range(first, masked):
+        j = tl.load(visits_ptr + visit) * BN + tl.arange(0, BN)
         s = scores(
             q, keys, key_stride, i, j, tokens, width, until_ptr, positions_ptr, scale, window, cap,
             HAS_WINDOW, HAS_WINDOW, HAS_CAP, BD,
         )  # fmt: skip
         peak, total, sums = absorb(s, values, value_stride, j, tokens, value_width, peak, total, sums, BE)
-    for at in range(masked, last):
-        j = tl.load(visits_ptr + at) * BN + tl.arange(0, BN)
+    for visit in range(masked, last):
+        j = tl.load(visits_ptr + visit) * BN + tl.arange(0, BN)
         s = scores(
             q, keys, key_stride, i, j, tokens, width, until_ptr, positions_ptr, scale, window, cap,
             True, HAS_WINDOW, HAS_CAP, BD,
         )  # fmt: skip
         peak, total, sums = absorb(s, values, value_stride, j, tokens, value_width, peak, total, sums, BE)
-    total = tl.where(total > 0, total, 1.0)  # of queries past the end
+    total = tl.where(total > 0, total, 1.0)  # queries past the end have seen nothing
     e = tl.arange(0, BE)
     out = out_ptr + (i.to(tl.int64)[:, None] * heads + head) * value_width + e[None, :]
     sums = sums / total[:, None]
@@ -159,7 +159,7 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Arguments as ``tree_attention`` has checked them."""
+    """Launches the kernel. ``tree_attention`` has checked the arguments."""
     query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
     heads, tokens, width = query.shape
     value_width, blocks = value.shape[2], reach.blocks

@@ -1,4 +1,4 @@
-"""The capture kernel: one launch per hook reads the wanted rows of a block's output and nothing else of it."""
+"""The capture kernel: one launch reads the wanted rows of a block's output, and only those."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from xprobe_kernels.triton_rows import NORMS, normed_row
 from xprobe_kernels.unembedding import Unembedding
 
-BLOCK = 1024  # of the width per program, where no norm needs the whole row
+BLOCK = 1024  # columns of the width per program, if no norm needs the whole row
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def capture_kernel(
     BETA: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One span (a row, or the mean of several) of BD numbers; the whole width if there is a norm."""
+    """Writes BD columns of one span: a row, or the mean of several. With a norm, BD covers the whole width."""
     span = tl.program_id(0).to(tl.int64)
     batch = tl.load(spans_ptr + 3 * span)
     start = tl.load(spans_ptr + 3 * span + 1)
@@ -48,7 +48,7 @@ def capture_kernel(
 
 
 def capture_rows(hidden: Tensor, spans: Tensor, out: Tensor, head: Unembedding | None) -> None:
-    """Arguments as ``capture`` has checked them; ``spans`` on the device of ``hidden``, ``out`` with dense rows."""
+    """Launches the kernel. ``capture`` has checked the arguments; ``spans`` is on the device of ``hidden``."""
     width = hidden.shape[2]
     whole = head is not None and (head.norm != "none" or head.gamma is not None or head.beta is not None)
     block = triton.next_power_of_2(width) if whole else min(triton.next_power_of_2(width), BLOCK)

@@ -1,8 +1,8 @@
 """The fused lens: product, bias, scale, soft-cap, softmax sums, ranks and top-k in one pass over the vocabulary.
 
-Grid: tiles of rows x parts of the vocabulary. A program walks its part tile by tile and carries the state of its rows
-in registers (triton_fold.py); logits are never written. Parts are merged in fixed order (triton_rows.py): the same
-bits from run to run, without locks or atomics.
+The grid is tiles of rows x splits of the vocabulary. A program walks through its split tile by tile and carries the
+state of its rows in registers (triton_fold.py). Logits are never written to memory. The splits are merged in fixed
+order (triton_rows.py), without locks or atomics, so a repeated run gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
-from xprobe_kernels.triton_fold import fold, scaled, start, store
+from xprobe_kernels.request import LensRequest
+from xprobe_kernels.triton_fold import Lookups, fold, scaled, start, store
 from xprobe_kernels.triton_rows import Partials, Prepared, dense, finish, prepare
-from xprobe_kernels.unembedding import Unembedding
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def operands(
     rows,  # [BM] int64, inside R
     row_tile,
     tile,
-    at,  # where along the width
+    column,  # first column of the width
     vocabulary,
     width,
     EVEN: tl.constexpr,
@@ -40,10 +40,10 @@ def operands(
 ):
     """The next blocks [BM, BK] and [BN, BK] of the product."""
     if DESCRIPTORS:
-        a = normed.load([row_tile * BM, at])
-        b = weight.load([tile * BN, at])
+        a = normed.load([row_tile * BM, column])
+        b = weight.load([tile * BN, column])
     else:
-        k = at + tl.arange(0, BK)
+        k = column + tl.arange(0, BK)
         tokens = tl.minimum(tile * BN + tl.arange(0, BN), vocabulary - 1).to(tl.int64)
         left = normed + rows[:, None] * width + k[None, :]
         right = weight + tokens[:, None] * weight_stride + k[None, :]
@@ -60,16 +60,9 @@ def fold_tile(
     z,  # [BM, BN] product
     tile,
     rows,
-    peak,
-    total,
-    moment,
-    above,
-    top,
-    top_ids,
-    tokens_ptr,
-    thresholds_ptr,
-    bias_ptr,
+    state,
     lookups,
+    bias_ptr,
     vocabulary,
     scale,
     cap,
@@ -81,23 +74,17 @@ def fold_tile(
     BN: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """Reads a tile, whole or in two halves of its columns: half of the registers then do."""
+    """Reads a tile. HALVES == 2: the left half of its columns, then the right one, with half of the registers."""
     columns = tile * BN + tl.arange(0, BN // HALVES)
     if HALVES == 2:
         z, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
     z = scaled(z, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-    peak, total, moment, above, top, top_ids = fold(
-        z, columns, rows, peak, total, moment, above, top, top_ids,
-        tokens_ptr, thresholds_ptr, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K,
-    )  # fmt: skip
+    state = fold(z, columns, rows, state, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K)
     if HALVES == 2:
         columns += BN // 2
         z = scaled(right, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-        peak, total, moment, above, top, top_ids = fold(
-            z, columns, rows, peak, total, moment, above, top, top_ids,
-            tokens_ptr, thresholds_ptr, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K,
-        )  # fmt: skip
-    return peak, total, moment, above, top, top_ids
+        state = fold(z, columns, rows, state, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K)
+    return state
 
 
 @triton.jit(do_not_specialize=["count", "splits", "group"])
@@ -147,76 +134,57 @@ def lens_kernel(
 
     offsets = row_tile * BM + tl.arange(0, BM)
     rows = tl.minimum(offsets, count - 1).to(tl.int64)
-    peak, total, moment, above, top, top_ids = start(vocabulary, BM, LOOKUPS, K, PLACES)
+    lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
+    state = start(vocabulary, BM, LOOKUPS, K, PLACES)
     if FLAT:  # one loop over tiles and steps: loads of the next tile run while this one is folded
         steps = tl.cdiv(width, BK)
         z = tl.zeros([BM, BN], tl.float32)
         for i in range((last - first) * steps):
             tile = first + i // steps
-            at = i % steps * BK
+            column = i % steps * BK
             a, b = operands(
-                normed, weight, weight_stride, rows, row_tile, tile, at, vocabulary, width,
+                normed, weight, weight_stride, rows, row_tile, tile, column, vocabulary, width,
                 EVEN, BM, BN, BK, DESCRIPTORS,
             )  # fmt: skip
             z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
-            if at + BK >= width:
-                peak, total, moment, above, top, top_ids = fold_tile(
-                    z, tile, rows, peak, total, moment, above, top, top_ids,
-                    tokens_ptr, thresholds_ptr, bias_ptr, lookups, vocabulary, scale, cap,
+            if column + BK >= width:
+                state = fold_tile(
+                    z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
                     HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
                 )  # fmt: skip
                 z = tl.zeros([BM, BN], tl.float32)
     else:
         for tile in range(first, last):
             z = tl.zeros([BM, BN], tl.float32)
-            for at in range(0, width, BK):
+            for column in range(0, width, BK):
                 a, b = operands(
-                    normed, weight, weight_stride, rows, row_tile, tile, at, vocabulary, width,
+                    normed, weight, weight_stride, rows, row_tile, tile, column, vocabulary, width,
                     EVEN, BM, BN, BK, DESCRIPTORS,
                 )  # fmt: skip
                 z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
-            peak, total, moment, above, top, top_ids = fold_tile(
-                z, tile, rows, peak, total, moment, above, top, top_ids,
-                tokens_ptr, thresholds_ptr, bias_ptr, lookups, vocabulary, scale, cap,
+            state = fold_tile(
+                z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
                 HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
             )  # fmt: skip
     store(
-        peak, total, moment, above, top, top_ids, offsets.to(tl.int64), count, part, lookups,
-        sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES,
+        state, offsets.to(tl.int64), count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K,
+        PLACES,
     )  # fmt: skip
 
 
-def readout(
-    hidden: Tensor,
-    head: Unembedding,
-    lookup: Tensor,
-    top_k: int,
-    final_rows: Tensor | None,
-    workspace_bytes: int,
-    precision: str,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> dict[str, Any]:
-    """The fields of ``Readout``; arguments as ``lens`` has checked them. ``config`` and ``splits``: for tuning."""
-    head, lookup = dense(head), lookup.contiguous()
-    prepared = prepare(hidden, head, lookup)
-    partials = launch(prepared, head, lookup, top_k, precision, config, splits)
-    return finish(partials, prepared, head, lookup, final_rows, workspace_bytes, precision)
+def readout(request: LensRequest, config: Config | None = None, splits: int | None = None) -> dict[str, Any]:
+    """The fields of ``Readout``. Tuning passes ``config`` and ``splits``; without them the launch is chosen."""
+    request = dense(request)
+    prepared = prepare(request)
+    return finish(request, prepared, launch(request, prepared, config, splits))
 
 
 def launch(
-    prepared: Prepared,
-    head: Unembedding,
-    lookup: Tensor,
-    top_k: int,
-    precision: str = "ieee",
-    config: Config | None = None,
-    splits: int | None = None,
+    request: LensRequest, prepared: Prepared, config: Config | None = None, splits: int | None = None
 ) -> Partials:
-    """Runs the pass over prepared rows."""
-    normed = prepared.normed
-    rows, width = normed.shape
-    weight = head.weight
+    """Runs the pass over the prepared rows of a ``dense`` request."""
+    head, lookup, normed = request.head, request.lookup, prepared.normed
+    weight, (rows, width) = head.weight, normed.shape
     architecture, processors = device_limits(normed.device)
     describable = _describable(normed) and _describable(weight) and normed.dtype == weight.dtype
     if config is None:
@@ -228,7 +196,7 @@ def launch(
     if splits is None:
         row_bytes = config.block_m * width * normed.itemsize
         splits = choose_splits(row_tiles, tiles, slots, row_bytes, limits_of(architecture).level2)
-    partials = Partials.empty(splits, rows, lookup.shape[1], top_k, normed.device)
+    partials = Partials.empty(splits, request)
     if not rows:
         return partials
     operands: tuple[Any, Any] = (normed, weight)
@@ -238,11 +206,12 @@ def launch(
     lens_kernel[(row_tiles * splits,)](
         *operands, weight.stride(0), head.bias, lookup, prepared.thresholds,
         partials.sums, partials.above, partials.top, partials.top_ids,
-        rows, head.vocab_size, width, lookup.shape[1], splits,
+        rows, head.vocab_size, width, request.lookups, splits,
         max(1, min(slots // splits, row_tiles)), float(head.scale), float(head.softcap or 0.0),
         HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
-        LOOKUPS=triton.next_power_of_2(max(lookup.shape[1], 1)), K=top_k, PLACES=triton.next_power_of_2(max(top_k, 1)),
-        PRECISION=precision if normed.dtype == torch.float32 else "ieee",
+        LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=request.top_k,
+        PLACES=triton.next_power_of_2(max(request.top_k, 1)),
+        PRECISION=request.precision if normed.dtype == torch.float32 else "ieee",
         EVEN=width % config.block_k == 0,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, HALVES=config.halves,
         DESCRIPTORS=described, FLAT=config.flat,
@@ -253,7 +222,7 @@ def launch(
 
 @cache
 def device_limits(device: torch.device) -> tuple[str, int]:
-    """Architecture and number of multiprocessors; the interpreter has a few, so that it splits vocabularies too."""
+    """Architecture and number of multiprocessors. The interpreter reports 3, so that it splits vocabularies too."""
     if device.type != "cuda":
         return "interpreter", 3
     properties = torch.cuda.get_device_properties(device)
@@ -263,7 +232,7 @@ def device_limits(device: torch.device) -> tuple[str, int]:
 
 
 def _describable(matrix: Tensor) -> bool:
-    """Tensor descriptors want 16-byte aligned rows."""
+    """Whether a tensor descriptor can describe the matrix: its rows must be aligned to 16 bytes."""
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0
 
 

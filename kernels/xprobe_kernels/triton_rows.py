@@ -1,6 +1,7 @@
-"""The two small kernels around the lens: rows before the pass (norm, look-ups), and the merge of its splits after it.
+"""The two small kernels around the pass over the vocabulary: rows and look-ups before it, the merge of its splits after
+it.
 
-One program per row. Both are bounded by memory and take about one per cent of the time of the pass.
+Each runs one program per row. Both are bound by memory and take about one per cent of the time of the pass.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from xprobe_kernels import divergence
-from xprobe_kernels.reference import TIE_ROUNDINGS
+from xprobe_kernels.request import LensRequest
+from xprobe_kernels.ties import TIE_ROUNDINGS
 from xprobe_kernels.triton_fold import INFINITY, LOWEST, NO_ID, softcapped
 from xprobe_kernels.unembedding import Unembedding
 
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 TIES = tl.constexpr(TIE_ROUNDINGS * torch.finfo(torch.float32).eps)
-# NaN is written out below: before a launch Triton compares the globals that a kernel uses with what they were
+# The kernels write float("nan") instead of using a global: before each launch Triton checks that the globals of a
+# kernel are equal to what they were, and NaN is never equal to itself
 
 
 @triton.jit
@@ -74,27 +77,27 @@ def prepare_kernel(
     BETA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    STORE: tl.constexpr,  # False: the rows are as the pass takes them already
+    STORE: tl.constexpr,  # False: the pass takes the rows as they are
     BD: tl.constexpr,
 ):
-    """Normed rows in the operands' dtype; the looked-up tokens' logits, and what others must exceed to rank above."""
-    at = tl.program_id(0).to(tl.int64)
+    """Writes the normed row, the logits of its looked-up tokens, and their thresholds (ties.py)."""
+    r = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     inside = d < width
-    row = tl.load(hidden_ptr + at * hidden_stride + d, mask=inside, other=0.0).to(tl.float32)
+    row = tl.load(hidden_ptr + r * hidden_stride + d, mask=inside, other=0.0).to(tl.float32)
     broken = tl.max(((row != row) | (tl.abs(row) == INFINITY)).to(tl.int32), 0)
     row = normed_row(row, inside, gamma_ptr, beta_ptr, eps, width, NORM, GAMMA, BETA)
     row = row.to(normed_ptr.dtype.element_ty).to(tl.float32)
-    # what overflows in the operands' dtype is no row either
+    # a row that overflows in the operands' dtype is not finite either
     broken = tl.maximum(broken, tl.max(((row != row) | (tl.abs(row) == INFINITY)).to(tl.int32), 0))
-    row = tl.where(broken > 0, 0.0, row)  # nothing of a broken row spreads
+    row = tl.where(broken > 0, 0.0, row)  # so that nothing of a broken row spreads
     if STORE:
-        tl.store(normed_ptr + at * width + d, row.to(normed_ptr.dtype.element_ty), mask=inside)
-    tl.store(finite_ptr + at, (1 - broken).to(tl.int8))
+        tl.store(normed_ptr + r * width + d, row.to(normed_ptr.dtype.element_ty), mask=inside)
+    tl.store(finite_ptr + r, (1 - broken).to(tl.int8))
 
     size = tl.sqrt(tl.sum(row * row, 0))
     for a in range(lookups):
-        token = tl.load(tokens_ptr + at * lookups + a)
+        token = tl.load(tokens_ptr + r * lookups + a)
         known = (token >= 0) & (broken == 0)
         token = tl.minimum(tl.maximum(token, 0), vocabulary - 1)
         weight = tl.load(weight_ptr + token * weight_stride + d, mask=inside, other=0.0).to(tl.float32)
@@ -103,10 +106,10 @@ def prepare_kernel(
             z += tl.load(bias_ptr + token).to(tl.float32)
         z = z * scale
         slack = TIES * tl.abs(scale) * size * tl.sqrt(tl.sum(weight * weight, 0)) + 2 * EPS * tl.abs(z)
-        tl.store(thresholds_ptr + at * lookups + a, tl.where(tl.abs(z) == INFINITY, z, z + slack))
+        tl.store(thresholds_ptr + r * lookups + a, tl.where(tl.abs(z) == INFINITY, z, z + slack))
         if HAS_CAP:
             z = softcapped(z, cap)
-        tl.store(logits_ptr + at * lookups + a, tl.where(known, z, float("nan")))
+        tl.store(logits_ptr + r * lookups + a, tl.where(known, z, float("nan")))
 
 
 @triton.jit(do_not_specialize=["splits", "count"])
@@ -116,7 +119,7 @@ def merge_kernel(
     top_ptr,
     top_ids_ptr,  # [S, R, K]
     tokens_ptr,  # [R, A]
-    finite_ptr,  # [R]
+    finite_ptr,  # [R] int8
     cap,
     splits,  # S
     count,  # R
@@ -131,12 +134,12 @@ def merge_kernel(
     BS: tl.constexpr,  # power of 2 that is at least S
     BC: tl.constexpr,  # power of 2 that is at least S * K
 ):
-    """Merges the splits of one row in fixed order; a row that is not finite reads NaN, rank 0 and id -1."""
-    at = tl.program_id(0).to(tl.int64)
-    finite = tl.load(finite_ptr + at) > 0
+    """Merges the splits of one row in fixed order. A row that is not finite gives NaN, rank 0 and id -1."""
+    r = tl.program_id(0).to(tl.int64)
+    finite = tl.load(finite_ptr + r) > 0
     s = tl.arange(0, BS).to(tl.int64)
     mask = s < splits
-    base = sums_ptr + s * 3 * count + at
+    base = sums_ptr + s * 3 * count + r
     peak = tl.load(base, mask=mask, other=-INFINITY)
     total = tl.load(base + count, mask=mask, other=0.0)
     moment = tl.load(base + 2 * count, mask=mask, other=0.0)
@@ -146,46 +149,46 @@ def merge_kernel(
     rescale = tl.where(peak == -INFINITY, 0.0, tl.exp(move))
     moment = tl.sum(rescale * (moment + move * total), 0)
     total = tl.sum(rescale * total, 0)
-    tl.store(logsumexp_ptr + at, tl.where(finite, highest + tl.log(total), float("nan")))
+    tl.store(logsumexp_ptr + r, tl.where(finite, highest + tl.log(total), float("nan")))
     entropy = tl.log(total) - moment / total
-    entropy = tl.where(entropy < 0, 0.0, entropy)  # a maximum with 0 would hide NaN
-    tl.store(entropy_ptr + at, tl.where(finite, entropy, float("nan")))
+    entropy = tl.where(entropy < 0, 0.0, entropy)  # tl.maximum(entropy, 0) would hide NaN
+    tl.store(entropy_ptr + r, tl.where(finite, entropy, float("nan")))
 
     for a in range(lookups):
-        above = tl.sum(tl.load(above_ptr + (s * count + at) * lookups + a, mask=mask, other=0), 0)
-        known = (tl.load(tokens_ptr + at * lookups + a) >= 0) & finite
-        tl.store(rank_ptr + at * lookups + a, tl.where(known, above + 1, 0).to(tl.int64))
+        above = tl.sum(tl.load(above_ptr + (s * count + r) * lookups + a, mask=mask, other=0), 0)
+        known = (tl.load(tokens_ptr + r * lookups + a) >= 0) & finite
+        tl.store(rank_ptr + r * lookups + a, tl.where(known, above + 1, 0).to(tl.int64))
 
     if K > 0:
         c = tl.arange(0, BC).to(tl.int64)
         held = c < splits * K
-        place = ((c // K) * count + at) * K + c % K
+        place = ((c // K) * count + r) * K + c % K
         values = tl.load(top_ptr + place, mask=held, other=-INFINITY)
         ids = tl.load(top_ids_ptr + place, mask=held, other=NO_ID)
         for k in range(K):
             best = tl.max(values, 0)
-            found = tl.min(tl.where(values == best, ids, NO_ID), 0)
-            values = tl.where(ids == found, -INFINITY, values)
+            winner = tl.min(tl.where(values == best, ids, NO_ID), 0)
+            values = tl.where(ids == winner, -INFINITY, values)
             shown = tl.where(best == LOWEST, -INFINITY, best)
             if HAS_CAP:
                 shown = softcapped(shown, cap)
-            tl.store(out_ptr + at * K + k, tl.where(finite, shown, float("nan")))
-            tl.store(out_ids_ptr + at * K + k, tl.where(finite, found, -1).to(tl.int64))
+            tl.store(out_ptr + r * K + k, tl.where(finite, shown, float("nan")))
+            tl.store(out_ids_ptr + r * K + k, tl.where(finite, winner, -1).to(tl.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Rows as the pass takes them."""
+    """What ``prepare_kernel`` gives: rows as the pass takes them, and what is known of their look-ups."""
 
-    normed: Tensor  # [R, D], operands' dtype
-    finite: Tensor  # [R] bool
+    normed: Tensor  # [R, D], in the operands' dtype
+    finite: Tensor  # [R] int8: 1 if the row is finite, else 0
     logits: Tensor  # [R, A] of the looked-up tokens
     thresholds: Tensor  # [R, A]
 
 
 @dataclass(frozen=True, eq=False)
 class Partials:
-    """What each split of the vocabulary found, for the merge."""
+    """The state of each split of the vocabulary after the pass; ``merge`` combines them."""
 
     sums: Tensor  # [S, 3, R]: maximum, sum, moment
     above: Tensor  # [S, R, A] int32
@@ -193,9 +196,11 @@ class Partials:
     top_ids: Tensor  # [S, R, K] int32
 
     @staticmethod
-    def empty(splits: int, rows: int, lookups: int, top_k: int, device: torch.device) -> Partials:
+    def empty(splits: int, request: LensRequest) -> Partials:
+        rows, lookups, top_k = request.rows, request.lookups, request.top_k
+
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=request.hidden.device)
 
         return Partials(
             new(splits, 3, rows),
@@ -206,32 +211,39 @@ class Partials:
 
 
 def operand_dtype(hidden: Tensor, head: Unembedding) -> torch.dtype:
-    """The dtype of the product's operands: that of rows and weight if they agree, the wider one if not."""
+    """The dtype of the product's operands: the wider one of rows and weight."""
     return torch.promote_types(hidden.dtype, head.weight.dtype)
 
 
-def dense(head: Unembedding) -> Unembedding:
-    """The head with its numbers side by side as the kernels read them; copies what is not so already."""
-    parts = {name: getattr(head, name) for name in ("gamma", "beta", "bias")}
-    parts = {name: value.contiguous() for name, value in parts.items() if value is not None}
-    weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
-    return replace(head, weight=weight, **parts)
+def dense(request: LensRequest) -> LensRequest:
+    """The request with dense rows, look-ups and head, as the kernels read them; dense tensors are not copied."""
+
+    def dense_rows(matrix: Tensor) -> Tensor:
+        return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+    head = request.head
+    vectors = {name: getattr(head, name) for name in ("gamma", "beta", "bias")}
+    vectors = {name: value.contiguous() for name, value in vectors.items() if value is not None}
+    head = replace(head, weight=dense_rows(head.weight), **vectors)
+    return replace(request, hidden=dense_rows(request.hidden), head=head, lookup=request.lookup.contiguous())
 
 
-def prepare(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Prepared:
-    """``head`` and ``lookup`` as ``dense`` and ``contiguous`` left them. Rows that need no norm and no cast (those that
-    ``capture`` has normed) are taken as they are, without a copy."""
+def prepare(request: LensRequest) -> Prepared:
+    """Norms the rows of a ``dense`` request and looks up their tokens.
+
+    Rows that need neither norm nor cast, such as rows from ``capture`` with a head, are not copied.
+    """
+    hidden, head, lookup = request.hidden, request.head, request.lookup
     rows, width = hidden.shape
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
     dtype = operand_dtype(hidden, head)
     plain = head.norm == "none" and head.gamma is None and head.beta is None
-    as_they_are = plain and hidden.dtype == dtype and hidden.is_contiguous()
+    unchanged = plain and hidden.dtype == dtype and hidden.is_contiguous()
     prepared = Prepared(
-        normed=hidden if as_they_are else new(rows, width, dtype=dtype),
+        normed=hidden if unchanged else new(rows, width, dtype=dtype),
         finite=new(rows, dtype=torch.int8),
         logits=new(*lookup.shape),
         thresholds=new(*lookup.shape),
@@ -244,30 +256,29 @@ def prepare(hidden: Tensor, head: Unembedding, lookup: Tensor) -> Prepared:
             lookup, lookup.shape[1], prepared.normed, prepared.finite, prepared.logits, prepared.thresholds,
             width, head.vocab_size,
             NORM=NORMS[head.norm], GAMMA=head.gamma is not None, BETA=head.beta is not None,
-            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, STORE=not as_they_are, BD=block,
+            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, STORE=not unchanged, BD=block,
             num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return prepared
 
 
-def merge(partials: Partials, prepared: Prepared, head: Unembedding, lookup: Tensor) -> dict[str, Any]:
-    """The fields of ``Readout``, ``kl`` excepted."""
-    splits, _, rows = partials.sums.shape
-    top_k = partials.top.shape[2]
-    device = lookup.device
+def merge(request: LensRequest, prepared: Prepared, partials: Partials) -> dict[str, Any]:
+    """The fields of ``Readout`` except ``kl``."""
+    rows, lookup, top_k, device = request.rows, request.lookup, request.top_k, request.lookup.device
+    splits = len(partials.sums)
     logsumexp, entropy = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
     rank = torch.empty_like(lookup)
     top = torch.empty(rows, top_k, dtype=torch.float32, device=device)
     top_ids = torch.empty(rows, top_k, dtype=torch.int64, device=device)
     if rows:
-        # few sizes, whatever the numbers of splits: each is compiled anew
+        # rounded up, because Triton compiles the kernel anew for each size
         places = max(triton.next_power_of_2(splits), 64)
         candidates = places * triton.next_power_of_2(top_k) if top_k else 1
         merge_kernel[(rows,)](
             partials.sums, partials.above, partials.top, partials.top_ids, lookup, prepared.finite,
-            float(head.softcap or 0.0),
-            splits, rows, lookup.shape[1], logsumexp, entropy, rank, top, top_ids,
-            HAS_CAP=head.softcap is not None, K=top_k, BS=places, BC=candidates,
+            float(request.head.softcap or 0.0),
+            splits, rows, request.lookups, logsumexp, entropy, rank, top, top_ids,
+            HAS_CAP=request.head.softcap is not None, K=top_k, BS=places, BC=candidates,
             num_warps=min(max(candidates // 256, 1), 8),
         )  # fmt: skip
     return {
@@ -280,19 +291,10 @@ def merge(partials: Partials, prepared: Prepared, head: Unembedding, lookup: Ten
     }
 
 
-def finish(
-    partials: Partials,
-    prepared: Prepared,
-    head: Unembedding,
-    lookup: Tensor,
-    final_rows: Tensor | None,
-    workspace_bytes: int,
-    precision: str,
-) -> dict[str, Any]:
-    """All fields of ``Readout`` from what the pass found."""
-    fields = merge(partials, prepared, head, lookup)
+def finish(request: LensRequest, prepared: Prepared, partials: Partials) -> dict[str, Any]:
+    """All fields of ``Readout`` from the partial results of the pass."""
+    fields = merge(request, prepared, partials)
     kl = None
-    if final_rows is not None:
-        finite = prepared.finite.bool()
-        kl = divergence.kl(prepared.normed, finite, head, fields["logsumexp"], final_rows, workspace_bytes, precision)
+    if request.final_rows is not None:
+        kl = divergence.kl(request, prepared.normed, prepared.finite.bool(), fields["logsumexp"])
     return fields | {"kl": kl}

@@ -1,4 +1,4 @@
-"""The head of a decoder as numbers: final norm, unembedding matrix, bias, scale, soft-cap."""
+"""The head of a decoder as tensors and numbers: final norm, unembedding matrix, bias, scale, soft-cap."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ NormKind = Literal["rms", "layer", "none"]
 
 @dataclass(frozen=True, eq=False)
 class Unembedding:
-    """``logits = softcap(scale * (norm(h) @ weight.T + bias))`` with ``softcap(z) = c * tanh(z / c)``.
+    """The final norm and unembedding of a model.
+
+    ``logits = softcap(scale * (norm(h) @ weight.T + bias))`` with ``softcap(z) = c * tanh(z / c)``.
 
     Parameters
     ----------
     weight : Tensor [V, D]
-        Unembedding matrix, floating point. Its dtype is the dtype of the projection's operands.
+        Unembedding matrix, floating point. The projection multiplies in the wider dtype of rows and weight.
     norm : "rms", "layer" or "none"
-        ``rms``: ``h / sqrt(mean(h^2) + eps)``; ``layer``: the mean is removed first. Applied along D.
+        ``rms``: ``h / sqrt(mean(h^2) + eps)`` along D. ``layer``: the same after the mean is subtracted.
     gamma : Tensor [D], optional
-        The factor *as applied* after the norm (Gemma stores ``w`` and applies ``1 + w``: pass ``1 + w``).
+        The factor *as applied* after the norm. Gemma stores ``w`` and applies ``1 + w``: pass ``1 + w``.
     beta : Tensor [D], optional
         Added after gamma (LayerNorm).
     eps : float
         The norm's epsilon.
     bias : Tensor [V], optional
-        Added to the projection; may hold ``-inf`` for tokens that can never be produced.
+        Added to the projection. ``-inf`` excludes a token.
     scale : float
-        Multiplies projection plus bias (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
+        Multiplies projection plus bias. This is Cohere's ``logit_scale``, and 1 / ``logits_scaling`` of Granite.
     softcap : float, optional
         ``c`` above (Gemma 2: 30). None: no soft-cap.
 
@@ -39,6 +41,16 @@ class Unembedding:
     ------
     ValueError
         Names the argument, its value and what was expected.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from xprobe_kernels import Unembedding
+    >>> head = Unembedding(torch.eye(2), norm="rms", gamma=torch.tensor([1.0, 2.0]), eps=0.0, softcap=30.0)
+    >>> head.vocab_size, head.width
+    (2, 2)
+    >>> head.normalize(torch.tensor([[3.0, 3.0]])).tolist()
+    [[1.0, 2.0]]
     """
 
     weight: Tensor
@@ -93,13 +105,13 @@ class Unembedding:
         return hidden
 
     def without_norm(self) -> Unembedding:
-        """The same head for rows that ``capture`` has normed already."""
+        """The same head for rows that are normed already, such as rows from ``capture`` with a head."""
         return replace(self, norm="none", gamma=None, beta=None)
 
     def bias_and_scale(self, projected: Tensor, tokens: Tensor | slice = slice(None)) -> Tensor:
-        """Bias and scale on ``norm(h) @ weight[tokens].T``; changes ``projected`` in place and returns it.
+        """Adds bias and scale to ``norm(h) @ weight[tokens].T``. Changes ``projected`` in place and returns it.
 
-        ``tokens`` selects the vocabulary entries that the last dimension of ``projected`` stands for.
+        ``tokens`` names the vocabulary entries along the last dimension of ``projected``.
         """
         if self.bias is not None:
             projected += self.bias[tokens].to(projected.dtype)
@@ -108,13 +120,13 @@ class Unembedding:
         return projected
 
     def cap(self, logits: Tensor) -> Tensor:
-        """The soft-cap, which keeps the order of logits; changes ``logits`` in place and returns it."""
+        """Applies the soft-cap, which keeps the order of logits. Changes ``logits`` in place and returns it."""
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
     def fingerprint(self) -> str:
-        """SHA-256 over every number of the head, in hexadecimal: equal heads, equal readouts."""
+        """SHA-256 over all numbers of the head, in hexadecimal. Equal heads have equal fingerprints."""
         digest = hashlib.sha256(f"{self.norm} {self.eps!r} {self.scale!r} {self.softcap!r}".encode())
         for name in ("weight", "gamma", "beta", "bias"):
             value = getattr(self, name)
@@ -127,7 +139,7 @@ class Unembedding:
 
 
 def describe(value: object) -> str:
-    """Shape, dtype and device of a tensor for an error message; the type's name for anything else."""
+    """For error messages: dtype, shape and device of a tensor, or the type of anything else."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} on {value.device}"
     return f"{type(value).__name__}"

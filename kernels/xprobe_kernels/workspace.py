@@ -1,6 +1,7 @@
-"""The lens by the library's matrix product: logits of some rows at a time in a bounded workspace, read once.
+"""The lens with the library's matrix product. It writes the logits of some rows to a bounded workspace and reads them
+once.
 
-The honest rival of the fused kernel: it has the library's product, and pays by writing and reading every logit.
+This is the honest rival of the fused kernel: its product is the library's, but it writes and reads every logit.
 """
 
 from __future__ import annotations
@@ -10,17 +11,16 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from xprobe_kernels.precision import matmul_precision, product
-from xprobe_kernels.triton_fold import fold, scaled, start, store
+from xprobe_kernels.request import LensRequest
+from xprobe_kernels.triton_fold import Lookups, fold, scaled, start, store
 from xprobe_kernels.triton_rows import Partials, dense, finish, prepare
-from xprobe_kernels.unembedding import Unembedding
 
 
 @triton.jit
 def row_kernel(
-    products_ptr,  # [r, v] of the workspace, rows stride apart: a multiple of 16 numbers, or loads are one by one
+    products_ptr,  # [r, v] in the workspace, rows stride apart: a multiple of 16, for vectorized loads
     stride,
     bias_ptr,  # [V]
     tokens_ptr,
@@ -46,60 +46,50 @@ def row_kernel(
     BN: tl.constexpr,
 ):
     """Reads one row of products once, front to back."""
-    at = tl.program_id(0).to(tl.int64)
-    rows = (first_row + at + tl.arange(0, 1)).to(tl.int64)
-    peak, total, moment, above, top, top_ids = start(vocabulary, 1, LOOKUPS, K, PLACES)
+    row = tl.program_id(0).to(tl.int64)
+    rows = (first_row + row + tl.arange(0, 1)).to(tl.int64)
+    lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
+    state = start(vocabulary, 1, LOOKUPS, K, PLACES)
     end = first_token + tokens
     for offset in range(0, tokens, BN):
         columns = first_token + offset + tl.arange(0, BN)
         inside = columns < end
-        z = tl.load(products_ptr + at * stride + offset + tl.arange(0, BN), mask=inside, other=0.0)
+        z = tl.load(products_ptr + row * stride + offset + tl.arange(0, BN), mask=inside, other=0.0)
         z = scaled(z[None, :], columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-        peak, total, moment, above, top, top_ids = fold(
-            z, columns, rows, peak, total, moment, above, top, top_ids,
-            tokens_ptr, thresholds_ptr, lookups, end, cap, HAS_CAP, LOOKUPS, K,
-        )  # fmt: skip
-    store(
-        peak, total, moment, above, top, top_ids, rows, count, part, lookups,
-        sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES,
-    )  # fmt: skip
+        state = fold(z, columns, rows, state, lookups_of_rows, end, cap, HAS_CAP, LOOKUPS, K)
+    store(state, rows, count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES)
 
 
-def readout(
-    hidden: Tensor,
-    head: Unembedding,
-    lookup: Tensor,
-    top_k: int,
-    final_rows: Tensor | None,
-    workspace_bytes: int,
-    precision: str,
-) -> dict[str, Any]:
-    """The fields of ``Readout``; arguments as ``lens`` has checked them."""
-    head, lookup = dense(head), lookup.contiguous()
-    prepared = prepare(hidden, head, lookup)
-    rows, dtype = len(hidden), prepared.normed.dtype
-    converted = 4 * head.width if head.weight.dtype != dtype else 0  # bytes per token of a weight of another dtype
-    columns = max(1, min(head.vocab_size, workspace_bytes // (4 + converted)))
+def readout(request: LensRequest) -> dict[str, Any]:
+    """The fields of ``Readout``."""
+    request = dense(request)
+    prepared = prepare(request)
+    head, rows, dtype = request.head, request.rows, prepared.normed.dtype
+    converted = (
+        4 * head.width if head.weight.dtype != dtype else 0
+    )  # bytes per token to convert a weight of another dtype
+    columns = max(1, min(head.vocab_size, request.workspace_bytes // (4 + converted)))
     padded = -(-columns // 16) * 16
-    step = max(1, min(rows, (workspace_bytes - converted * columns) // (4 * padded)))
+    step = max(1, min(rows, (request.workspace_bytes - converted * columns) // (4 * padded)))
     parts = triton.cdiv(head.vocab_size, columns)
-    partials = Partials.empty(parts, rows, lookup.shape[1], top_k, hidden.device)
-    logits = torch.empty(step * padded, dtype=torch.float32, device=hidden.device)
-    with matmul_precision(precision):
+    partials = Partials.empty(parts, request)
+    logits = torch.empty(step * padded, dtype=torch.float32, device=request.hidden.device)
+    with matmul_precision(request.precision):
         for part in range(parts):
             first, end = part * columns, min((part + 1) * columns, head.vocab_size)
             weight = head.weight[first:end].to(dtype)
-            for at in range(0, rows, step):
-                some = prepared.normed[at : at + step]
+            for first_row in range(0, rows, step):
+                some = prepared.normed[first_row : first_row + step]
                 out = logits[: len(some) * padded].view(len(some), padded)[:, : end - first]
                 row_kernel[(len(some),)](
-                    product(some, weight, out=out), padded, head.bias, lookup, prepared.thresholds,
+                    product(some, weight, out=out), padded, head.bias, request.lookup, prepared.thresholds,
                     partials.sums, partials.above, partials.top, partials.top_ids,
-                    at, rows, first, end - first, head.vocab_size, part, lookup.shape[1],
+                    first_row, rows, first, end - first, head.vocab_size, part, request.lookups,
                     float(head.scale), float(head.softcap or 0.0),
                     HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
-                    LOOKUPS=triton.next_power_of_2(max(lookup.shape[1], 1)), K=top_k,
-                    PLACES=triton.next_power_of_2(max(top_k, 1)), BN=min(triton.next_power_of_2(end - first), 4096),
+                    LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=request.top_k,
+                    PLACES=triton.next_power_of_2(max(request.top_k, 1)),
+                    BN=min(triton.next_power_of_2(end - first), 4096),
                     num_warps=8,
                 )  # fmt: skip
-    return finish(partials, prepared, head, lookup, final_rows, workspace_bytes, precision)
+    return finish(request, prepared, partials)

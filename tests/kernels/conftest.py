@@ -1,6 +1,7 @@
-"""Which tests Triton's kernels run: all on a GPU; under the interpreter, which is slow, those that tell the most.
+"""Which tests run with Triton's kernels: all of them on a GPU, the most telling ones under the slow interpreter.
 
-The rest is marked slow there. What the kernels do not take is left out: fp64, and bf16 under the interpreter.
+The other ones are marked slow there. Dtypes that the kernels do not take are left out: fp64, and bf16 under the
+interpreter.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from xprobe_kernels.readout import KERNELS, interpreted
 LARGE = ("1025 rows", "vocabulary of 50257", "vocabulary of 151936")
 FP16 = ("17 rows of width 576", "everything at once", "peaked rows", "logits in the thousands", "bias")
 SLOW_TESTS = ("test_duplicates_tie_when_the_bias_dwarfs_the_projection", "test_no_token_ranks_behind_itself")
-SLOW_MODULES = ("test_lens_properties",)  # test_triton.py has its own, with shapes that split and tile
+SLOW_MODULES = ("test_lens_properties",)  # test_triton.py has its own properties, with shapes that split and tile
+WIDE = 576
 
 
 def _impossible(given: dict[str, object]) -> bool:
@@ -21,7 +23,7 @@ def _impossible(given: dict[str, object]) -> bool:
 
 
 def _takes_long(item: pytest.Item, given: dict[str, object]) -> bool:
-    if getattr(item, "originalname", "") in SLOW_TESTS or given.get("regime") in LARGE:
+    if getattr(item, "originalname", "") in SLOW_TESTS or given.get("regime") in LARGE or given.get("width") == WIDE:
         return True
     return given.get("dtype") == torch.float16 and given.get("regime") not in FP16
 

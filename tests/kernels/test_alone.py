@@ -1,10 +1,12 @@
-"""The kernels need torch and nothing else of this project."""
+"""The kernels need torch and nothing else of this project, and their modules import each other in one direction."""
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,30 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_package_works_alone_and_pulls_in_nothing_of_the_project(printed) -> None:
     assert printed.strip() == "[]"
+
+
+def imports_of(path: Path, package: str) -> set[str]:
+    """Modules of ``package`` that a file imports anywhere, in functions too. A script names its neighbours alone."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names |= {alias.name for alias in node.names} if module == package else {module.removeprefix(f"{package}.")}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.removeprefix(f"{package}.") for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("package", "folder"),
+    [
+        ("xprobe_kernels", "kernels/xprobe_kernels"),
+        ("xprobe_kernels.bench", "kernels/xprobe_kernels/bench"),
+        ("benchmarks", "benchmarks"),
+    ],
+)
+def test_no_module_imports_itself_through_others(package, folder) -> None:
+    paths = {path.stem: path for path in (KERNELS.parent / folder).glob("*.py") if path.stem != "__init__"}
+    assert paths
+    graph = {name: imports_of(path, package) & paths.keys() for name, path in paths.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle

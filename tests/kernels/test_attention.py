@@ -98,7 +98,7 @@ def test_every_token_attends_to_itself_and_what_it_continues(
         )
         wanted_sinks = numbers(4, heads) if options.get("sinks") else None
         some = {"window": None, "softcap": None, **options, "sinks": wanted_sinks}
-        reach = Reach.of(tree.until, tree.positions, blocks, DEVICE)
+        reach = Reach.from_tree(tree.until, tree.positions, blocks, DEVICE)
         found = tree_attention(query, key, value, reach, scale=width**-0.5, **some)
         assert found.shape == (tokens, heads, value_width)
         assert found.dtype == dtype
@@ -113,7 +113,7 @@ def test_large_heads_and_the_blocks_that_are_chosen_for_them() -> None:
     for dtype, width in ((torch.float32, 128), (torch.float32, 192), (torch.float16, 256)):
         tokens, tree = 70, grown(70, 5)
         query, key, value = (numbers(s, 2, tokens, width, dtype=dtype) for s in range(3))
-        reach = Reach.of(tree.until, tree.positions, Blocks.choose(dtype.itemsize, width), DEVICE)
+        reach = Reach.from_tree(tree.until, tree.positions, Blocks.choose(dtype.itemsize, width), DEVICE)
         found = tree_attention(query, key, value, reach, scale=width**-0.5)
         wanted = alone(tree, query, key, value, width**-0.5, None, None, None)
         assert float((found.double().cpu() - wanted).abs().max()) < (2e-5 if dtype == torch.float32 else 6e-3)
@@ -136,7 +136,7 @@ TREES += [chains(31, 33), chains(32, 32), chains(33, 31)]
 @pytest.mark.parametrize("blocks", SMALL)
 def test_blocks_that_are_visited_are_exactly_those_with_something_to_see(tree, blocks) -> None:
     count = len(tree.until)
-    reach = Reach.of(tree.until, tree.positions, blocks, torch.device("cpu"))
+    reach = Reach.from_tree(tree.until, tree.positions, blocks, torch.device("cpu"))
     at = np.arange(count)
     sees = (at[None] <= at[:, None]) & (at[:, None] < tree.until[None])
     for token in range(count):
@@ -156,7 +156,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_its_inputs_alone() -> None
     tree = grown(100, 1)
     query, key, value = (numbers(s, 2, 100, 32) for s in range(3))
     before = [t.clone() for t in (query, key, value)]
-    reach = Reach.of(tree.until, tree.positions, SMALL[0], DEVICE)
+    reach = Reach.from_tree(tree.until, tree.positions, SMALL[0], DEVICE)
     first, second = (tree_attention(query, key, value, reach, scale=0.2) for _ in range(2))
     assert torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(before, (query, key, value), strict=True))
@@ -165,7 +165,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_its_inputs_alone() -> None
 def test_scores_that_would_overflow_without_a_running_maximum() -> None:
     tree = grown(60, 2)
     query, key, value = (numbers(s, 2, 60, 16) for s in range(3))
-    reach = Reach.of(tree.until, tree.positions, SMALL[0], DEVICE)
+    reach = Reach.from_tree(tree.until, tree.positions, SMALL[0], DEVICE)
     found = tree_attention(query * 300, key, value, reach, scale=1.0)
     wanted = alone(tree, query * 300, key, value, 1.0, None, None, None)
     assert float((found.double().cpu() - wanted).abs().max()) < 5e-3  # scores of 3000 have their own rounding
@@ -174,7 +174,7 @@ def test_scores_that_would_overflow_without_a_running_maximum() -> None:
 def test_what_cannot_be_served_is_refused_by_name() -> None:
     tree = grown(20, 0)
     query, key, value = (numbers(s, 4, 20, 16) for s in range(3))
-    reach = Reach.of(tree.until, tree.positions, SMALL[0], DEVICE)
+    reach = Reach.from_tree(tree.until, tree.positions, SMALL[0], DEVICE)
     with pytest.raises(ValueError, match=r"do not fit: .*\[4, 20, 16\]"):
         tree_attention(query, key[:3], value[:3], reach, scale=1.0)
     with pytest.raises(ValueError, match="do not fit"):
@@ -191,4 +191,4 @@ def test_what_cannot_be_served_is_refused_by_name() -> None:
     assert not serves(query.half(), key, value)
     for until in ([1, 1], [1, 3], [], [2, 2, 3, 3]):
         with pytest.raises(ValueError, match="until"):
-            Reach.of(np.array(until, dtype=int), np.zeros(len(until), dtype=int), SMALL[0], DEVICE)
+            Reach.from_tree(np.array(until, dtype=int), np.zeros(len(until), dtype=int), SMALL[0], DEVICE)

@@ -1,4 +1,4 @@
-"""The benchmark says what it measured: right figures, variants by turns, no speed for a wrong or failed one."""
+"""The benchmark: right figures, variants measured in turn, and no speed for a wrong or failed variant."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_what_the_first_call_keeps_is_seen() -> None:
     kept: list[torch.Tensor] = []
     samples = by_turns({"a": lambda turn: kept or kept.append(torch.ones(10 * MIB))}, Clock(), {}, rounds=1, seconds=0)
     if samples["a"].kept_bytes is None:
-        pytest.skip("the system does not say")
+        pytest.skip("the system does not report memory")
     assert samples["a"].kept_bytes == pytest.approx(40 * MIB, rel=0.1)
     assert samples["a"].extra_bytes < 4 * MIB
 

@@ -1,7 +1,7 @@
-"""Every kernel is specialised and compiled as a real launch would, for a GPU that is not there.
+"""Every kernel is specialised and compiled as in a real launch, on a machine without a GPU.
 
-The interpreter takes no notice of what a launch does before the kernel runs: which arguments are compiled in, what is
-aligned, whether globals that a kernel uses are what they were.
+The interpreter skips what a launch does before the kernel runs: it compiles some arguments in, looks at alignment, and
+checks that the globals of the kernel have not changed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 20.0  # seconds for one kernel: one that takes longer has gone wrong in the compiler
 
 SCRIPT = """
-import json, sys, time
+import json, sys
 import numpy as np
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -33,6 +32,7 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 from xprobe_kernels import Unembedding, triton_attention, triton_capture, triton_lens, triton_rows, workspace
 from xprobe_kernels.attention import Blocks, Reach
+from xprobe_kernels.request import LensRequest
 
 found = []
 
@@ -40,9 +40,8 @@ class Compiled:
     def __init__(self, kernel): self.kernel = kernel
     def __getitem__(self, grid):
         def launch(*args, **options):
-            started = time.perf_counter()
             self.kernel.warmup(*args, grid=grid, **options)
-            found.append((self.kernel.fn.__name__, time.perf_counter() - started))
+            found.append(self.kernel.fn.__name__)
         return launch
 
 for module, name in (
@@ -61,8 +60,8 @@ for dtype, width, vocabulary, lookups, options in (
     head = Unembedding(torch.randn(vocabulary, width).to(dtype), **options)
     for rows in (1, 37):
         hidden, lookup = torch.randn(rows, width).to(dtype), torch.zeros(rows, lookups, dtype=torch.int64)
-        triton_lens.readout(hidden, head, lookup, 5, None, 1 << 28, "ieee")
-        workspace.readout(hidden, head, lookup, 0, None, 1 << 20, "ieee")
+        triton_lens.readout(LensRequest(hidden, head, lookup, top_k=5))
+        workspace.readout(LensRequest(hidden, head, lookup, workspace_bytes=1 << 20))
     hidden, spans = torch.randn(2, 9, width).to(dtype), torch.tensor([[0, 1, 2], [1, 2, 7]])
     triton_capture.capture_rows(hidden, spans, torch.empty(2, width, dtype=dtype), head)
     triton_capture.capture_rows(hidden, spans, torch.empty(2, width, dtype=dtype), None)
@@ -70,20 +69,20 @@ for dtype, width, vocabulary, lookups, options in (
         query = torch.randn(tokens, heads, 64).to(dtype).transpose(0, 1)
         key = torch.randn(max(1, heads // 2), tokens, 64).to(dtype)
         blocks = Blocks.choose(dtype.itemsize, 64)
-        reach = Reach.of(np.full(tokens, tokens), np.arange(tokens), blocks, cpu)
+        reach = Reach.from_tree(np.full(tokens, tokens), np.arange(tokens), blocks, cpu)
         triton_attention.attend(query, key, key, reach, 0.1, None, None, None)
         triton_attention.attend(query, key, key, reach, 0.1, 7, 3.0, torch.zeros(heads))
 
 kinds = len(found)
-for tokens in range(64, 73):  # reaches of any length: nothing new to be compiled
-    reach = Reach.of(np.arange(1, tokens + 1), np.zeros(tokens, dtype=int), Blocks.choose(4, 64), cpu)
+for tokens in range(64, 73):  # a tree of any length: nothing new is compiled
+    reach = Reach.from_tree(np.arange(1, tokens + 1), np.zeros(tokens, dtype=int), Blocks.choose(4, 64), cpu)
     assert all(part.data_ptr() % 16 == 0 for part in (reach.until, reach.positions, reach.bounds, reach.visits))
 json.dump(found[:kinds], sys.stdout)
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: every other test launches the kernels on it")
-def test_every_kernel_passes_what_a_launch_checks_and_compiles_in_time(tmp_path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU every other test launches the kernels on it")
+def test_every_kernel_passes_what_a_launch_checks_and_compiles(tmp_path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
@@ -94,7 +93,6 @@ def test_every_kernel_passes_what_a_launch_checks_and_compiles_in_time(tmp_path)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert {name for name, _ in found} == {
+    assert set(found) == {
         *("lens_kernel", "prepare_kernel", "merge_kernel", "row_kernel", "capture_kernel", "tree_attention_kernel")
     }
-    assert max(seconds for _, seconds in found) < LIMIT, sorted(found, key=lambda each: -each[1])[:3]

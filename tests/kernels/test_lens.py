@@ -131,7 +131,8 @@ def test_softmax_does_not_see_an_offset_common_to_all_logits(backend, dtype, off
     case = replace(whole_numbers(dtype, 19, 7, 4500), final_rows=torch.arange(19) % 3)
     bias = torch.full((4500,), offset) + torch.arange(4500) % 3
     case = replace(case, head=replace(case.head, bias=bias, scale=1.0))
-    truth, readout = Truth(replace(case, head=replace(case.head, bias=bias - offset))), case.read(backend)
+    truth = Truth(replace(case, head=replace(case.head, bias=bias - offset)))
+    readout = case.read(backend, top_k=0)
     for name in ("entropy", "kl"):
         found, known = getattr(readout, name), truth.values[name]
         lost = 2 * truth.eps * abs(offset) if name == "kl" and backend in KERNELS else 0.0  # two logits' rounding there
@@ -181,8 +182,12 @@ def test_any_row_may_be_the_final_one(backend, final_rows) -> None:
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("regime", ["everything at once", "1025 rows", "scattered banned tokens"])
-def test_a_repeated_call_gives_the_same_bits(backend, dtype, regime) -> None:
-    assert same_bits(read(backend, regime, dtype), judge(regime, dtype).case.read(backend))
+def test_a_repeated_call_gives_the_same_bits_and_leaves_its_arguments_alone(backend, dtype, regime) -> None:
+    first, case = read(backend, regime, dtype), judge(regime, dtype).case
+    arguments = {"hidden": case.hidden, "lookup": case.lookup, "final_rows": case.final_rows, **vars(case.head)}
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    assert same_bits(first, case.read(backend))
+    assert all(arguments[name].equal(value) for name, value in before.items())
 
 
 @each_backend
@@ -229,20 +234,6 @@ def test_layout_in_memory_does_not_matter(backend) -> None:
     assert_top(truth, backend, readout, 5)
 
 
-@each_backend
-@each_dtype
-def test_arguments_come_back_unchanged(backend, dtype) -> None:
-    case = judge("everything at once", dtype).case
-    head = {name: getattr(case.head, name) for name in ("weight", "gamma", "beta", "bias")}
-    before = {name: value.clone() for name, value in head.items()}
-    hidden, lookup, final_rows = case.hidden.clone(), case.lookup.clone(), case.final_rows.clone()
-    case.read(backend)
-    assert all(value.equal(before[name]) for name, value in head.items())
-    assert case.hidden.equal(hidden)
-    assert case.lookup.equal(lookup)
-    assert case.final_rows.equal(final_rows)
-
-
 def test_auto_takes_the_first_backend_and_the_result_says_so() -> None:
     case = random_case(torch.float32)
     assert case.read("auto").backend == BACKENDS[0]
@@ -275,13 +266,13 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 @each_backend
-@pytest.mark.parametrize("surroundings", SURROUNDINGS)
-def test_the_caller_s_torch_settings_change_nothing(backend, surroundings) -> None:
-    case = random_case(torch.float32, 17, 64, 4099, norm="layer", gamma=True, beta=True, bias=True)
+def test_the_caller_s_torch_settings_change_nothing(backend) -> None:
+    case = random_case(torch.float32, 9, 64, 2500, norm="layer", gamma=True, beta=True, bias=True)
     quiet = case.read(backend)
-    with SURROUNDINGS[surroundings]():
-        inside = case.read(backend)
-    assert same_bits(inside, quiet)
+    for name, surroundings in SURROUNDINGS.items():
+        with surroundings():
+            inside = case.read(backend)
+        assert same_bits(inside, quiet), name
 
 
 @each_backend

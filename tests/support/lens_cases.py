@@ -28,7 +28,7 @@ def random_case(
     top_k: int = 5,
     **options: Any,
 ) -> Case:
-    """Gaussian rows and vocabulary, logits of standard deviation ``spread``; the last third are final rows."""
+    """Gaussian rows and vocabulary. Logits have standard deviation ``spread``; the last third of the rows is final."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -45,7 +45,7 @@ def random_case(
 
 
 def peaked(dtype: torch.dtype, lead: float) -> Case:
-    """Every row is a vocabulary row, whose logit leads by about ``lead``; that token is looked up."""
+    """Every row is a row of the vocabulary. Its token leads by about ``lead`` and is looked up."""
     case = random_case(dtype, width=64)
     tokens = torch.arange(17) * 241
     factor = lead / float(case.head.weight.double()[tokens].norm(dim=-1).mean()) / 8
@@ -55,7 +55,7 @@ def peaked(dtype: torch.dtype, lead: float) -> Case:
 
 
 def slope(dtype: torch.dtype) -> Case:
-    """Logits rise along the vocabulary in even rows and fall in odd ones: the running maximum moves in every tile."""
+    """Logits rise along the vocabulary in even rows and fall in odd rows: the running maximum moves in each tile."""
     case = random_case(dtype)
     ramp = torch.linspace(-30, 30, 4099, dtype=torch.float64)
     weight, hidden = case.head.weight.clone(), case.hidden.clone()
@@ -75,7 +75,7 @@ def zero_rows(dtype: torch.dtype) -> Case:
 
 
 def banned(dtype: torch.dtype, tokens: slice | list[int]) -> Case:
-    """Tokens whose bias is -inf; the first look-up of every row is one of them."""
+    """The given tokens have a bias of -inf. The first look-up of every row is one of them."""
     case = random_case(dtype, bias=True)
     bias, lookup = case.head.bias, case.lookup.clone()
     assert bias is not None
@@ -85,7 +85,7 @@ def banned(dtype: torch.dtype, tokens: slice | list[int]) -> Case:
 
 
 def far_from_zero(dtype: torch.dtype, offset: float) -> Case:
-    """Every logit is near ``offset``: softmax does not see it, rounding does."""
+    """Every logit is near ``offset``, which changes the rounding but not the softmax."""
     return random_case(dtype, spread=1.0, bias=torch.full((4099,), offset))
 
 
@@ -153,7 +153,7 @@ each_regime = pytest.mark.parametrize("regime", REGIMES)
 
 
 def whole_numbers(dtype: torch.dtype, rows: int, width: int, vocabulary: int, seed: int = 0) -> Case:
-    """Small whole numbers: every logit is exact in every dtype and in any order of summation, and most of them tie."""
+    """Small whole numbers: every logit is exact in every dtype and order of summation, and most logits tie."""
     random = torch.Generator().manual_seed(seed)
 
     def whole(*shape: int) -> Tensor:

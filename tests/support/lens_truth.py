@@ -1,10 +1,11 @@
-"""What ``lens`` must return: fp64 arithmetic written here from the definitions, and how far off it a backend may be.
+"""What ``lens`` must return, in fp64 arithmetic written here from the definitions, and how far off a backend may be.
 
-The rule: a backend may be no further from fp64 truth than plain torch in the rows' dtype is, plus a small slack. Both
-errors are the worst over the call. The slack is ``SLACK_ULPS`` units in the last place of the result and one eps of
-|h| |w| in each logit, because plain torch may round the few logits of a short call almost correctly by chance. For the
-same reason it may get a statistic right though its logits are off: a statistic may be off by as much as those errors
-can move it, to first order (``Truth.sensitivity``). ``reference`` gets none of this: it must round the truth, once.
+The rule: a backend may be no further from the fp64 truth than plain torch in the rows' dtype, plus a small slack. Both
+errors are the largest of the call. The slack is ``SLACK_ULPS`` units in the last place of the result, and one eps of
+|h| |w| in each logit, because plain torch may by chance round the few logits of a short call almost correctly. For the
+same reason plain torch may get a statistic right although its logits are off. So a statistic may be off by as much as
+the errors of the logits can change it, to first order (``Truth.sensitivity``). ``reference`` has no slack: it must
+round the truth once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from xprobe_kernels import Readout, Unembedding, available_backends, cpu, lens
 from xprobe_kernels.readout import KERNELS
 
 GPU = torch.cuda.is_available()
-BACKENDS = [*available_backends("cpu"), *(KERNELS if GPU else ())]  # with a GPU, kernels run on it and nowhere else
+BACKENDS = [*available_backends("cpu"), *(KERNELS if GPU else ())]  # with a GPU, the kernels run on it only
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STATISTICS = ["logits", "logsumexp", "entropy", "kl"]
 INF, NAN = math.inf, math.nan
@@ -43,7 +44,7 @@ class Case:
 
 
 def lens_here(hidden: Tensor, head: Unembedding, lookup: Tensor, *, backend: str, **options: Any) -> Readout:
-    """``lens`` of CPU tensors, its results there too; the kernels run on the GPU if there is one."""
+    """``lens`` of CPU tensors with results on the CPU. The kernels run on the GPU if there is one."""
     if not (GPU and backend in KERNELS):
         return lens(hidden, head, lookup, backend=backend, **options)
     options = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}
@@ -73,7 +74,7 @@ def capped(raw: Tensor, head: Unembedding) -> Tensor:
 
 
 def raw_logits(hidden: Tensor, head: Unembedding, dtype: torch.dtype) -> Tensor:
-    """Logits [R, V] before the soft-cap as a model in ``dtype`` has them: projection in it, the rest at least fp32."""
+    """Logits [R, V] before the soft-cap as in a model of ``dtype``: the projection in it, the rest in at least fp32."""
     work = torch.promote_types(dtype, torch.float32)
     raw = (normed(hidden.to(work), head).to(dtype) @ head.weight.to(dtype).T).to(work)
     return head.scale * (raw if head.bias is None else raw + head.bias.to(work))
@@ -89,7 +90,7 @@ def statistics(z: Tensor, lookup: Tensor, final_rows: Tensor) -> dict[str, Tenso
 
 
 def worst(found: Tensor, truth: Tensor, dim: int | None = None) -> Tensor:
-    """Largest distance, infinite where one of the two is no number; equal infinities and empty tensors are at 0."""
+    """The largest distance. It is infinite if one of the two is NaN, and 0 for equal infinities and empty tensors."""
     if not found.numel():
         return torch.zeros(found.shape[:-1] if dim == -1 else (), dtype=torch.float64)
     distance = (found.double() - truth).abs()
@@ -113,17 +114,17 @@ class Truth:
         self.operands = normed(case.hidden.double(), case.head).norm(dim=-1)  # |h| of each row; times |w| below
         largest = float(case.head.weight.double().norm(dim=-1).max())
         chance = self.eps * self.operands * largest * abs(case.head.scale)
-        #: by how much each row's logits [R] may be off, as far as plain torch shows; before and after the soft-cap
+        #: how far the logits of each row [R] may be off, judged by plain torch, before and after the soft-cap
         self.raw_noise, self.noise = worst(plain_raw, self.raw, -1) + chance, worst(plain, self.z, -1) + chance
         self.gain = self.sensitivity(self.noise)
-        #: what rounding the rows to bf16 after the norm may cost, as processors with bf16 matrix units have them
+        #: the error of rounding the rows to bf16 after the norm, as on processors with bf16 matrix units
         narrow = case.hidden.dtype == case.head.weight.dtype == torch.bfloat16 and cpu.matrix_units()
         half = 0.5 * torch.finfo(torch.bfloat16).eps * self.operands * largest * abs(case.head.scale)
         self.rounded = half if narrow else torch.zeros_like(half)
         self.rounded_gain = self.sensitivity(self.rounded)
 
     def sensitivity(self, noise: Tensor) -> dict[str, float]:
-        """By how much each statistic may be off, to first order, if every logit of a row is off by ``noise`` [R]."""
+        """How far each statistic is off, to first order, if every logit of a row is off by ``noise`` [R]."""
         log_p = self.z.log_softmax(-1)
         p, final = log_p.exp(), self.case.final_rows
         spread = torch.where(p > 0, p * (log_p + self.values["entropy"][:, None]).abs(), 0.0).sum(-1)
@@ -138,24 +139,25 @@ class Truth:
         }
 
     def rounding(self, backend: str, truth: Tensor) -> float:
-        """What rounding the result alone may cost."""
+        """The error of rounding the result."""
         size = max(1.0, float(truth[truth.isfinite()].abs().max())) if bool(truth.isfinite().any()) else 1.0
         if backend == "reference":  # fp64 inside, rounded once
             return (1e-12 if self.eps < 1e-10 else 0.5 * self.eps + 1e-12) * size
         return (1e-12 if self.eps < 1e-10 else SLACK_ULPS * self.eps) * size
 
     def allowed(self, backend: str, name: str) -> float:
-        """The rule; the fp64 reference may be off by the rounding of its result alone."""
+        """The largest error allowed by the rule. The fp64 reference may only round its result."""
         plain = 0.0 if backend == "reference" else max(self.error[name], self.gain[name])
-        if backend.startswith("cpu"):  # plain torch rounds as much, and may be lucky where there are few tokens
+        if backend.startswith("cpu"):  # plain torch rounds as much, but may be lucky with few tokens
             plain = max(plain, self.rounded_gain[name])
         if name == "kl" and backend in KERNELS:
-            # by the expected unembedding: two products in each of two rows, and what all logits share does not cancel
+            # by the expected unembedding: two products in each of two rows, and errors that all logits share do not
+            # cancel
             plain += 4 * float(self.raw_noise.max())
         return plain + self.rounding(backend, self.values[name])
 
     def rank_bounds(self, backend: str) -> tuple[Tensor, Tensor]:
-        """Lowest and highest rank [R, A] that such errors before the soft-cap and the stated bound on ties explain."""
+        """The lowest and highest rank [R, A] that errors before the soft-cap and the bound on ties can explain."""
         lookup = self.case.lookup.clamp(min=0)
         raw = self.raw.gather(1, lookup)
         if backend == "reference":

@@ -85,7 +85,7 @@ class Layout:
         if blocks not in self._reaches:
             segments = self.tree.segments
             until = np.repeat([s.end for s in segments], [s.length for s in segments])
-            self._reaches[blocks] = Reach.of(until, np.array(self.tree.positions), blocks, self.device)
+            self._reaches[blocks] = Reach.from_tree(until, np.array(self.tree.positions), blocks, self.device)
         return self._reaches[blocks]
 
     def on(self, device: torch.device) -> Layout:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from xprobe_kernels import Unembedding, lens
-from xprobe_kernels.transfer import Arrival
+from xprobe_kernels.transfer import HostCopy
 
 from xprobe.capture.memory import is_out_of_memory, release_memory
 
@@ -43,7 +43,7 @@ class AnswerReadout:
 class Reading:
     """Lens values on their way to main memory. ``start_reading`` starts the work, ``values`` waits for it."""
 
-    def __init__(self, parts: list[Arrival], layers: int) -> None:
+    def __init__(self, parts: list[HostCopy], layers: int) -> None:
         self._parts, self._layers = parts, layers
 
     def values(self) -> AnswerReadout:
@@ -81,7 +81,7 @@ def start_reading(rows: Tensor, targets: Tensor, head: Unembedding, backend: str
     """
     layers, positions, width = rows.shape
     step = max(1, ROW_BYTES // (layers * width * 4))
-    parts: list[Arrival] = []
+    parts: list[HostCopy] = []
     start = 0
     while start < positions:
         part = slice(start, min(start + step, positions))
@@ -97,7 +97,7 @@ def start_reading(rows: Tensor, targets: Tensor, head: Unembedding, backend: str
     return Reading(parts, layers)
 
 
-def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str) -> Arrival:
+def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str) -> HostCopy:
     device = head.weight.device
     rows = rows.to(device)  # rows of a streamed model are in a file
     layers, positions, width = rows.shape
@@ -112,4 +112,4 @@ def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str) -> Ar
     )
     assert values.kl is not None  # final_rows was given
     fields = {"logit": values.logits[:, 0], "logsumexp": values.logsumexp, "rank": values.rank[:, 0]}
-    return Arrival(fields | {"entropy": values.entropy, "kl": values.kl})
+    return HostCopy(fields | {"entropy": values.entropy, "kl": values.kl})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from xprobe_kernels import Unembedding, available_backends
-from xprobe_kernels.transfer import Arrival, upload
+from xprobe_kernels.transfer import HostCopy, upload
 
 from xprobe.capture.engine import Engine
 from xprobe.capture.layerwise import LayerwiseEngine
@@ -136,7 +136,7 @@ class PendingWave:
         kept = {"targets": targets}
         if store_rows:
             kept |= {"prompt_end": rows.first(ANSWER), "question_mean": rows[QUESTION]}
-        self._kept = Arrival(kept)
+        self._kept = HostCopy(kept)
 
     def wait(self) -> tuple[AnswerReadout, dict[str, Tensor]]:
         """Lens values of all positions, and the gold tokens ``targets`` [P] and rows [L + 1, N, D] beside them.
@@ -233,7 +233,7 @@ def write_shards(
             kept(count)
 
     (overlapped if device.type == "cuda" else in_turn)(pending(), write, written)
-    watch.settle()
+    watch.collect()
 
 
 def _open(run: Run, source: loading.Source, loaded: LoadedModel | None) -> tuple[Runner, Any]:

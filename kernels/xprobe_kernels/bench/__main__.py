@@ -1,4 +1,4 @@
-"""``python -m xprobe_kernels.bench``: the benchmark without the rest of xprobe (``xprobe bench`` is the same)."""
+"""``python -m xprobe_kernels.bench``: the same benchmark as ``xprobe bench``, without the rest of xprobe."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from xprobe_kernels.bench.command import Settings, SettingsError, measure
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad usage, 1 a file that cannot be written."""
+    """Runs the benchmark. Exit codes: 0 success, 2 wrong usage, 1 a file that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m xprobe_kernels.bench", description="Speed of the kernels.")
     parser.add_argument("--kernel", default="lens", help="lens, capture or all (default: lens)")
     parser.add_argument("--shape", help="a model's name or all (default: all on a GPU, two on a CPU)")
     parser.add_argument("--rows", default="all", help="many, few or all (default: all)")
-    parser.add_argument("--rounds", type=int, help="rounds of turns (default: as many as fit in the time)")
+    parser.add_argument("--rounds", type=int, help="rounds of measurement (default: as many as fit)")
     parser.add_argument("--dtype", default="bfloat16", help="of the model: bfloat16, float16 or float32")
     parser.add_argument("--backend", action="append", default=[], dest="backends", help="lens backend; repeatable")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--quick", action="store_true", help="seconds on small cuts: only to see that all works")
-    parser.add_argument("--kl", action="store_true", help="ask for KL to the final layer as well")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, a few seconds: checks only that everything works"
+    )
+    parser.add_argument("--kl", action="store_true", help="also compute the KL to the final layer")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON; without FILE to stdout")
     parser.add_argument("--figure", metavar="FILE.png", help="write a roofline figure (needs matplotlib)")
     options = vars(parser.parse_args(arguments))
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             from xprobe_kernels.bench import figure as drawing
 
             drawing.check(figure, settings.kernel)
-        result = measure(settings, None if target == "-" else lambda text: print(text, flush=True))
+        result = measure(settings, show=None if target == "-" else lambda text: print(text, flush=True))
         if target == "-":
             print(json.dumps(result, indent=1, allow_nan=False))
         elif target:

@@ -1,4 +1,4 @@
-"""How far an answer is from a fp64 lens, on a sample of rows, and whether that is too far to be worth timing."""
+"""How far a result is from an fp64 lens on a sample of rows, and whether it is accurate enough to be timed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from xprobe_kernels.bench.baselines import Reading, Task, naive_logits, naive_rows
-from xprobe_kernels.unembedding import Unembedding
+from xprobe_kernels.reference import logits as exact_logits
 
 SAMPLE = 16
-VOCABULARY_PART = 16384
 TIMES_NAIVE = 2.0  # a variant may be this many times as far from fp64 as the naive lens in the model's dtype ...
 SLACK = 5e-5  # ... plus this many nats (fp32 sums over a vocabulary in another order)
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The lens of a sample of rows in fp64, and the bounds that follow from the naive lens in the model's dtype."""
+    """The fp64 lens of a sample of rows, and error bounds derived from the naive lens in the model's dtype."""
 
     index: Tensor  # [S] the sample's rows
     logits: Tensor  # [S, V] after the soft-cap
@@ -27,7 +26,7 @@ class Truth:
     bounds: dict[str, float]
 
     def errors(self, reading: Reading) -> dict[str, float]:
-        """Largest absolute errors over the sample, in nats or logits, and the share of ranks and top ids that agree."""
+        """Largest absolute errors over the sample (nats or logits), and shares of ranks and top ids that agree."""
         z, log_p = self.logits, self.logits.log_softmax(-1)
         wanted = z.gather(1, self.lookup[:, None])[:, 0]
         got = {name: value.double() for name, value in vars(reading).items() if value is not None}
@@ -35,7 +34,7 @@ class Truth:
         chosen = z.gather(1, reading.top_ids.clamp(0, z.shape[1] - 1))
         distinct = all(len(set(row)) == len(row) for row in reading.top_ids.tolist())
         rank = 1 + (z > wanted[:, None]).sum(-1)
-        found = {
+        errors = {
             "logit": _largest(got["logit"] - wanted),
             "log_probability": _largest(got["logit"] - got["logsumexp"] - log_p.gather(1, self.lookup[:, None])[:, 0]),
             "entropy": _largest(got["entropy"] + (log_p.exp() * log_p).sum(-1)),
@@ -45,13 +44,13 @@ class Truth:
         }
         if self.final is not None:
             kl = (self.final.exp() * (self.final - log_p)).sum(-1)
-            found["kl"] = _largest(got["kl"] - kl) if "kl" in got else float("inf")
-        return found
+            errors["kl"] = _largest(got["kl"] - kl) if "kl" in got else float("inf")
+        return errors
 
     def judge(self, reading: Reading) -> tuple[dict[str, float], str | None]:
-        """The errors of a reading of all rows, and what is wrong with it, if anything is.
+        """The errors of a reading of all rows, and a description of what is wrong with it, or None.
 
-        Wrong is an error out of its bound, and a rank that no error within the bounds can give.
+        An error above its bound is wrong. So is a rank that errors within the bounds cannot explain.
         """
         reading = reading.rows(self.index)
         errors = self.errors(reading)
@@ -66,13 +65,13 @@ class Truth:
         most = (self.logits >= wanted - margin).sum(-1)
         outside = (reading.rank < least) | (reading.rank > most)
         if bool(outside.any()):
-            at = int(outside.nonzero()[0])
-            wrong.append(f"rank {int(reading.rank[at])} where {int(least[at])} to {int(most[at])} is possible")
+            row = int(outside.nonzero()[0])
+            wrong.append(f"rank {int(reading.rank[row])} where {int(least[row])} to {int(most[row])} is possible")
         return errors, "; ".join(wrong) or None
 
 
 def truth(task: Task, sample: int = SAMPLE) -> Truth:
-    """Evenly spread rows of the task. Bounds: twice the naive error in the model's dtype plus a small slack."""
+    """The truth for evenly spaced rows. A bound is twice the naive error in the model's dtype plus a small slack."""
     rows = len(task.hidden)
     index = torch.linspace(0, rows - 1, min(sample, rows), device=task.hidden.device).round().long()
     logits = exact_logits(task.hidden[index], task.head)
@@ -89,16 +88,6 @@ def truth(task: Task, sample: int = SAMPLE) -> Truth:
     bounds = {name: TIMES_NAIVE * errors[name] + SLACK for name in measured}
     bounds["top_logit"] += 2 * bounds["logit"]
     return Truth(index, logits, final, lookup, bounds)
-
-
-def exact_logits(hidden: Tensor, head: Unembedding) -> Tensor:
-    """All logits in fp64, the weight converted part by part."""
-    normed = head.normalize(hidden.double())
-    parts = [
-        head.bias_and_scale(normed @ part.double().T, slice(number * VOCABULARY_PART, (number + 1) * VOCABULARY_PART))
-        for number, part in enumerate(head.weight.split(VOCABULARY_PART))
-    ]
-    return head.cap(torch.cat(parts, -1))
 
 
 def _largest(difference: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What the lens is measured against, and the lens itself: one setup, one question, several ways to answer it."""
+"""The variants that the benchmark compares: the lens backends and their rivals, with the same inputs and outputs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Task:
 
     hidden: Tensor  # [R, D] in the model's dtype
     head: Unembedding  # weight in the model's dtype
-    head32: Unembedding  # the same numbers in fp32: copied beforehand, its time and memory charged to nobody
+    head32: Unembedding  # the same numbers in fp32, copied beforehand: its time and memory count for no variant
     lookup: Tensor  # [R]
     normed: Tensor  # [R, D] in the model's dtype, for the bare product
     normed32: Tensor  # [R, D] fp32
     final_rows: Tensor | None  # [R] if KL is asked for
 
     def clone(self) -> Task:
-        """Equal inputs elsewhere in memory."""
+        """The same inputs in other memory."""
         same = self.head32 is self.head
         head = _like(self.head, self.head.weight.clone())
         head32 = head if same else _like(self.head32, self.head32.weight.clone())
@@ -47,7 +47,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a variant says, in the shapes of ``Readout`` with one look-up per row."""
+    """The result of a variant: the fields of ``Readout`` for one look-up per row."""
 
     logit: Tensor  # [R]
     logsumexp: Tensor  # [R]
@@ -62,7 +62,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do the work. ``read`` turns what ``call`` gives into a Reading; None if it answers nothing."""
+    """One implementation. ``read`` turns the result of ``call`` into a Reading; None for a bare product."""
 
     name: str
     kind: str
@@ -72,14 +72,14 @@ class Variant:
 
 
 def make(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool = False) -> Task:
-    """The one setup. A row holds its looked-up token at a strength of its own, so ranks run from 1 to the thousands."""
+    """Makes the inputs. Rows contain their looked-up token more or less strongly, so ranks go from 1 to thousands."""
     random = torch.Generator(device=device).manual_seed(0)
     width, vocabulary, rows = work.head.width, work.vocabulary, work.rows
     spread = CAPPED_SPREAD if work.head.softcap else SPREAD
     weight = torch.empty(vocabulary, width, dtype=dtype, device=device)
     block = torch.randn(min(RANDOM_ROWS, vocabulary), width, generator=random, device=device)
     block = (block * (spread / width**0.5)).to(dtype)
-    for number, start in enumerate(range(0, vocabulary, len(block))):  # rolled: as good as new, and made in no time
+    for number, start in enumerate(range(0, vocabulary, len(block))):  # shifted copies: fast to make
         part = weight[start : start + len(block)]
         part.copy_(block.roll(7 * number, 1)[: len(part)])
     gamma = 1 + 0.1 * torch.randn(width, generator=random, device=device)
@@ -101,13 +101,13 @@ def _like(head: Unembedding, weight: Tensor) -> Unembedding:
 
 
 def naive_logits(hidden: Tensor, head: Unembedding) -> Tensor:
-    """All logits [R, V] in the weight's dtype, the norm in fp32, as model code has it."""
+    """All logits [R, V] in the weight's dtype with the norm in fp32, as in model code."""
     normed = head.normalize(hidden.float()).to(head.weight.dtype)
     return head.cap(head.bias_and_scale(normed @ head.weight.T))
 
 
 def naive_rows(hidden: Tensor, head: Unembedding, lookup: Tensor, log_final: Tensor | None) -> tuple[Tensor, ...]:
-    """The lens as one would write it: all logits, then one pass or more per statistic, those in fp32."""
+    """The lens as most people write it: all logits first, then fp32 statistics with one or more passes each."""
     logits = naive_logits(hidden, head)
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     wanted = logits.gather(1, lookup[:, None])
@@ -124,7 +124,7 @@ def naive_rows(hidden: Tensor, head: Unembedding, lookup: Tensor, log_final: Ten
 def naive(
     rows_at_once: int | None, *, fp32: bool, rows_function: Callable[..., tuple[Tensor, ...]] = naive_rows
 ) -> Callable[[Task], Reading]:
-    """The naive lens of a task, in row chunks if told."""
+    """The naive lens of a task, ``rows_at_once`` rows at a time (None: all)."""
 
     def call(task: Task) -> Reading:
         head, rows = task.head32 if fp32 else task.head, len(task.hidden)
@@ -148,7 +148,7 @@ def naive(
 
 
 def product(rows_at_once: int | None, *, fp32: bool) -> Callable[[Task], Tensor]:
-    """The matrix product alone, one call of the library: what no exact lens can undercut."""
+    """The matrix product alone, by the library: a lower bound on the time of any exact lens."""
 
     def call(task: Task) -> Tensor:
         normed, weight = (task.normed32, task.head32.weight) if fp32 else (task.normed, task.head.weight)
@@ -161,7 +161,7 @@ def product(rows_at_once: int | None, *, fp32: bool) -> Callable[[Task], Tensor]
 
 def backend(name: str) -> Callable[[Task], Readout]:
     def call(task: Task) -> Readout:
-        # as a run calls it, which has checked the ids before: the check would wait for the device
+        # as in a run, where the ids were checked before: the check would wait for the device
         return lens(
             task.hidden, task.head, task.lookup, top_k=TOP_K, final_rows=task.final_rows, backend=name, check=False
         )
@@ -171,14 +171,14 @@ def backend(name: str) -> Callable[[Task], Readout]:
 
 def read_lens(readout: Readout) -> Reading:
     if readout.top_ids is None:
-        raise ValueError("the backend gave no top-k although it was asked for")
+        raise ValueError("the backend returned no top-k although top_k was set")
     return Reading(
         readout.logits[:, 0], readout.logsumexp, readout.rank[:, 0], readout.entropy, readout.top_ids, readout.kl
     )
 
 
 def chunk(rows: int, bytes_per_row: float, free_bytes: float) -> int | None:
-    """Rows at once so that they fit; None if all do. Equal chunks where possible: a compiled function likes them."""
+    """How many rows fit at a time; None if all fit. Equal chunks if possible: compiled code then sees one shape."""
     most = int(free_bytes // bytes_per_row)
     if rows <= most:
         return None
@@ -190,7 +190,7 @@ def chunk(rows: int, bytes_per_row: float, free_bytes: float) -> int | None:
 def variants(
     work: Work, dtype: torch.dtype, backends: list[str], free_bytes: float, *, kl: bool, device: str
 ) -> list[Variant]:
-    """All of them, the naive fp32 one first. ``free_bytes`` is what one call may hold."""
+    """All variants, naive fp32 first. A call may use ``free_bytes`` of memory."""
     short = DTYPES[str(dtype).removeprefix("torch.")]
     logits = 4 * work.vocabulary  # bytes of a row of fp32 logits; five alive at once, seven with KL
     reserved = logits * work.positions if kl else 0
@@ -202,13 +202,13 @@ def variants(
     def same(reading: Reading) -> Reading:
         return reading
 
-    found = [Variant("naive fp32", NAIVE, naive(rows, fp32=True), same, rows)]
+    listed = [Variant("naive fp32", NAIVE, naive(rows, fp32=True), same, rows)]
     if dtype != torch.float32:
-        found.append(Variant(f"naive {short}", NAIVE, naive(rows, fp32=False), same, rows))
-    found.append(
+        listed.append(Variant(f"naive {short}", NAIVE, naive(rows, fp32=False), same, rows))
+    listed.append(
         Variant(f"compiled naive {short}", COMPILED, naive(rows, fp32=False, rows_function=compiled), same, rows)
     )
     if device == "cpu" and dtype != torch.float32:
-        found.append(Variant("bare product fp32", PRODUCT, product(product32_rows, fp32=True), None, product32_rows))
-    found.append(Variant(f"bare product {short}", PRODUCT, product(product_rows, fp32=False), None, product_rows))
-    return found + [Variant(f"lens {name}", BACKEND, backend(name), read_lens) for name in backends]
+        listed.append(Variant("bare product fp32", PRODUCT, product(product32_rows, fp32=True), None, product32_rows))
+    listed.append(Variant(f"bare product {short}", PRODUCT, product(product_rows, fp32=False), None, product_rows))
+    return listed + [Variant(f"lens {name}", BACKEND, backend(name), read_lens) for name in backends]

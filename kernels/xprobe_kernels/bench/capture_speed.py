@@ -1,4 +1,4 @@
-"""``capture`` beside plain indexing and beside keeping the whole block output in fp32."""
+"""The speed of ``capture``, compared with torch indexing and with keeping the whole block output in fp32."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ COPY, PLAIN, OURS = "whole block in fp32", "torch indexing", "capture"
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The output of one block and what is wanted of it."""
+    """The output of one block and the spans to capture from it."""
 
     hidden: Tensor  # [B, T, D]
-    spans: Tensor  # [S, 3], where the block is, as a run holds them
-    listed: list[list[int]]  # the same, for the host
+    spans: Tensor  # [S, 3], on the device of the block, as in a run
+    listed: list[list[int]]  # the same on the host
     out: Tensor  # [S, D]
 
     @property
     def touched(self) -> int:
-        """Bytes that must be read and written."""
+        """Bytes that any method must read and write."""
         rows = sum(stop - start for _, start, stop in self.listed)
         return (rows * self.hidden.shape[2] + self.out.numel()) * self.hidden.element_size()
 
@@ -46,7 +46,7 @@ def make(width: int, case: str, batch: int, length: int, device: torch.device, d
 
 
 def plain(block: Block) -> Tensor:
-    """Indexing, or one mean per span, as one would write it."""
+    """Torch indexing, or one mean per span."""
     if all(stop - start == 1 for _, start, stop in block.listed):
         return block.hidden[block.spans[:, 0], block.spans[:, 1]]
     means = [block.hidden[row, start:stop].float().mean(0) for row, start, stop in block.listed]
@@ -54,7 +54,7 @@ def plain(block: Block) -> Tensor:
 
 
 def ours(block: Block) -> Tensor:
-    capture(block.hidden, block.spans, block.out, check=False)  # as a run does, which has checked them before
+    capture(block.hidden, block.spans, block.out, check=False)  # as in a run, where the spans were checked before
     return block.out
 
 
@@ -65,7 +65,7 @@ def whole(block: Block) -> Tensor:
 def compare(
     head: Head, case: str, *, device: torch.device, dtype: torch.dtype, rounds: int | None, seconds: float, quick: bool
 ) -> dict[str, Any]:
-    """Every variant's figures for blocks of the head's width."""
+    """Figures of every variant for blocks of the head's width."""
     batch, length = (2, 64) if quick else (32, 512) if device.type == "cuda" else (8, 512)
     block = make(head.width, case, batch, length, device, dtype)
     expected = plain(block).clone()
@@ -79,7 +79,7 @@ def compare(
             raise ArithmeticError(f"off by {error:.3g}, bound {bound:.3g}")
 
     functions: dict[str, Callable[[Block], Tensor]] = {COPY: whole, PLAIN: plain, OURS: ours}
-    calls: dict[str, Call] = {name: _of(function, block) for name, function in functions.items()}
+    calls: dict[str, Call] = {name: _bound(function, block) for name, function in functions.items()}
     samples = by_turns(calls, clock(device), {OURS: check}, rounds=rounds, seconds=seconds)
     copied = block.hidden.numel() * (block.hidden.element_size() + 4)
     entries = []
@@ -87,10 +87,10 @@ def compare(
         status = "wrong" if name in wrong else "failed" if sample.message else "ok"
         entry: dict[str, Any] = {"name": name, "status": status, "message": sample.message}
         if status == "ok":
-            of = {other: samples[other].median for other in (COPY, PLAIN) if not samples[other].message}
+            seconds_of = {other: samples[other].median for other in (COPY, PLAIN) if not samples[other].message}
             entry |= {
-                "times_whole": of[COPY] / sample.median if COPY in of else None,
-                "times_plain": of[PLAIN] / sample.median if PLAIN in of else None,
+                "times_whole": seconds_of[COPY] / sample.median if COPY in seconds_of else None,
+                "times_plain": seconds_of[PLAIN] / sample.median if PLAIN in seconds_of else None,
                 "seconds": sample.median,
                 "spread": sample.spread,
                 "rounds": sample.seconds,
@@ -112,5 +112,5 @@ def compare(
     }
 
 
-def _of(function: Callable[[Block], Tensor], block: Block) -> Call:
+def _bound(function: Callable[[Block], Tensor], block: Block) -> Call:
     return lambda turn: function(block)

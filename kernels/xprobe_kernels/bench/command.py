@@ -1,4 +1,4 @@
-"""What to measure, checked, and the measuring of it; the command lines stand on this."""
+"""``Settings`` (what to measure) and ``measure``, which both command lines call."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SECONDS = {"cpu": 8.0, "cuda": 4.0}  # of timing per work, when the number of ro
 
 
 class SettingsError(ValueError):
-    """A setting is wrong: nothing was measured."""
+    """A setting is wrong. Nothing was measured."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. ``None`` leaves the choice to the device."""
+    """What to measure. ``None``: the device decides."""
 
     kernel: str = LENS
     shape: str | None = None  # a name of HEADS, or all
@@ -86,8 +86,10 @@ class Settings:
         return [work(head, regime, limits, free, itemsize) for head in self.heads() for regime in regimes]
 
 
-def measure(settings: Settings, say: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Everything asked for, as one JSON-ready dictionary. ``say`` gets the text of each part when it is done.
+def measure(settings: Settings, show: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Measures everything that the settings ask for. Returns a dictionary ready for JSON.
+
+    ``show`` is called with the text of each part as soon as it is measured.
 
     Raises
     ------
@@ -95,18 +97,18 @@ def measure(settings: Settings, say: Callable[[str], None] | None = None) -> dic
         Names the setting, its value and what was expected.
     """
     settings.check()
-    say = say or (lambda text: None)
+    show = show or (lambda text: None)
     before = torch.get_num_threads()
     try:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         with torch.inference_mode():
-            return _measure(settings, say)
+            return _measure(settings, show)
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+def _measure(settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
     device = settings.torch_device()
     result: dict[str, Any] = {
         "benchmark": "xprobe bench",
@@ -116,17 +118,17 @@ def _measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         "lens": [],
         "capture": [],
     }
-    say(table.head_text(result["environment"]))
+    show(table.head_text(result["environment"]))
     if settings.kernel in (LENS, ALL):
         for part in _lens(settings, device):
             result["lens"].append(part)
-            say("\n" + table.lens_text(part))
-        say("\n" + table.LENS_LEGEND)
+            show("\n" + table.lens_text(part))
+        show("\n" + table.LENS_LEGEND)
     if settings.kernel in (CAPTURE, ALL):
         for part in _capture(settings, device):
             result["capture"].append(part)
-            say("\n" + table.capture_text(part))
-        say("\n" + table.CAPTURE_LEGEND)
+            show("\n" + table.capture_text(part))
+        show("\n" + table.CAPTURE_LEGEND)
     return result
 
 
@@ -163,11 +165,14 @@ def _capture(settings: Settings, device: torch.device) -> Iterator[dict[str, Any
 
 
 def measured_backends(device: torch.device) -> list[str]:
-    """All but the definition, which is no rival; the kernels on a GPU alone, and there the tiles of plain torch only
-    where there are no kernels: an interpreter's speed says nothing, and theirs is no secret."""
-    found = [name for name in readout.available_backends(device) if name != "reference"]
-    kernels = [name for name in found if name in readout.KERNELS and device.type != "cpu"]
-    return kernels or [name for name in found if name not in readout.KERNELS]
+    """The backends whose speed matters on ``device``.
+
+    The reference is left out everywhere. The kernels are measured on a GPU only, since the interpreter's speed says
+    nothing. The CPU backends are measured on a GPU only if there are no kernels.
+    """
+    names = [name for name in readout.available_backends(device) if name != "reference"]
+    kernels = [name for name in names if name in readout.KERNELS and device.type != "cpu"]
+    return kernels or [name for name in names if name not in readout.KERNELS]
 
 
 def _one_of(name: str, value: str, expected: tuple[str, ...]) -> None:

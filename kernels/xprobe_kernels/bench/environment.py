@@ -1,4 +1,4 @@
-"""Where and when a figure was measured: without it the figure says nothing."""
+"""The machine, the versions and the time of a measurement, which are stored with every figure."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, threads, date, command line and commit; None where something cannot be told."""
-    commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-    changed = _output("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--untracked-files=no")
+    """Device, versions, threads, date, command line and commit. Unknown entries are None."""
+    commit = program_output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+    changed = program_output("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -31,7 +31,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the machine, before anything ran
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the machine before the measurement
         "fp32_products": torch.get_float32_matmul_precision(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -56,8 +56,8 @@ def processor() -> str:
 
 
 def _driver() -> str | None:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
+    printed = program_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return printed.splitlines()[0].strip() if printed else None
 
 
 def _version(package: str) -> str | None:
@@ -67,8 +67,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output(*command: str) -> str | None:
-    """What a program prints; None if it is missing or fails."""
+def program_output(*command: str) -> str | None:
+    """The output of a program; None if the program is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

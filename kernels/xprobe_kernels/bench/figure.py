@@ -1,4 +1,4 @@
-"""The roofline: achieved operations per second against arithmetic intensity, under the measured ceilings."""
+"""The roofline figure: achieved operations per second over arithmetic intensity, with the measured ceilings."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from xprobe_kernels.bench.command import CAPTURE, SettingsError
 
 COLOURS = {"naive": "#9a9a9a", "compiled": "#b07aa1", "product": "#e0a030", "backend": "#2f6fb0"}
-SHADES = ("#1b5e9b", "#d1495b", "#2a9d5c", "#7b52ab", "#00a0b0")  # of the lens backends, in their order
-ROOM = 0.55  # height above the roof, for the names of the shapes, against the height below it
-LINE = 0.13  # inches between two upright names
+SHADES = ("#1b5e9b", "#d1495b", "#2a9d5c", "#7b52ab", "#00a0b0")  # colours of the lens backends, in order
+ROOM = 0.55  # height above the roof, where the shapes are named, relative to the height below it
+LINE = 0.13  # inches between two vertical names
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 class NothingToDrawError(Exception):
-    """No variant of any shape was measured."""
+    """No variant was measured, so there is nothing to draw."""
 
 
 def check(target: str, kernel: str) -> None:
-    """Raises ``SettingsError`` if no figure can be drawn to ``target``: better before measuring than after."""
+    """Raises ``SettingsError`` if the figure cannot be drawn to ``target``. Call it before measuring."""
     if util.find_spec("matplotlib") is None:
         raise SettingsError("the figure needs matplotlib, which is not installed: pip install 'xprobe[plot]'")
     if Path(target).suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -33,7 +33,7 @@ def check(target: str, kernel: str) -> None:
 
 
 def roofline(result: dict[str, Any], target: str) -> None:
-    """Draws the lens part of a benchmark's result into a file. One marker per variant and shape."""
+    """Draws the lens part of a benchmark's result to a file, with one marker per variant and shape."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -43,7 +43,7 @@ def roofline(result: dict[str, Any], target: str) -> None:
         if part.get("ceilings") and any(entry["status"] == "ok" for entry in part["variants"])
     ]
     if not parts:
-        raise NothingToDrawError("no figure: nothing was measured that could be drawn")
+        raise NothingToDrawError("no figure: nothing was measured that can be drawn")
     figure = Figure(figsize=(11.5, 6.6), layout="constrained", dpi=150)
     axes = figure.subplots()
     scale, unit = (1e12, "TFLOP/s") if result["environment"]["device_type"] == "cuda" else (1e9, "GFLOP/s")
@@ -54,8 +54,8 @@ def roofline(result: dict[str, Any], target: str) -> None:
     intensity = [part["operations"] / part["least_bytes"] for part in parts]
     for name in names:
         points = [
-            (at, entry["operations_per_second"] / scale)
-            for at, part in zip(intensity, parts, strict=True)
+            (x, entry["operations_per_second"] / scale)
+            for x, part in zip(intensity, parts, strict=True)
             for entry in part["variants"]
             if entry["name"] == name and entry["status"] == "ok"
         ]
@@ -72,7 +72,7 @@ def roofline(result: dict[str, Any], target: str) -> None:
     left, right = min(intensity) / 3, max(*intensity, peak / bandwidth) * 3
     ridge = peak / bandwidth
     roof = [left, ridge, right]
-    axes.plot(roof, [min(at * bandwidth, peak) / scale for at in roof], color="#333333", linewidth=1.4, zorder=2)
+    axes.plot(roof, [min(x * bandwidth, peak) / scale for x in roof], color="#333333", linewidth=1.4, zorder=2)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     axes.set_ylim(lowest / 1.6, peak / scale * (1.6 * peak / scale / lowest) ** ROOM)
     text = f"matrix product: {_digits(peak / scale)} {unit}"
@@ -101,7 +101,7 @@ def roofline(result: dict[str, Any], target: str) -> None:
 
 
 def _styles(names: list[str], kinds: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every variant: the lens in colours of its own, rivals muted."""
+    """Colour and marker of every variant: bright colours for the lens backends, muted ones for the rivals."""
     shades = iter(SHADES * len(names))
     return {
         name: (next(shades) if kinds[name] == "backend" else COLOURS[kinds[name]], MARKS[number % len(MARKS)])
@@ -110,7 +110,7 @@ def _styles(names: list[str], kinds: dict[str, str]) -> dict[str, tuple[str, str
 
 
 def _along(axes: Any, text: str, left: float, slope: float) -> None:
-    """Writes on the rising part of the roof, near its lower end and turned with it."""
+    """Writes along the rising part of the roof, near its lower end."""
     start = max(left * 1.15, axes.get_ylim()[0] * 1.4 / slope)
     (x0, y0), (x1, y1) = axes.transData.transform([(start, start * slope), (2 * start, 2 * start * slope)])
     angle = degrees(atan2(y1 - y0, x1 - x0))
@@ -121,15 +121,15 @@ def _along(axes: Any, text: str, left: float, slope: float) -> None:
 
 
 def _label_shapes(axes: Any, parts: list[dict[str, Any]], intensity: list[float], roof: float) -> None:
-    """Names every shape above its column of markers, upright; names that would touch are moved apart."""
+    """Writes the name of each shape vertically above its markers. Names that would overlap are moved apart."""
     bottom, top = axes.get_ylim()
     left, right = axes.get_xlim()
     step = LINE / axes.get_window_extent().width * axes.figure.dpi * log10(right / left)
     order = sorted(range(len(parts)), key=intensity.__getitem__)
-    for at, place in zip(order, spread([log10(intensity[at]) for at in order], step), strict=True):
-        column = intensity[at]
+    for index, place in zip(order, spread([log10(intensity[i]) for i in order], step), strict=True):
+        column = intensity[index]
         axes.plot([column, column], [bottom, roof], color="#bbbbbb", linewidth=0.7, linestyle=":", zorder=1)
-        name = f"{parts[at]['model']}, {parts[at]['regime']} rows"
+        name = f"{parts[index]['model']}, {parts[index]['regime']} rows"
         axes.annotate(
             name, (column, roof), (10**place, roof * (top / roof) ** 0.2),
             rotation=90, ha="center", va="bottom", fontsize=8, color="#444444",
@@ -138,7 +138,7 @@ def _label_shapes(axes: Any, parts: list[dict[str, Any]], intensity: list[float]
 
 
 def spread(places: list[float], step: float) -> list[float]:
-    """Ascending places moved as little as needed to be ``step`` apart, close groups around their own middle."""
+    """Moves ascending places to be at least ``step`` apart. Groups of close places keep their centre."""
     groups: list[list[float]] = []
     for place in places:
         groups.append([place])

@@ -1,4 +1,4 @@
-"""The lens beside its rivals on one piece of work."""
+"""Compares the lens backends with their rivals on one shape."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from xprobe_kernels.bench.shapes import Work
 
 COPY, SQUARE = "large copy", "large square product"
 WRONG, FAILED, OK, SKIPPED = "wrong", "failed", "ok", "skipped"
-CACHES = 4  # the inputs that take turns are this many times the size of the GPU's cache
-CPU_MEMORY = 6 << 30  # a naive variant takes its rows in chunks rather than hold more than this
+CACHES = 4  # all copies of the inputs together are this many times as large as the GPU's cache
+CPU_MEMORY = 6 << 30  # bytes that a naive variant may use on a CPU; beyond them it takes its rows in chunks
 
 
 class WrongError(ArithmeticError):
-    """An answer is farther from the truth than the bound."""
+    """The error of a result is above its bound."""
 
 
 def compare(
@@ -37,9 +37,9 @@ def compare(
     kl: bool = False,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Every variant's figures on ``work``; a variant that fails or is wrong says so and stops no other.
+    """Figures of every variant on ``work``. A variant that fails or is wrong is reported, and the others go on.
 
-    ``quick`` leaves torch.compile out and measures the ceilings on little.
+    ``quick`` leaves out torch.compile and measures the ceilings with small tensors.
     """
     tick = clock(device)
     report: dict[str, Any] = {
@@ -62,16 +62,16 @@ def compare(
         "variants": [],
     }
     try:
-        tasks = _tasks(work, device, dtype, kl)
+        tasks = make_tasks(work, device, dtype, kl=kl)
         judge = truth(tasks[0])
     except (RuntimeError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
         return report | {"message": f"inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     free = tick.free() * 0.8
-    found = baselines.variants(
+    variants = baselines.variants(
         work, dtype, backends, min(free, CPU_MEMORY) if device.type == "cpu" else free, kl=kl, device=device.type
     )
-    skipped = [variant for variant in found if quick and variant.kind == COMPILED]
-    run = [variant for variant in found if variant not in skipped]
+    skipped = [variant for variant in variants if quick and variant.kind == COMPILED]
+    run = [variant for variant in variants if variant not in skipped]
     errors: dict[str, dict[str, float]] = {}
     wrong: set[str] = set()
     checks = {variant.name: _check(variant, judge, errors, wrong) for variant in run if variant.read is not None}
@@ -81,7 +81,7 @@ def compare(
     short = baselines.DTYPES[report["dtype"]]
     naive, product = _median(samples["naive fp32"]), _median(samples[f"bare product {short}"])
     ceilings = large.ceilings(samples, work, product)
-    for variant in found:
+    for variant in variants:
         sample = samples.get(variant.name, Sample())
         entry: dict[str, Any] = {
             "name": variant.name,
@@ -100,17 +100,17 @@ def compare(
         report["variants"].append(entry)
     report |= {"copies_of_inputs": len(tasks), "bounds": judge.bounds, "sampled_rows": len(judge.index)}
     report["ceilings"] = None if ceilings is None else vars(ceilings)
-    del tasks, calls, checks, judge, found, run
+    del tasks, calls, checks, judge, variants, run
     gc.collect()
     if not quick:
-        torch.compiler.reset()  # every work compiles anew, for its own shape
+        torch.compiler.reset()  # each shape compiles its own code
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return report
 
 
-def _tasks(work: Work, device: torch.device, dtype: torch.dtype, kl: bool) -> list[Task]:
-    """Equal inputs, on a GPU so many that a call never finds its own in the cache."""
+def make_tasks(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool = False) -> list[Task]:
+    """Copies of one input that calls use in turns; on a GPU so many that no call finds its own in the cache."""
     tasks = [baselines.make(work, device, dtype, kl=kl)]
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
@@ -126,7 +126,7 @@ def _turning(call: Callable[[Task], Any], tasks: list[Task]) -> Call:
 def _check(
     variant: Variant, judge: Truth, errors: dict[str, dict[str, float]], wrong: set[str]
 ) -> Callable[[Any], None]:
-    """Notes the errors of a result; one that is out of bounds goes among the wrong and fails its variant."""
+    """A check that stores the errors of a result. If one is above its bound, the variant is wrong and fails."""
 
     def check(result: Any) -> None:
         assert variant.read is not None
@@ -141,13 +141,13 @@ def _check(
 
 @dataclass(frozen=True)
 class Large:
-    """What shows the machine's own speed: a square product of this side, a copy of this many bytes."""
+    """Two measurements of the machine's own speed: a square product of ``side``, and a copy of ``size`` bytes."""
 
     side: int
     size: int
 
     def calls(self, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
-        """To be measured by turns with the rest."""
+        """Calls to measure in turn with the variants."""
         square = torch.randn(self.side, self.side, device=device).to(dtype)
         out = torch.empty_like(square)
         source = torch.ones(self.size, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""Time by turns and memory of calls, on a CPU or a GPU."""
+"""Times calls in turn and measures their memory, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 
 SHORT = 2e-3  # seconds; a shorter call is repeated within one measurement until it takes about this long
-Call = Callable[[int], object]  # takes the turn, by which it picks one of several equal inputs
+Call = Callable[[int], object]  # takes the number of the turn and picks one of several copies of the inputs by it
 
 
 @dataclass
 class Sample:
-    """What was measured of one call."""
+    """The measurements of one call."""
 
     seconds: list[float] = field(default_factory=list)
-    extra_bytes: int | None = None  # most held during a call beyond what was held before it, outputs included
-    kept_bytes: int | None = None  # what the first call left behind: copies, caches, compiled code
+    extra_bytes: int | None = None  # peak memory of a call beyond the memory before it, outputs included
+    kept_bytes: int | None = None  # memory that the first call keeps: copies, caches, compiled code
     message: str | None = None  # why it failed
 
     @property
@@ -51,7 +51,7 @@ class Clock:
         return (time.perf_counter() - start) / repeats
 
     def held(self) -> int | None:
-        """Bytes held now, what was freed given back first; None where the system does not say."""
+        """Bytes in use now, after freed memory was returned to the system; None where the system does not report it."""
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         return _status("VmRSS")
@@ -67,7 +67,7 @@ class Clock:
         return _status("VmHWM")
 
     def free(self) -> int:
-        """Bytes there are for a call."""
+        """Bytes of memory that a call can use."""
         with contextlib.suppress(OSError, StopIteration):
             lines = Path("/proc/meminfo").read_text().splitlines()
             return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
@@ -75,7 +75,7 @@ class Clock:
 
 
 class CudaClock(Clock):
-    """Events on the current stream and the caching allocator's own counts."""
+    """Events on the current stream, and the statistics of torch's caching allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -112,24 +112,24 @@ def clock(device: torch.device) -> Clock:
 
 
 def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """(round, name): every name once a round, in the opposite order every other round."""
+    """Yields (round, name): each name once per round, in reverse order in every other round."""
     for number in range(rounds):
         for name in reversed(names) if number % 2 else names:
             yield number, name
 
 
 def first_call(call: Call, clock: Clock, sample: Sample, check: Callable[[object], None]) -> float:
-    """Warms up, hands the result to ``check``, then measures memory over a second call; returns its seconds."""
+    """Warms up, passes the result to ``check``, measures the memory of a second call and returns its seconds."""
     before = clock.held()
     result = call(0)
     check(result)
     del result
-    settled = clock.held()
+    after_first = clock.held()
     known = clock.forget_peak()
     seconds = clock.time(call, 1)
     peak = clock.peak()
-    if known and before is not None and settled is not None and peak is not None:
-        sample.kept_bytes, sample.extra_bytes = max(settled - before, 0), max(peak - settled, 0)
+    if known and before is not None and after_first is not None and peak is not None:
+        sample.kept_bytes, sample.extra_bytes = max(after_first - before, 0), max(peak - after_first, 0)
     return seconds
 
 
@@ -143,9 +143,10 @@ def by_turns(
     fewest: int = 3,
     most: int = 50,
 ) -> dict[str, Sample]:
-    """Runs every call by turns; what fails, at whatever time, is said in its sample and left out from then on.
+    """Times all calls in turn. A call that fails stores its message in its sample and is left out from then on.
 
-    ``rounds`` None: as many as fit in ``seconds``, within ``fewest`` and ``most``. A check that raises fails its call.
+    ``rounds`` None: as many rounds as fit in ``seconds``, from ``fewest`` to ``most``. If a check raises, its call
+    fails.
     """
     samples = {name: Sample() for name in calls}
     repeats: dict[str, int] = {}

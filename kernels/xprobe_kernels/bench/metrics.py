@@ -1,4 +1,4 @@
-"""From seconds to figures: ratios first."""
+"""Computes figures from seconds: ratios first, then rates."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from xprobe_kernels.bench.shapes import Work
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reached in the same rounds."""
+    """The highest rates that this machine reached in the same rounds."""
 
     bytes_per_second: float  # of a large copy, bytes read plus bytes written
     operations_per_second: float  # of the faster of a large square product and the bare product of the shape
 
     def floor(self, work: Work, itemsize: int) -> tuple[float, float]:
-        """Seconds that arithmetic and memory need at least."""
+        """The least seconds that arithmetic and memory traffic need."""
         return work.operations / self.operations_per_second, work.least_bytes(itemsize) / self.bytes_per_second
 
 
 def figures(
     work: Work, itemsize: int, seconds: float, *, naive: float | None, product: float | None, ceilings: Ceilings | None
 ) -> dict[str, float | None]:
-    """All that follows from a time. ``naive``, ``product``: seconds of the naive fp32 lens and the bare product."""
+    """Ratios and rates for a time. ``naive`` and ``product``: seconds of the naive fp32 lens and the bare product."""
     return {
         "times_naive": naive / seconds if naive else None,
         "share_of_product": product / seconds if product else None,

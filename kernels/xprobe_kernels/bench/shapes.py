@@ -1,4 +1,4 @@
-"""The work to measure: heads of real models times the number of rows that reach them, cut where a machine is small."""
+"""The shapes to measure: heads of real models and the rows that they read, reduced on small machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VOCABULARY_STEP = 64  # a cut vocabulary stays a multiple of it
 
 @dataclass(frozen=True)
 class Head:
-    """Width D and vocabulary V of a model's unembedding, and how many rows its layers send there."""
+    """Width D and vocabulary V of a model's unembedding, and its number of layers."""
 
     name: str
     title: str
@@ -20,7 +20,7 @@ class Head:
     width: int
     vocabulary: int
     softcap: float | None = None
-    positions: int = 512  # captured positions when there are many
+    positions: int = 512  # captured positions in the regime "many"
 
 
 HEADS = {
@@ -33,17 +33,17 @@ HEADS = {
         Head("llama-3-70b", "Llama-3-70B", 80, 8192, 128256),
     )
 }
-SMALL = ("smollm2-135m", "llama-3-8b")  # what a CPU measures unless told otherwise
+SMALL = ("smollm2-135m", "llama-3-8b")  # the default on a CPU
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a shape a machine is asked to do. Operations are those of one matrix product, 2 R V D."""
+    """How much of a shape a machine measures. Operations are those of one matrix product, 2 R V D."""
 
-    whole: float = float("inf")  # a shape of at most this many operations is done whole, ...
-    scaled: float = float("inf")  # ... a larger one is cut to this many
-    few: float = float("inf")  # the same for few rows
-    weight: float = float("inf")  # V * D numbers at most
+    whole: float = float("inf")  # a shape with at most this many operations is measured whole, ...
+    scaled: float = float("inf")  # ... and a larger one is reduced to this many
+    few: float = float("inf")  # both limits for few rows
+    weight: float = float("inf")  # limit on V * D
 
 
 GPU = Limits()
@@ -53,7 +53,7 @@ QUICK = Limits(whole=1e9, scaled=1e9, few=0.1e9, weight=8e6)
 
 @dataclass(frozen=True)
 class Work:
-    """R = blocks * positions rows of width D against V vocabulary entries; the last block's rows are the final ones."""
+    """R = blocks * positions rows of width D, V vocabulary entries. The rows of the last block are the final rows."""
 
     head: Head
     regime: str
@@ -75,16 +75,16 @@ class Work:
 
     @property
     def operations(self) -> int:
-        """Of one matrix product, 2 R V D."""
+        """Operations of one matrix product, 2 R V D."""
         return 2 * self.rows * self.vocabulary * self.head.width
 
     def least_bytes(self, itemsize: int) -> int:
-        """What any method must read: the weight once, (V + R) * D numbers with the rows."""
+        """Bytes that any method must read: the weight and the rows once, (V + R) * D numbers."""
         return (self.vocabulary + self.rows) * self.head.width * itemsize
 
     @property
     def cut(self) -> str | None:
-        """In words, what was cut; None if nothing was."""
+        """A description of what was reduced, or None."""
         cuts = []
         if self.rows < self.full_rows:
             cuts.append(f"{self.rows} of {self.full_rows} rows")
@@ -99,9 +99,10 @@ class Work:
 
 
 def work(head: Head, regime: str, limits: Limits, free_bytes: float = float("inf"), itemsize: int = 2) -> Work:
-    """The head's work in a regime, its vocabulary cut to the memory and its rows to the operations allowed.
+    """The work of a head in a regime. The vocabulary is cut to fit the memory, and the rows to fit the operations
+    allowed.
 
-    ``free_bytes`` is what there is for the weight and its fp32 copy; half of it is left to everything else.
+    Half of ``free_bytes`` is for the weight and its fp32 copy, the other half for everything else.
     """
     entries = min(limits.weight, free_bytes / 2 / (itemsize + 4)) / head.width
     vocabulary = head.vocabulary

@@ -1,4 +1,4 @@
-"""The figures as text: ratios first, the times after them."""
+"""Prints the figures as text: ratios first, then times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _scaled(factor: float) -> Callable[[float | None], str]:
     return lambda value: "-" if value is None else _compact(value * factor)
 
 
-# heading, how an entry's cell reads
+# heading, and the text of an entry's cell
 LENS_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("x naive", lambda entry: _number(entry["times_naive"])),
     ("of product", lambda entry: _number(entry["share_of_product"])),
@@ -55,18 +55,16 @@ CAPTURE_LEGEND = (
 
 def head_text(environment: dict[str, Any]) -> str:
     """The machine in two lines."""
-    found = environment
-    versions = [
-        f"{name} {found[name]}" for name in ("driver", "cuda", "hip", "torch", "triton", "python") if found[name]
-    ]
-    load = "" if found["load"] is None else f" (load {found['load']:.1f} before)"
-    threads = f"{found['threads']} threads on {found['cores']} cores{load}"
+    names = ("driver", "cuda", "hip", "torch", "triton", "python")
+    versions = [f"{name} {environment[name]}" for name in names if environment[name]]
+    load = "" if environment["load"] is None else f" (load {environment['load']:.1f} before)"
+    threads = f"{environment['threads']} threads on {environment['cores']} cores{load}"
     commit = (
-        f", commit {found['commit'][:10]}{' with changes' if found['commit_changed'] else ''}"
-        if found["commit"]
+        f", commit {environment['commit'][:10]}{' with changes' if environment['commit_changed'] else ''}"
+        if environment["commit"]
         else ""
     )
-    return f"{found['device']}, {threads}, {found['date']}{commit}\n{', '.join(versions)}"
+    return f"{environment['device']}, {threads}, {environment['date']}{commit}\n{', '.join(versions)}"
 
 
 def lens_text(part: dict[str, Any]) -> str:
@@ -88,7 +86,7 @@ def _rows(entries: list[dict[str, Any]], columns: list[tuple[str, Callable[[dict
     for entry in entries:
         if entry["status"] == "ok":
             cells.append([read(entry) for _, read in columns])
-    widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
     formatted = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     lines, measured = [formatted[0]], iter(formatted[1:])
     for entry in entries:

@@ -13,7 +13,7 @@ from support.families import save_tiny_model, tiny_model
 from support.pretended_gpu import GPU, RUBBISH, pretended_gpu, to_gpu
 from support.prompts import by_group, chosen, family_of_prompts, forced, of_wave, pending, requests, targets
 from xprobe_kernels import lens
-from xprobe_kernels.transfer import Arrival, upload
+from xprobe_kernels.transfer import HostCopy, upload
 
 from xprobe.capture.engine import Engine
 from xprobe.capture.layerwise import LayerwiseEngine
@@ -49,7 +49,7 @@ def test_the_pretended_gpu_notices_who_waits(monkeypatch) -> None:
             assert len(gpu.waits) > number, number
             del gpu.waits[number + 1 :]
         gpu.waits.clear()
-        arrival = Arrival({"x": there * 2})
+        arrival = HostCopy({"x": there * 2})
         assert (arrival._tensors["x"] == RUBBISH).all()
         assert not gpu.waits
         assert arrival.wait()["x"].tolist() == [0, 2, 4, 6, 8, 10]
@@ -189,7 +189,7 @@ def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, t
             return take(prompts)
 
         monkeypatch.setattr(engine, "capture", capture)
-        monkeypatch.setattr(watch, "settle", lambda: None)  # after the loop it may wait
+        monkeypatch.setattr(watch, "collect", lambda: None)  # after the loop it may wait
         gpu.waits.clear()
         begun[len(plan.waves)].set()  # the last wave has no next one
         write_shards(engine, plan, by_group(PROMPTS), keys, folder, watch, told.append)
@@ -252,9 +252,9 @@ def test_stages_on_a_gpu_are_timed_by_it(monkeypatch) -> None:
             with watch.timed("forward", GPU):
                 pass
         assert watch.seconds == {}
-        watch.settle()
+        watch.collect()
     assert watch.seconds == {"forward": pytest.approx(3e-3)}  # a pretended event takes a millisecond
     with watch.timed("write"), watch.timed("lens", torch.device("cpu")):
         pass
-    watch.settle()
+    watch.collect()
     assert set(watch.seconds) == {"forward", "lens", "write"}

@@ -1,0 +1,37 @@
+"""``LensRequest``: one call of ``lens`` after its arguments were checked. Every backend takes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from xprobe_kernels.unembedding import Unembedding
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class LensRequest:
+    """The arguments of ``lens`` as the backends receive them.
+
+    ``lens`` has checked shapes, dtypes, devices and ranges. Backends do not check again.
+    """
+
+    hidden: Tensor  # [R, D]
+    head: Unembedding
+    lookup: Tensor  # [R, A] int64; -1: no token
+    top_k: int = 0
+    final_rows: Tensor | None = None  # [R] int64; None: no KL
+    precision: str = "ieee"  # "ieee" or "tf32"
+    workspace_bytes: int = 256 * MIB
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.hidden.shape[0]
+
+    @property
+    def lookups(self) -> int:
+        """A."""
+        return self.lookup.shape[1]
