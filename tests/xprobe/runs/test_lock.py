@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import xprobe
-from xprobe.runs import lock as locks
 from xprobe.errors import RunFolderError, UsageError
+from xprobe.runs import lock as locks
 from xprobe.runs.lock import LOCK, FolderLock
 
 fcntl = pytest.importorskip("fcntl")

@@ -18,11 +18,11 @@ from xprobe_cli.tables import study_report
 
 import xprobe
 from xprobe import results
+from xprobe.errors import RunFolderError, UsageError
+from xprobe.runs.folder import MANIFEST, RunFolder
+from xprobe.runs.schema import COUNT, Entries, Every, Items, complaint, whole
 from xprobe.stages import probes, states
 from xprobe.study import train_probes
-from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs.schema import COUNT, Entries, Every, Items, complaint, whole
-from xprobe.runs.folder import MANIFEST, RunFolder
 
 OPTIONS: dict[str, Any] = {
     "setting": ("en-x", "x-x"), "languages": ("en", "de"), "limit": 6, "bootstrap": 20, "permutations": 20,
@@ -87,7 +87,14 @@ def read_everything(out: Path) -> None:
     warnings(study.manifest)
 
 
-UNREAD = {"environment", "prompt", "data", "plan", "options", "selection"}  # what no reader uses, or hardly: one wrong value each
+UNREAD = {
+    "environment",
+    "prompt",
+    "data",
+    "plan",
+    "options",
+    "selection",
+}  # what no reader uses, or hardly: one wrong value each
 ALL = pytest.param(WRONG, marks=pytest.mark.slow, id="every value")
 
 
@@ -124,7 +131,12 @@ def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
     for name in ("name", "n_blocks", "width", "vocab_size"):
         assert ("model", name) in refused
     phases = ("stages", "phases")
-    assert {phases, (*phases, "tables"), ("groups",), (*phases, "results", "settings", "en-x", "alpha", "value")} <= refused
+    assert {
+        phases,
+        (*phases, "tables"),
+        ("groups",),
+        (*phases, "results", "settings", "en-x", "alpha", "value"),
+    } <= refused
 
 
 @pytest.mark.parametrize("command", ["probe", "resume"])
