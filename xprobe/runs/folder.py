@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from xprobe.runs import journal
-from xprobe.runs.disk import PART, REPLACED, checksum, entries, expect, make_folder, read_file, replacing, sync, what_is, writing
+from xprobe.runs.disk import (
+    PART,
+    REPLACED,
+    checksum,
+    entries,
+    expect,
+    make_folder,
+    read_file,
+    replacing,
+    sync,
+    what_is,
+    writing,
+)
 from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError, UsageError
 from xprobe.runs.lock import LOCK

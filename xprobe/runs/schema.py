@@ -226,7 +226,9 @@ _CARRIED: dict[str, Rule] = {"created": TEXT}
 _NEEDED = ("seed", "bootstrap", "permutations", "settings", "store_rows")
 
 # what `--resume` relies on; the rest it can write again
-IDENTITY = Entries(_IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED}, Entries(_STAGE))})
+IDENTITY = Entries(
+    _IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED}, Entries(_STAGE))}
+)
 FINISHED = Entries(
     {
         **_IDENTITY,
