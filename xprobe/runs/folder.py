@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from xprobe.config import ROWS_FILE
+from xprobe.errors import RunFolderError, UsageError
 from xprobe.runs import journal
 from xprobe.runs.disk import (
     PART,
@@ -32,8 +34,6 @@ from xprobe.runs.disk import (
     what_is,
     writing,
 )
-from xprobe.config import ROWS_FILE
-from xprobe.errors import RunFolderError, UsageError
 from xprobe.runs.lock import LOCK
 from xprobe.runs.manifest import FORMAT, Manifest
 from xprobe.runs.schema import finished_complaint, identity_complaint

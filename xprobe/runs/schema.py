@@ -212,8 +212,8 @@ _COUNTS = Entries({
     "bad_records": Every(COUNT),
 })  # fmt: skip
 _MODEL: dict[str, Rule] = {
-    "kind": TEXT, "location": TEXT, "identity": MAYBE_TEXT, "type": TEXT, "dtype": TEXT, "window": MAYBE, "modules": Every(TEXT),
-    "head_sha256": TEXT, "scale": NUMBER, "softcap": MAYBE,
+    "kind": TEXT, "location": TEXT, "identity": MAYBE_TEXT, "type": TEXT, "dtype": TEXT, "window": MAYBE,
+    "modules": Every(TEXT), "head_sha256": TEXT, "scale": NUMBER, "softcap": MAYBE,
 }  # fmt: skip
 _IDENTITY: dict[str, Rule] = {
     "status": STATUS,

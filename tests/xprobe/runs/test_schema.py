@@ -19,7 +19,7 @@ from xprobe_cli.tables import study_report
 import xprobe
 from xprobe import results
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs.folder import MANIFEST, RunFolder
+from xprobe.runs.folder import LAYERS, MANIFEST, RunFolder
 from xprobe.runs.schema import COUNT, Entries, Every, Items, complaint, whole
 from xprobe.stages import probes, states
 from xprobe.study import train_probes
@@ -182,7 +182,7 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         (("model",), None, "entry model must be an object, is null"),
         (("stages", "phases"), MISSING, "entry stages.phases must be an object, is missing"),
         ((*TRAINED, "language", "folds"), 1, "trained.language.folds must be a whole number from 2 "),
-        (("stages", "phases", "tables", "layers.parquet"), "ab", "phases.tables.layers.parquet must be a SHA-256 in hexadecimal, is "),
+        ((*SETTINGS[:2], "tables", LAYERS), "ab", "phases.tables.layers.parquet must be a SHA-256 in hexadecimal, is "),
         (("groups",), ["a", "a"], "entry groups must be a list of different texts that is not empty, is "),
         (("groups", 0), 5, "entry groups must be a list of different texts"),
         ((*SETTINGS,), {}, "entry stages.phases.results.settings must be an object that is not empty, is {}"),
@@ -194,7 +194,7 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         (("left_out", "records"), "all", "entry left_out.records must be a list of texts, is"),
         (("stages", "states", "warnings"), 5, "entry stages.states.warnings must be a list of texts, is 5"),
         ((*STATES, "seconds", "load"), -1, "states.seconds.load must be a number of at least 0, is -1"),
-        ((*STATES, "results", "parity_error"), None, "results.parity_error must be a number of at least 0, is null"),
+        ((*STATES, "results", "parity_error"), None, "parity_error must be a number of at least 0, is null"),
         (("status",), "over", 'entry status must be "running" or "done", is "over"'),
         (("template_sha256",), 5, "entry template_sha256 must be text, is 5"),
     ],
