@@ -226,10 +226,18 @@ class RunFolder:
     @cached_property
     def _run_key(self) -> str:
         """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
-        manifest = Manifest.from_dict(self._read_json())
-        study = {name: value for name, value in manifest.study.to_dict().items() if name not in MAY_CHANGE}
-        model, data = manifest.model.files_sha256, manifest.data.files_sha256
-        return _own_checksum({"study": study, "model": model, "data": data, "template": manifest.template_sha256})
+        values = self._read_json()  # as written: a version that knows more options must not change the key
+        study, model, data = (
+            part if isinstance(part, dict) else {} for part in (values.get(name) for name in ("study", "model", "data"))
+        )
+        return _own_checksum(
+            {
+                "study": {name: value for name, value in study.items() if name not in MAY_CHANGE},
+                "model": model.get("files_sha256"),
+                "data": data.get("files_sha256"),
+                "template": values.get("template_sha256"),
+            }
+        )
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Writes a file of the folder in one step: readers see the old content or the new, never a part."""
