@@ -34,6 +34,7 @@ from xprobe.runs.disk import (
     what_is,
     writing,
 )
+from xprobe.runs.identity import checksum_of, run_key
 from xprobe.runs.lock import LOCK
 from xprobe.runs.manifest import FORMAT, Manifest
 from xprobe.runs.schema import finished_complaint, identity_complaint
@@ -41,7 +42,6 @@ from xprobe.runs.serialization import shard_bytes
 
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
 LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
-MAY_CHANGE = ("model", "data")  # names, on resume; the bytes of model and data may not change
 _SELF = "sha256"  # entry of the manifest: checksum of all the others
 SHARD = ".safetensors"  # end of a shard's name
 _NAMED = 5  # shards that a message names
@@ -211,14 +211,14 @@ class RunFolder:
         """Whether the manifest still has the checksum that it was written with."""
         try:
             manifest = json.loads(read_file(self.path / MANIFEST).decode("utf-8-sig"))
-            return manifest.pop(_SELF) == _own_checksum(manifest)
+            return manifest.pop(_SELF) == checksum_of(manifest)
         except (RunFolderError, ValueError, RecursionError, AttributeError, KeyError):
             return False
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Writes the manifest with its checksum, in one step."""
         values = json.loads(json.dumps(manifest.to_dict()))  # as readers will see it
-        values[_SELF] = _own_checksum(values)
+        values[_SELF] = checksum_of(values)
         self.__dict__.pop("_run_key", None)
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         self.write_bytes(MANIFEST, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
@@ -226,18 +226,7 @@ class RunFolder:
     @cached_property
     def _run_key(self) -> str:
         """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
-        values = self._read_json()  # as written: a version that knows more options must not change the key
-        study, model, data = (
-            part if isinstance(part, dict) else {} for part in (values.get(name) for name in ("study", "model", "data"))
-        )
-        return _own_checksum(
-            {
-                "study": {name: value for name, value in study.items() if name not in MAY_CHANGE},
-                "model": model.get("files_sha256"),
-                "data": data.get("files_sha256"),
-                "template": values.get("template_sha256"),
-            }
-        )
+        return run_key(self._read_json())
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Writes a file of the folder in one step: readers see the old content or the new, never a part."""
@@ -437,7 +426,3 @@ def holds_something(path: Path) -> bool:
     nothing = {LOCK, PART.format(MANIFEST)}
     rest = [entry for entry in entries(path) if entry.name not in nothing]
     return any(entry.name != SHARDS or not entry.is_dir() or bool(entries(entry)) for entry in rest)
-
-
-def _own_checksum(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
