@@ -27,6 +27,7 @@ from xprobe.runs.disk import (
     checksum,
     entries,
     expect,
+    holds_other_than,
     make_folder,
     read_file,
     replacing,
@@ -59,7 +60,7 @@ class RunFolder:
         kind = what_is(path)
         if kind not in (None, "a folder"):
             raise UsageError(f"{path} is {kind}: give --out a folder")
-        filled = holds_something(path)
+        filled = holds_other_than(path, {LOCK, PART.format(MANIFEST)}, SHARDS)
         if filled and not resume:
             raise UsageError(f"{path} is not empty: choose another --out, or --resume the run in it")
         if filled and not cls(path).has_manifest():
@@ -417,12 +418,3 @@ class RunFolder:
             raise RunFolderError(
                 f"cannot read {path} ({error}): {self.resume_command} writes it again from the shards"
             ) from error
-
-
-def holds_something(path: Path) -> bool:
-    """Whether ``path`` is a folder with more in it than a run that was killed before its first file was whole."""
-    if not path.is_dir():
-        return False
-    nothing = {LOCK, PART.format(MANIFEST)}
-    rest = [entry for entry in entries(path) if entry.name not in nothing]
-    return any(entry.name != SHARDS or not entry.is_dir() or bool(entries(entry)) for entry in rest)
