@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import xprobe
 from tests import house
 
 ROOT = Path(__file__).parents[1]
@@ -179,10 +182,44 @@ def test_help_loads_click_and_no_command():
 
 
 def test_public_names_resolve_and_unknown_ones_say_what_there_is():
-    import xprobe
-
     for name in xprobe.__all__:
         assert getattr(xprobe, name) is not None
     assert set(dir(xprobe)) == set(xprobe.__all__)
     with pytest.raises(AttributeError, match="load_study"):
         _ = xprobe.nonsense
+
+
+# -- the distribution ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_version_stands_in_one_place(pyproject):
+    assert "version" not in pyproject["project"]
+    assert pyproject["project"]["dynamic"] == ["version"]
+    source = (ROOT / pyproject["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8")
+    assert re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE) == [xprobe.__version__]
+    assert "\nversion:" not in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_type_checkers_may_read_every_package(package):
+    assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_the_source_distribution_names_what_there_is(pyproject):
+    for name in pyproject["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]:
+        assert (ROOT / name.lstrip("/")).exists(), name
+
+
+def test_the_citation_has_what_its_format_needs(pyproject):
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["title"] == pyproject["project"]["name"]
+    assert citation["license"] == pyproject["project"]["license"]
+    assert citation["message"]
+    assert all({"name"} <= set(author) or {"family-names"} <= set(author) for author in citation["authors"])
