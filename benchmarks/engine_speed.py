@@ -34,8 +34,9 @@ from xprobe_kernels import precision
 
 from xprobe.capture import products
 from xprobe.capture.engine import Engine
-from xprobe.capture.plan import Wave, group_prompts, make_plan
-from xprobe.config import StudyConfig
+from xprobe.capture.plan import Plan
+from xprobe.capture.requests import group_requests
+from xprobe.config import Execution
 from xprobe.lenses.reading import read_answers
 from xprobe.models import loading
 from xprobe.models.anatomy import Anatomy, inspect
@@ -43,6 +44,7 @@ from xprobe.qa.parallel import load_data
 from xprobe.qa.prompts import Prompt, build_prompts
 from xprobe.qa.templates import load_template
 from xprobe.runs.provenance import environment
+from xprobe.stages.requests import study_request
 
 EXAMPLES = {"usual": 1, "careful": 5}  # examples per round; these methods are slow
 
@@ -90,14 +92,30 @@ def first(out: Any) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
-def with_xprobe(engine: Engine, wave: Wave) -> torch.Tensor:
-    """Log-probabilities [L + 1, P] of a wave. Rank, entropy and divergence are computed with them."""
-    values = read_answers(engine.capture(wave.prompts), engine.anatomy.head)
+def with_xprobe(engine: Engine, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Log-probabilities [L + 1, P] of prompts. Rank, entropy and divergence are computed with them."""
+    rows = engine.capture([study_request(prompt) for prompt in prompts])["answer"]
+    targets = torch.tensor([token for prompt in prompts for token in prompt.targets])
+    values = read_answers(rows, targets, engine.anatomy.head)
     return torch.from_numpy(values.logit - values.logsumexp).T
 
 
+def by_group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Prompts by the key of their group, in order."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.example.group, []).append(prompt)
+    return groups
+
+
+def waves_of(plan: Plan, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """The prompts of every wave of a plan."""
+    groups = by_group(prompts)
+    return [[prompt for group in wave.groups for prompt in groups[group.key]] for wave in plan.waves]
+
+
 def load(dtype: str, setting: str, questions: int) -> tuple[Any, Anatomy, list[Prompt]]:
-    loaded = loading.load(loading.resolve("smollm2-135m"), StudyConfig(dtype=dtype))
+    loaded = loading.load(loading.resolve("smollm2-135m"), dtype=dtype)
     examples = load_data("xquad").examples((setting,), None, questions)
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     return loaded.model, inspect(loaded.model), prompts
@@ -113,27 +131,28 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
-    engine = Engine(model, anatomy, StudyConfig.batch_tokens)
-    engine.settle(prompts[:3])
-    plan = make_plan(group_prompts(prompts), StudyConfig.batch_tokens, engine.way)
+    engine = Engine(model, anatomy, Execution.batch_tokens)
+    engine.choose_strategy([study_request(prompt) for prompt in prompts[:3]])
+    plan = engine.plan(group_requests([study_request(prompt) for prompt in prompts]))
+    waves = waves_of(plan, prompts)
     by_hand = Lens(model)
     methods = {"usual": by_hand.usual, "careful": by_hand.careful}
     draw = random.Random(0)
-    with_xprobe(engine, plan.waves[0])
+    with_xprobe(engine, waves[0])
     for method in methods.values():
         method(prompts[0])
     times: dict[str, list[float]] = {name: [] for name in (*methods, "xprobe")}
     farthest = 0.0
     for turn in range(arguments.rounds):
-        wave = plan.waves[turn % len(plan.waves)]
+        wave = waves[turn % len(waves)]
         seconds, ours = timed(lambda wave=wave: with_xprobe(engine, wave))
-        times["xprobe"].append(seconds / len(wave.prompts))
+        times["xprobe"].append(seconds / len(wave))
         offsets = [0]
-        for prompt in wave.prompts:
+        for prompt in wave:
             offsets.append(offsets[-1] + len(prompt.targets))
         for name, method in methods.items():
-            some = draw.sample(range(len(wave.prompts)), min(EXAMPLES[name], len(wave.prompts)))
-            seconds, theirs = timed(lambda method=method, some=some, wave=wave: [method(wave.prompts[i]) for i in some])
+            some = draw.sample(range(len(wave)), min(EXAMPLES[name], len(wave)))
+            seconds, theirs = timed(lambda method=method, some=some, wave=wave: [method(wave[i]) for i in some])
             times[name].append(seconds / len(some))
             for i, values in zip(some, theirs, strict=True):
                 farthest = max(farthest, float((values.cpu() - ours[:, offsets[i] : offsets[i + 1]]).abs().max()))
@@ -143,7 +162,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
         "ratio_range": {name: [round(min(values), 2), round(max(values), 2)] for name, values in ratios.items()},
         "largest_difference_nats": farthest,
-        "way": engine.way,
+        "strategy": engine.strategy,
         "tokens_per_example": round(plan.tokens / len(prompts), 1),
         "tokens_run_per_example": round(plan.tokens_run / len(prompts), 1),
         "examples": len(prompts),
@@ -156,8 +175,9 @@ def peak(name: str, arguments: argparse.Namespace) -> None:
     model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     if name == "xprobe":
-        engine = Engine(model, anatomy, StudyConfig.batch_tokens)
-        for wave in make_plan(group_prompts(prompts), StudyConfig.batch_tokens, engine.way).waves[:3]:
+        engine = Engine(model, anatomy, Execution.batch_tokens)
+        plan = engine.plan(group_requests([study_request(prompt) for prompt in prompts]))
+        for wave in waves_of(plan, prompts)[:3]:
             with_xprobe(engine, wave)
     else:
         for prompt in sorted(prompts, key=lambda p: len(p.ids))[-5:]:

@@ -13,22 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.prompts import family_of_prompts
+from support.prompts import family_of_prompts, forced, requests
 from torch import Tensor
 from xprobe_kernels import lens
 from xprobe_kernels.reference import logits as reference_logits
 
 import xprobe
 from xprobe.capture.engine import Engine
-from xprobe.capture.plan import group_prompts
-from xprobe.config import StudyConfig
+from xprobe.config import Execution, StudyConfig
 from xprobe.errors import XprobeError
 from xprobe.forecast import forecast
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect, watch_states
 from xprobe.models.parity import check_parity
 from xprobe.runs.folder import RunFolder
-from xprobe.study import _sample
+from xprobe.stages.requests import strategy_sample
 
 PROBE_TOKENS = 12
 RUN = {"data": "builtin", "languages": ("en", "de"), "limit": 2, "probes": (), "bootstrap": 20, "permutations": 20}
@@ -40,25 +39,26 @@ Record = dict[str, Any]
 
 def load(folder: Path, dtype: str) -> Any:
     """The model of a folder as a run loads it."""
-    return loading.load(loading.resolve(str(folder)), StudyConfig(model=str(folder), dtype=dtype)).model
+    return loading.load(loading.resolve(str(folder)), dtype=dtype).model
 
 
 def strategy(engine: Engine, prompts: list[Any]) -> tuple[str, list[str]]:
     """How the engine decides to share work between prompts, and the warnings that it gives."""
-    return engine.settle(_sample(group_prompts(prompts))), list(engine.remarks)
+    engine.choose_strategy(strategy_sample(requests(prompts)))
+    return engine.strategy, list(engine.warn.messages)
 
 
-def rows_of(engine: Engine, prompts: list[Any], way: str, budget: int) -> Tensor:
+def rows_of(engine: Engine, prompts: list[Any], name: str, budget: int) -> Tensor:
     """Answer and question rows [L + 1, P + N, D] of ``prompts`` by one strategy."""
-    captured = engine._capture(prompts, way, budget)  # type: ignore[arg-type]
-    return torch.cat([captured.answers, captured.questions], 1).clone()
+    rows = engine._capture(requests(prompts), name, budget)  # type: ignore[arg-type]
+    return torch.cat([rows["answer"], rows["question"]], 1).clone()
 
 
 def log_probabilities_of_run(study: Any) -> dict[str, Tensor]:
     """Lens log-probabilities [P, L + 1] of the gold tokens of every stored group."""
     folder = RunFolder.open(study.path)
     found = {}
-    for key in study.manifest["groups"]:
+    for key in study.manifest.groups:
         arrays, _ = folder.read_shard(folder.shard_name(key), ("logit", "logsumexp"))
         found[key] = torch.as_tensor(arrays["logit"]) - torch.as_tensor(arrays["logsumexp"])
     return found
@@ -125,20 +125,23 @@ class Checks:
         for dtype in ("float32", "bfloat16"):
             if dtype in anatomies:
                 with self.step(f"parity {dtype}") as entry:
-                    entry["nats"] = check_parity(*anatomies[dtype], prompts[:4])
+                    entry["nats"] = check_parity(*anatomies[dtype], forced(prompts[:4]))
         for dtype in ("float32", "float64"):
             if dtype in anatomies:
                 with self.step(f"sharing {dtype}") as entry:
                     entry.update(_sharing(*anatomies[dtype], prompts))
         # what a run chose on its own prompts, and what is chosen in bf16, where rounding may hide what it does wrong
-        chosen = {"run": self.record["run"].get("way"), "run bfloat16": self.record["run bfloat16"].get("way")}
+        chosen = {
+            "run": self.record["run"].get("strategy"),
+            "run bfloat16": self.record["run bfloat16"].get("strategy"),
+        }
         if "bfloat16" in anatomies:
             with self.step("sharing bfloat16") as entry:
-                entry["way"], _ = strategy(Engine(*anatomies["bfloat16"], 4096), prompts)
-                chosen["sharing bfloat16"] = entry["way"]
+                entry["strategy"], _ = strategy(Engine(*anatomies["bfloat16"], 4096), prompts)
+                chosen["sharing bfloat16"] = entry["strategy"]
         if "float32" in anatomies:
             with self.step("strategies in float32") as entry:
-                entry |= {way: _error_of(way, *anatomies["float32"], prompts) for way in {*chosen.values()} if way}
+                entry |= {name: _error_of(name, *anatomies["float32"], prompts) for name in {*chosen.values()} if name}
         return self.record
 
     def wrapper(self) -> Record:
@@ -148,7 +151,7 @@ class Checks:
             entry["class"] = type(model).__name__
             inspect(model)
         with self.step("dry run") as entry:
-            entry["way"] = forecast(StudyConfig(model=str(self.folder), languages=("en", "de"), limit=2)).way
+            entry["strategy"] = forecast(StudyConfig(model=str(self.folder), languages=("en", "de"), limit=2)).strategy
         return self.record
 
     def _runs(self) -> None:
@@ -157,18 +160,19 @@ class Checks:
             with self.step(name) as entry:
                 study = xprobe.run(str(self.folder), out=self.folder / name, dtype=dtype, stream=bool(stream), **RUN)
                 studies[name] = study
-                plan = study.manifest["plan"]
-                entry |= {"way": plan["way"], "remarks": plan["remarks"], "parity": study.manifest["parity_error"]}
-                entry["prompt_tokens"] = plan["tokens"]
+                states = study.manifest.stages["states"]
+                plan = states.results["plan"]
+                entry |= {"strategy": plan["strategy"], "warnings": states.warnings}
+                entry |= {"parity": states.results["parity_error"], "prompt_tokens": plan["tokens"]}
         if {"run", "stream"} <= studies.keys():
             with self.step("stream against run") as entry:
                 one, other = (log_probabilities_of_run(study) for study in (studies["run"], studies["stream"]))
                 entry["nats"] = max(_difference(one[key], other[key]) for key in one)
         for name, stream in (("dry run", False), ("dry run, stream", True)):
             with self.step(name) as entry:
-                found = forecast(StudyConfig(model=str(self.folder), stream=stream, data="builtin",
-                                             languages=("en", "de"), limit=2))  # fmt: skip
-                entry |= {"way": found.way, "blocks": found.n_blocks}
+                config = StudyConfig(model=str(self.folder), data="builtin", languages=("en", "de"), limit=2)
+                expected = forecast(config, Execution(stream=stream))
+                entry |= {"strategy": expected.strategy, "blocks": expected.n_blocks}
 
 
 def _read(model: Any, anatomy: Any) -> Record:
@@ -211,23 +215,23 @@ def _own_lens(model: Any, anatomy: Any, hidden: Tensor) -> Tensor:
 def _sharing(model: Any, anatomy: Any, prompts: list[Any]) -> Record:
     """Rows of the chosen strategy, and of plain batches, against prompts that run alone; in nats of the lens."""
     engine = Engine(model, anatomy, 4096)
-    way, remarks = strategy(engine, prompts)
+    name, warnings = strategy(engine, prompts)
     alone = _lens_of(rows_of(engine, prompts, "plain", 1), anatomy)
-    shared = _lens_of(rows_of(engine, prompts, way, 4096), anatomy)
-    batched = shared if way == "plain" else _lens_of(rows_of(engine, prompts, "plain", 4096), anatomy)
+    shared = _lens_of(rows_of(engine, prompts, name, 4096), anatomy)
+    batched = shared if name == "plain" else _lens_of(rows_of(engine, prompts, "plain", 4096), anatomy)
     return {
-        "way": way,
-        "remarks": remarks,
+        "strategy": name,
+        "warnings": warnings,
         "nats": _difference(shared, alone),
         "plain_batch_nats": _difference(batched, alone),
     }
 
 
-def _error_of(way: str, model: Any, anatomy: Any, prompts: list[Any]) -> float:
+def _error_of(name: str, model: Any, anatomy: Any, prompts: list[Any]) -> float:
     """What a strategy does to the lens of this model, whatever the engine would choose."""
     engine = Engine(model, anatomy, 4096)
     try:
-        shared = rows_of(engine, prompts, way, 4096)
+        shared = rows_of(engine, prompts, name, 4096)
     except Exception:  # it does not work at all in this dtype
         return float("inf")
     return _difference(_lens_of(shared, anatomy), _lens_of(rows_of(engine, prompts, "plain", 1), anatomy))

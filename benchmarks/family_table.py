@@ -94,14 +94,16 @@ def cells(name: str, record: Record) -> dict[str, str]:
         row["lens"] = f"{'right' if right else 'wrong'}, {read['nats']:.0e}{where}"
     errors = record.get("strategies in float32", {})
     shared = record.get("sharing float32", {})
-    if "way" in shared:
-        errors = {**errors, shared["way"]: shared["nats"]}
-        way = max(shared["way"], record["run"]["way"], key=lambda way: errors[way] > SHARED_RIGHT)
+    if "strategy" in shared:
+        errors = {**errors, shared["strategy"]: shared["nats"]}
+        way = max(shared["strategy"], record["run"]["strategy"], key=lambda name: errors[name] > SHARED_RIGHT)
         wrong = "" if errors[way] <= SHARED_RIGHT else "wrong, "
         row["sharing"], row["differs by"] = way, f"{wrong}{errors[way]:.0e}"
-    in_bf16 = [record[step]["way"] for step in ("run bfloat16", "sharing bfloat16") if "way" in record.get(step, {})]
+    in_bf16 = [
+        record[step]["strategy"] for step in ("run bfloat16", "sharing bfloat16") if "strategy" in record.get(step, {})
+    ]
     if in_bf16 and errors:
-        way = max(in_bf16, key=lambda way: errors[way] > SHARED_RIGHT)
+        way = max(in_bf16, key=lambda name: errors[name] > SHARED_RIGHT)
         row["in bf16"] = way if errors[way] <= SHARED_RIGHT else f"wrong, {way} {errors[way]:.0e}"
     elif opened == "done":
         steps = ("open bfloat16", "run bfloat16", "sharing bfloat16")
@@ -112,7 +114,7 @@ def cells(name: str, record: Record) -> dict[str, str]:
         row["stream"] = "yes" if compared is not None and compared <= SHARED_RIGHT else f"wrong, {compared}"
     row["dry run"] = _state(record, "dry run")
     if row["dry run"] == "done":
-        estimate, taken = record["dry run"]["way"], record.get("run", {}).get("way")
+        estimate, taken = record["dry run"]["strategy"], record.get("run", {}).get("strategy")
         row["dry run"] = "yes" if taken in (None, estimate) else f"yes, says {estimate}"
     return row
 

@@ -290,8 +290,8 @@ def add_run(file: Path, out: Path) -> str | None:
     result, whole = json.loads(file.read_text(encoding="utf-8")), out / "run.json"
     before = json.loads(whole.read_text(encoding="utf-8"))["runs"] if whole.exists() else []
     write(whole, {"runs": [*before, result]})
-    if any(rate["attention_kernel"] is not True or rate["way"] != "tree" for rate in result["rates"]):
-        return f"{file.stem} was not run with the attention kernel: see its remarks"
+    if any(rate["attention_kernel"] is not True or rate["strategy"] != "tree" for rate in result["rates"]):
+        return f"{file.stem} was not run with the attention kernel: see its warnings"
     waits = [wait for rate in result["rates"] for wait in rate.get("waits", [])]
     return f"{file.stem} waits for the GPU: {', '.join(dict.fromkeys(waits))}" if waits else None
 

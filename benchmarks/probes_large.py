@@ -23,7 +23,8 @@ import torch
 
 from xprobe.config import PROBES
 from xprobe.probes.training import ProbeSettings, train
-from xprobe.runs.folder import FORMAT, RunFolder
+from xprobe.runs.folder import RunFolder
+from xprobe.runs.manifest import Manifest
 from xprobe.runs.provenance import environment
 from xprobe.runs.states import LAYER_BYTES, StoredStates
 from xprobe.stages.phases import encoding_signals
@@ -34,7 +35,7 @@ LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "
 def write(path: Path, paragraphs: int, questions: int, layers: int, width: int) -> StoredStates:
     """A run folder that holds bf16 states and nothing else."""
     folder = RunFolder.create(path)
-    folder.write_manifest({"format": FORMAT, "status": "running", "config": {}, "model": {}, "data": {}})
+    folder.write_manifest(Manifest())
     generator = torch.Generator().manual_seed(0)
     rows = []
     for p in range(paragraphs):

@@ -39,19 +39,22 @@ import torch
 from xprobe_kernels import lens
 from xprobe_kernels.bench.environment import environment
 
-from benchmarks.engine_speed import EXAMPLES, Lens, timed
-from xprobe.capture import rows
+from benchmarks.engine_speed import EXAMPLES, Lens, by_group, timed
+from xprobe.capture import rows as captured_rows
 from xprobe.capture.engine import Engine
-from xprobe.capture.plan import Group, Plan, group_prompts
-from xprobe.config import StudyConfig
+from xprobe.capture.plan import Plan, count_rows
+from xprobe.capture.requests import Group, group_requests
+from xprobe.config import Execution
 from xprobe.errors import XprobeError
 from xprobe.models import loading
 from xprobe.models.anatomy import Anatomy, inspect
 from xprobe.qa.parallel import load_data
 from xprobe.qa.prompts import Prompt, build_prompts
 from xprobe.qa.templates import load_template
-from xprobe.runs.folder import FORMAT, RunFolder
-from xprobe.stages.waves import run_waves
+from xprobe.runs.folder import RunFolder
+from xprobe.runs.manifest import Manifest
+from xprobe.stages.requests import study_request
+from xprobe.stages.states import write_shards
 from xprobe.timing import Stopwatch
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -78,14 +81,13 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> Any:
 
 def prepare(options: argparse.Namespace) -> tuple[Any, Anatomy, list[Prompt]]:
     """The model, its anatomy and all prompts of the data."""
-    config = StudyConfig(dtype=options.dtype, device=options.device)
     source = loading.resolve(options.tokenizer if options.shape else options.model)
     if options.shape:
         dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
         model = random_model(options.shape, loading.pick_device(options.device), dtype)
-        tokenizer, window = loading.load(source, StudyConfig(device="cpu")).tokenizer, loading.window(model.config)
+        tokenizer, window = loading.load(source, Execution(device="cpu")).tokenizer, loading.window(model.config)
     else:
-        loaded = loading.load(source, config)
+        loaded = loading.load(source, Execution(device=options.device), dtype=options.dtype)
         model, tokenizer, window = loaded.model, loaded.tokenizer, loaded.window
     examples = load_data(options.data).examples(("en-x",), None, options.questions)
     prompts, _ = build_prompts(examples, tokenizer, load_template("auto"), window)
@@ -97,13 +99,14 @@ class Bench:
 
     def __init__(self, model: Any, anatomy: Anatomy, prompts: list[Prompt]) -> None:
         self.model, self.anatomy, self.prompts = model, anatomy, prompts
-        self.groups = group_prompts(prompts)
+        self.groups = group_requests([study_request(prompt) for prompt in prompts])
+        self.by_group = by_group(prompts)
         self.device = anatomy.head.weight.device
         self.parameters = sum(p.numel() for block in anatomy.blocks for p in block.parameters())
 
     def engine(self, batch_tokens: int) -> Engine:
         engine = Engine(self.model, self.anatomy, batch_tokens)
-        engine.settle(self.groups[0].prompts[:3])
+        engine.choose_strategy(self.groups[0].requests[:3])
         return engine
 
     def synchronize(self) -> None:
@@ -121,10 +124,10 @@ class Bench:
         plan, watch = engine.plan(groups), Stopwatch()
         with tempfile.TemporaryDirectory() as path:
             folder = RunFolder.create(Path(path) / "run")
-            folder.write_manifest({"format": FORMAT, "config": {}, "model": {}, "data": {}})
+            folder.write_manifest(Manifest())
             self.synchronize()
             started = time.perf_counter()
-            run_waves(engine, plan, {g.key for g in groups}, folder, watch, lambda count: None)
+            write_shards(engine, plan, self.by_group, {g.key for g in groups}, folder, watch, lambda count: None)
             self.synchronize()
             return time.perf_counter() - started, watch.seconds, plan
 
@@ -140,16 +143,17 @@ class Bench:
         fits = int(first * seconds / max(warm, 1e-6))
         groups = self.groups[: max(1, min(len(self.groups), fits))]
         wall, stages, plan = self.loop(engine, groups)
-        examples = sum(len(group.prompts) for group in groups)
+        examples = sum(len(group.requests) for group in groups)
         whole = engine.plan(self.groups)
         found = {
-            "batch_tokens": batch_tokens, "way": engine.way, "attention_kernel": engine.kernel,
-            "remarks": engine.remarks, "first_waves_seconds": {"cold": cold, "warm": warm},
+            "batch_tokens": batch_tokens, "strategy": engine.strategy, "attention_kernel": engine.kernel,
+            "warnings": engine.warn.messages, "first_waves_seconds": {"cold": cold, "warm": warm},
             "contexts": len(groups), "examples": examples, "waves": len(plan.waves), "tokens_run": plan.tokens_run,
             "tokens": plan.tokens, "seconds": wall, "stages": stages, "examples_per_second": examples / wall,
             "tokens_run_per_second": plan.tokens_run / wall, "operations_per_second": self.operations(plan) / wall,
             "all": {
-                "contexts": len(self.groups), "examples": len(self.prompts), "tokens_run": whole.tokens_run,
+                "contexts": len(self.groups), "examples": len(self.prompts), "waves": len(whole.waves),
+                "tokens_run": whole.tokens_run,
                 "operations": self.operations(whole), "seconds_extrapolated": wall * whole.tokens_run / plan.tokens_run,
             },
         }  # fmt: skip
@@ -162,17 +166,17 @@ class Bench:
         """Measurements that need a GPU: waits, the capture's share, kernels within the wall time."""
         with waiting() as waits:
             self.loop(engine, groups)
-        watch, receive = Stopwatch(), rows.Receiver.__call__
+        watch, receive = Stopwatch(), captured_rows.Receiver.__call__
 
-        def watched(self_: rows.Receiver, layer: int, hidden: torch.Tensor) -> None:
+        def watched(self_: captured_rows.Receiver, layer: int, hidden: torch.Tensor) -> None:
             with watch.timed("capture", self.device):
                 receive(self_, layer, hidden)
 
-        rows.Receiver.__call__ = watched  # type: ignore[method-assign]
+        captured_rows.Receiver.__call__ = watched  # type: ignore[method-assign]
         try:
             _, stages, _ = self.loop(engine, groups)
         finally:
-            rows.Receiver.__call__ = receive  # type: ignore[method-assign]
+            captured_rows.Receiver.__call__ = receive  # type: ignore[method-assign]
         watch.collect()
         return {"waits": waits, "capture_share_of_forward": watch.seconds["capture"] / stages["forward"]} | profiled(
             lambda: self.loop(engine, groups)
@@ -186,12 +190,12 @@ class Bench:
         some = [list(wave.groups) for wave in plan.waves[: rounds + 1]]
         self.loop(engine, some[0])
         for method in methods.values():
-            method(some[0][0].prompts[0])
+            method(self.by_group[some[0][0].key][0])
         times: dict[str, list[float]] = {name: [] for name in (*methods, "xprobe")}
         farthest = 0.0
         for turn in range(rounds):
             groups = some[turn % len(some)]
-            prompts = [prompt for group in groups for prompt in group.prompts]
+            prompts = [prompt for group in groups for prompt in self.by_group[group.key]]
             wall, _, _ = self.loop(engine, groups)
             times["xprobe"].append(wall / len(prompts))
             for name, method in methods.items():
@@ -213,17 +217,18 @@ class Bench:
 
     def log_probabilities(self, engine: Engine, prompts: list[Prompt]) -> torch.Tensor:
         """Log-probabilities [L + 1, P] of the gold tokens, by the engine."""
-        captured = engine.capture(prompts)
-        layers, positions, width = captured.answers.shape
+        rows = engine.capture([study_request(prompt) for prompt in prompts])["answer"]
+        layers, positions, width = rows.shape
+        targets = torch.tensor([token for prompt in prompts for token in prompt.targets], device=rows.device)
         head = self.anatomy.head
-        values = lens(captured.answers.reshape(-1, width), head, captured.targets.repeat(layers))
+        values = lens(rows.reshape(-1, width), head, targets.repeat(layers))
         return values.log_probability.view(layers, positions).cpu()
 
 
 def totals(plan: Plan) -> tuple[int, int]:
     """Answer positions and examples of all waves."""
-    prompts = [prompt for wave in plan.waves for prompt in wave.prompts]
-    return sum(len(prompt.targets) for prompt in prompts), len(prompts)
+    rows = count_rows(request for wave in plan.waves for request in wave.requests)
+    return rows["answer"], rows["question"]
 
 
 @contextmanager

@@ -17,9 +17,10 @@ INK, ACCENT, PALE = "#222222", "#b5452c", "#9aa5b1"
 def draw(run: str, out: str) -> None:
     """Left: readiness by layer, one line per language. Right: phase stability S(l) with its 95 % interval."""
     study = xprobe.load_study(run)
-    layers = study.layers[study.layers["setting"] == study.setting]
+    result = next(iter(study))
+    layers = study.layers[study.layers["setting"] == result.setting]
     readiness = layers[layers["signal"] == "readiness"].pivot(index="layer", columns="language", values="value")
-    table, boundary = study.stability, study.boundary["value"]
+    table, boundary = result.stability, result.boundary["value"]
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

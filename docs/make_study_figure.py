@@ -17,10 +17,10 @@ NAMED = {"en": INK, "zh": ACCENT, "th": COLD}
 
 def draw(run: str, out: str) -> None:
     """Left: encoding and readiness. Middle: encoding by language. Right: phase stability."""
-    study = xprobe.load_study(run)
-    signals = study.signals
-    boundary = study.boundary["value"]
-    depth = study.manifest["results"][study.setting]["encoding_depth"]["value"]
+    result = next(iter(xprobe.load_study(run)))
+    signals = result.signals
+    boundary = result.boundary["value"]
+    depth = result.summary["encoding_depth"]["value"]
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK})
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for name, color, label in (
@@ -42,7 +42,7 @@ def draw(run: str, out: str) -> None:
         axes[1].plot([], [], color=color, label=language)
     axes[1].plot([], [], color=PALE, label=f"{by_language.shape[1] - len(NAMED)} others")
     axes[1].set(title="Encoding at the last prompt token, by language", ylabel="encoding", ylim=(0, 1))
-    table = study.stability
+    table = result.stability
     axes[2].fill_between(
         table.index, table["stability_lo"], table["stability_hi"], color=ACCENT, alpha=0.18, linewidth=0
     )

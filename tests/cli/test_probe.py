@@ -51,14 +51,15 @@ def test_one_probe_is_trained_and_the_others_stay(run, capsys):
     assert main(["probe", str(run), "--probe", "language", "--components", "3", "--folds", "2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["probes"]
     after = xprobe.load_study(run)
-    assert len(rows) == len(before.all_probes) == len(after.all_probes)
+    assert len(rows) == len(before.probes) == len(after.probes)
     for name in ("alignment", "correctness"):
-        pd.testing.assert_frame_equal(after.probes.loc[name], before.probes.loc[name])
-    assert set(after.probes.loc["language"]["folds"]) == {2}
-    assert set(before.probes.loc["language"]["folds"]) == {3}
+        pd.testing.assert_frame_equal(after["en-x"].probes.loc[name], before["en-x"].probes.loc[name])
+    assert set(after["en-x"].probes.loc["language"]["folds"]) == {2}
+    assert set(before["en-x"].probes.loc["language"]["folds"]) == {3}
     pd.testing.assert_frame_equal(after.layers, before.layers)
-    assert after.manifest["probes"]["language"]["n_components"] == 3
-    assert after.manifest["probes"]["alignment"] == before.manifest["probes"]["alignment"]
+    trained, was = (study.manifest.stages["probes"].results["trained"] for study in (after, before))
+    assert trained["language"]["n_components"] == 3
+    assert trained["alignment"] == was["alignment"]
 
 
 def test_a_run_without_probes_can_get_them_later(tiny, tmp_path, capsys):
@@ -69,7 +70,7 @@ def test_a_run_without_probes_can_get_them_later(tiny, tmp_path, capsys):
     assert "encoding" not in study.stability
     assert main(["probe", str(out), "--probe", "alignment"]) == 0
     study = xprobe.load_study(out)
-    assert set(study.all_probes["probe"]) == {"alignment"}
+    assert set(study.probes["probe"]) == {"alignment"}
     assert study.stability["encoding_probed"].notna().all()
     assert "encoding_probed_last" in study.examples
     capsys.readouterr()
@@ -106,7 +107,7 @@ def test_bad_input_gets_one_clear_line(run, tiny, tmp_path, capsys):
         assert out == ""
         assert err.count("\n") == 1, err
         assert word in err, (arguments, err)
-    assert len(xprobe.load_study(run).all_probes) > 0
+    assert len(xprobe.load_study(run).probes) > 0
 
 
 def test_training_that_cannot_be_written_leaves_the_run_as_it_was(run, monkeypatch):
@@ -120,7 +121,7 @@ def test_training_that_cannot_be_written_leaves_the_run_as_it_was(run, monkeypat
         assert main(["probe", str(run), "--probe", "language", "--components", "2"]) == 1
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert main(["probe", str(run), "--probe", "language", "--components", "2"]) == 0
-    assert xprobe.load_study(run).manifest["probes"]["language"]["n_components"] == 2
+    assert xprobe.load_study(run).manifest.stages["probes"].results["trained"]["language"]["n_components"] == 2
 
 
 def test_two_at_once_are_one_too_many(run, capsys):

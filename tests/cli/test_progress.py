@@ -1,4 +1,4 @@
-"""The bar: rate and time left of this process, remarks above it, silence where nobody looks."""
+"""The bar: rate and time left of this process, notes above it, silence where nobody looks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import io
 
 import pytest
 from xprobe_cli.progress import Progress, duration
+
+from xprobe.events import Note, Stage, Step
 
 
 class Terminal(io.StringIO):
@@ -37,40 +39,40 @@ def clock():
 
 def test_rate_and_time_left_are_those_of_this_process(terminal, clock):
     progress = Progress(terminal, clock)
-    progress("forward", 900, 1000)  # what a resumed run held already
+    progress(Step("forward", 900, 1000))  # what a resumed run held already
     assert terminal.lines()[-1].endswith("900/1000")
     clock.now += 10
-    progress("forward", 920, 1000)
+    progress(Step("forward", 920, 1000))
     assert terminal.lines()[-1].endswith("920/1000  2.0 per s, 0:40 left")
     clock.now += 10
-    progress("forward", 980, 1000)
+    progress(Step("forward", 980, 1000))
     assert terminal.lines()[-1].endswith("980/1000  4.0 per s, 0:05 left")
     clock.now += 5
-    progress("forward", 1000, 1000)
+    progress(Step("forward", 1000, 1000))
     progress.close()
     assert terminal.lines() == [f"forward  [{'#' * 30}]  1000/1000  4.0 per s, took 0:25", ""]
 
 
 def test_slow_work_is_told_in_seconds_each(terminal, clock):
     progress = Progress(terminal, clock)
-    progress("forward", 0, 3)
+    progress(Step("forward", 0, 3))
     clock.now += 90
-    progress("forward", 1, 3)
+    progress(Step("forward", 1, 3))
     assert terminal.lines()[-1] == f"forward  [{'#' * 10}{'-' * 20}]  1/3  90.0 s each, 3:00 left"
 
 
-def test_a_remark_is_a_line_and_the_bar_goes_on_below_it(terminal, clock):
+def test_a_note_is_a_line_and_the_bar_goes_on_below_it(terminal, clock):
     progress = Progress(terminal, clock)
-    progress("loading the model", 0, 0)
-    progress("forward", 0, 10)
+    progress(Stage("loading the model"))
+    progress(Step("forward", 0, 10))
     clock.now += 1
-    progress("forward", 5, 10)
-    progress("prefixes shared: 78 % of tokens saved", 0, 0)
+    progress(Step("forward", 5, 10))
+    progress(Note("prefixes shared: 78 % of tokens saved"))
     assert terminal.lines()[:2] == ["loading the model", "prefixes shared: 78 % of tokens saved"]
     assert terminal.lines()[-1].endswith("5/10  5.0 per s, 0:01 left")
     clock.now += 1
-    progress("forward", 10, 10)
-    progress("phases and tables", 0, 0)
+    progress(Step("forward", 10, 10))
+    progress(Stage("phases and tables"))
     assert [line.split("  ")[0] for line in terminal.lines()] == [
         "loading the model", "prefixes shared: 78 % of tokens saved", "forward", "phases and tables", "",
     ]  # fmt: skip
@@ -79,9 +81,9 @@ def test_a_remark_is_a_line_and_the_bar_goes_on_below_it(terminal, clock):
 
 def test_a_bar_that_is_left_early_shows_where_it_was(terminal, clock):
     with Progress(terminal, clock) as progress:
-        progress("forward", 0, 10)
+        progress(Step("forward", 0, 10))
         clock.now += 0.01
-        progress("forward", 3, 10)  # too soon after the last drawing
+        progress(Step("forward", 3, 10))  # too soon after the last drawing
         assert terminal.lines()[-1].endswith("0/10")
     assert terminal.lines()[0].endswith("3/10  300.0 per s, 0:00 left")
     assert terminal.lines()[-1] == ""
@@ -90,16 +92,16 @@ def test_a_bar_that_is_left_early_shows_where_it_was(terminal, clock):
 def test_a_narrow_terminal_gets_one_line_all_the_same(terminal, clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     progress = Progress(terminal, clock)
-    progress("forward and lens", 1, 1000)
+    progress(Step("forward and lens", 1, 1000))
     assert max(len(line) for line in terminal.lines()) < 40
 
 
 def test_where_no_terminal_is_it_is_silent_and_counts_all_the_same(clock):
     stream = io.StringIO()
     with Progress(stream, clock) as progress:
-        progress("loading the model", 0, 0)
-        progress("forward", 3, 10)
-        progress("a remark", 0, 0)
+        progress(Stage("loading the model"))
+        progress(Step("forward", 3, 10))
+        progress(Note("a note"))
     assert stream.getvalue() == ""
     assert (progress.done, progress.total) == (3, 10)
 

@@ -17,6 +17,7 @@ from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import Stoppable, Stopped, program
 
 import xprobe
+from xprobe.events import Stage, Step
 
 OPTIONS = ["--setting", "en-x", "--setting", "x-x", "--languages", "en,de", "--limit", "6", "--bootstrap", "20"]
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -75,11 +76,11 @@ def test_the_second_signal_does_not_wait(number, code, forks, tiny, tmp_path):
     assert not (out / ".lock").exists()
 
 
-def send_after(number, *calls):
-    """Sends this process a signal after these calls of ``progress``."""
+def send_after(number, *events):
+    """Sends this process a signal after these events."""
     with Stoppable(Progress()) as stoppable:
-        for call in calls:
-            stoppable(*call)
+        for event in events:
+            stoppable(event)
         os.kill(os.getpid(), number)
         time.sleep(1)  # the handler runs before this ends
 
@@ -87,10 +88,10 @@ def send_after(number, *calls):
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_where_nothing_can_be_lost_the_first_signal_does_not_wait(number, code, capfd):
     with pytest.raises(Stopped) as stopped:
-        send_after(number, ("loading the model", 0, 0))
+        send_after(number, Stage("loading the model"))
     assert stopping.EXIT_CODES[stopped.value.signal] == code
     with pytest.raises(Stopped):
-        send_after(number, ("forward and lens", 24, 24), ("phases and tables", 0, 0))
+        send_after(number, Step("forward and lens", 24, 24), Stage("phases and tables"))
     assert capfd.readouterr().err == ""
 
 
@@ -124,6 +125,12 @@ def test_the_library_leaves_signals_alone(tiny, tmp_path):
     assert all(handlers == before for handlers in seen)
 
 
+def test_the_steps_that_are_safe_to_stop_at_are_those_of_the_run():
+    from xprobe.stages import states
+
+    assert stopping.STEP == states.STEP
+
+
 def test_a_run_that_had_not_begun_says_so(tmp_path):
     line = stopping.how_to_go_on(Progress(), tmp_path / "run", [])
     assert line == "nothing was computed yet; the same command begins again"
@@ -153,10 +160,10 @@ def test_a_configuration_that_cannot_be_read_is_named(tiny, tmp_path, capsys):
     xprobe.run(str(tiny), out=out, languages="en", limit=1)
     manifest = json.loads((out / "manifest.json").read_text())
     for config in ({"languages": 5}, {"settings": ["x-en"]}, {"wavelets": 3}, {"limit": "many"}):
-        changed = {**manifest, "config": {**manifest["config"], **config}}
+        changed = {**manifest, "study": {**manifest["study"], **config}}
         (out / "manifest.json").write_text(json.dumps(changed))
         unknown = "wavelets" in config  # another version's: the run is of something else, and the entry is named
         assert main(["run", "--out", str(out), "--resume"]) == (2 if unknown else 1)
         error = capsys.readouterr().err
-        assert ("wavelets was 3" if unknown else f"{out / 'manifest.json'}: entry config") in error
+        assert ("wavelets was 3" if unknown else f"{out / 'manifest.json'}: entry study") in error
         assert error.count("\n") == 1

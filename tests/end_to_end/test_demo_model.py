@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.prompts import chosen, readout, requests
+from support.runs import parity
 from xprobe_cli.main import main
 
 import xprobe
@@ -40,7 +41,7 @@ def source():
 
 @pytest.fixture(scope="module")
 def loaded(source):
-    return loading.load(source, xprobe.StudyConfig())
+    return loading.load(source)
 
 
 def test_lens_equals_transformers_own_modules_at_every_layer(loaded):
@@ -51,8 +52,9 @@ def test_lens_equals_transformers_own_modules_at_every_layer(loaded):
     (group,) = group_requests(requests(prompts))
     captured = Engine(model, anatomy, batch_tokens=4096).capture(group.requests)
     values = readout(captured, prompts, anatomy.head)
-    for at, prompt in enumerate(prompts):
-        rows = slice(int(captured.offsets[at]), int(captured.offsets[at + 1]))
+    offsets = captured.offsets["answer"].tolist()
+    for start, stop, prompt in zip(offsets, offsets[1:], prompts, strict=False):
+        rows = slice(start, stop)
         with torch.inference_mode():
             out = model(torch.tensor([prompt.ids]), output_hidden_states=True)
             positions = list(prompt.answer_positions)
@@ -126,7 +128,7 @@ def test_in_bf16_sharing_adds_nothing_to_the_error_of_bf16(source, loaded):
     examples, _ = data.select(["en-x"], paragraphs=1, questions_per_paragraph=5)
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     exact = one_by_one(Engine(loaded.model, inspect(loaded.model), 1), prompts)
-    narrow = loading.load(source, xprobe.StudyConfig(dtype="bfloat16")).model
+    narrow = loading.load(source, dtype="bfloat16").model
     engine = Engine(narrow, inspect(narrow), batch_tokens=4096)
     assert chosen(engine, prompts[:3]) == "tree"
     found = {
@@ -146,7 +148,7 @@ def test_block_by_block_the_demo_model_gives_the_same_numbers(source, loaded, tm
     for name, wanted in read_signals(RunFolder.open(whole.path), whole.manifest)[1].items():
         found = read_signals(RunFolder.open(streamed.path), streamed.manifest)[1][name]
         assert np.allclose(found, wanted, rtol=1e-4, atol=1e-4), name
-    assert streamed.manifest["parity_error"] < 1e-3
+    assert parity(streamed) < 1e-3
 
 
 def test_weights_are_plain_fp32_and_converted_once(source, loaded):
@@ -173,7 +175,7 @@ def test_a_cut_off_gguf_file_is_named(source, empty_cache, tmp_path):
     with open(source.location, "rb") as whole:
         path.write_bytes(whole.read(100_000))
     with pytest.raises(ModelError, match=r"cut\.gguf"):
-        loading.load(loading.resolve(str(path)), xprobe.StudyConfig())
+        loading.load(loading.resolve(str(path)))
     assert list((empty_cache / "models").iterdir()) == []
 
 
@@ -191,11 +193,12 @@ def test_the_main_job_on_the_built_in_set(source, tmp_path, capsys):
     assert main(["run", "--languages", "en,zh", "--limit", "3", "--out", str(tmp_path / "run"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["parity_error"] < 1e-3
-    layers = result["layers"]
+    found = result["settings"]["en-x"]
+    layers = found["layers"]
     assert len(layers) == 31
     # the gold answer is far more ready at the end than anywhere in the first half
     assert layers[-1]["readiness"] > 0.6 > max(layer["readiness"] for layer in layers[:15])
-    assert 15 < result["boundary"]["value"] < 30
+    assert 15 < found["boundary"]["value"] < 30
 
 
 @needs_xquad
@@ -231,6 +234,6 @@ def test_every_prompt_of_xquad_has_verified_spans_in_both_settings(source, loade
 @needs_xquad
 def test_twenty_xquad_questions_in_four_languages(source, tmp_path):
     study = xprobe.run(data=str(XQUAD), languages=["en", "de", "zh", "th"], limit=20, out=tmp_path / "run")
-    assert study.manifest["counts"]["examples"] == 80
-    assert study.manifest["parity_error"] < 1e-3
+    assert study.manifest.counts.examples == 80
+    assert parity(study) < 1e-3
     assert study.stability["stability"].between(0, 1).all()

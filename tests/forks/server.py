@@ -129,7 +129,7 @@ def slow_down(folder: str, seconds: float) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
-    loading.load(loading.resolve(sys.argv[1]), xprobe.StudyConfig())  # what transformers imports only when it is used
+    loading.load(loading.resolve(sys.argv[1]))  # what transformers imports only when it is used
     pipes: dict[int, int] = {}
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:

@@ -8,6 +8,7 @@ import pytest
 from support.families import save_tiny_model
 
 import xprobe
+from xprobe.config import Execution, StudyConfig, split_options
 from xprobe.errors import XprobeError
 from xprobe.forecast import forecast
 
@@ -15,17 +16,18 @@ SMALL = {"batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6}
 
 
 def of(model, **options):
-    return forecast(xprobe.StudyConfig(model=str(model), **{**SMALL, **options}))
+    study, execution = split_options({**SMALL, **options})
+    return forecast(StudyConfig(model=str(model), **study), Execution(**execution))
 
 
 def test_it_plans_what_the_run_computes(tiny, tmp_path):
     found = of(tiny, settings=("en-x", "x-x"))
     study = xprobe.run(str(tiny), setting=("en-x", "x-x"), out=tmp_path / "run", **SMALL)
-    plan = study.manifest["plan"]
-    assert (found.way, found.tokens, found.tokens_run) == (plan["way"], plan["tokens"], plan["tokens_run"])
-    assert found.examples == study.manifest["counts"]["examples"]
-    assert [group.key for group in found.groups] == study.manifest["groups"]
-    assert (found.n_blocks, found.width) == (study.manifest["model"]["n_blocks"], study.manifest["model"]["width"])
+    plan = study.manifest.stages["states"].results["plan"]
+    assert (found.strategy, found.tokens, found.tokens_run) == (plan["strategy"], plan["tokens"], plan["tokens_run"])
+    assert found.examples == study.manifest.counts.examples
+    assert [group.key for group in found.groups] == study.manifest.groups
+    assert (found.n_blocks, found.width) == (study.manifest.model.n_blocks, study.manifest.model.width)
     shards = sum(file.stat().st_size for file in (study.path / "shards").iterdir())
     assert shards / 2 < found.disk["shards"] < shards
 

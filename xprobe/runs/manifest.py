@@ -153,12 +153,13 @@ class Manifest:
         return {name: seconds for stage in self.stages.values() for name, seconds in stage.seconds.items()}
 
 
-def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+def _known(kind: type, values: Any) -> dict[str, Any]:
+    """The entries of an object that a class has fields for; none of anything else than an object."""
     names = {f.name for f in fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
+    return {name: value for name, value in values.items() if name in names} if isinstance(values, dict) else {}
 
 
-def _entry(kind: type, values: dict[str, Any]) -> Any:
+def _entry(kind: type, values: Any) -> Any:
     return kind(**_known(kind, values))
 
 

@@ -13,7 +13,7 @@ from xprobe_cli.main import main
 
 import xprobe
 from xprobe.capture.engine import Engine
-from xprobe.config import StudyConfig
+from xprobe.config import Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect
@@ -37,8 +37,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def opened(folder: Path, **options) -> Engine:
-    config = StudyConfig(model=str(folder), **options)
-    loaded = loading.load(loading.resolve(str(folder)), config)
+    dtype = options.pop("dtype", "auto")
+    loaded = loading.load(loading.resolve(str(folder)), Execution(**options), dtype=dtype)
     return Engine(loaded.model, inspect(loaded.model), 200)
 
 
@@ -108,7 +108,7 @@ def test_what_is_written_for_weights_on_disk_goes_with_the_model(folders, tmp_pa
 def test_a_study_of_a_spread_model_is_that_of_the_model_in_memory(folders, tmp_path):
     plain = xprobe.run(str(folders["llama"]), out=tmp_path / "plain", device="cpu", **SMALL)
     spread = xprobe.run(str(folders["llama"]), out=tmp_path / "spread", device_map=MAPS["a block on disk"], **SMALL)
-    assert spread.manifest["config"]["device_map"]["model.layers.2"] == "disk"
+    assert spread.manifest.stages["states"].executions[0].options.device_map["model.layers.2"] == "disk"
     assert spread.stability.equals(plain.stability)
     again = xprobe.run(
         str(folders["llama"]), out=tmp_path / "spread", resume=True, device_map=MAPS["a block on disk"], **SMALL
@@ -128,7 +128,7 @@ def test_a_study_of_a_spread_model_is_that_of_the_model_in_memory(folders, tmp_p
 )
 def test_contradictions_are_refused_before_anything_is_loaded(options, said):
     with pytest.raises(UsageError, match=said):
-        StudyConfig(**options)
+        Execution(**options)
 
 
 def test_the_command_line_knows_the_rules(folders, tmp_path, capsys):

@@ -8,7 +8,6 @@ import torch
 from support.families import random_ids
 from support.gguf_files import BLOCKS, HEADS, WIDTH, tiny_llama, write_gguf
 
-from xprobe.config import StudyConfig
 from xprobe.errors import ModelError
 from xprobe.models import gguf, loading
 
@@ -119,9 +118,9 @@ def test_a_model_that_looks_at_later_tokens_is_refused(tmp_path):
 def test_a_rule_for_splitting_words_that_is_not_known_is_said_every_time(tmp_path, rule, said):
     path = write_gguf(tmp_path / "m.gguf", tiny_llama(), splitting=rule)
     for _ in range(2):  # converted, and from the cache
-        heard: list[str] = []
-        loading.load(loading.resolve(str(path)), StudyConfig(model=str(path)), heard)
-        assert len([message for message in heard if f"{rule!r}" in message]) == said
+        warnings: list[str] = []
+        loading.load(loading.resolve(str(path)), warnings=warnings)
+        assert len([message for message in warnings if f"{rule!r}" in message]) == said
 
 
 @pytest.mark.usefixtures("empty_cache")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES, save_tiny_model, tiny_tokenizer
+from support.runs import parity
 
-from xprobe.config import StudyConfig
+from xprobe.config import Execution, StudyConfig
 from xprobe.errors import ModelError, XprobeError
 from xprobe.forecast import forecast
 from xprobe.models import loading
@@ -29,14 +30,15 @@ def folder(tiny, tmp_path) -> Path:
 
 
 def whole(folder: Path, **options: Any) -> tuple[Any, list[str]]:
-    heard: list[str] = []
-    config = StudyConfig(model=str(folder), **options)
-    return loading.load(loading.resolve(str(folder)), config, heard).model, heard
+    warnings: list[str] = []
+    dtype = options.pop("dtype", "auto")
+    execution = Execution(**options)
+    return loading.load(loading.resolve(str(folder)), execution, dtype=dtype, warnings=warnings).model, warnings
 
 
 def streamed(folder: Path) -> tuple[Any, list[str]]:
-    heard: list[str] = []
-    return open_streamed(folder, device="cpu", heard=heard).model, heard
+    warnings: list[str] = []
+    return open_streamed(folder, device="cpu", warnings=warnings).model, warnings
 
 
 WAYS = pytest.mark.parametrize("read", [whole, streamed])
@@ -211,9 +213,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path, read):
 @WAYS
 def test_a_tensor_in_two_shards_is_refused(tmp_path, read):
     folder = save_tiny_model(tmp_path / "sharded")
-    loading.load(loading.resolve(str(folder)), StudyConfig(model=str(folder))).model.save_pretrained(
-        folder, max_shard_size="40KB"
-    )
+    loading.load(loading.resolve(str(folder))).model.save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink()
     read(folder)
     one, other, *_ = sorted(folder.glob("*.safetensors"))
@@ -268,26 +268,26 @@ def test_the_vision_tower_beside_a_text_decoder_is_left_out_and_nothing_else(tmp
 def test_a_head_that_is_tied_needs_no_tensor(tmp_path, read):
     folder = save_tiny_model(tmp_path / "tied", "llama_tied")
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    model, heard = read(folder)
+    model, warnings = read(folder)
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-    assert heard == []
+    assert warnings == []
 
 
 @WAYS
 def test_two_weights_that_config_json_calls_one_are_said(folder, read):
     configured(tie_word_embeddings=True)(folder)
-    model, heard = read(folder)
+    model, warnings = read(folder)
     stored = load_file(folder / "model.safetensors")
     assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
-    assert any("with different values" in message for message in heard)
+    assert any("with different values" in message for message in warnings)
 
 
 @WAYS
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_an_attention_of_a_package_gives_way_to_the_default(folder, tiny, attention, read):
     configured(attn_implementation=attention)(folder)
-    model, heard = read(folder)
-    assert any(attention in message for message in heard)
+    model, warnings = read(folder)
+    assert any(attention in message for message in warnings)
     assert model.config._attn_implementation in ("sdpa", "eager")
     forecast(StudyConfig(model=str(folder), limit=1, languages=("en",)))
 
@@ -348,7 +348,7 @@ def test_a_mixture_of_experts_runs_in_fp64(tmp_path):
     options = {"dtype": "float64", "languages": ["en", "de"], "limit": 2, "probes": (), "bootstrap": 20}
     one = xprobe.run(folder, out=tmp_path / "a", **options)
     other = xprobe.run(folder, out=tmp_path / "b", stream=True, **options)
-    assert one.manifest["parity_error"] < 1e-6
+    assert parity(one) < 1e-6
     together = one.layers.merge(other.layers, on=["setting", "layer", "language", "signal"])
     assert len(together) == len(one.layers)
     assert (together["value_x"] - together["value_y"]).abs().max() < 1e-6

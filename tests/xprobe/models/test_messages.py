@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from support.families import save_tiny_model
 
-from xprobe.config import StudyConfig
 from xprobe.errors import ModelError
 from xprobe.models import loading
 from xprobe.models.messages import quiet
@@ -33,7 +32,7 @@ def configure(folder: Path, **entries: Any) -> None:
 def test_a_tokenizer_that_cannot_be_read_is_named(folder, content):
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match="tokenizer"):
-        loading.load(loading.resolve(str(folder)), StudyConfig(model=str(folder)))
+        loading.load(loading.resolve(str(folder)))
 
 
 def test_a_mistral_tokenizer_with_the_wrong_rule_is_mended_and_it_is_said(tmp_path):
@@ -44,19 +43,19 @@ def test_a_mistral_tokenizer_with_the_wrong_rule_is_mended_and_it_is_said(tmp_pa
     words = json.loads((folder / "tokenizer.json").read_text())
     words["model"]["vocab"] |= {f"<filler {number}>": number for number in range(300, 100_100)}  # as large as theirs
     (folder / "tokenizer.json").write_text(json.dumps(words))
-    source, config = loading.resolve(str(folder)), StudyConfig(model=str(folder))
-    heard: list[str] = []
-    tokenizer = loading.load_tokenizer(source, config, heard)
-    assert any("used with the right one" in message for message in heard)
+    source = loading.resolve(str(folder))
+    warnings: list[str] = []
+    tokenizer = loading.load_tokenizer(source, warnings=warnings)
+    assert any("used with the right one" in message for message in warnings)
     right = AutoTokenizer.from_pretrained(folder, fix_mistral_regex=True)
     wrong = AutoTokenizer.from_pretrained(folder, fix_mistral_regex=False)
     text = "Numbers like 1234567 and CamelCaseWords'll differ."
     assert tokenizer(text)["input_ids"] == right(text)["input_ids"]
     assert right.backend_tokenizer.to_str() != wrong.backend_tokenizer.to_str()
     configure(folder, transformers_version="5.0.0")
-    heard.clear()
-    loading.load_tokenizer(source, config, heard)
-    assert heard == []
+    warnings.clear()
+    loading.load_tokenizer(source, warnings=warnings)
+    assert warnings == []
 
 
 def test_warnings_of_transformers_reach_the_run_and_its_manifest(folder, tmp_path):
@@ -66,9 +65,9 @@ def test_warnings_of_transformers_reach_the_run_and_its_manifest(folder, tmp_pat
     said: list[str] = []
     study = xprobe.run(
         folder, languages=["en", "de"], limit=2, probes=(), bootstrap=20, out=tmp_path / "run",
-        progress=lambda stage, done, total: said.append(stage),
+        progress=lambda event: said.append(str(event)),
     )  # fmt: skip
-    kept = [message for message in study.manifest["plan"]["remarks"] if "different values" in message]
+    kept = [message for message in study.manifest.warnings if "different values" in message]
     assert len(kept) == 1
     assert kept[0] in said
 
@@ -76,10 +75,10 @@ def test_warnings_of_transformers_reach_the_run_and_its_manifest(folder, tmp_pat
 def test_nothing_of_the_caller_is_changed_while_transformers_is_kept_quiet(capsys):
     logger = logging.getLogger("transformers")
     before = (logger.handlers[:], logger.level, logger.propagate)
-    heard: list[str] = []
+    collected: list[str] = []
 
     def read() -> None:
-        with quiet(heard):
+        with quiet(collected):
             logging.getLogger("transformers.models").warning("the weights\nare odd")
             logging.getLogger("transformers.models").info("nothing")
             logging.getLogger("transformers.models").warning("`torch_dtype` is deprecated! Use `dtype` instead!")
@@ -89,6 +88,6 @@ def test_nothing_of_the_caller_is_changed_while_transformers_is_kept_quiet(capsy
 
     with pytest.raises(ValueError, match="x"):
         read()
-    assert heard == ["transformers: the weights are odd", "transformers: tokens were lost"]
+    assert collected == ["transformers: the weights are odd", "transformers: tokens were lost"]
     assert (logger.handlers[:], logger.level, logger.propagate) == before
     assert capsys.readouterr().err == ""

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from support.families import save_tiny_model
+from support.runs import chosen_strategy, parity
 from xprobe_cli.main import main
 
 import xprobe
-from xprobe.config import StudyConfig
+from xprobe.config import Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import loading, tensor_parallel
 
@@ -94,7 +95,7 @@ def test_a_single_process_is_told_how_to_start_several(tiny, tmp_path, monkeypat
 @pytest.mark.parametrize("other", [{"device": "cpu"}, {"device_map": "auto"}, {"stream": True}])
 def test_each_process_takes_its_own_device(other):
     with pytest.raises(UsageError, match="tensor_parallel"):
-        StudyConfig(tensor_parallel=True, **other)
+        Execution(tensor_parallel=True, **other)
 
 
 def test_heads_that_cannot_be_dealt_out_are_refused(tiny, monkeypatch):
@@ -118,8 +119,8 @@ def test_torchrun_gives_the_results_of_one_process_in_one_folder(tiny, tmp_path)
     said = json.loads(done.stdout)  # one object: the second process says nothing
     shared = xprobe.load_study(tmp_path / "shared")
     assert said == shared.to_dict()
-    assert shared.manifest["parity_error"] < 1e-3
-    assert shared.manifest["plan"]["way"] == alone.manifest["plan"]["way"] == "tree"
+    assert parity(shared) < 1e-3
+    assert chosen_strategy(shared) == chosen_strategy(alone) == "tree"
     for column in ("readiness", "log_probability", "entropy"):
         assert abs(shared.stability[column] - alone.stability[column]).max() < 1e-4
     again = subprocess.run([*run, "--resume"], env=env, capture_output=True, text=True, timeout=120)
