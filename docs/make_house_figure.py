@@ -22,7 +22,13 @@ sys.path.insert(0, str(ROOT))
 from tests import house  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "house.png"
-GROUND = ("events", "timing", "cache", "config", "errors")  # rooms that any other may import; their arrows are not drawn
+GROUND = (
+    "events",
+    "timing",
+    "cache",
+    "config",
+    "errors",
+)  # rooms that any other may import; their arrows are not drawn
 # from left to right, so that few arrows cross; heights are computed
 COLUMNS = {
     "models": 0, "capture": 0, "lenses": 0, "qa": 1, "phases": 2, "probes": 2, "runs": 3, "results": 3, "doctor": 4,
@@ -76,9 +82,7 @@ def places(graph: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
     """Centre of every room: the imports give its height, ``COLUMNS`` where it stands from left to right."""
     middle = (max(COLUMNS.values()) + 1) / 2
     side = WIDTH / (max(COLUMNS.values()) + 1)
-    return {
-        room: (side * (COLUMNS.get(room, middle) + 0.5), FLOOR * floor) for room, floor in floors(graph).items()
-    }
+    return {room: (side * (COLUMNS.get(room, middle) + 0.5), FLOOR * floor) for room, floor in floors(graph).items()}
 
 
 def box(axes: Axes, x: float, y: float, text: str, kind: str, half_width: float = HALF_WIDTH) -> None:
@@ -110,7 +114,7 @@ def main() -> None:
     box(axes, WIDTH / 2, top + FLOOR, "xprobe_cli: commands, options, what is printed", "package", WIDTH / 2)
     for number, room in enumerate(GROUND):
         box(axes, WIDTH * (number + 0.5) / len(GROUND), -FLOOR, room, "ground")
-    axes.text(WIDTH / 2, -FLOOR + 0.3, "any room may import these", ha="center", color=QUIET, fontsize=9)
+    axes.text(WIDTH / 2, -FLOOR + 0.3, "imported from many places", ha="center", color=QUIET, fontsize=9)
     kernels = "xprobe_kernels: lens, capture, attention; tensors in, tensors out"
     box(axes, WIDTH / 2, -2 * FLOOR, kernels, "package", WIDTH / 2)
     axes.set(xlim=(-0.1, WIDTH + 0.1), ylim=(-2 * FLOOR - 0.4, top + FLOOR + 0.4))

@@ -44,7 +44,7 @@ ABOUT = {
     "models": "loading, finding blocks and head, parity check, models larger than memory",
     "qa": "questions: readers, the built-in set, templates, prompts",
     "probes": "scikit-learn probes, their controls, their training",
-    "phases": "signals, retrieval onsets, S(l), alpha, bootstrap: numpy alone",
+    "phases": "signals, retrieval onsets, S(l), alpha, bootstrap; numbers in, numbers out",
     "runs": "the run folder: manifest, shards, journal, lock",
     "events": "what a run reports while it works: `Stage`, `Step`, `Note`",
     "timing": "stopwatch",
