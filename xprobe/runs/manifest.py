@@ -127,7 +127,9 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("study", "stages", "other")}
-        plain = {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in values.items()}
+        plain = {
+            name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in values.items()
+        }
         stages = {name: _stage_to_dict(stage) for name, stage in self.stages.items()}
         return {**plain, "study": self.study.to_dict(), "stages": stages, **self.other}
 
@@ -164,9 +166,7 @@ def _entry(kind: type, values: Any) -> Any:
 
 
 def _stage_to_dict(stage: StageEntry) -> dict[str, Any]:
-    parts = [
-        {**asdict(part), "options": part.options.to_dict()} for part in stage.executions
-    ]
+    parts = [{**asdict(part), "options": part.options.to_dict()} for part in stage.executions]
     return {**asdict(stage), "executions": parts}
 
 

@@ -212,8 +212,8 @@ _COUNTS = Entries({
     "bad_records": Every(COUNT),
 })  # fmt: skip
 _MODEL: dict[str, Rule] = {
-    "kind": TEXT, "location": TEXT, "identity": MAYBE_TEXT, "type": TEXT, "dtype": TEXT, "window": MAYBE, "modules": Every(TEXT),
-    "head_sha256": TEXT, "scale": NUMBER, "softcap": MAYBE,
+    "kind": TEXT, "location": TEXT, "identity": MAYBE_TEXT, "type": TEXT, "dtype": TEXT, "window": MAYBE,
+    "modules": Every(TEXT), "head_sha256": TEXT, "scale": NUMBER, "softcap": MAYBE,
 }  # fmt: skip
 _IDENTITY: dict[str, Rule] = {
     "status": STATUS,
@@ -226,7 +226,9 @@ _CARRIED: dict[str, Rule] = {"created": TEXT}
 _NEEDED = ("seed", "bootstrap", "permutations", "settings", "store_rows")
 
 # what `--resume` relies on; the rest it can write again
-IDENTITY = Entries(_IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED}, Entries(_STAGE))})
+IDENTITY = Entries(
+    _IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED}, Entries(_STAGE))}
+)
 FINISHED = Entries(
     {
         **_IDENTITY,

@@ -136,7 +136,7 @@ def test_a_manifest_of_another_format_is_refused_with_both_numbers(number: Any, 
 
 def test_a_manifest_without_a_format_is_refused(folder: RunFolder) -> None:
     (folder.path / MANIFEST).write_text('{"status": "done"}')
-    with pytest.raises(RunFolderError, match="format None.* read it with the version that wrote it"):
+    with pytest.raises(RunFolderError, match=r"format None.* read it with the version that wrote it"):
         folder.read_run()
 
 

@@ -19,7 +19,7 @@ from xprobe_cli.tables import study_report
 import xprobe
 from xprobe import results
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs.folder import MANIFEST, RunFolder
+from xprobe.runs.folder import LAYERS, MANIFEST, RunFolder
 from xprobe.runs.schema import COUNT, Entries, Every, Items, complaint, whole
 from xprobe.stages import probes, states
 from xprobe.study import train_probes
@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 MISSING = "missing"
 SETTINGS = ("stages", "phases", "results", "settings")
+STATES, TRAINED = ("stages", "states"), ("stages", "probes", "results", "trained")
 WRONG = (MISSING, None, "six", -1, True, 10**30, 1.5, float("nan"), [], {}, [1], {"x": 5})
 Place = tuple[Any, ...]
 
@@ -180,8 +181,8 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         (("model", "vocab_size"), 1, "entry model.vocab_size must be a whole number from 2 "),
         (("model",), None, "entry model must be an object, is null"),
         (("stages", "phases"), MISSING, "entry stages.phases must be an object, is missing"),
-        (("stages", "probes", "results", "trained", "language", "folds"), 1, "trained.language.folds must be a whole number from 2 "),
-        (("stages", "phases", "tables", "layers.parquet"), "ab", "entry stages.phases.tables.layers.parquet must be a SHA-256 in hexadecimal, is "),
+        ((*TRAINED, "language", "folds"), 1, "trained.language.folds must be a whole number from 2 "),
+        ((*SETTINGS[:2], "tables", LAYERS), "ab", "phases.tables.layers.parquet must be a SHA-256 in hexadecimal, is "),
         (("groups",), ["a", "a"], "entry groups must be a list of different texts that is not empty, is "),
         (("groups", 0), 5, "entry groups must be a list of different texts"),
         ((*SETTINGS,), {}, "entry stages.phases.results.settings must be an object that is not empty, is {}"),
@@ -192,8 +193,8 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         (("counts", "skipped"), [], "entry counts.skipped must be an object, is []"),
         (("left_out", "records"), "all", "entry left_out.records must be a list of texts, is"),
         (("stages", "states", "warnings"), 5, "entry stages.states.warnings must be a list of texts, is 5"),
-        (("stages", "states", "seconds", "load"), -1, "entry stages.states.seconds.load must be a number of at least 0, is -1"),
-        (("stages", "states", "results", "parity_error"), None, "entry stages.states.results.parity_error must be a number of at least 0, is null"),
+        ((*STATES, "seconds", "load"), -1, "states.seconds.load must be a number of at least 0, is -1"),
+        ((*STATES, "results", "parity_error"), None, "parity_error must be a number of at least 0, is null"),
         (("status",), "over", 'entry status must be "running" or "done", is "over"'),
         (("template_sha256",), 5, "entry template_sha256 must be text, is 5"),
     ],
