@@ -18,12 +18,13 @@ COPIED = ("xprobe", "kernels", "cli", "tests", "pyproject.toml")
 
 # walk-through -> tests that must pass, beside those that it adds
 MORE_TESTS = {
+    "Add a probe": (),
     "Add a stage": (),
     "Add a data reader": (),
     "Add a lens backend": ("tests/kernels/test_lens.py",),
     "Add a model family whose head is unusual": (),
 }
-CHOSEN = "lengths or tsv or exponential or (cpu-double and (norm or one))"  # pytest -k, of the tests in all these files
+CHOSEN = "lengths or length_of_the_answer or tsv or exponential or (cpu-double and (norm or one))"  # pytest -k, of the tests in all these files
 
 
 @dataclass(frozen=True)
