@@ -1,0 +1,1 @@
+"""The run folder: files, journal, lock and manifest. Knows no stage."""

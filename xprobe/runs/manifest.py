@@ -1,0 +1,177 @@
+"""The manifest of a run: what it measures, how each stage was computed, and what each stage found.
+
+``manifest.json`` is the one place that says what a run folder holds. This module is the one place that gives it a form;
+``xprobe.runs.schema`` checks a file before it is read, ``xprobe.runs.folder`` reads and writes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from xprobe.config import Execution, StudyConfig
+
+FORMAT = 2  # raised when older readers would misread a run folder
+
+
+@dataclass
+class ModelEntry:
+    """The model: which files, which shape, and where its parts are."""
+
+    name: str = ""
+    kind: str = ""
+    location: str = ""
+    files_sha256: str = ""
+    identity: str | None = None  # for a model in memory: what the checksum was taken of
+    type: str = ""
+    n_blocks: int = 0
+    width: int = 0
+    vocab_size: int = 0
+    dtype: str = ""
+    window: int | None = None
+    modules: dict[str, str] = field(default_factory=dict)
+    head_sha256: str = ""
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass
+class DataEntry:
+    """The questions: which files, and the checksum of what was read of them."""
+
+    name: str = ""
+    files: list[str] = field(default_factory=list)
+    files_sha256: str = ""
+
+
+@dataclass
+class ExecutionEntry:
+    """How one part of a stage was computed: options, the device they led to, and the versions at work.
+
+    ``shards`` counts what this part wrote, where the stage writes shards.
+    """
+
+    options: Execution = field(default_factory=Execution)
+    device: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    shards: int = 0
+
+    def same_as(self, other: ExecutionEntry) -> bool:
+        """Whether two parts were computed alike, whatever they wrote."""
+        return (self.options, self.device, self.environment) == (other.options, other.device, other.environment)
+
+
+@dataclass
+class StageEntry:
+    """One stage: how it was computed, how long it took, the tables that it wrote, and what it found.
+
+    Attributes
+    ----------
+    executions : list of ExecutionEntry
+        One for each part that was computed differently, in order.
+    seconds : dict of str to float
+        Seconds of its steps.
+    warnings : list of str
+    tables : dict of str to str
+        SHA-256 of each table, by file name.
+    results : dict
+        What the stage found, in plain values; docs/run-folder.md describes it for each stage.
+    """
+
+    executions: list[ExecutionEntry] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    tables: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Counts:
+    """Examples, answer tokens, languages and paragraphs; what was left out, by its reason."""
+
+    examples: int = 0
+    answer_tokens: int = 0
+    languages: int = 0
+    paragraphs: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    bad_records: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Manifest:
+    """All of ``manifest.json``. ``other`` keeps entries that this version does not know.
+
+    Examples
+    --------
+    >>> manifest = Manifest(study=StudyConfig(seed=3))
+    >>> Manifest.from_dict(manifest.to_dict()).study.seed
+    3
+    """
+
+    format: int = FORMAT
+    status: str = "running"  # or "done"
+    created: str = ""
+    study: StudyConfig = field(default_factory=StudyConfig)
+    model: ModelEntry = field(default_factory=ModelEntry)
+    data: DataEntry = field(default_factory=DataEntry)
+    template_sha256: str = ""
+    selection: dict[str, Any] = field(default_factory=dict)
+    prompt: dict[str, Any] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    groups: list[str] = field(default_factory=list)
+    total_seconds: float = 0.0
+    stages: dict[str, StageEntry] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("study", "stages", "other")}
+        plain = {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in values.items()}
+        stages = {name: _stage_to_dict(stage) for name, stage in self.stages.items()}
+        return {**plain, "study": self.study.to_dict(), "stages": stages, **self.other}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Manifest:
+        """The inverse of ``to_dict``. The values are to be checked before (``xprobe.runs.schema``)."""
+        own = {f.name for f in fields(cls)} - {"other"}
+        known = {name: value for name, value in values.items() if name in own}
+        for name, kind in (("model", ModelEntry), ("data", DataEntry), ("counts", Counts)):
+            known[name] = _entry(kind, known.get(name, {}))
+        known["study"] = StudyConfig.from_dict(_known(StudyConfig, known.get("study", {})))
+        known["stages"] = {name: _stage_from_dict(stage) for name, stage in known.get("stages", {}).items()}
+        return cls(**known, other={name: value for name, value in values.items() if name not in own})
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings of all stages, in order."""
+        return [warning for stage in self.stages.values() for warning in stage.warnings]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every step of every stage."""
+        return {name: seconds for stage in self.stages.values() for name, seconds in stage.seconds.items()}
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _entry(kind: type, values: dict[str, Any]) -> Any:
+    return kind(**_known(kind, values))
+
+
+def _stage_to_dict(stage: StageEntry) -> dict[str, Any]:
+    parts = [
+        {**asdict(part), "options": part.options.to_dict()} for part in stage.executions
+    ]
+    return {**asdict(stage), "executions": parts}
+
+
+def _stage_from_dict(values: dict[str, Any]) -> StageEntry:
+    parts = []
+    for part in values.get("executions", []):
+        options = Execution.from_dict(_known(Execution, part.get("options", {})))
+        parts.append(ExecutionEntry(**{**_known(ExecutionEntry, part), "options": options}))
+    return StageEntry(**{**_known(StageEntry, values), "executions": parts})
