@@ -200,8 +200,8 @@ class Execution:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_least("batch_tokens", self.batch_tokens, 1)
-        if self.jobs != -1:
-            _check_least("jobs", self.jobs, 1)
+        if self.jobs != -1 and (isinstance(self.jobs, bool) or not isinstance(self.jobs, int) or self.jobs < 1):
+            raise UsageError(f"jobs must be -1 (one per core) or a whole number of at least 1, got {self.jobs!r}")
         self._check_devices()
 
     def _check_devices(self) -> None:

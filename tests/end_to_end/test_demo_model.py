@@ -52,8 +52,9 @@ def test_lens_equals_transformers_own_modules_at_every_layer(loaded):
     (group,) = group_requests(requests(prompts))
     captured = Engine(model, anatomy, batch_tokens=4096).capture(group.requests)
     values = readout(captured, prompts, anatomy.head)
-    for at, prompt in enumerate(prompts):
-        rows = slice(int(captured.offsets[at]), int(captured.offsets[at + 1]))
+    offsets = captured.offsets["answer"].tolist()
+    for start, stop, prompt in zip(offsets, offsets[1:], prompts, strict=False):
+        rows = slice(start, stop)
         with torch.inference_mode():
             out = model(torch.tensor([prompt.ids]), output_hidden_states=True)
             positions = list(prompt.answer_positions)
@@ -192,11 +193,12 @@ def test_the_main_job_on_the_built_in_set(source, tmp_path, capsys):
     assert main(["run", "--languages", "en,zh", "--limit", "3", "--out", str(tmp_path / "run"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["parity_error"] < 1e-3
-    layers = result["layers"]
+    found = result["settings"]["en-x"]
+    layers = found["layers"]
     assert len(layers) == 31
     # the gold answer is far more ready at the end than anywhere in the first half
     assert layers[-1]["readiness"] > 0.6 > max(layer["readiness"] for layer in layers[:15])
-    assert 15 < result["boundary"]["value"] < 30
+    assert 15 < found["boundary"]["value"] < 30
 
 
 @needs_xquad

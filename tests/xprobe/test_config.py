@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from xprobe.config import DTYPES, SETTINGS, SIGNALS, StudyConfig
+from xprobe.config import DTYPES, SETTINGS, Execution, StudyConfig, split_options
 from xprobe.errors import UsageError, XprobeError
 
 FULL = StudyConfig(
@@ -19,18 +19,15 @@ FULL = StudyConfig(
     limit=7,
     template="plain",
     dtype="bfloat16",
-    device="cpu",
     strict=True,
     seed=11,
     bootstrap=50,
     permutations=20,
     signals=("readiness",),
     probes=("language",),
-    batch_tokens=1,
-    backend="torch",
-    trust_remote_code=True,
-    allow_pickle=True,
 )
+
+HOW = Execution(device="cpu", batch_tokens=1, backend="torch", jobs=3, trust_remote_code=True, allow_pickle=True)
 
 
 def test_the_default_configuration_is_valid() -> None:
@@ -38,8 +35,8 @@ def test_the_default_configuration_is_valid() -> None:
     assert config.settings == ("en-x",)
     assert config.languages is None
     assert config.limit is None
-    assert not config.trust_remote_code
-    assert not config.allow_pickle
+    assert not Execution().trust_remote_code
+    assert not Execution().allow_pickle
 
 
 def test_a_configuration_never_changes() -> None:
@@ -94,7 +91,6 @@ REFUSED = {
     "no draws": ({"bootstrap": 0}, r"bootstrap must be a whole number of at least 1, got 0"),
     "draws a float": ({"bootstrap": 100.0}, r"bootstrap must be .* got 100\.0"),
     "too few permutations": ({"permutations": 19}, r"permutations must be a whole number of at least 20, got 19"),
-    "no tokens": ({"batch_tokens": 0}, r"batch_tokens must be a whole number of at least 1, got 0"),
     "seed negative": ({"seed": -1}, r"seed must be a whole number of at least 0, got -1"),
     "seed a bool": ({"seed": False}, r"seed must be .* got False"),
     "seed missing": ({"seed": None}, r"seed must be .* got None"),
@@ -109,10 +105,26 @@ def test_what_makes_no_sense_is_refused_by_name_and_value(options: dict[str, Any
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("signal", [name for name, ready in SIGNALS.items() if not ready])
-def test_a_signal_that_is_not_computed_yet_is_refused_with_those_that_are(signal: str) -> None:
-    with pytest.raises(UsageError, match=rf"signal '{signal}' is not computed by this version; available: readiness"):
-        StudyConfig(signals=("readiness", signal))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_tokens": 0}, "batch_tokens must be a whole number of at least 1, got 0"),
+        ({"batch_tokens": True}, "batch_tokens must be .* got True"),
+        ({"jobs": 0}, r"jobs must be -1 \(one per core\) or a whole number of at least 1, got 0"),
+        ({"jobs": -2}, "jobs must be .* got -2"),
+    ],
+)
+def test_an_execution_that_makes_no_sense_is_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Execution(**options)
+
+
+def test_options_are_told_apart_and_unknown_ones_are_named() -> None:
+    assert split_options({"seed": 3, "device": "cpu", "limit": 2}) == ({"seed": 3, "limit": 2}, {"device": "cpu"})
+    with pytest.raises(UsageError, match=r"unknown option 'sed'; known: .*seed"):
+        split_options({"sed": 3})
+    what, how = ({f.name for f in dataclasses.fields(kind)} for kind in (StudyConfig, Execution))
+    assert not what & how
 
 
 @pytest.mark.parametrize(
@@ -123,7 +135,6 @@ def test_a_signal_that_is_not_computed_yet_is_refused_with_those_that_are(signal
         {"paragraphs": 1, "questions_per_paragraph": 1},
         {"bootstrap": 1},
         {"permutations": 20},
-        {"batch_tokens": 1},
         {"seed": 0},
         {"settings": tuple(SETTINGS)},
     ]
@@ -148,15 +159,17 @@ def test_lists_become_tuples_and_repeats_are_dropped_in_order() -> None:
 # -- to and from plain values ---------------------------------------------------------------------------------------
 
 
-SPREAD = StudyConfig(device_map={"model.embed_tokens": 0, "model.layers": "cpu", "lm_head": "disk"})
+SPREAD = Execution(device_map={"model.embed_tokens": 0, "model.layers": "cpu", "lm_head": "disk"})
 
 
-@pytest.mark.parametrize("config", [StudyConfig(), FULL, SPREAD], ids=["default", "full", "spread"])
-def test_a_configuration_survives_the_way_through_json(config: StudyConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [StudyConfig(), FULL, Execution(), HOW, SPREAD], ids=["default", "full", "execution", "how", "spread"]
+)
+def test_a_configuration_comes_back_from_json(config: StudyConfig | Execution) -> None:
     values = config.to_dict()
-    assert list(values) == [field.name for field in dataclasses.fields(StudyConfig)]
+    assert list(values) == [field.name for field in dataclasses.fields(config)]
     assert json.loads(json.dumps(values)) == values
-    again = StudyConfig.from_dict(json.loads(json.dumps(values)))
+    again = type(config).from_dict(json.loads(json.dumps(values)))
     assert again == config
     assert hash(again) == hash(config)
     assert again.to_dict() == values
@@ -164,9 +177,10 @@ def test_a_configuration_survives_the_way_through_json(config: StudyConfig) -> N
 
 def test_every_field_of_the_full_example_differs_from_its_default() -> None:
     same = [f.name for f in dataclasses.fields(StudyConfig) if getattr(FULL, f.name) == getattr(StudyConfig(), f.name)]
-    # probes need rows; device_map, tensor_parallel and stream exclude a device; the last two exclude a limit
-    excluded = {"store_rows", "device_map", "tensor_parallel", "stream", "paragraphs", "questions_per_paragraph"}
-    assert set(same) == excluded
+    # probes need rows; the last two exclude a limit
+    assert set(same) == {"store_rows", "paragraphs", "questions_per_paragraph"}
+    same = [f.name for f in dataclasses.fields(Execution) if getattr(HOW, f.name) == getattr(Execution(), f.name)]
+    assert set(same) == {"device_map", "tensor_parallel", "stream"}  # they exclude a device
 
 
 def test_all_that_can_be_is_computed_unless_asked_otherwise() -> None:
@@ -202,11 +216,17 @@ def test_changing_the_plain_values_does_not_reach_back() -> None:
 @pytest.mark.parametrize("value", ["all", None, 1, []])
 def test_switches_are_true_or_false(name, value):
     with pytest.raises(UsageError, match=f"{name} must be True or False"):
-        StudyConfig(**{name: value})
+        configuration(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["model", "data", "template", "dtype", "device", "backend"])
 @pytest.mark.parametrize("value", [None, 3, b"x", ["a"]])
 def test_names_are_text(name, value):
     with pytest.raises(UsageError, match=f"{name} must be text"):
-        StudyConfig(**{name: value})
+        configuration(**{name: value})
+
+
+def configuration(**options: Any) -> None:
+    study, execution = split_options(options)
+    StudyConfig(**study)
+    Execution(**execution)

@@ -18,10 +18,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from xprobe.runs import journal
-from xprobe.runs.disk import PART, REPLACED, checksum, entries, expect, make_folder, read_file, replacing, sync, what_is, writing
 from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError, UsageError
+from xprobe.runs import journal
+from xprobe.runs.disk import (
+    PART,
+    REPLACED,
+    checksum,
+    entries,
+    expect,
+    make_folder,
+    read_file,
+    replacing,
+    sync,
+    what_is,
+    writing,
+)
 from xprobe.runs.lock import LOCK
 from xprobe.runs.manifest import FORMAT, Manifest
 from xprobe.runs.schema import finished_complaint, identity_complaint

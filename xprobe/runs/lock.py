@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from xprobe.runs.disk import expect, make_folder, writing
 from xprobe.errors import UsageError
+from xprobe.runs.disk import expect, make_folder, writing
 
 try:
     import fcntl

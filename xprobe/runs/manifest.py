@@ -127,7 +127,9 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("study", "stages", "other")}
-        plain = {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in values.items()}
+        plain = {
+            name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in values.items()
+        }
         stages = {name: _stage_to_dict(stage) for name, stage in self.stages.items()}
         return {**plain, "study": self.study.to_dict(), "stages": stages, **self.other}
 
@@ -153,19 +155,18 @@ class Manifest:
         return {name: seconds for stage in self.stages.values() for name, seconds in stage.seconds.items()}
 
 
-def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+def _known(kind: type, values: Any) -> dict[str, Any]:
+    """The entries of an object that a class has fields for; none of anything else than an object."""
     names = {f.name for f in fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
+    return {name: value for name, value in values.items() if name in names} if isinstance(values, dict) else {}
 
 
-def _entry(kind: type, values: dict[str, Any]) -> Any:
+def _entry(kind: type, values: Any) -> Any:
     return kind(**_known(kind, values))
 
 
 def _stage_to_dict(stage: StageEntry) -> dict[str, Any]:
-    parts = [
-        {**asdict(part), "options": part.options.to_dict()} for part in stage.executions
-    ]
+    parts = [{**asdict(part), "options": part.options.to_dict()} for part in stage.executions]
     return {**asdict(stage), "executions": parts}
 
 

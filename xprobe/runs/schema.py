@@ -212,25 +212,23 @@ _COUNTS = Entries({
     "bad_records": Every(COUNT),
 })  # fmt: skip
 _MODEL: dict[str, Rule] = {
-    "kind": TEXT, "location": TEXT, "identity": MAYBE_TEXT, "type": TEXT, "n_blocks": whole(0, 10**6),
-    "width": whole(0, 10**9), "vocab_size": COUNT, "dtype": TEXT, "window": MAYBE, "modules": Every(TEXT),
-    "head_sha256": TEXT, "scale": NUMBER, "softcap": MAYBE,
+    "kind": TEXT, "location": TEXT, "identity": MAYBE_TEXT, "type": TEXT, "dtype": TEXT, "window": MAYBE,
+    "modules": Every(TEXT), "head_sha256": TEXT, "scale": NUMBER, "softcap": MAYBE,
 }  # fmt: skip
 _IDENTITY: dict[str, Rule] = {
     "status": STATUS,
     "study": Entries({}, _STUDY),
-    "model": Entries({"name": TEXT, "files_sha256": TEXT}, _MODEL),
+    "model": Entries({"name": TEXT, "files_sha256": TEXT}, {"dtype": TEXT}),
     "data": Entries({"name": TEXT, "files": TEXTS, "files_sha256": TEXT}),
     "template_sha256": TEXT,
 }
-_CARRIED: dict[str, Rule] = {
-    "created": TEXT, "selection": Entries({}), "prompt": Entries({}), "counts": _COUNTS, "left_out": Every(TEXTS),
-    "groups": TEXTS, "total_seconds": SECONDS,
-}  # fmt: skip
+_CARRIED: dict[str, Rule] = {"created": TEXT}
 _NEEDED = ("seed", "bootstrap", "permutations", "settings", "store_rows")
 
 # what `--resume` relies on; the rest it can write again
-IDENTITY = Entries(_IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED}, Entries(_STAGE))})
+IDENTITY = Entries(
+    _IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED}, Entries(_STAGE))}
+)
 FINISHED = Entries(
     {
         **_IDENTITY,
@@ -252,7 +250,7 @@ FINISHED = Entries(
             Entries(_STAGE),
         ),
     },
-    _CARRIED,
+    {**_CARRIED, "selection": Entries({}), "prompt": Entries({}), "total_seconds": SECONDS},
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ def test_warnings_of_transformers_reach_the_run_and_its_manifest(folder, tmp_pat
 def test_nothing_of_the_caller_is_changed_while_transformers_is_kept_quiet(capsys):
     logger = logging.getLogger("transformers")
     before = (logger.handlers[:], logger.level, logger.propagate)
-    warnings: list[str] = []
+    collected: list[str] = []
 
     def read() -> None:
-        with quiet(warnings):
+        with quiet(collected):
             logging.getLogger("transformers.models").warning("the weights\nare odd")
             logging.getLogger("transformers.models").info("nothing")
             logging.getLogger("transformers.models").warning("`torch_dtype` is deprecated! Use `dtype` instead!")
@@ -87,6 +88,6 @@ def test_nothing_of_the_caller_is_changed_while_transformers_is_kept_quiet(capsy
 
     with pytest.raises(ValueError, match="x"):
         read()
-    assert warnings == ["transformers: the weights are odd", "transformers: tokens were lost"]
+    assert collected == ["transformers: the weights are odd", "transformers: tokens were lost"]
     assert (logger.handlers[:], logger.level, logger.propagate) == before
     assert capsys.readouterr().err == ""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from xprobe.runs.disk import check_writable, checksum, make_folder, sync
 from xprobe.errors import RunFolderError, UsageError
+from xprobe.runs.disk import check_writable, checksum, make_folder, sync
 from xprobe.runs.folder import RunFolder
 
 

@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
+from xprobe.config import Execution, StudyConfig
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs.folder import FORMAT, JOURNAL, LAYERS, MANIFEST, SHARDS, RunFolder
+from xprobe.runs.folder import JOURNAL, LAYERS, MANIFEST, SHARDS, RunFolder
+from xprobe.runs.manifest import FORMAT, ExecutionEntry, Manifest, StageEntry
 
 GROUPS = ("en-x/en/a000p000", "en-x/en/a000p001", "x-x/de/a000p000")
 
@@ -68,10 +70,10 @@ def test_create_refuses_a_folder_that_holds_something(tmp_path: Path) -> None:
 
 
 def test_create_refuses_a_run_unless_it_is_resumed(folder: RunFolder) -> None:
-    folder.write_manifest({"format": FORMAT})
+    folder.write_manifest(Manifest(study=StudyConfig(seed=5)))
     with pytest.raises(UsageError, match="is not empty"):
         RunFolder.create(folder.path)
-    assert RunFolder.create(folder.path, resume=True).read_manifest() == {"format": FORMAT}
+    assert RunFolder.create(folder.path, resume=True).read_run().study.seed == 5
 
 
 def test_resume_refuses_a_folder_that_holds_no_run(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_resume_where_nothing_was_begun_begins(exists: bool, tmp_path: Path) -> 
         (tmp_path / "run").mkdir()
     folder = RunFolder.create(tmp_path / "run", resume=True)
     assert (folder.path / SHARDS).is_dir()
-    assert folder.read_manifest() == {}
+    assert not folder.has_manifest()
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -108,7 +110,7 @@ def test_open_takes_only_a_folder_with_a_manifest(folder: RunFolder) -> None:
         RunFolder.open(folder.path)
     with pytest.raises(UsageError, match="is not a run folder"):
         RunFolder.open(folder.path / "nowhere")
-    folder.write_manifest({"format": FORMAT})
+    folder.write_manifest(Manifest())
     assert RunFolder.open(folder.path) == folder
 
 
@@ -116,31 +118,33 @@ def test_open_takes_only_a_folder_with_a_manifest(folder: RunFolder) -> None:
 
 
 def test_a_manifest_comes_back_as_it_was_written(folder: RunFolder) -> None:
-    manifest = {"format": FORMAT, "config": {"languages": None}, "note": "Köln 塔", "timings": {"load": 1.25}}
+    entry = StageEntry([ExecutionEntry(Execution(device="cpu"), "cpu", {}, 3)], {"load": 1.25})
+    manifest = Manifest(stages={"states": entry}, other={"note": "Köln 塔"})
     folder.write_manifest(manifest)
-    assert folder.read_manifest() == manifest
+    assert folder.read_run() == manifest
     assert "Köln 塔" in (folder.path / MANIFEST).read_text(encoding="utf-8")
-    assert RunFolder(folder.path / "other").read_manifest() == {}
+    assert not RunFolder(folder.path / "other").has_manifest()
 
 
 @pytest.mark.parametrize("number", [0, FORMAT + 1, None, str(FORMAT)])
 def test_a_manifest_of_another_format_is_refused_with_both_numbers(number: Any, folder: RunFolder) -> None:
-    folder.write_manifest({"format": number})
-    with pytest.raises(RunFolderError, match=rf"of run format {number}, this version of xprobe reads format {FORMAT}"):
-        folder.read_manifest()
+    (folder.path / MANIFEST).write_text(json.dumps({"format": number, "environment": {"xprobe": "0.0.9"}}))
+    with pytest.raises(RunFolderError, match=rf"of run format {number}, this version of xprobe reads format {FORMAT}: "
+                       "read it with xprobe 0.0.9, which wrote it, or start the run in a new folder"):  # fmt: skip
+        folder.read_run()
 
 
 def test_a_manifest_without_a_format_is_refused(folder: RunFolder) -> None:
-    folder.write_manifest({"status": "done"})
-    with pytest.raises(RunFolderError, match="format"):
-        folder.read_manifest()
+    (folder.path / MANIFEST).write_text('{"status": "done"}')
+    with pytest.raises(RunFolderError, match=r"format None.* read it with the version that wrote it"):
+        folder.read_run()
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 1, "conf', b"[]", b"null", b"\xff\xfe", b"1"])
+@pytest.mark.parametrize("content", [b"", b'{"format": 2, "stud', b"[]", b"null", b"\xff\xfe", b"1"])
 def test_a_broken_manifest_is_an_error_that_names_it(content: bytes, folder: RunFolder) -> None:
     (folder.path / MANIFEST).write_bytes(content)
     with pytest.raises(RunFolderError, match=re.escape(str(folder.path / MANIFEST))):
-        folder.read_manifest()
+        folder.read_run()
 
 
 # -- atomic writes --------------------------------------------------------------------------------------------------
@@ -187,7 +191,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(folder: RunFolder) -> None
 def test_bytes_and_shards_that_fail_leave_no_part_and_no_journal_line(
     step: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.write_manifest({"format": FORMAT, "status": "running"})
+    folder.write_manifest(Manifest())
     (name,) = [fill(folder)[0]]
     before = {file: (folder.path / file).read_bytes() for file in everything(folder.path)}
 
@@ -199,7 +203,7 @@ def test_bytes_and_shards_that_fail_leave_no_part_and_no_journal_line(
 
     monkeypatch.setattr(Path, step, fail)
     with pytest.raises(RunFolderError):
-        folder.write_manifest({"format": FORMAT, "status": "done"})
+        folder.write_manifest(Manifest(status="done"))
     with pytest.raises(RunFolderError):
         folder.write_shard(GROUPS[0], tensors(9), {})
     with pytest.raises(RunFolderError):
@@ -207,11 +211,11 @@ def test_bytes_and_shards_that_fail_leave_no_part_and_no_journal_line(
     monkeypatch.undo()
     assert {file: (folder.path / file).read_bytes() for file in everything(folder.path)} == before
     assert name in folder.finished_shards()
-    assert folder.read_manifest()["status"] == "running"
+    assert folder.read_run().status == "running"
 
 
 def test_whole_writes_leave_no_part_either(folder: RunFolder) -> None:
-    folder.write_manifest({"format": FORMAT})
+    folder.write_manifest(Manifest())
     names = fill(folder)
     folder.write_table(LAYERS, pd.DataFrame({"layer": [0]}))
     folder.write_bytes("report.html", b"<html>")

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import xprobe
-from xprobe.runs import lock as locks
 from xprobe.errors import RunFolderError, UsageError
+from xprobe.runs import lock as locks
 from xprobe.runs.lock import LOCK, FolderLock
 
 fcntl = pytest.importorskip("fcntl")
@@ -220,8 +220,8 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_flock")
 def test_without_locks_it_says_so_and_still_notices_processes_of_this_machine(tmp_path: Path) -> None:
     with FolderLock(tmp_path) as held:
-        assert held.remark is not None
-        assert f"the file system of {tmp_path} has no locks" in held.remark
+        assert held.warning is not None
+        assert f"the file system of {tmp_path} has no locks" in held.warning
         refused = in_a_fork(lambda: take(tmp_path))
         assert f"by process {os.getpid()} on" in refused
         assert f"remove {tmp_path / LOCK}" in refused
@@ -236,7 +236,7 @@ def test_without_locks_it_says_so_and_still_notices_processes_of_this_machine(tm
 @pytest.mark.usefixtures("without_flock")
 def test_a_run_without_locks_says_so_and_goes_on(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, progress=lambda stage, *_: said.append(stage))
+    xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, progress=lambda event: said.append(str(event)))
     assert "has no locks" in said[0]
 
 

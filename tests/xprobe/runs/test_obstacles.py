@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> Path:
     out = shutil.copytree(finished, tmp_path / "run")
     folder = RunFolder(out)
-    folder.write_manifest({**folder.read_manifest(), "status": request.param})
+    folder.write_manifest(replace(folder.read_run(), status=request.param))
     return out
 
 

@@ -13,22 +13,24 @@ import pandas as pd
 import pytest
 from xprobe_cli.main import main
 from xprobe_cli.probe_tables import probe_report
-from xprobe_cli.run import remarks
+from xprobe_cli.run import warnings
 from xprobe_cli.tables import study_report
 
 import xprobe
 from xprobe import results
-from xprobe.stages import phases
-from xprobe.stages.phases import retrain
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs.schema import COUNT, Entries, Every, complaint, whole
-from xprobe.runs.folder import MANIFEST, RunFolder
+from xprobe.runs.folder import LAYERS, MANIFEST, RunFolder
+from xprobe.runs.schema import COUNT, Entries, Every, Items, complaint, whole
+from xprobe.stages import probes, states
+from xprobe.study import train_probes
 
 OPTIONS: dict[str, Any] = {
     "setting": ("en-x", "x-x"), "languages": ("en", "de"), "limit": 6, "bootstrap": 20, "permutations": 20,
     "probes": ("language",),
 }  # fmt: skip
 MISSING = "missing"
+SETTINGS = ("stages", "phases", "results", "settings")
+STATES, TRAINED = ("stages", "states"), ("stages", "probes", "results", "trained")
 WRONG = (MISSING, None, "six", -1, True, 10**30, 1.5, float("nan"), [], {}, [1], {"x": 5})
 Place = tuple[Any, ...]
 
@@ -73,18 +75,27 @@ def read_everything(out: Path) -> None:
     """All that a user can ask of a finished run."""
     study = xprobe.load_study(out)
     for setting in study.settings:
-        one = study.of(setting)
+        one = study[setting]
         assert one.alpha.keys() == one.boundary.keys() == {"value", "lo", "hi"}
         for table in (one.stability, one.signals, one.boundaries, one.probes):
             assert isinstance(table, pd.DataFrame)
-        assert str(out) in repr(one) + one._repr_html_()
+        assert setting in repr(one)
+        assert setting in one._repr_html_()
+    assert str(out) in repr(study)
     json.dumps(study.to_dict(), allow_nan=False)
     assert study_report(study).endswith(str(out))
     assert probe_report(study).endswith(str(out))
-    remarks(study.manifest)
+    warnings(study.manifest)
 
 
-UNREAD = ("environment", "prompt", "data", "plan")  # what no reader uses, or hardly: one wrong value each
+UNREAD = {
+    "environment",
+    "prompt",
+    "data",
+    "plan",
+    "options",
+    "selection",
+}  # what no reader uses, or hardly: one wrong value each
 ALL = pytest.param(WRONG, marks=pytest.mark.slow, id="every value")
 
 
@@ -93,8 +104,11 @@ def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
     values: tuple[Any, ...], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (out / MANIFEST).read_text()
-    tables = results.read_tables(RunFolder(out), json.loads(text))
-    known = dict(zip(json.loads(text)["tables"].values(), tables, strict=True))
+    finished = RunFolder(out).read_finished()
+    names = results.table_names(finished)
+    tables = results.read_tables(RunFolder(out), finished, names)
+    digests = {name: digest for stage in finished.stages.values() for name, digest in stage.tables.items()}
+    known = {digests[name]: table for name, table in zip(names, tables, strict=True)}
     real = RunFolder.read_table
 
     def read_table(self: RunFolder, name: str, digest: str) -> pd.DataFrame:
@@ -103,9 +117,9 @@ def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
     monkeypatch.setattr(RunFolder, "read_table", read_table)  # once: reading the tables is what takes long
     read, refused = 0, set()
     for place in places(json.loads(text)):
-        if place[:2] == ("results", "x-x") and values != WRONG:
+        if "x-x" in place and values != WRONG:
             continue  # as the other setting
-        for value in values[:1] if place[0] in UNREAD and len(place) > 1 else values:
+        for value in values[:1] if UNREAD & set(map(str, place)) and len(place) > 1 else values:
             spoil(out, text, place, value)
             try:
                 read_everything(out)
@@ -114,10 +128,16 @@ def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
                 refused.add(place)
     assert read > 20
     for name in ("seed", "bootstrap"):
-        assert ("config", name) in refused
+        assert ("study", name) in refused
     for name in ("name", "n_blocks", "width", "vocab_size"):
         assert ("model", name) in refused
-    assert {("probes",), ("tables",), ("groups",), ("results", "en-x", "alpha", "value")} <= refused
+    phases = ("stages", "phases")
+    assert {
+        phases,
+        (*phases, "tables"),
+        ("groups",),
+        (*phases, "results", "settings", "en-x", "alpha", "value"),
+    } <= refused
 
 
 @pytest.mark.parametrize("command", ["probe", "resume"])
@@ -132,13 +152,13 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
     def reached(*_: Any, **__: Any) -> None:
         raise Reached("reached")
 
-    monkeypatch.setattr(analysis, "_train_all", reached)
-    monkeypatch.setattr("xprobe.study._Run._open", reached)
+    monkeypatch.setattr(probes, "_train_all", reached)
+    monkeypatch.setattr(states, "_open", reached)
     text = (out / MANIFEST).read_text()
     arguments = ["probe", str(out)] if command == "probe" else ["run", "--out", str(out), "--resume"]
-    inner = [place for place in places(json.loads(text)) if len(place) <= 2 and place[0] not in ("environment", "plan")]
+    inner = [place for place in places(json.loads(text)) if len(place) <= 3 and place[0] != "prompt"]
     for place in inner:
-        for value in (MISSING, {"x": 5}, 10**30) if len(place) == 2 else WRONG:
+        for value in (MISSING, {"x": 5}, 10**30) if len(place) > 1 else WRONG:
             spoil(out, text, place, value)
             main(arguments)
             err = capsys.readouterr().err
@@ -149,10 +169,10 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("config", "seed"), MISSING, "entry config.seed must be a whole number, is missing"),
-        (("config", "bootstrap"), "six", 'entry config.bootstrap must be a whole number, is "six"'),
-        (("config", "store_rows"), 1, "entry config.store_rows must be true or false, is 1"),
-        (("config", "settings"), ["en-y"], "entry config cannot be used: unknown setting 'en-y'"),
+        (("study", "seed"), MISSING, "entry study.seed must be a whole number, is missing"),
+        (("study", "bootstrap"), "six", 'entry study.bootstrap must be a whole number, is "six"'),
+        (("study", "store_rows"), 1, "entry study.store_rows must be true or false, is 1"),
+        (("study", "settings"), ["en-y"], "entry study or stages cannot be used: unknown setting 'en-y'"),
         (("model", "name"), MISSING, "entry model.name must be text, is missing"),
         (("model", "n_blocks"), MISSING, "entry model.n_blocks must be a whole number from 1 to 1000000, is missing"),
         (("model", "n_blocks"), "six", 'entry model.n_blocks must be a whole number from 1 to 1000000, is "six"'),
@@ -160,21 +180,21 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         (("model", "width"), True, "is true"),
         (("model", "vocab_size"), 1, "entry model.vocab_size must be a whole number from 2 "),
         (("model",), None, "entry model must be an object, is null"),
-        (("probes",), MISSING, "entry probes must be an object, is missing"),
-        (("probes", "language", "folds"), 1, "entry probes.language.folds must be a whole number from 2 "),
-        (("tables", "layers.parquet"), "ab", "entry tables.layers.parquet must be a SHA-256 in hexadecimal, is "),
+        (("stages", "phases"), MISSING, "entry stages.phases must be an object, is missing"),
+        ((*TRAINED, "language", "folds"), 1, "trained.language.folds must be a whole number from 2 "),
+        ((*SETTINGS[:2], "tables", LAYERS), "ab", "phases.tables.layers.parquet must be a SHA-256 in hexadecimal, is "),
         (("groups",), ["a", "a"], "entry groups must be a list of different texts that is not empty, is "),
         (("groups", 0), 5, "entry groups must be a list of different texts"),
-        (("results",), {}, "entry results must be an object that is not empty, is {}"),
-        (("results", "en-x", "alpha", "lo"), float("nan"), "results.en-x.alpha.lo must be a number or null, is NaN"),
-        (("results", "x-x", "phased_fraction", "value"), None, "phased_fraction.value must be a number from 0 to 1"),
-        (("results", "x-x", "languages", "de", "phase_order"), MISSING, "languages.de.phase_order must be an object"),
-        (("results", "x-x", "phase_order", "value"), 0.5, "entry results.x-x.phase_order.value must be 0, 1 or null"),
+        ((*SETTINGS,), {}, "entry stages.phases.results.settings must be an object that is not empty, is {}"),
+        ((*SETTINGS, "en-x", "alpha", "lo"), float("nan"), "settings.en-x.alpha.lo must be a number or null, is NaN"),
+        ((*SETTINGS, "x-x", "phased_fraction", "value"), None, "phased_fraction.value must be a number from 0 to 1"),
+        ((*SETTINGS, "x-x", "languages", "de", "phase_order"), MISSING, "languages.de.phase_order must be an object"),
+        ((*SETTINGS, "x-x", "phase_order", "value"), 0.5, "settings.x-x.phase_order.value must be 0, 1 or null"),
         (("counts", "skipped"), [], "entry counts.skipped must be an object, is []"),
         (("left_out", "records"), "all", "entry left_out.records must be a list of texts, is"),
-        (("plan", "warnings"), 5, "entry plan.warnings must be a list of texts, is 5"),
-        (("timings", "total"), -1, "entry timings.total must be a number of at least 0, is -1"),
-        (("parity_error",), None, "entry parity_error must be a number of at least 0, is null"),
+        (("stages", "states", "warnings"), 5, "entry stages.states.warnings must be a list of texts, is 5"),
+        ((*STATES, "seconds", "load"), -1, "states.seconds.load must be a number of at least 0, is -1"),
+        ((*STATES, "results", "parity_error"), None, "parity_error must be a number of at least 0, is null"),
         (("status",), "over", 'entry status must be "running" or "done", is "over"'),
         (("template_sha256",), 5, "entry template_sha256 must be text, is 5"),
     ],
@@ -185,21 +205,21 @@ def test_the_entry_is_named_with_what_it_must_be_and_what_it_is(
 ) -> None:
     spoil(out, (out / MANIFEST).read_text(), place, value)
     pattern = rf"^{re.escape(str(out / MANIFEST))}: .*{re.escape(words)}"
-    for use in (xprobe.load_study, retrain):
+    for use in (xprobe.load_study, train_probes):
         with pytest.raises(RunFolderError, match=pattern):
             use(out)
 
 
 def test_what_a_run_is_made_of_cannot_be_mended_and_the_rest_can(out: Path, tiny: Path, finished: Path) -> None:
     text = (out / MANIFEST).read_text()
-    spoil(out, text, ("config", "seed"), "six")
-    with pytest.raises(RunFolderError, match=r"config.seed .*start it in a new folder"):
+    spoil(out, text, ("study", "seed"), "six")
+    with pytest.raises(RunFolderError, match=r"study.seed .*start it in a new folder"):
         xprobe.load_study(out)
     spoil(out, text, ("model", "n_blocks"), MISSING)
     with pytest.raises(RunFolderError, match=rf"`xprobe run --out {out} --resume` writes it again"):
         xprobe.load_study(out)
     xprobe.run(str(tiny), out=out, resume=True, **OPTIONS)
-    assert xprobe.load_study(out).manifest["model"] == xprobe.load_study(finished).manifest["model"]
+    assert xprobe.load_study(out).manifest.model == xprobe.load_study(finished).manifest.model
 
 
 def test_entries_that_this_version_does_not_know_are_no_error(out: Path) -> None:
@@ -207,16 +227,17 @@ def test_entries_that_this_version_does_not_know_are_no_error(out: Path) -> None
     manifest |= {"wavelets": {"n": [1]}, "note": "half a pair: \ud800"}
     manifest["model"]["colour"] = None
     (out / MANIFEST).write_text(json.dumps(manifest))
-    assert xprobe.load_study(out).manifest["model"]["colour"] is None
-    retrain(out, ("language",))
-    assert xprobe.load_study(out).manifest["note"] == "half a pair: \ud800"
+    xprobe.load_study(out)
+    train_probes(out, ("language",))
+    assert xprobe.load_study(out).manifest.other["note"] == "half a pair: \ud800"
 
 
 def test_a_setting_that_the_tables_do_not_hold_is_named(out: Path) -> None:
     manifest = json.loads((out / MANIFEST).read_text())
-    manifest["results"]["y-y"] = manifest["results"].pop("x-x")
+    found = manifest["stages"]["phases"]["results"]["settings"]
+    found["y-y"] = found.pop("x-x")
     (out / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(RunFolderError, match=r"results names a setting that layers.parquet does not hold \(y-y\)"):
+    with pytest.raises(RunFolderError, match=r"results names y-y, which layers.parquet does not hold"):
         xprobe.load_study(out)
 
 
@@ -225,7 +246,7 @@ def test_what_only_python_can_choose_is_as_before_when_a_run_goes_on(
 ) -> None:
     """The number of permutations has no option."""
     assert main(["run", "--out", str(out), "--resume"]) == 0
-    assert xprobe.load_study(out).manifest["config"]["permutations"] == OPTIONS["permutations"]
+    assert xprobe.load_study(out).manifest.study.permutations == OPTIONS["permutations"]
     assert capsys.readouterr().err == ""
 
 
@@ -237,6 +258,9 @@ def test_what_only_python_can_choose_is_as_before_when_a_run_goes_on(
         ({"x": 1, "y": -1}, Every(COUNT), "entry y must be "),
         ({}, Every(COUNT), None),
         ({"n": 3}, Entries({}, {"n": whole(1, 2)}), "entry n must be a whole number from 1 to 2, is 3"),
+        ([{"n": 1}, {"n": -1}], Items(Entries({"n": COUNT})), "entry [1].n must be a whole number from 0 "),
+        (5, Items(COUNT), "must be a list, is 5"),
+        ({"a": 1, "b": -1}, Entries({"a": COUNT}, {}, COUNT), "entry b must be a whole number from 0 "),
         ({"n": "x" * 99}, Entries({"n": COUNT}), f'is "{"x" * 59}...'),
     ],
 )
