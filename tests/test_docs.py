@@ -1,20 +1,40 @@
-"""What README and docs show is run: Python as it stands, commands with the smallest data that makes them quick."""
+"""README and docs hold: their Python runs, their commands parse, and the names in them exist. Examples in docstrings run."""
 
 from __future__ import annotations
 
+import doctest
+import json
 import re
 import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import reduce
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
+from safetensors import safe_open
 from xprobe_cli.main import COMMANDS, group, main
 
-from xprobe.config import DEFAULT_MODEL
+from xprobe.config import DEFAULT_MODEL, Execution
 from xprobe.errors import XprobeError
 from xprobe.models import loading
+from xprobe.runs.manifest import ExecutionEntry, StageEntry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = {"xprobe": ROOT, "xprobe_cli": ROOT / "cli"}  # tests/kernels runs the examples of the kernels
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def modules_with_examples() -> Iterator[str]:
+    """Names of the modules whose docstrings show examples."""
+    for package, folder in SOURCES.items():
+        for path in sorted((folder / package).rglob("*.py")):
+            if ">>>" in path.read_text(encoding="utf-8"):
+                yield ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -99,11 +119,70 @@ def test_links_to_files_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_functions_that_the_method_names_exist():
-    from importlib import import_module
+@pytest.mark.parametrize("module", modules_with_examples())
+def test_examples_in_docstrings_run(module: str) -> None:
+    result = doctest.testmod(import_module(module), optionflags=FLAGS)
+    assert result.failed == 0
+    assert result.attempted > 0
 
-    names = re.findall(r"`(xprobe(?:_kernels)?(?:\.\w+)+)`", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"))
-    assert len(names) > 10
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        assert hasattr(import_module(module), attribute), name
+
+def resolve(name: str) -> Any:
+    """What a dotted name stands for.
+
+    Raises
+    ------
+    ModuleNotFoundError, AttributeError
+        It stands for nothing.
+    """
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            module = import_module(".".join(parts[:count]))
+        except ModuleNotFoundError as error:
+            if count == 1 or not ".".join(parts[:count]).startswith(str(error.name)):
+                raise
+            continue
+        return reduce(getattr, parts[count:], module)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_the_library_exist(page: Path) -> None:
+    for name in re.findall(r"`(xprobe(?:_kernels|_cli)?(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        resolve(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    folders = "xprobe|kernels|cli|benchmarks|tests|docs"
+    paths = re.findall(rf"`((?:{folders})/[\w./-]+)", page.read_text(encoding="utf-8"))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def names_of_the_run_folder(run: Path) -> dict[str, set[str]]:
+    """Entries of a manifest, columns of the tables, and tensors of the shards."""
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    stages = manifest["stages"]
+    names = {
+        "manifest": set(manifest),
+        **{entry: set(manifest[entry]) for entry in ("model", "data", "selection", "prompt", "counts", "left_out")},
+        "stages": {*stages, *(field.name for kind in (StageEntry, ExecutionEntry) for field in fields(kind))},
+        "options": {field.name for field in fields(Execution)},
+        "seconds": {step for stage in stages.values() for step in stage["seconds"]},
+        "results": {name for stage in stages.values() for name in stage["results"]},
+        "plan": set(stages["states"]["results"]["plan"]),
+        "settings": {name for setting in stages["phases"]["results"]["settings"].values() for name in setting},
+        "files": {path.name for path in run.iterdir()},
+    }
+    for table in run.glob("*.parquet"):
+        names[table.name] = {name for name in pd.read_parquet(table).columns if not name.endswith("_last")}
+    with safe_open(next((run / "shards").glob("*.safetensors")), framework="numpy") as shard:
+        names["shard"] = set(shard.keys())
+    return names
+
+
+def test_the_page_on_the_run_folder_names_everything_in_it(workplace: Path) -> None:
+    page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"[\w.]+|check of sharing", page))
+    for where, names in names_of_the_run_folder(workplace / "runs" / "demo").items():
+        assert names - words - {"check of sharing"} == set(), where
+    assert "`check of sharing`" in page

@@ -17,35 +17,37 @@ STDOUT = "-"
 @click.command("bench")
 @click.option("--kernel", default="lens", show_default=True, metavar="lens|capture|all", help="What to measure.")
 @click.option(
-    "--shape", metavar="NAME|all", help="A model's head; an unknown name lists them. [default: all; two on a CPU]"
+    "--shape",
+    metavar="NAME|all",
+    help="Head of which model. An unknown name lists all names. [default: all; two on a CPU]",
 )
 @click.option(
-    "--rows", default="all", show_default=True, metavar="many|few|all", help="Rows of long or of few positions."
+    "--rows", default="all", show_default=True, metavar="many|few|all", help="Many positions, few positions, or both."
 )
-@click.option("--rounds", type=click.IntRange(min=1), help="Rounds of turns. [default: as many as fit in the time]")
-@click.option("--dtype", default="bfloat16", show_default=True, help="The model's: bfloat16, float16 or float32.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Number of rounds. [default: as many as fit in the time]")
+@click.option("--dtype", default="bfloat16", show_default=True, help="The model's dtype: bfloat16, float16 or float32.")
 @click.option("--backend", "backends", multiple=True, help="Measure this lens backend; repeatable. [default: all]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's choice]")
-@click.option("--quick", is_flag=True, help="Small cuts, without torch.compile: only to see that everything works.")
-@click.option("--kl", is_flag=True, help="Ask for KL to the final layer as well.")
+@click.option("--quick", is_flag=True, help="Small shapes without torch.compile, only to check that everything works.")
+@click.option("--kl", is_flag=True, help="Compute KL to the final layer as well.")
 @click.option(
     "--json",
     "target",
     is_flag=False,
     flag_value=STDOUT,
     metavar="[FILE]",
-    help="Write the results to FILE; without FILE print one JSON object on stdout and nothing else.",
+    help="Write the results to FILE. Without FILE print one JSON object on stdout and nothing else.",
 )
 @click.option(
     "--figure", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the roofline (needs matplotlib)."
 )
 @debug_option
 def command(target: str | None, figure: Path | None, **settings: Any) -> int:
-    """Speed, memory and error of the kernels beside what one would write in plain torch.
+    """Measure speed, memory and error of the kernels, and compare them with plain torch.
 
-    Variants run by turns in one process; ratios come before times. An answer that is out of its error bound is shown
-    as WRONG and gets no time. About two minutes on two CPU cores, three on a GPU.
+    All variants take turns in one process. The table shows ratios before times. A result that exceeds its error bound
+    is shown as WRONG and gets no time. Takes about two minutes on two CPU cores, and three on a GPU.
 
     \b
     xprobe bench

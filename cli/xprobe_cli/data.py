@@ -1,4 +1,4 @@
-"""`xprobe data list | check | fetch`: what there is to ask."""
+"""`xprobe data list | check | fetch`: the question sets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(context: click.Context) -> None:
 @command.command("list")
 @common
 def list_sets(as_json: bool) -> None:
-    """The sets that `--data` knows by name, and what they hold here."""
+    """List the sets that `--data` knows by name, with their languages and sizes."""
     sets = []
     for name in ("builtin", "xquad"):
         try:
@@ -40,21 +40,21 @@ def list_sets(as_json: bool) -> None:
         held = f"{entry['questions']} questions on {entry['paragraphs']} paragraphs in {' '.join(entry['languages'])}"
         click.echo(f"{entry['name']:<8}  {entry['missing'] or held}")
     click.echo(
-        "\nA folder of your own works as well: xprobe run --data FOLDER. It holds one file per language, "
-        "NAME.<lang>.json or\nNAME.<lang>.jsonl, perhaps with .gz, in SQuAD v1.1 format or with flat records "
+        "\nYour own folder works as well: xprobe run --data FOLDER. It holds one file per language, "
+        "NAME.<lang>.json or\nNAME.<lang>.jsonl, optionally with .gz, in SQuAD v1.1 format or with flat records "
         "(docs/data.md)."
     )
 
 
 @command.command("check")
 @click.argument("data")
-@click.option("--languages", type=Names(), help="Check only these, comma-separated.")
+@click.option("--languages", type=Names(), help="Check only these languages, comma-separated.")
 @click.option("--strict", is_flag=True, help="Stop at the first problem.")
 @common
 def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: bool) -> int:
-    """Validate every record of DATA: builtin, xquad, a folder, or one file. Exit code 1 if there are problems.
+    """Validate every record of DATA: builtin, xquad, a folder, or one file. The exit code is 1 if there are problems.
 
-    Files are named NAME.<lang>.json or NAME.<lang>.jsonl, perhaps with .gz, and hold SQuAD v1.1 or flat records
+    Files are named NAME.<lang>.json or NAME.<lang>.jsonl, optionally with .gz, and hold SQuAD v1.1 or flat records
     (docs/data.md).
     """
     found = load_data(data, languages, strict=strict)
@@ -78,12 +78,14 @@ def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: b
 
 @command.command("fetch")
 @click.argument("name", type=click.Choice(["xquad"]), metavar="xquad")
-@click.option("--languages", type=Names(), default=XQUAD_LANGUAGES, help="Only these. [default: all 12]")
-@click.option("--url", default=XQUAD_URL, show_default=True, help="Where the xquad.<lang>.json files lie.")
-@click.option("--force", is_flag=True, help="Download again what is already there.")
+@click.option(
+    "--languages", type=Names(), default=XQUAD_LANGUAGES, help="Download only these languages. [default: all 12]"
+)
+@click.option("--url", default=XQUAD_URL, show_default=True, help="Address of the xquad.<lang>.json files.")
+@click.option("--force", is_flag=True, help="Download again files that exist.")
 @common
 def fetch(name: str, languages: tuple[str, ...], url: str, force: bool, as_json: bool) -> None:
-    """Download a set into the cache. XQuAD is licensed CC BY-SA 4.0."""
+    """Download a set into the cache. The licence of XQuAD is CC BY-SA 4.0."""
     counts: dict[str, int] = {}
 
     def report(language: str, questions: int) -> None:

@@ -1,4 +1,4 @@
-"""`xprobe doctor`: what works here."""
+"""`xprobe doctor`: what works on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from xprobe_cli.options import common, echo_json
 @click.command("doctor")
 @common
 def command(as_json: bool) -> int:
-    """What works on this machine, and what each missing piece would add. Exit code 1 if the main job cannot run."""
+    """Show what works on this machine, and what each missing package would add.
+
+    The exit code is 1 if the main job cannot run.
+    """
     checks = diagnose()
     broken = [check for check in checks if check.needed and not check.ok]
     if as_json:

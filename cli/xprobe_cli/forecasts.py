@@ -1,4 +1,4 @@
-"""The terminal's page of ``xprobe run --dry-run``."""
+"""What ``xprobe run --dry-run`` prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHOWN = 8  # groups listed before the rest are summed up
 
 
 def forecast_report(found: Forecast) -> str:
-    """What would run, where memory and disk would go, and about how long it would take."""
+    """Groups, strategy and tokens of a run, and its expected memory, disk and time."""
     from xprobe.capture.plan import STRATEGIES
 
     saved = 1 - found.tokens_run / found.tokens

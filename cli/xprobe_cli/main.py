@@ -1,4 +1,4 @@
-"""The command group; subcommands are imported when they are called, so `xprobe --help` is quick."""
+"""The command group. It imports a subcommand only when it is called, so `xprobe --help` is quick."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from xprobe import XprobeError, __version__
 from xprobe_cli.options import help_without_command
 
 COMMANDS = {  # name -> (module, one line for --help)
-    "run": ("xprobe_cli.run", "The main job: per-layer phase stability of a model over parallel questions."),
-    "probe": ("xprobe_cli.probe", "Train probes on the states that a run has stored; no model needed."),
+    "run": ("xprobe_cli.run", "Measure the phase stability of a model, layer by layer, over parallel questions."),
+    "probe": ("xprobe_cli.probe", "Train probes on the stored states of a run, without the model."),
     "data": ("xprobe_cli.data", "List, check and fetch question sets."),
-    "bench": ("xprobe_cli.bench", "Measure the kernels: speed, memory and error beside plain torch."),
-    "doctor": ("xprobe_cli.doctor", "Say what works here, and what each missing piece would add."),
+    "bench": ("xprobe_cli.bench", "Measure speed, memory and error of the kernels, compared with plain torch."),
+    "doctor": ("xprobe_cli.doctor", "Show what works on this machine, and what each missing package would add."),
 }
 INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
-    """Knows its commands' names and help lines without importing them."""
+    """Lists names and help lines of its commands without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -51,13 +51,13 @@ def group(context: click.Context) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 failed with a message, 2 bad usage, 130 interrupted, 143 terminated."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Threads that wait for one another sleep instead of spinning. On 2 cores shared with 2 other busy processes the
-    # forward pass took 8.4 s so and 24.4 s the other way (medians of 8). Must be set before torch is imported.
+    # Waiting threads sleep instead of spinning. On 2 cores shared with 2 other busy processes the forward pass took
+    # 8.4 s with this setting and 24.4 s without it (medians of 8). It must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a letter that the terminal lacks must not cost the result
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks must not stop the command
     try:
         result = group.main(arguments, prog_name="xprobe", standalone_mode=False)
         sys.stdout.flush()
@@ -65,34 +65,34 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "xprobe"
-        _say(f"{' '.join(error.format_message().split())} (see {where} --help)")
+        _print_error(f"{' '.join(error.format_message().split())} (see {where} --help)")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted")
+        _print_error("interrupted")
         return INTERRUPTED
     except XprobeError as error:
         if debug:
             raise
-        _say(str(error))
+        _print_error(str(error))
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: say no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe
         return 1
     except OSError as error:
         if debug:
             raise
         where = f": {error.filename}" if error.filename else ""
-        _say(f"{error.strerror or error}{where} (a run that had finished is safe in its folder)")
+        _print_error(f"{error.strerror or error}{where} (a run that had finished is safe in its folder)")
         return 1
     except Exception as error:
         if debug:
             raise
         reason = " ".join(str(error).split())[:300]
-        _say(f"unexpected {type(error).__name__}: {reason}. This is a fault in xprobe; --debug shows where")
+        _print_error(f"unexpected {type(error).__name__}: {reason}. This is a fault in xprobe; --debug shows where")
         return 1
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     click.echo(f"xprobe: error: {message}", err=True)
 
 

@@ -13,7 +13,7 @@ debug_option = click.option("--debug", is_flag=True, expose_value=False, help="S
 
 
 class Names(click.ParamType):
-    """A comma-separated list of names; with ``none``, the word stands for an empty one."""
+    """A comma-separated list of names. With ``none=True`` the word "none" is an empty list."""
 
     name = "name,name"
 
@@ -32,17 +32,17 @@ class Names(click.ParamType):
 
 
 def echo_json(value: Any) -> None:
-    """The one JSON object of a ``--json`` run; NaN never occurs in it."""
+    """Prints the one JSON object of ``--json``. It must not hold NaN."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def help_without_command(context: click.Context) -> None:
-    """A group called without a subcommand shows its help on stderr and exits with 2."""
+    """Shows the help on stderr and exits with 2 if a group is called without a subcommand."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(2)
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--json`` and ``--debug``."""
+    """Adds ``--json`` and ``--debug`` to a command."""
     return json_option(debug_option(command))

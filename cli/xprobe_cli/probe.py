@@ -19,16 +19,22 @@ from xprobe_cli.progress import Progress
     "probes",
     multiple=True,
     type=click.Choice(list(PROBES)),
-    help="Which to train. Repeatable. [default: all]",
+    help="Probe to train. Repeatable. [default: all]",
 )
-@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Folds of whole paragraphs.")
+@click.option(
+    "--folds",
+    type=click.IntRange(min=2),
+    default=5,
+    show_default=True,
+    help="Number of folds. A fold holds whole paragraphs.",
+)
 @click.option(
     "--components",
     "n_components",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Most principal components that a probe sees.",
+    help="Most principal components that a probe gets.",
 )
 @click.option(
     "--alpha",
@@ -43,21 +49,28 @@ from xprobe_cli.progress import Progress
     type=click.FloatRange(min=0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Inverse penalty of the logistic regressions.",
+    help="Inverse of the penalty of the logistic regressions.",
 )
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Of the control tasks. [default: the run's]")
-@click.option("--jobs", type=int, default=-1, show_default=True, help="Layers at the same time; -1: one per core.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Seed of the control tasks. [default: the run's seed]")
+@click.option(
+    "--jobs",
+    type=int,
+    default=-1,
+    show_default=True,
+    help="Layers that are trained at the same time. -1: one per core.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device (needs SCIPY_ARRAY_API=1).")
 @common
 def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool, **options: Any) -> None:
-    """(Re)train probes on the hidden states in the folder RUN.
+    """Train probes on the hidden states in the run folder RUN, without the model.
 
     \b
     alignment    a linear map to what the other languages' states of a question agree on
     language     which language the question is in
     correctness  whether the first answer token will be on top at the last layer
 
-    Each is scored on paragraphs that it was not trained on, beside a baseline and a control task.
+    Each probe is scored on paragraphs that it was not trained on, and compared with a baseline and a control task.
+    Results of a probe that was trained before are replaced.
     """
     from xprobe.probes.training import ProbeSettings
     from xprobe.runs.folder import RunFolder

@@ -1,4 +1,4 @@
-"""The table of `xprobe probe`: scores by layer, each beside its control, and a line on every probe's best layer."""
+"""The table of `xprobe probe`: score and control by layer, and one line on the best layer of every probe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def probe_report(study: Study) -> str:
-    """Scores of every setting's probes, and where the files are."""
+    """The scores of every setting, and the path of the run."""
     parts = [_setting(result) for result in study]
     return "\n\n".join([*parts, f"files     {study.path}"])
 

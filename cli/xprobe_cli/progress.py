@@ -1,4 +1,4 @@
-"""How far a long command is: lines, and a bar with rate and time left, on stderr."""
+"""Progress on stderr: lines, and a bar with rate and remaining time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SECONDS_BETWEEN = 0.1  # two drawings of the bar
 
 
 class Progress:
-    """Shows the events of a run (``xprobe.events``); silent where the stream is not a terminal.
+    """Shows the events of a run (``xprobe.events``). It prints nothing if the stream is not a terminal.
 
-    A ``Step`` moves the bar of its stage; rate and time left count what was done since the bar's first call,
-    which is what this process did, not what a resumed run held already. A ``Stage`` or a ``Note`` is a line, which
-    leaves a bar that is not full in place.
+    A ``Step`` moves the bar of its stage. Rate and remaining time count only what this process did, from the first
+    step on, not what a resumed run held already. A ``Stage`` or a ``Note`` is printed as a line above a bar that is
+    not full.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,7 +48,7 @@ class Progress:
             self._draw()
 
     def close(self) -> None:
-        """Leaves the bar as it is and goes to the next line."""
+        """Ends the line of the bar."""
         if self._shown:
             self._draw()
             self._write("\n")
@@ -71,7 +71,7 @@ class Progress:
         self._shown, self._drawn = len(text), self._clock()
 
     def _pace(self) -> str:
-        """Rate and time left; nothing before the first count of this process."""
+        """Rate and remaining time; empty before the first step of this process."""
         count, seconds = self.done - self._had, self._clock() - self._started
         if count <= 0 or seconds <= 0:
             return ""

@@ -39,7 +39,7 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     show_default=True,
     metavar="builtin|xquad|DIR|FILE",
     help="Question set: the built-in one, XQuAD, a folder with one file per language, or one such file. Files are "
-    "named NAME.<lang>.json or NAME.<lang>.jsonl, perhaps with .gz, and hold SQuAD v1.1 or flat "
+    "named NAME.<lang>.json or NAME.<lang>.jsonl, optionally with .gz, and hold SQuAD v1.1 or flat "
     "records (docs/data.md).",
 )
 @click.option(
@@ -49,63 +49,77 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     type=click.Choice(list(SETTINGS)),
     default=("en-x",),
     show_default=True,
-    help="en-x: context and answer in English, question in x; x-x: all in x. Repeatable.",
+    help="en-x: context and answer in English, question in language x; x-x: all in language x. Repeatable.",
 )
 @click.option("--languages", type=Names(), help="Question languages, comma-separated. [default: all in the data]")
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Use N questions, each in every language, spread over paragraphs: four on each where there are as many.",
+    help="Use N questions, each in every language, spread over paragraphs, four on each if possible (docs/data.md).",
 )
 @click.option(
     "--paragraphs",
     type=click.IntRange(min=1),
     metavar="P",
-    help="Use P paragraphs, in place of --limit (docs/data.md).",
+    help="Use P paragraphs. Replaces --limit (docs/data.md).",
 )
 @click.option(
-    "--questions-per-paragraph", type=click.IntRange(min=1), metavar="Q", help="Use at most Q questions of a paragraph."
+    "--questions-per-paragraph",
+    type=click.IntRange(min=1),
+    metavar="Q",
+    help="Use at most Q questions of each paragraph.",
 )
 @click.option(
     "--signals",
     type=Names(),
     metavar="NAMES",
-    help=f"Signals to compute, of {', '.join(SIGNALS)}. [default: all]",
+    help=f"Signals to compute, comma-separated: {', '.join(SIGNALS)}. [default: all]",
 )
 @click.option(
     "--probes",
     type=Names(none=True),
     metavar="NAMES|none",
-    help=f"Probes to train, of {', '.join(PROBES)}. [default: all]",
+    help=f"Probes to train, comma-separated: {', '.join(PROBES)}. [default: all]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: a new one under runs/]")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the run in --out, with its options where none are given; what it holds is not computed again.",
+    help="Continue the run in --out. Options that are not given are those of the run. It keeps all finished shards.",
 )
 @click.option(
     "--template",
     default="auto",
     show_default=True,
     metavar="auto|chat|plain|FILE",
-    help="Prompt wording; FILE is TOML (docs/prompts.md).",
+    help="Wording of the prompt. FILE is a TOML file (docs/prompts.md).",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="A torch device: cpu, cuda, cuda:1, ...")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="The model's dtype. auto: float32 on a CPU, the checkpoint's dtype elsewhere.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="A torch device: cpu, cuda, cuda:1, ... auto: a GPU if there is one.",
+)
 @click.option(
     "--device-map",
     type=click.Choice(DEVICE_MAPS),
-    help="Spread a model that one device cannot hold over all of them (docs/large-models.md).",
+    help="Spread a model that is too large for one device over all devices (docs/large-models.md).",
 )
-@click.option("--tensor-parallel", is_flag=True, help="Share each layer among processes that torchrun starts.")
+@click.option("--tensor-parallel", is_flag=True, help="Share each layer among the processes that torchrun starts.")
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
     default=Execution.batch_tokens,
     show_default=True,
-    help="Most tokens in one forward pass: lower it when memory runs out.",
+    help="Most tokens in one forward pass. Choose less if memory runs out.",
 )
 @click.option("--backend", default="auto", show_default=True, help="Lens backend; `xprobe doctor` lists them.")
 @click.option(
@@ -113,33 +127,41 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     type=click.IntRange(min=1),
     default=StudyConfig.bootstrap,
     show_default=True,
-    help="Draws behind the 95% intervals.",
+    help="Bootstrap draws for the 95% intervals.",
 )
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MAX_SEED),
+    default=0,
+    show_default=True,
+    help="Seed of intervals, permutations and control tasks.",
+)
 @click.option(
     "--rows/--no-rows",
     "store_rows",
     default=True,
     show_default=True,
-    help="Keep hidden rows in the shards: encoding and probes need them.",
+    help="Keep hidden rows in the shards. Encoding and probes need them.",
 )
 @click.option(
     "--stream",
     is_flag=True,
-    help="For models larger than memory: run all prompts block by block; each block's weights are read once.",
+    help="For models larger than memory: run all prompts block by block. The weights of each block are read once.",
 )
-@click.option("--dry-run", is_flag=True, help="Show groups, tokens saved, memory and time expected; run nothing.")
-@click.option("--strict", is_flag=True, help="Make bad records fatal.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the model run its own code.")
-@click.option("--allow-pickle", is_flag=True, help="Load weights from a pickle, which can run code.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show groups, saved tokens, and expected memory, disk and time. Run nothing."
+)
+@click.option("--strict", is_flag=True, help="Stop at a bad record instead of leaving it out.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code.")
+@click.option("--allow-pickle", is_flag=True, help="Load weights from pickles. A pickle can run any code.")
 @common
 @click.pass_context
 def command(
     context: click.Context, out: Path | None, resume: bool, dry_run: bool, as_json: bool, **options: Any
 ) -> int:
-    """Per-layer phase stability of MODEL over parallel questions.
+    """Measure the phase stability of MODEL, layer by layer, over parallel questions.
 
-    MODEL is a Hugging Face id, a local folder, a .gguf file, or smollm2-135m (the default: a small real model).
+    MODEL is a Hugging Face id, a local folder, a .gguf file, or smollm2-135m (the default, a small real model).
 
     \b
     xprobe run
@@ -149,7 +171,7 @@ def command(
     if resume and out is None:
         raise click.UsageError("--resume needs --out: the folder of the run to continue")
     if resume and out is not None:
-        options |= _as_before(context, out, options)
+        options |= _options_of_run(context, out, options)
     what, how = split_options(options)
     config, execution = StudyConfig(**what), Execution(**how)
     if dry_run:
@@ -192,8 +214,8 @@ def _show_forecast(config: StudyConfig, execution: Execution, as_json: bool) -> 
     return 0
 
 
-def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
-    """For what the command line leaves open, the values of the run in ``out``; {} if there is none."""
+def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Values of the run in ``out`` for all options that the command line does not give; {} if there is no run."""
     if not RunFolder(out).has_manifest():
         if context.get_parameter_source("model") is ParameterSource.DEFAULT:
             raise UsageError(f"{out} holds no run to resume: to begin one there, name the MODEL")
@@ -220,7 +242,7 @@ def _as_before(context: click.Context, out: Path, chosen: dict[str, Any]) -> dic
 
 
 def warnings(manifest: Manifest) -> list[str]:
-    """A few lines on how the run had to differ from what was asked: fallbacks, records and examples left out."""
+    """Lines for stderr: the warnings of the run, and the records and examples that were left out."""
     lines = [f"xprobe: {warning}" for warning in manifest.warnings]
     for what, items in manifest.left_out.items():
         if items:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: stop at a safe point, and say how to go on."""
+"""Ctrl-C and SIGTERM during a run: stop at a safe point, and print the command that continues the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's num
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was told to stop. ``signal`` says by what."""
+    """A signal stopped the run. ``signal`` is that signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -28,16 +28,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stoppable:
-    """A ``progress`` that ends the run by raising ``Stopped``; a context manager that catches the signals meanwhile.
+    """A ``progress`` that stops the run by raising ``Stopped``. As a context manager it catches the signals.
 
-    While examples are computed, the first signal waits for the next call of ``progress``, when what was computed is on
-    the disk; a second one does not wait. Before and after, nothing can be lost, and the first does not wait either.
-    Signals that the caller ignores (``nohup``) or handles itself are left alone, and all are as before in the end.
+    While examples are computed, the first signal waits for the next call of ``progress``: then the computed examples
+    are on the disk. A second signal does not wait. At other times nothing can be lost, so the first does not wait
+    either. Signals that the caller ignores (``nohup``) or handles are not caught. On exit all handlers are restored.
     """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self._signal: int | None = None  # that waits for the next safe point
+        self._signal: int | None = None  # waits for the next safe point
         self._before: dict[int, Any] = {}
 
     def __call__(self, event: Event) -> None:
@@ -50,8 +50,8 @@ class Stoppable:
         if self._signal is not None or not computing:
             raise Stopped(number)
         self._signal = number
-        line = "xprobe: stopping when the examples in hand are done; once more stops at once\n"
-        # not through sys.stderr: this may stand in the middle of a call that writes to it
+        line = "xprobe: stopping after the current examples; a second signal stops at once\n"
+        # not through sys.stderr: the signal may have interrupted a call that writes to it
         os.write(2, (f"\n{line}" if self.progress.enabled else line).encode())
 
     def __enter__(self) -> Stoppable:
@@ -59,7 +59,7 @@ class Stoppable:
             if signal.getsignal(number) is usual:
                 try:
                     self._before[number] = signal.signal(number, self._handle)
-                except ValueError:  # not the main thread: signals are the caller's
+                except ValueError:  # not the main thread: the caller handles signals
                     break
         return self
 
@@ -71,16 +71,16 @@ class Stoppable:
 
 
 def how_to_go_on(progress: Progress, folder: Path, options: list[str]) -> str:
-    """One line: how much is kept, and the command that goes on."""
+    """One line: how much is kept, and the command that continues the run."""
     if not (folder / MANIFEST).is_file():
         return "nothing was computed yet; the same command begins again"
     counted = progress.stage == STEP and progress.done < progress.total
     kept = f"{progress.done} of {progress.total} examples are kept" if counted else "what was computed is kept"
-    return f"{kept}; go on with: {program()} {shlex.join(['run', '--out', str(folder), '--resume', *options])}"
+    return f"{kept}; continue with: {program()} {shlex.join(['run', '--out', str(folder), '--resume', *options])}"
 
 
 def program() -> str:
-    """What the user typed to start xprobe, or would have to."""
+    """The command that starts xprobe here."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return shlex.join([sys.executable, "-m", "xprobe_cli"])

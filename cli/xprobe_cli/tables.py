@@ -1,4 +1,4 @@
-"""The terminal's tables: plain text, aligned, with small bars where there is room."""
+"""The tables on the terminal: plain text, aligned, with small bars if there is room."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BARS_FROM = 92  # columns of terminal
 
 
 def study_report(study: Study) -> str:
-    """The per-layer table of every setting with its summary lines, and where the files are."""
+    """The table of every setting with its summary lines, and the path of the run."""
     width = shutil.get_terminal_size((100, 24)).columns
     parts = [_setting_report(result, width) for result in study]
     return "\n\n".join([*parts, f"files     {study.path}"])
@@ -105,7 +105,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 def bar(value: float | None, cells: int = BAR) -> str:
-    """A bar for a value from 0 to 1, in eighths of a cell; ``#`` where the terminal has no such letters."""
+    """A bar for a value from 0 to 1, in eighths of a cell; of ``#`` if the terminal lacks these characters."""
     if value is None or value != value:
         return " " * cells
     eighths = round(min(max(value, 0.0), 1.0) * cells * 8)

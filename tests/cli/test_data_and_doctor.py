@@ -81,7 +81,7 @@ def test_help_names_the_layouts(capsys):
     for arguments in (["run", "--help"], ["data", "check", "--help"]):
         assert main(arguments) == 0
         out = " ".join(capsys.readouterr().out.split())
-        assert "NAME.<lang>.jsonl, perhaps with .gz" in out
+        assert "NAME.<lang>.jsonl, optionally with .gz" in out
         assert "flat records" in out
     assert main(["data", "list"]) == 0
     assert "flat records" in capsys.readouterr().out

@@ -216,7 +216,7 @@ def test_control_c_keeps_what_is_done_and_says_how_to_go_on(tiny, tmp_path):
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stdout == ""
-    assert stderr.splitlines()[-1].endswith(f"go on with: {sys.executable} -m xprobe_cli run --out {out} --resume")
+    assert stderr.splitlines()[-1].endswith(f"continue with: {sys.executable} -m xprobe_cli run --out {out} --resume")
     assert stderr.count("\n") <= 2
     assert main(["run", str(tiny), "--out", str(out), "--resume", "--batch-tokens", "4096", "--json"]) == 0
 

@@ -47,9 +47,9 @@ def test_the_first_signal_stops_where_nothing_is_lost_and_says_what_goes_on(numb
     ended = forks.wait(pid)
     assert ended == {"code": code, "restored": True}
     first, last = said.read_text().splitlines()
-    assert first == "xprobe: stopping when the examples in hand are done; once more stops at once"
+    assert first == "xprobe: stopping after the current examples; a second signal stops at once"
     kept, total, command = re.fullmatch(
-        r"xprobe: interrupted: (\d+) of (\d+) examples are kept; go on with: xprobe (.*)", last
+        r"xprobe: interrupted: (\d+) of (\d+) examples are kept; continue with: xprobe (.*)", last
     ).groups()
     assert 0 < int(kept) < int(total) == 24
     assert not (out / ".lock").exists()
@@ -65,7 +65,7 @@ def test_the_second_signal_does_not_wait(number, code, forks, tiny, tmp_path):
     out = tmp_path / "run"
     pid, said = start(forks, tiny, out, slow=600)
     os.kill(pid, number)
-    wait_for(lambda: "once more stops at once" in said.read_text())
+    wait_for(lambda: "a second signal stops at once" in said.read_text())
     time.sleep(0.2)
     os.kill(pid, 0)  # it still runs
     os.kill(pid, number)
@@ -136,7 +136,7 @@ def test_a_run_that_had_not_begun_says_so(tmp_path):
     assert line == "nothing was computed yet; the same command begins again"
     (tmp_path / "manifest.json").write_text("{}")
     line = stopping.how_to_go_on(Progress(), tmp_path, ["--json"])
-    assert line == f"what was computed is kept; go on with: {program()} run --out {tmp_path} --resume --json"
+    assert line == f"what was computed is kept; continue with: {program()} run --out {tmp_path} --resume --json"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""The examples in the docstrings of this room run, and every public function has one."""
+"""Every public function of this room has an example. tests/test_docs.py runs them."""
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import inspect
 import pkgutil
@@ -13,13 +12,6 @@ import pytest
 import xprobe.qa
 
 MODULES = [importlib.import_module(f"xprobe.qa.{module.name}") for module in pkgutil.iter_modules(xprobe.qa.__path__)]
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_examples_run(module: ModuleType) -> None:
-    result = doctest.testmod(module)
-    assert result.failed == 0
-    assert result.attempted > 0
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
