@@ -24,7 +24,8 @@ MORE_TESTS = {
     "Add a lens backend": ("tests/kernels/test_lens.py",),
     "Add a model family whose head is unusual": (),
 }
-CHOSEN = "lengths or length_of_the_answer or tsv or exponential or (cpu-double and (norm or one))"  # pytest -k, of the tests in all these files
+# pytest -k, of the tests in all these files
+CHOSEN = "lengths or length_of_the_answer or tsv or exponential or (cpu-double and (norm or one))"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""README and docs hold: their Python runs, their commands parse, and the names in them exist. Examples in docstrings run."""
+"""README and docs: their Python runs, their commands parse, the names in them exist. Examples in docstrings run."""
 
 from __future__ import annotations
 
