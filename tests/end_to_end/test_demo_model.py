@@ -81,7 +81,7 @@ def one_by_one(engine, prompts):
 
 
 @needs_xquad
-@pytest.mark.parametrize(("setting", "questions"), [("en-x", 4), ("x-x", 2)])
+@pytest.mark.parametrize(("setting", "questions"), [("en-x", 4), pytest.param("x-x", 2, marks=pytest.mark.slow)])
 def test_shared_beginnings_give_the_numbers_of_one_example_at_a_time(loaded, setting, questions):
     """Real XQuAD: questions on one paragraph, in three scripts."""
     data = load_data(str(XQUAD), ["en", "th", "zh"])
