@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-import time
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import xprobe
+from tests import house
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -19,21 +23,102 @@ PACKAGES = {
 MAY_IMPORT = {
     "xprobe_kernels": {"xprobe_kernels"},
     "xprobe": {"xprobe_kernels", "xprobe"},
-    "xprobe_cli": {"xprobe", "xprobe_cli"},
+    "xprobe_cli": {"xprobe_kernels", "xprobe", "xprobe_cli"},
 }
 OURS = {*PACKAGES, "benchmarks", "tests", "support"}
 SOURCES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
+MOST_ROOMS = 18
 
 
 def imported(path: Path) -> set[str]:
     """Top-level names of everything that a file imports, at whatever depth."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
-    return names
+    return {name.split(".")[0] for name in house.imported_modules(path)}
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+# -- rooms and circles --------------------------------------------------------------------------------------------
+
+
+def test_rooms_import_only_what_the_table_allows():
+    assert house.faults(house.imports_between_rooms()) == []
+
+
+def test_the_library_has_few_rooms_and_each_is_described():
+    assert len(house.rooms()) <= MOST_ROOMS
+    assert list(house.ABOUT) == list(house.MAY_IMPORT)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle_among_the_modules_of_a_package(package):
+    graph = house.module_imports(PACKAGES[package], package)
+    assert any(graph.values())
+    assert house.circles(graph) == []
+
+
+def test_the_table_is_printed(capsys):
+    status = house.main()
+    out = capsys.readouterr().out
+    assert {line.split()[0] for line in out.splitlines()[: len(house.rooms())]} == set(house.rooms())
+    assert f"{len(house.rooms())} rooms, " in out
+    assert status == (1 if house.faults(house.imports_between_rooms()) else 0)
+
+
+RULES = {"top": ("middle", "ground"), "middle": ("ground",), "ground": ()}
+
+
+def test_imports_downwards_are_no_fault():
+    assert house.faults({"top": {"middle", "ground"}, "middle": {"ground"}, "ground": set()}, RULES) == []
+
+
+def test_an_import_upwards_is_a_fault():
+    found = house.faults({"top": {"middle"}, "middle": set(), "ground": {"top"}}, RULES)
+    assert found == ["ground imports top"]
+
+
+def test_a_table_that_allows_an_import_upwards_is_a_fault():
+    rules = {**RULES, "ground": ("top",)}
+    found = house.faults({"top": set(), "middle": set(), "ground": {"top"}}, rules)
+    assert found == ["the table lets ground import top, which stands above it"]
+
+
+def test_a_circle_of_rooms_is_a_fault():
+    found = house.faults({"top": {"middle"}, "middle": {"top"}, "ground": set()}, RULES)
+    assert found == ["middle imports top", "circle: middle -> top"]
+
+
+def test_rooms_without_a_row_and_rows_without_a_room_are_faults():
+    found = house.faults({"top": set(), "middle": set(), "attic": set()}, RULES)
+    assert found == [
+        "attic is not in the table of rooms (tests/house.py)",
+        "ground is in the table, but not in xprobe/",
+    ]
+
+
+def test_circles_are_found_beside_what_is_none():
+    assert house.circles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+    assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"e"}, "e": {"d"}}) == [["b", "c"], ["d", "e"]]
+
+
+def test_imports_of_modules_are_read_from_their_source(tmp_path):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "__init__.py").write_text("from p.one import f\n")
+    (tmp_path / "one.py").write_text("import p.two\nif TYPE_CHECKING:\n    from p.part import inner\n")
+    (tmp_path / "two.py").write_text("import torch\ndef later():\n    from p import one\n")
+    (tmp_path / "part" / "__init__.py").write_text("")
+    (tmp_path / "part" / "inner.py").write_text("try:\n    from p.two import g\nexcept ImportError:\n    pass\n")
+    assert house.module_imports(tmp_path, "p") == {
+        "p": {"p.one"},
+        "p.one": {"p.two"},
+        "p.two": set(),
+        "p.part": set(),
+        "p.part.inner": {"p.two"},
+    }
+
+
+# -- packages and files -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("package", "path"), SOURCES, ids=lambda value: getattr(value, "name", value))
@@ -58,35 +143,45 @@ def test_files_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 420
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+def test_git_ignores_no_source_file():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    folders = [str(folder.relative_to(ROOT)) for folder in (*PACKAGES.values(), ROOT / "tests")]
+    command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", *folders]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [name for name in ignored if not name.endswith(".pyc")] == []
+
+
+# -- what an import loads -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", ["import xprobe", "import xprobe, xprobe_cli.main"])
 def test_importing_loads_neither_torch_nor_transformers(code):
-    loaded = run(
-        f"{code}\nimport sys\nprint([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"
-    )
-    assert loaded.strip() == "[]"
+    heavy = "('torch', 'transformers', 'pandas', 'numpy')"
+    assert run(f"{code}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])") == "[]"
 
 
-def test_help_is_quick_and_loads_nothing_heavy():
+@pytest.mark.parametrize("room", house.WITHOUT_TORCH)
+def test_rooms_of_numbers_and_files_load_no_torch(room):
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in house.rooms()[room]
+    ]
+    code = "\n".join(f"import {module}" for module in modules)
+    assert run(f"{code}\nimport sys\nprint([m for m in ('torch', 'transformers') if m in sys.modules])") == "[]"
+
+
+def test_help_loads_click_and_no_command():
     code = (
-        "import sys\nfrom xprobe_cli.main import main\nassert main(['--help']) == 0\n"
-        "print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"
+        "import sys\nbefore = set(sys.modules)\n"
+        "from xprobe_cli.main import COMMANDS, main\nassert main(['--help']) == 0\n"
+        "new = set(sys.modules) - before\n"
+        "print(sorted({name.split('.')[0] for name in new} - sys.stdlib_module_names))\n"
+        "print([module for module, _ in COMMANDS.values() if module in new])"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        out = run(code)
-        seconds.append(time.perf_counter() - started)
-        assert out.strip().endswith("[]")
-    assert min(seconds) < 1.0  # 0.1 s on a quiet machine
+    assert run(code).splitlines()[-2:] == ["['click', 'xprobe', 'xprobe_cli']", "[]"]
 
 
 def test_public_names_resolve_and_unknown_ones_say_what_there_is():
-    import xprobe
-
     for name in xprobe.__all__:
         assert getattr(xprobe, name) is not None
     assert set(dir(xprobe)) == set(xprobe.__all__)
@@ -94,9 +189,37 @@ def test_public_names_resolve_and_unknown_ones_say_what_there_is():
         _ = xprobe.nonsense
 
 
-def test_the_version_is_said_once():
-    import tomllib
+# -- the distribution ---------------------------------------------------------------------------------------------
 
-    import xprobe
 
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == xprobe.__version__
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_version_stands_in_one_place(pyproject):
+    assert "version" not in pyproject["project"]
+    assert pyproject["project"]["dynamic"] == ["version"]
+    source = (ROOT / pyproject["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8")
+    assert re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE) == [xprobe.__version__]
+    assert "\nversion:" not in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_type_checkers_may_read_every_package(package):
+    assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_the_source_distribution_names_what_there_is(pyproject):
+    for name in pyproject["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]:
+        assert (ROOT / name.lstrip("/")).exists(), name
+
+
+def test_the_citation_has_what_its_format_needs(pyproject):
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["title"] == pyproject["project"]["name"]
+    assert citation["license"] == pyproject["project"]["license"]
+    assert citation["message"]
+    assert all({"name"} <= set(author) or {"family-names"} <= set(author) for author in citation["authors"])

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xprobe.config import StudyConfig
+    from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
     from xprobe.results import Study, load_study
     from xprobe.study import run
@@ -25,10 +25,11 @@ _HOME = {
     "Study": "xprobe.results",
     "load_study": "xprobe.results",
     "StudyConfig": "xprobe.config",
+    "Execution": "xprobe.config",
     "XprobeError": "xprobe.errors",
 }
 
-__all__ = ["Study", "StudyConfig", "XprobeError", "__version__", "load_study", "run"]
+__all__ = ["Execution", "Study", "StudyConfig", "XprobeError", "__version__", "load_study", "run"]
 
 
 def __getattr__(name: str) -> Any:

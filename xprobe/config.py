@@ -22,11 +22,17 @@ SIGNALS = {
     "encoding": "how well a question is told apart from the others on its paragraph, across languages",
 }
 
-PROBES = {
+BUILT_IN_PROBES = {
     "alignment": "a linear map to what the other languages' states of a question agree on",
     "language": "which language the question is in",
     "correctness": "whether the first answer token will be on top at the last layer",
 }
+
+PROBES = dict(BUILT_IN_PROBES)  # and those that ``xprobe.probes.register`` adds
+
+# State (a tensor of the shards) -> the signal that is read from it: h[l] at the last prompt token, where the answer
+# will be produced, and its mean over the question's own tokens
+STATES = {"prompt_end": "encoding", "question_mean": "encoding_question"}
 
 MAX_DRAWS = 1_000_000  # of the bootstrap and the permutations: more would only fill the memory
 _KINDS: dict[type, str] = {str: "text", bool: "True or False"}
@@ -68,7 +74,8 @@ class StudyConfig:
     signals : tuple of str, optional
         Which signals to compute. None: readiness, and encoding if rows are kept.
     probes : tuple of str, optional
-        Which probes to train: of ``alignment``, ``language``, ``correctness``; () for none. None: all if rows are kept.
+        Which probes to train: of ``alignment``, ``language``, ``correctness`` and those of one's own
+        (``xprobe.probes.register``); () for none. None: the first three if rows are kept.
     template : str
         ``auto`` (chat template if the tokenizer has one), ``chat``, ``plain``, or the path of a template file.
     dtype : str
@@ -111,7 +118,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        defaults = {"signals": ("readiness", "encoding"), "probes": tuple(PROBES)}
+        defaults = {"signals": ("readiness", "encoding"), "probes": tuple(BUILT_IN_PROBES)}
         without_rows = {"signals": ("readiness",), "probes": ()}
         for name, value in (defaults if self.store_rows else without_rows).items():
             if getattr(self, name) is None:

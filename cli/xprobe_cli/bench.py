@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from xprobe.bench import draw, measure
+from xprobe_cli.kernel_bench import draw, measure
 from xprobe_cli.options import debug_option, echo_json
 
 STDOUT = "-"

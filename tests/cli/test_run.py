@@ -119,7 +119,7 @@ def bad_calls(tmp_path, tiny):
         "unknown language": ([model, "--languages", "en,xx"], 2, "'xx'"),
         "languages cut short": ([model, "--languages", "en,"], 2, "comma-separated"),
         "unknown setting": ([model, "--setting", "x-en"], 2, "x-en"),
-        "signal to come": ([model, "--signals", "relevance"], 2, "relevance"),
+        "unknown signal": ([model, "--signals", "relevance"], 2, "relevance"),
         "encoding without rows": ([model, "--signals", "encoding", "--no-rows"], 2, "--no-rows"),
         "probes without rows": ([model, "--probes", "language", "--no-rows"], 2, "--no-rows"),
         "unknown probe": ([model, "--probes", "syntax"], 2, "syntax"),

@@ -15,7 +15,7 @@ class Forks:
 
     def __init__(self, model: Path) -> None:
         self.options = {"model": str(model), "setting": ["en-x", "x-x"], "languages": ["en", "de"], "limit": 6}
-        self.options |= {"bootstrap": 20, "permutations": 20}
+        self.options |= {"bootstrap": 20, "permutations": 20, "probes": ["language"]}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "forks.server", str(model)],
             stdin=subprocess.PIPE,

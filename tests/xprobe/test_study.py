@@ -21,12 +21,14 @@ from xprobe.qa.parallel import load_data
 from xprobe.runs.folder import RunFolder
 from xprobe.stages import states
 
-SMALL = {"batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6}
+FULL = {"setting": ("en-x", "x-x"), "batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6, "bootstrap": 100}
+PLAIN = {**FULL, "probes": ()}  # for what has nothing to do with probes
+SMALL = {**PLAIN, "setting": "en-x"}
 
 
 @pytest.fixture(scope="module")
 def study(tiny, tmp_path_factory):
-    return xprobe.run(str(tiny), setting=("en-x", "x-x"), out=tmp_path_factory.mktemp("study") / "run", **SMALL)
+    return xprobe.run(str(tiny), out=tmp_path_factory.mktemp("study") / "run", **FULL)
 
 
 def files(folder) -> dict[str, bytes]:
@@ -131,7 +133,7 @@ def test_the_json_object_has_the_promised_shape(study):
 
 
 def test_the_same_run_gives_the_same_bytes(study, tiny, tmp_path):
-    again = xprobe.run(str(tiny), setting=("en-x", "x-x"), out=tmp_path / "run", **SMALL)
+    again = xprobe.run(str(tiny), out=tmp_path / "run", **FULL)
     mine, theirs = files(study.path), files(again.path)
     assert set(mine) == set(theirs)
     assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]  # times and places
@@ -150,11 +152,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monk
     out = tmp_path / "run"
     monkeypatch.setattr(states, "start_reading", failing)
     with pytest.raises(KeyboardInterrupt):
-        xprobe.run(str(tiny), setting=("en-x", "x-x"), out=out, **SMALL)
+        xprobe.run(str(tiny), out=out, **FULL)
     assert len(list((out / "shards").iterdir())) == 2
     with pytest.raises(RunFolderError, match="not finished"):
         xprobe.load_study(out)
-    resumed = xprobe.run(str(tiny), setting=("en-x", "x-x"), out=out, resume=True, **SMALL)
+    resumed = xprobe.run(str(tiny), out=out, resume=True, **FULL)
     groups = len(list((out / "shards").iterdir()))
     assert len(calls) == 3 + groups - 2  # the two finished groups were not computed again
     mine, theirs = files(study.path), files(resumed.path)
@@ -172,7 +174,7 @@ def test_what_the_progress_raises_comes_through_and_what_is_told_is_true(tiny, t
 
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match=r"^mine$"):
-        xprobe.run(str(tiny), setting=("en-x", "x-x"), out=out, progress=stopping, **SMALL)
+        xprobe.run(str(tiny), out=out, progress=stopping, **PLAIN)
     shards = [RunFolder(out).read_shard(name)[1] for name in RunFolder(out).finished_shards()]
     assert told == [0, sum(len(metadata["examples"]) for metadata in shards)]
 
@@ -201,21 +203,19 @@ def test_resuming_a_finished_run_loads_no_model(study, tiny, tmp_path, monkeypat
 
 def test_resume_with_another_configuration_names_the_difference(study, tiny, tmp_path):
     with pytest.raises(UsageError, match=r"limit was 6 and is now 5"):
-        xprobe.run(
-            str(tiny), setting=("en-x", "x-x"), out=study.path, resume=True, languages=SMALL["languages"], limit=5
-        )
+        xprobe.run(str(tiny), out=study.path, resume=True, **{**FULL, "limit": 5})
     other = save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(UsageError, match="other bytes"):
-        xprobe.run(str(other), setting=("en-x", "x-x"), out=study.path, resume=True, **SMALL)
+        xprobe.run(str(other), out=study.path, resume=True, **FULL)
 
 
 def test_resume_with_another_wording_of_the_same_template_file_is_refused(tiny, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('prompt = "{context}\\n{question}"')
-    xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, template=str(path))
+    xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, probes=(), template=str(path))
     path.write_text('prompt = "{context}\\n\\n{question}"')
     with pytest.raises(UsageError, match="wording of the template"):
-        xprobe.run(str(tiny), out=tmp_path / "run", resume=True, languages="en", limit=1, template=str(path))
+        xprobe.run(str(tiny), out=tmp_path / "run", resume=True, languages="en", limit=1, probes=(), template=str(path))
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
@@ -226,7 +226,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
     loaded.model.save_pretrained(folder)
     tiny_tokenizer("byte_bpe_large").save_pretrained(folder)
     with pytest.raises(ModelError, match="do not belong together"):
-        xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1)
+        xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1, probes=())
 
 
 def test_damaged_weights_are_refused(tiny, tmp_path):
@@ -237,7 +237,7 @@ def test_damaged_weights_are_refused(tiny, tmp_path):
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="NaN or infinity at layer 2: its weights are damaged"):
-        xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1)
+        xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1, probes=())
 
 
 def test_values_that_are_not_finite_never_reach_a_shard(tiny, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_values_that_are_not_finite_never_reach_a_shard(tiny, tmp_path, monkeypa
 
     monkeypatch.setattr(reading.Reading, "values", broken)
     with pytest.raises(XprobeError, match="NaN or infinity"):
-        xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1)
+        xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, probes=())
     assert not any((tmp_path / "run" / "shards").iterdir())
 
 
@@ -262,7 +262,7 @@ def test_a_manifest_that_lacks_entries_is_named(tmp_path):
 
 def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_path):
     with pytest.raises(UsageError, match="not empty"):
-        xprobe.run(str(tiny), out=study.path, **SMALL)
+        xprobe.run(str(tiny), out=study.path, **FULL)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="no run to resume"):
         xprobe.run(str(tiny), out=tmp_path, resume=True, **SMALL)
@@ -270,7 +270,7 @@ def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_pa
 
 
 def test_one_language_has_no_stability_and_says_so(tiny, tmp_path):
-    study = xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=4)
+    study = xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=4, probes=())
     assert study.stability["stability"].isna().all()
     assert study.alpha["value"] is None
     assert study.to_dict()["settings"]["en-x"]["layers"][0]["stability"] is None
@@ -278,7 +278,7 @@ def test_one_language_has_no_stability_and_says_so(tiny, tmp_path):
 
 def test_examples_beyond_the_window_are_counted_and_the_rest_goes_on(tmp_path):
     model = save_tiny_model(tmp_path / "short", window=600)
-    study = xprobe.run(str(model), out=tmp_path / "run", setting="x-x", languages=("en", "th"), limit=6)
+    study = xprobe.run(str(model), out=tmp_path / "run", setting="x-x", languages=("en", "th"), limit=6, probes=())
     counts = study.manifest.counts
     assert counts.skipped == {"longer than the model's window": 12 - counts.examples}
     assert 0 < counts.examples < 12
@@ -317,7 +317,7 @@ def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
 
 def test_stages_are_reported_in_order(tiny, tmp_path):
     seen = []
-    xprobe.run(str(tiny), out=tmp_path / "run", progress=seen.append, **SMALL)
+    xprobe.run(str(tiny), out=tmp_path / "run", progress=seen.append, **{**SMALL, "probes": ("language",)})
     stages = list(dict.fromkeys(event.stage if isinstance(event, Step) else str(event) for event in seen))
     assert [type(event) for event in seen[:3]] == [Stage, Stage, Note]
     assert stages[:2] == ["loading the model", "building prompts"]
@@ -328,7 +328,7 @@ def test_stages_are_reported_in_order(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_and_passes_parity(tiny, tmp_path, dtype):
-    study = xprobe.run(str(tiny), out=tmp_path / "run", languages=("en", "de"), limit=2, dtype=dtype)
+    study = xprobe.run(str(tiny), out=tmp_path / "run", languages=("en", "de"), limit=2, probes=(), dtype=dtype)
     assert study.manifest.model.dtype == dtype
     assert parity(study) < 0.1
     arrays, _ = RunFolder(study.path).read_shard("en-x.en.a000p000.safetensors")
@@ -343,7 +343,7 @@ def test_pickled_weights_are_refused_unless_asked_for(tiny, tmp_path):
     torch.save(loaded.model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="--allow-pickle"):
         xprobe.run(str(folder), out=tmp_path / "run", limit=1)
-    study = xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1, allow_pickle=True)
+    study = xprobe.run(str(folder), out=tmp_path / "run", languages="en", limit=1, probes=(), allow_pickle=True)
     assert parity(study) < 1e-4
 
 

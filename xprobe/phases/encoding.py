@@ -77,7 +77,7 @@ class Paragraph:
     row: NDArray[np.int64]
 
     @classmethod
-    def of(cls, states: NDArray, questions: NDArray, languages: NDArray) -> Paragraph:
+    def from_states(cls, states: NDArray, questions: NDArray, languages: NDArray) -> Paragraph:
         """From states [N, K, D] of the examples with these questions and languages, one example for each pair."""
         _, q = np.unique(questions, return_inverse=True)
         _, g = np.unique(languages, return_inverse=True)
@@ -164,7 +164,7 @@ def paragraph_encoding(states: NDArray, questions: NDArray, languages: NDArray) 
     # numbers in place of names: every block sorts them anew
     q, g = (np.unique(names, return_inverse=True)[1] for names in (questions, languages))
     for layers in _blocks(n_layers, (q.max() + 1) * (g.max() + 1) * width):
-        paragraph = Paragraph.of(states[:, layers], q, g)
+        paragraph = Paragraph.from_states(states[:, layers], q, g)
         for language in range(paragraph.present.shape[1]):
             candidates, known = paragraph.consensus(language)
             asked = np.flatnonzero(paragraph.present[:, language] & known)

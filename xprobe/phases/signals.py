@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
-from xprobe.lenses.reading import AnswerReadout
-
 Floats = NDArray[np.float64]
 
-# name -> (label, unit) of what `example_signals` returns
-UNITS = {
-    "readiness": "1: gold token on top, 0: at the bottom of the vocabulary",
-    "log_probability": "nats",
-    "rank": "1: on top",
-    "entropy": "nats",
-    "kl": "nats, KL(final layer || layer)",
-}
+
+class Readout(Protocol):
+    """Lens values of the gold token at P positions and K layers; each array is [P, K] (``xprobe.lenses.reading``)."""
+
+    @property
+    def logit(self) -> NDArray: ...
+
+    @property
+    def logsumexp(self) -> NDArray: ...
+
+    @property
+    def rank(self) -> NDArray: ...
+
+    @property
+    def entropy(self) -> NDArray: ...
+
+    @property
+    def kl(self) -> NDArray: ...
 
 
 def readiness(rank: NDArray, vocab_size: int) -> Floats:
-    """``1 - log2(rank) / log2(V)``; NaN where rank is 0 (no value)."""
+    """``1 - log2(rank) / log2(V)``; NaN where rank is 0 (no value).
+
+    Examples
+    --------
+    >>> readiness(np.array([1, 4, 256]), 256).tolist()
+    [1.0, 0.75, 0.0]
+    """
     known = np.where(rank > 0, rank, np.nan).astype(np.float64)
     return 1.0 - np.log2(known) / np.log2(vocab_size)
 
 
-def example_signals(values: AnswerReadout, offsets: NDArray, vocab_size: int) -> dict[str, Floats]:
+def example_signals(values: Readout, offsets: NDArray, vocab_size: int) -> dict[str, Floats]:
     """Mean over an example's answer tokens of every signal, [N, L + 1] each.
 
     Parameters
     ----------
-    values : AnswerReadout of [P, L + 1] arrays
+    values : Readout of [P, L + 1] arrays
     offsets : int array [N + 1]
         Example i owns answer positions ``offsets[i]:offsets[i + 1]``; none may be empty.
     vocab_size : int

@@ -35,22 +35,18 @@ def layer_table(examples: pd.DataFrame, signals: Signals, draws: int, seed: int)
     Signals: stability (S(l), language ``all``), agreement_en (per language), phase2 (share of examples in phase 2),
     the median of rank, and the means of all other signals. Intervals: 95 %, bootstrap over paragraphs.
     """
-    blocks = []
-    for setting, rows in examples.groupby("setting", sort=False).indices.items():
-        part = examples.iloc[rows]
-        blocks.append(_setting_layers(str(setting), part, {k: v[rows] for k, v in signals.items()}, draws, seed))
-    return pd.concat(blocks, ignore_index=True)
-
-
-def _setting_layers(setting: str, part: pd.DataFrame, signals: Signals, draws: int, seed: int) -> pd.DataFrame:
-    onset, questions, languages = (part[c].to_numpy() for c in ("onset", "question_id", "language"))
     n_layers = signals["readiness"].shape[1]
-    bootstrap = ClusterBootstrap(part["paragraph"].to_numpy(), draws, seed)
-    tables = [_block("stability", ALL, layer_stability(onset, questions, n_layers, bootstrap))]
-    for language, estimate in agreement_with("en", onset, questions, languages, n_layers, bootstrap).items():
-        tables.append(_block("agreement_en", language, estimate))
-    tables += _means_and_ranks({"phase2": in_phase_two(onset, n_layers), **signals}, languages, bootstrap)
-    return _joined(setting, tables)
+    settings = []
+    for setting, rows in examples.groupby("setting", sort=False).indices.items():
+        part, own = examples.iloc[rows], {name: values[rows] for name, values in signals.items()}
+        onset, questions, languages = (part[c].to_numpy() for c in ("onset", "question_id", "language"))
+        bootstrap = ClusterBootstrap(part["paragraph"].to_numpy(), draws, seed)
+        tables = [_block("stability", ALL, layer_stability(onset, questions, n_layers, bootstrap))]
+        for language, estimate in agreement_with("en", onset, questions, languages, n_layers, bootstrap).items():
+            tables.append(_block("agreement_en", language, estimate))
+        tables += _means_and_ranks({"phase2": in_phase_two(onset, n_layers), **own}, languages, bootstrap)
+        settings.append(_joined(str(setting), tables))
+    return pd.concat(settings, ignore_index=True)
 
 
 def _means_and_ranks(signals: Signals, languages: NDArray, bootstrap: ClusterBootstrap) -> list[pd.DataFrame]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sklearn
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -31,6 +32,7 @@ def correctness_probe(n_components: int = 128, C: float = 1.0, random_state: int
     with ``languages=`` [n], inside ``sklearn.config_context(enable_metadata_routing=True)``.
     """
     centre = LanguageCenterer()
-    centre.set_fit_request(languages=True).set_transform_request(languages=True)
+    with sklearn.config_context(enable_metadata_routing=True):
+        centre.set_fit_request(languages=True).set_transform_request(languages=True)
     steps = front(n_components, random_state).steps
     return Pipeline([*steps, ("languages", centre), ("classifier", classifier(C))])

@@ -1,35 +1,53 @@
-"""The probing stage: trains every probe at every layer of a stored run, by folds of whole paragraphs.
+"""Trains probes at every layer of stored states, by folds of whole paragraphs.
 
-States are read a few layers at a time and layers are trained in parallel. All that needs principal components of the
-same states at the same layer and fold shares them.
+States are read a few layers at a time and layers are trained in parallel. Probes that begin with the same scaler and
+principal components share these for the same layer, state and fold.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import Pipeline
 
-from xprobe.config import MAX_SEED, PROBE_COLUMNS, PROBES
+from xprobe.config import BUILT_IN_PROBES, MAX_SEED, PROBE_COLUMNS, STATES
 from xprobe.errors import UsageError
 from xprobe.phases.encoding import Paragraph, retrieve
-from xprobe.probes.alignment import AlignmentProbe
-from xprobe.probes.classification import classifier, front
-from xprobe.probes.components import LanguageCenterer
-from xprobe.probes.controls import Fold, fold_interval, majority, paragraph_folds, shuffle_within
-from xprobe.runs.states import LAYER_BYTES, STATES, StoredStates
+from xprobe.probes.classification import front
+from xprobe.probes.controls import Fold, fold_interval, paragraph_folds, shuffle_within
+from xprobe.probes.registry import Probe, get_probe, labels_of
 
 Floats = NDArray[np.float64]
-METRICS = {"alignment": "encoding", "language": "accuracy", "correctness": "roc_auc"}
+LAYER_BYTES = 1 << 30  # of states held at a time
+
+
+class States(Protocol):
+    """Stored states of N examples (``xprobe.runs.states.StoredStates``).
+
+    ``layers`` gives states [K, n, D] of the examples in ``rows``, a few layers at a time, within ``limit`` bytes.
+    """
+
+    @property
+    def frame(self) -> pd.DataFrame: ...
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def layers(
+        self, state: str, rows: NDArray[np.int64], limit: int
+    ) -> Iterator[tuple[range, NDArray[np.float32]]]: ...
 
 
 @dataclass(frozen=True)
@@ -89,20 +107,21 @@ class Task:
     languages: NDArray
     questions: NDArray
     paragraphs: NDArray
-    correct: NDArray[np.bool_]
+    labels: dict[str, NDArray]  # of each classifying probe
     folds: list[Fold]
     shuffled: NDArray[np.int64]  # labels' control task: a permutation within paragraphs
     paired: NDArray[np.int64]  # alignment's control task: a permutation within paragraph and language
 
     @classmethod
-    def of(cls, part: pd.DataFrame, correct: NDArray[np.bool_], settings: ProbeSettings) -> Task:
+    def from_examples(cls, part: pd.DataFrame, probes: Sequence[Probe], settings: ProbeSettings) -> Task:
+        """From the rows of the example table of one setting."""
         languages, paragraphs = part["language"].to_numpy(str), part["paragraph"].to_numpy(str)
         pairs = np.char.add(np.char.add(paragraphs, "\0"), languages)
         return cls(
             languages,
             part["question_id"].to_numpy(str),
             paragraphs,
-            correct,
+            {row.name: labels_of(row, part) for row in probes if row.labels is not None},
             paragraph_folds(paragraphs, settings.folds),
             shuffle_within(paragraphs, settings.seed),
             shuffle_within(pairs, settings.seed),
@@ -120,9 +139,9 @@ class LayerScores:
 
 
 def train(
-    stored: StoredStates,
+    stored: States,
     correct: NDArray[np.bool_],
-    probes: tuple[str, ...] = tuple(PROBES),
+    probes: tuple[str, ...] = tuple(BUILT_IN_PROBES),
     settings: ProbeSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
     memory: int = LAYER_BYTES,
@@ -131,11 +150,12 @@ def train(
 
     Parameters
     ----------
-    stored : StoredStates of N examples
+    stored : States of N examples
     correct : bool array [N]
-        Whether the first answer token is on top at the last layer.
+        Whether the first answer token is on top at the last layer: the column ``first_token_correct`` of the examples
+        that a probe's ``labels`` are given.
     probes : tuple of str
-        Of ``alignment``, ``language``, ``correctness``.
+        Names of registered probes (``xprobe.probes.registry``).
     progress : callable (layers done, layers in all), optional
     memory : int
         Bytes of states to hold at a time.
@@ -152,23 +172,24 @@ def train(
     from joblib import Parallel, delayed
 
     settings = settings or ProbeSettings()
-    frame, n_layers = stored.frame, stored.n_layers
+    chosen = tuple(get_probe(name) for name in probes)
+    frame, n_layers = stored.frame.assign(first_token_correct=correct), stored.n_layers
     signals: dict[str, Floats] = {}
     tables: list[dict[str, Any]] = []
     parts = frame.groupby("setting", sort=False).indices
     done, total = 0, len(parts) * len(STATES) * n_layers
     for setting, indices in parts.items():
         rows = np.asarray(indices)
-        task = Task.of(frame.iloc[rows], correct[rows], settings)
+        task = Task.from_examples(frame.iloc[rows], chosen, settings)
         small = len(rows) * stored.width * n_layers < 1 << 22
         workers = Parallel(1 if small or settings.device != "cpu" else settings.jobs, return_as="generator")
         for state in STATES:
-            for some, states in stored.layers(state, rows, memory):
-                jobs = (delayed(train_layer)(states[at], task, probes, settings) for at in range(len(some)))
-                for layer, found in zip(some, workers(jobs), strict=True):
-                    tables += _rows({"setting": setting, "state": state, "layer": layer}, probes, found, task)
-                    if found.aligned is not None:
-                        _keep(signals, f"{STATES[state]}_probed", found.aligned, rows, layer, (len(frame), n_layers))
+            for layers, states in stored.layers(state, rows, memory):
+                jobs = (delayed(train_layer)(states[i], task, chosen, settings) for i in range(len(layers)))
+                for layer, scores in zip(layers, workers(jobs), strict=True):
+                    tables += _rows({"setting": setting, "state": state, "layer": layer}, chosen, scores, task)
+                    if scores.aligned is not None:
+                        _keep(signals, f"{STATES[state]}_probed", scores.aligned, rows, layer, (len(frame), n_layers))
                     done += 1
                     if progress is not None:
                         progress(done, total)
@@ -185,62 +206,85 @@ def _keep(
 
 
 def train_layer(
-    states: NDArray[np.float32], task: Task, probes: tuple[str, ...], settings: ProbeSettings
+    states: NDArray[np.float32], task: Task, probes: Sequence[Probe], settings: ProbeSettings
 ) -> LayerScores:
     """Trains ``probes`` on the states [n, D] of one layer."""
-    found: dict[str, list[tuple[float, float, float, int]]] = {name: [] for name in probes if name != "alignment"}
-    aligned = align(states, task, settings) if "alignment" in probes and task.folds else None
-    if found:
+    classifying = [row for row in probes if row.labels is not None]
+    folds: dict[str, list[tuple[float, float, float, int]]] = {row.name: [] for row in classifying}
+    aligning = [row for row in probes if row.labels is None]
+    aligned = align(states, task, aligning[0], settings) if aligning and task.folds else None
+    if classifying:
         with _where(settings):
             for fold in task.folds:
-                for name, scores in _classify(states, task, fold, tuple(found), settings).items():
-                    found[name].append(scores)
-    return LayerScores(found, aligned)
+                for name, scores in _classify(states, task, fold, classifying, settings).items():
+                    folds[name].append(scores)
+    return LayerScores(folds, aligned)
 
 
 def _classify(
-    states: NDArray, task: Task, fold: Fold, probes: tuple[str, ...], settings: ProbeSettings
+    states: NDArray, task: Task, fold: Fold, probes: Sequence[Probe], settings: ProbeSettings
 ) -> dict[str, tuple[float, float, float, int]]:
     """(score, control, baseline, fits that did not converge) of each probe on one fold; scores are NaN where training
     or test labels are all the same."""
     train_rows, test_rows = fold
     if len(train_rows) < 2:
-        return dict.fromkeys(probes, (float("nan"), float("nan"), float("nan"), 0))
-    shared = front(settings.n_components, settings.seed)
-    z_train = _numpy(shared.fit_transform(_place(states[train_rows], settings)))
-    z_test = _numpy(shared.transform(_place(states[test_rows], settings)))
-    found = {}
-    for name in probes:
-        labels = task.languages if name == "language" else task.correct
-        x_train, x_test = z_train, z_test
-        if name == "correctness":
-            centre = LanguageCenterer().fit(z_train, languages=task.languages[train_rows])
-            x_train = centre.transform(z_train, languages=task.languages[train_rows])
-            x_test = centre.transform(z_test, languages=task.languages[test_rows])
+        return {row.name: (float("nan"), float("nan"), float("nan"), 0) for row in probes}
+    components: tuple[NDArray, NDArray] | None = None
+    results = {}
+    for row in probes:
+        labels = task.labels[row.name]
+        whole = row.estimator(settings)
+        begins_alike = _begins_with_front(whole, settings)
+        if begins_alike and components is None:
+            shared = front(settings.n_components, settings.seed)
+            components = (
+                _numpy(shared.fit_transform(_place(states[train_rows], settings))),
+                _numpy(shared.transform(_place(states[test_rows], settings))),
+            )
+        x_train, x_test = components if begins_alike and components else (states[train_rows], states[test_rows])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
-            scores = [
-                _score(name, x_train, some[train_rows], x_test, some[test_rows], settings)
-                for some in (labels, labels[task.shuffled])
-            ]
+            scores = []
+            for some in (labels, labels[task.shuffled]):
+                estimator = row.estimator(settings)
+                if begins_alike:
+                    estimator = estimator[_FRONT_STEPS:]
+                scores.append(_score(row, estimator, x_train, x_test, some, task.languages, fold))
         stopped = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-        base = 0.5 if name == "correctness" else majority(labels[train_rows], labels[test_rows])
-        found[name] = (scores[0], scores[1], base, stopped)
-    return found
+        baseline = row.metric.baseline(labels[train_rows], labels[test_rows])
+        results[row.name] = (scores[0], scores[1], baseline, stopped)
+    return results
+
+
+_FRONT_STEPS = 2  # of ``front``
+
+
+def _begins_with_front(estimator: Any, settings: ProbeSettings) -> bool:
+    """Whether an estimator is a pipeline whose first steps are those of ``front``, with the same parameters."""
+    if not isinstance(estimator, Pipeline) or len(estimator.steps) <= _FRONT_STEPS:
+        return False
+    usual = front(settings.n_components, settings.seed)
+    pairs = zip(estimator.steps[:_FRONT_STEPS], usual.steps, strict=True)
+    return all(type(own) is type(step) and own.get_params() == step.get_params() for (_, own), (_, step) in pairs)
 
 
 def _score(
-    name: str, x_train: NDArray, y_train: NDArray, x_test: NDArray, y_test: NDArray, settings: ProbeSettings
+    row: Probe, estimator: Any, x_train: NDArray, x_test: NDArray, labels: NDArray, languages: NDArray, fold: Fold
 ) -> float:
-    if len(np.unique(y_train)) < 2 or (name == "correctness" and len(np.unique(y_test)) < 2):
+    import sklearn
+
+    train_rows, test_rows = fold
+    y_train, y_test = labels[train_rows], labels[test_rows]
+    if len(np.unique(y_train)) < 2 or (row.metric.needs_two_classes and len(np.unique(y_test)) < 2):
         return float("nan")
-    model = classifier(settings.C).fit(x_train, y_train)
-    if name == "correctness":
-        return float(roc_auc_score(y_test, model.decision_function(x_test)))
-    return float(model.score(x_test, y_test))
+    if not row.by_language:
+        return row.metric.score(estimator.fit(x_train, y_train), x_test, y_test, {})
+    with sklearn.config_context(enable_metadata_routing=True):
+        estimator.fit(x_train, y_train, languages=languages[train_rows])
+        return row.metric.score(estimator, x_test, y_test, {"languages": languages[test_rows]})
 
 
-def align(states: NDArray[np.float32], task: Task, settings: ProbeSettings) -> Floats:
+def align(states: NDArray[np.float32], task: Task, row: Probe, settings: ProbeSettings) -> Floats:
     """Encoding, its trained control, top-1 and margin [n, 4] of the alignment probe, each example held out.
 
     The control task pairs the questions of a paragraph wrongly, anew in every language, in training and test.
@@ -258,16 +302,16 @@ def align(states: NDArray[np.float32], task: Task, settings: ProbeSettings) -> F
         some = train[usable[train]]
         if len(some) < 2:
             continue
-        probe = AlignmentProbe(settings.n_components, settings.alpha, settings.seed)
+        estimator = row.estimator(settings)
         with _where(settings):
-            probe.fit(_place(x[some], settings), _place(y[some], settings))
-            predicted = _numpy(probe.predict(_place(x[test], settings)))
+            estimator.fit(_place(x[some], settings), _place(y[some], settings))
+            predicted = _numpy(estimator.predict(_place(x[test], settings)))
         place = np.full(n, -1)
         place[test] = np.arange(len(test))
         for choice in _choices(states, task, test):
             own = predicted[place[choice.rows], None]
-            where = {row: at for at, row in enumerate(choice.rows.tolist())}
-            wrong = choice.right[[where[row] for row in paired[choice.rows].tolist()]]
+            position = {example: i for i, example in enumerate(choice.rows.tolist())}
+            wrong = choice.right[[position[example] for example in paired[choice.rows].tolist()]]
             real = retrieve(own[..., :width], choice.candidates[:, None], choice.right)
             control = retrieve(own[..., width:], choice.candidates[:, None], wrong)
             columns = (real.encoding, control.encoding, real.top1, real.margin)
@@ -291,7 +335,7 @@ def _choices(states: NDArray, task: Task, some: NDArray[np.int64]) -> Iterator[_
     names = task.paragraphs[some]
     for name in np.unique(names):
         members = some[names == name]
-        paragraph = Paragraph.of(states[members][:, None], task.questions[members], task.languages[members])
+        paragraph = Paragraph.from_states(states[members][:, None], task.questions[members], task.languages[members])
         for language in range(paragraph.present.shape[1]):
             candidates, known = paragraph.consensus(language)
             asked = np.flatnonzero(paragraph.present[:, language] & known)
@@ -301,26 +345,27 @@ def _choices(states: NDArray, task: Task, some: NDArray[np.int64]) -> Iterator[_
                 yield _Choice(rows, paragraph.states[asked, language, 0], candidates[known, 0], right)
 
 
-def _rows(where: dict[str, Any], probes: tuple[str, ...], found: LayerScores, task: Task) -> list[dict[str, Any]]:
+def _rows(place: dict[str, Any], probes: Sequence[Probe], scored: LayerScores, task: Task) -> list[dict[str, Any]]:
     """Table rows of one layer and state."""
     rows = []
-    for name in probes:
-        if name == "alignment":
-            values = found.aligned if found.aligned is not None else np.full((len(task.languages), 4), np.nan)
+    for probe in probes:
+        if probe.labels is None:
+            values = scored.aligned if scored.aligned is not None else np.full((len(task.languages), 4), np.nan)
             with np.errstate(invalid="ignore"):
                 folds = [_means(values[test, :2]) for _, test in task.folds]
             scores, controls = [f[0] for f in folds], [f[1] for f in folds]
             n = int((~np.isnan(values[:, 0])).sum())
             baseline, stopped = float("nan"), 0
         else:
-            each = found.folds[name]
+            each = scored.folds[probe.name]
             scores, controls = [f[0] for f in each], [f[1] for f in each]
             baseline = float(np.mean([f[2] for f in each])) if each else float("nan")
             n, stopped = (len(task.languages) if each else 0), sum(f[3] for f in each)
         score, lo, hi = fold_interval(scores)
         control, control_lo, control_hi = fold_interval(controls)
         rows.append({
-            **where, "probe": name, "metric": METRICS[name], "score": score, "lo": lo, "hi": hi, "baseline": baseline,
+            **place, "probe": probe.name, "metric": probe.metric.name, "score": score, "lo": lo,
+            "hi": hi, "baseline": baseline,
             "control": control, "control_lo": control_lo, "control_hi": control_hi, "selectivity": score - control,
             "folds": int((~np.isnan(np.array(scores, dtype=float))).sum()), "n": n,
             "not_converged": stopped,

@@ -189,3 +189,11 @@ def replacing(final: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync(final.parent)
+
+
+def holds_other_than(path: Path, names: set[str], folder: str) -> bool:
+    """Whether ``path`` is a folder with more in it than files of these names and an empty ``folder``."""
+    if not path.is_dir():
+        return False
+    rest = [entry for entry in entries(path) if entry.name not in names]
+    return any(entry.name != folder or not entry.is_dir() or bool(entries(entry)) for entry in rest)

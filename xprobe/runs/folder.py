@@ -27,6 +27,7 @@ from xprobe.runs.disk import (
     checksum,
     entries,
     expect,
+    holds_other_than,
     make_folder,
     read_file,
     replacing,
@@ -34,6 +35,7 @@ from xprobe.runs.disk import (
     what_is,
     writing,
 )
+from xprobe.runs.identity import checksum_of, run_key
 from xprobe.runs.lock import LOCK
 from xprobe.runs.manifest import FORMAT, Manifest
 from xprobe.runs.schema import finished_complaint, identity_complaint
@@ -41,7 +43,6 @@ from xprobe.runs.serialization import shard_bytes
 
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
 LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
-MAY_CHANGE = ("model", "data")  # names, on resume; the bytes of model and data may not change
 _SELF = "sha256"  # entry of the manifest: checksum of all the others
 SHARD = ".safetensors"  # end of a shard's name
 _NAMED = 5  # shards that a message names
@@ -59,7 +60,7 @@ class RunFolder:
         kind = what_is(path)
         if kind not in (None, "a folder"):
             raise UsageError(f"{path} is {kind}: give --out a folder")
-        filled = holds_something(path)
+        filled = holds_other_than(path, {LOCK, PART.format(MANIFEST)}, SHARDS)
         if filled and not resume:
             raise UsageError(f"{path} is not empty: choose another --out, or --resume the run in it")
         if filled and not cls(path).has_manifest():
@@ -211,14 +212,14 @@ class RunFolder:
         """Whether the manifest still has the checksum that it was written with."""
         try:
             manifest = json.loads(read_file(self.path / MANIFEST).decode("utf-8-sig"))
-            return manifest.pop(_SELF) == _own_checksum(manifest)
+            return manifest.pop(_SELF) == checksum_of(manifest)
         except (RunFolderError, ValueError, RecursionError, AttributeError, KeyError):
             return False
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Writes the manifest with its checksum, in one step."""
         values = json.loads(json.dumps(manifest.to_dict()))  # as readers will see it
-        values[_SELF] = _own_checksum(values)
+        values[_SELF] = checksum_of(values)
         self.__dict__.pop("_run_key", None)
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         self.write_bytes(MANIFEST, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
@@ -226,10 +227,7 @@ class RunFolder:
     @cached_property
     def _run_key(self) -> str:
         """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
-        manifest = Manifest.from_dict(self._read_json())
-        study = {name: value for name, value in manifest.study.to_dict().items() if name not in MAY_CHANGE}
-        model, data = manifest.model.files_sha256, manifest.data.files_sha256
-        return _own_checksum({"study": study, "model": model, "data": data, "template": manifest.template_sha256})
+        return run_key(self._read_json())
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Writes a file of the folder in one step: readers see the old content or the new, never a part."""
@@ -420,16 +418,3 @@ class RunFolder:
             raise RunFolderError(
                 f"cannot read {path} ({error}): {self.resume_command} writes it again from the shards"
             ) from error
-
-
-def holds_something(path: Path) -> bool:
-    """Whether ``path`` is a folder with more in it than a run that was killed before its first file was whole."""
-    if not path.is_dir():
-        return False
-    nothing = {LOCK, PART.format(MANIFEST)}
-    rest = [entry for entry in entries(path) if entry.name not in nothing]
-    return any(entry.name != SHARDS or not entry.is_dir() or bool(entries(entry)) for entry in rest)
-
-
-def _own_checksum(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
-from xprobe.runs.folder import MAY_CHANGE
 from xprobe.runs.manifest import Manifest
+
+MAY_CHANGE = ("model", "data")  # names, on resume; the bytes of model and data may not change
 
 
 def differences(before: Manifest, now: Manifest, old: dict[str, Any]) -> list[str]:
@@ -51,3 +54,25 @@ def _in_words(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     if name not in old:
         return f"{name} is now {new[name]!r} and was not known to the version that began the run"
     return f"{name} was {old[name]!r} and is now {new[name]!r}"
+
+
+def run_key(values: dict[str, Any]) -> str:
+    """What the shards of a run depend on, in one checksum. Journal lines of another run are not believed.
+
+    ``values`` is the manifest as it was written: a later version that knows more options gets the same key.
+    """
+    parts = {name: values.get(name) for name in ("study", "model", "data")}
+    study, model, data = (part if isinstance(part, dict) else {} for part in parts.values())
+    return checksum_of(
+        {
+            "study": {name: value for name, value in study.items() if name not in MAY_CHANGE},
+            "model": model.get("files_sha256"),
+            "data": data.get("files_sha256"),
+            "template": values.get("template_sha256"),
+        }
+    )
+
+
+def checksum_of(values: dict[str, Any]) -> str:
+    """SHA-256 of plain values, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -13,10 +13,6 @@ from xprobe.errors import UsageError
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.manifest import Manifest
 
-# State (a tensor of the shards) -> the signal that is read from it: h[l] at the last prompt token, where the answer
-# will be produced, and its mean over the question's own tokens
-STATES = {"prompt_end": "encoding", "question_mean": "encoding_question"}
-
 LAYER_BYTES = 1 << 30  # of states held at a time when layers are read
 
 

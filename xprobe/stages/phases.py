@@ -8,12 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from xprobe.config import STATES
 from xprobe.events import Stage
 from xprobe.phases.encoding import paragraph_encoding
 from xprobe.phases.segmentation import PHASE_DEFINITION
 from xprobe.phases.tables import example_table, layer_table, summaries
 from xprobe.runs.folder import EXAMPLES, LAYERS
-from xprobe.runs.states import STATES, StoredStates
+from xprobe.runs.states import StoredStates
 from xprobe.stages.run import Run
 from xprobe.stages.shards import read_signals
 from xprobe.timing import Stopwatch

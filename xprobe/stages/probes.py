@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from xprobe.config import PROBES, SETTINGS
+from xprobe.config import PROBES, SETTINGS, STATES
 from xprobe.errors import RunFolderError
 from xprobe.events import Step
 from xprobe.models.loading import pick_device
@@ -20,7 +20,7 @@ from xprobe.phases.tables import replace_signals
 from xprobe.probes.training import ProbeSettings, train
 from xprobe.results import read_tables
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE
-from xprobe.runs.states import STATES, StoredStates
+from xprobe.runs.states import StoredStates
 from xprobe.stages import phases
 from xprobe.stages.run import Run
 from xprobe.stages.shards import read_signals
@@ -89,8 +89,9 @@ def settings_of(run: Run) -> dict[str, ProbeSettings]:
     unknown = [name for name in before if name not in PROBES]
     if unknown:
         raise RunFolderError(
-            f"{run.folder.path / MANIFEST}: entry stages.probes names {unknown[0]!r}, which this version of xprobe "
-            "does not know: use the version that trained it"
+            f"{run.folder.path / MANIFEST}: entry stages.probes names {unknown[0]!r}, which is not registered here: "
+            "register it as the script did that trained it (xprobe.probes.register), or use the version of xprobe that "
+            "knows it"
         )
     known = [field.name for field in fields(ProbeSettings)]
     wanted = {name: ProbeSettings(seed=study.seed) for name in study.probes or ()}
@@ -121,5 +122,6 @@ def _in_order(scores: pd.DataFrame) -> pd.DataFrame:
     """The one order of the probe table, whichever probe was trained first: setting, state, layer, probe."""
     settings = scores["setting"].map({name: rank for rank, name in enumerate(SETTINGS)})
     states = scores["state"].map({name: rank for rank, name in enumerate(STATES)})
-    probes = scores["probe"].map({name: rank for rank, name in enumerate(PROBES)})
+    names = dict.fromkeys([*PROBES, *scores["probe"]])  # a table may hold probes that are not registered here
+    probes = scores["probe"].map({name: rank for rank, name in enumerate(names)})
     return scores.iloc[np.lexsort((probes, scores["layer"], states, settings))].reset_index(drop=True)

@@ -22,7 +22,7 @@ from xprobe.models.head import weights_of
 PROMPTS = family_of_prompts()
 SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
 MODULES = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
-SMALL = {"languages": ("en", "th"), "limit": 4, "batch_tokens": 500}
+SMALL = {"languages": ("en", "th"), "limit": 4, "batch_tokens": 500, "probes": (), "bootstrap": 20}
 
 
 def places(elsewhere: str, *modules: str, others: str | int = "cpu") -> dict[str, str | int]:

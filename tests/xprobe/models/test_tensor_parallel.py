@@ -143,7 +143,7 @@ def test_when_one_process_runs_out_of_memory_all_end_and_the_run_goes_on_later(t
     else:
         assert "process 1 of 2 failed" in whispered
         assert "of this one process" in whispered
-    assert xprobe.runs.folder.RunFolder.open(out).read_run()["status"] == "running"
+    assert xprobe.runs.folder.RunFolder.open(out).read_run().status == "running"
     (first, shown, said), (second, silence, whispered) = together("-m", "xprobe_cli", *run, "--resume")
     assert (first, second) == (0, 0), said + whispered
     assert "parity" in shown

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
@@ -18,6 +19,8 @@ from support.states import write_states
 
 from xprobe.errors import UsageError
 from xprobe.phases.encoding import paragraph_encoding
+from xprobe.probes.classification import correctness_probe, language_probe
+from xprobe.probes.registry import get_probe
 from xprobe.probes.training import ProbeSettings, Task, train, train_layer
 
 LANGUAGES = ("en", "de", "th")
@@ -63,6 +66,12 @@ def correct(frame, states):
     return states[:, 1, 0] + states[:, 1, 1] > np.median(states[:, 1, 0] + states[:, 1, 1])
 
 
+def work(frame, correct, names, settings):
+    """What ``train_layer`` is given beside the states: the task, the probes, the settings."""
+    probes = [get_probe(name) for name in names]
+    return Task.from_examples(frame.assign(first_token_correct=correct), probes, settings), probes, settings
+
+
 def components(x_train, x_test, n=5):
     scaler, pca = StandardScaler().fit(x_train), PCA(n)
     return pca.fit_transform(scaler.transform(x_train)), pca.transform(scaler.transform(x_test))
@@ -70,7 +79,7 @@ def components(x_train, x_test, n=5):
 
 def test_language_and_correctness_are_those_of_hand_written_scikit_learn(frame, states, correct):
     settings = ProbeSettings(n_components=5, folds=4)
-    found = train_layer(states[:, 1], Task.of(frame, correct, settings), ("language", "correctness"), settings)
+    found = train_layer(states[:, 1], *work(frame, correct, ("language", "correctness"), settings))
     languages = frame["language"].to_numpy()
     for fold, (train_rows, test_rows) in enumerate(GroupKFold(4).split(states, groups=frame["paragraph"])):
         z_train, z_test = components(states[train_rows, 1], states[test_rows, 1])
@@ -88,11 +97,27 @@ def test_language_and_correctness_are_those_of_hand_written_scikit_learn(frame, 
         assert found.folds["correctness"][fold][0] == pytest.approx(wanted, abs=1e-6)
 
 
+def test_the_documented_estimators_are_the_ones_that_run(frame, states, correct):
+    """Whole, as docs/method.md names them, on the same folds: equal to the last bit."""
+    settings = ProbeSettings(n_components=5, folds=4)
+    found = train_layer(states[:, 1], *work(frame, correct, ("language", "correctness"), settings)).folds
+    languages = frame["language"].to_numpy()
+    for fold, (train_rows, test_rows) in enumerate(GroupKFold(4).split(states, groups=frame["paragraph"])):
+        x_train, x_test = states[train_rows, 1], states[test_rows, 1]
+        model = language_probe(5, random_state=0).fit(x_train, languages[train_rows])
+        assert found["language"][fold][0] == model.score(x_test, languages[test_rows])
+        with sklearn.config_context(enable_metadata_routing=True):
+            model = correctness_probe(5, random_state=0)
+            model.fit(x_train, correct[train_rows], languages=languages[train_rows])
+            values = model.decision_function(x_test, languages=languages[test_rows])
+        assert found["correctness"][fold][0] == roc_auc_score(correct[test_rows], values)
+
+
 def test_alignment_is_ridge_to_the_consensus_of_the_other_languages(frame, states, correct):
     """By hand for one paragraph that is held out: centre, map, rank by cosine among the paragraph's questions."""
     settings = ProbeSettings(n_components=5, folds=4, alpha=0.2)
-    task = Task.of(frame, correct, settings)
-    found = train_layer(states[:, 2], task, ("alignment",), settings).aligned
+    task, probes, _ = work(frame, correct, ("alignment",), settings)
+    found = train_layer(states[:, 2], task, probes, settings).aligned
     wide = states[:, 2].astype(np.float64)
     cell = frame.groupby(["paragraph", "language"]).indices
     centred = wide.copy()
@@ -173,8 +198,8 @@ def test_torch_does_what_numpy_does():
     """The path that a GPU takes, on the CPU, in a process that has scikit-learn's array API switched on."""
     code = (
         "import sys, numpy as np, pandas as pd\n"
-        "from test_probing import frame_of, states_of\n"
-        "from xprobe.probes.training import ProbeSettings, Task, train_layer\n"
+        "from test_training import frame_of, states_of, work\n"
+        "from xprobe.probes.training import ProbeSettings, train_layer\n"
         "frame = frame_of(); states = states_of(frame)[:, 2]\n"
         "languages = frame['language'].to_numpy()\n"
         "centred = states - np.stack([states[languages == name].mean(0) for name in languages])\n"
@@ -184,7 +209,7 @@ def test_torch_does_what_numpy_does():
         "found = []\n"
         "for device in ('cpu', 'cpu:0'):\n"
         "    settings = ProbeSettings(device=device, n_components=5)\n"
-        "    found.append(train_layer(states, Task.of(frame, correct, settings), probes, settings))\n"
+        "    found.append(train_layer(states, *work(frame, correct, probes, settings)))\n"
         "for name, folds in found[0].folds.items():\n"
         "    assert np.allclose(folds, found[1].folds[name], atol=0.03, equal_nan=True), name\n"
         "assert np.mean(np.isclose(found[0].aligned, found[1].aligned, atol=1e-3)) > 0.97\n"
@@ -203,7 +228,7 @@ def test_a_device_without_the_array_api_says_what_to_do(frame, states, correct, 
         pytest.skip("the array API is switched on here")
     settings = ProbeSettings(device="cpu:0")
     with pytest.raises(UsageError, match="SCIPY_ARRAY_API=1"):
-        train_layer(states[:, 1], Task.of(frame, correct, settings), ("language",), settings)
+        train_layer(states[:, 1], *work(frame, correct, ("language",), settings))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from xprobe.errors import UsageError
 from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Record
 from xprobe.qa.selection import RULE, Selection, choose_questions, order_paragraphs, order_questions
-from xprobe.study import read_questions
+from xprobe.stages.questions import read_questions
 
 Paragraphs = list[list[str]]
 
@@ -275,11 +275,13 @@ def test_a_bound_may_be_a_whole_number_of_numpy() -> None:
 
 def test_a_limited_run_reads_the_reference_language_for_its_order() -> None:
     limited = StudyConfig(settings=("x-x",), languages=("th",), paragraphs=2, questions_per_paragraph=2)
-    _, data, examples, selection = read_questions(limited)
+    found = read_questions(limited)
+    data, examples, selection = found.data, found.examples, found.selection
     assert data.languages == ("en", "th")
     assert {example.language for example in examples} == {"th"}
     assert (selection.paragraphs, selection.paragraphs_taken, selection.questions_taken) == (2, 2, 4)
-    _, data, examples, selection = read_questions(StudyConfig(settings=("x-x",), languages=("th",)))
+    found = read_questions(StudyConfig(settings=("x-x",), languages=("th",)))
+    data, examples, selection = found.data, found.examples, found.selection
     assert data.languages == ("th",)
     assert len(examples) == selection.questions_taken == selection.questions_in_data == 36
 

@@ -236,19 +236,26 @@ def test_without_locks_it_says_so_and_still_notices_processes_of_this_machine(tm
 @pytest.mark.usefixtures("without_flock")
 def test_a_run_without_locks_says_so_and_goes_on(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=1, progress=lambda event: said.append(str(event)))
+    xprobe.run(
+        str(tiny),
+        out=tmp_path / "run",
+        languages="en",
+        limit=1,
+        probes=(),
+        progress=lambda event: said.append(str(event)),
+    )
     assert "has no locks" in said[0]
 
 
 def test_reading_needs_no_lock_and_writing_needs_it(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    study = xprobe.run(str(tiny), out=out, languages="en", limit=1)
+    study = xprobe.run(str(tiny), out=out, languages="en", limit=1, probes=())
     assert not (out / LOCK).exists()
     with FolderLock(out):
         assert xprobe.load_study(out).to_dict() == study.to_dict()
         for resume in (False, True):
             with pytest.raises(UsageError, match="is being written by this process"):
-                xprobe.run(str(tiny), out=out, resume=resume, languages="en", limit=1)
+                xprobe.run(str(tiny), out=out, resume=resume, languages="en", limit=1, probes=())
 
 
 def test_a_run_that_fails_gives_the_folder_back(tiny: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from support.simulated import LANGUAGES, Design, frame_of, hidden_states, simula
 from xprobe.phases.encoding import Retrieval, paragraph_encoding
 from xprobe.phases.segmentation import encoding_depths, segment
 from xprobe.phases.tables import ALL, example_table, layer_table, summaries
+from xprobe.probes.registry import get_probe
 from xprobe.probes.training import ProbeSettings, Task, train_layer
 
 NAN = float("nan")
@@ -49,8 +50,12 @@ def encode(frame: pd.DataFrame, states: NDArray) -> Retrieval:
     return found
 
 
+PROBED = [get_probe(name) for name in ("alignment", "language", "correctness")]
+ALIGNMENT, CLASSIFYING, CORRECTNESS = PROBED[:1], PROBED[1:], PROBED[2:]
+
+
 def task_of(frame: pd.DataFrame, correct: NDArray[np.bool_]) -> Task:
-    return Task.of(frame, correct, SETTINGS)
+    return Task.from_examples(frame.assign(first_token_correct=correct), PROBED, SETTINGS)
 
 
 # -- planted phases -------------------------------------------------------------------------------------------------
@@ -192,10 +197,10 @@ def test_probes_of_permuted_labels_have_no_selectivity() -> None:
                 task_of(frame.assign(question_id=frame["question_id"].to_numpy()[dealt]), correct),
             ),
         }.items():
-            found = train_layer(states, classes, ("language", "correctness"), SETTINGS).folds
+            found = train_layer(states, classes, CLASSIFYING, SETTINGS).folds
             for name, folds in found.items():
                 gains[kind].setdefault(name, []).append(np.mean([score - control for score, control, *_ in folds]))
-            values = train_layer(states, aligned, ("alignment",), SETTINGS).aligned
+            values = train_layer(states, aligned, ALIGNMENT, SETTINGS).aligned
             gains[kind].setdefault("alignment", []).append(np.mean(values[:, 0] - values[:, 1]))
     for name in ("alignment", "language", "correctness"):
         assert abs(np.mean(gains["permuted"][name])) < 0.05, name
@@ -225,7 +230,7 @@ def test_a_probe_that_remembers_paragraphs_wins_by_folds_of_examples_and_not_by_
         model = LogisticRegression(max_iter=1000)
         chances = cross_val_predict(model, states, correct, cv=folds, method="predict_proba")[:, 1]
         careless.append(roc_auc_score(correct, chances))
-        found = train_layer(states, task_of(frame, correct), ("correctness",), SETTINGS).folds["correctness"]
+        found = train_layer(states, task_of(frame, correct), CORRECTNESS, SETTINGS).folds["correctness"]
         ours.append(np.nanmean([score for score, *_ in found]))
     assert min(careless) > 0.95
     assert abs(np.mean(ours) - 0.5) < 4 * np.std(ours, ddof=1) / np.sqrt(len(ours))
@@ -241,7 +246,7 @@ def test_a_paragraph_code_does_not_help_encoding() -> None:
     for name, values in vars(encode(frame, plain)).items():
         np.testing.assert_allclose(getattr(found, name), values, atol=1e-9)
     aligned = train_layer(
-        coded[:, 0].astype(np.float32), task_of(frame, np.ones(len(frame), bool)), ("alignment",), SETTINGS
+        coded[:, 0].astype(np.float32), task_of(frame, np.ones(len(frame), bool)), ALIGNMENT, SETTINGS
     )
     assert abs(np.mean(aligned.aligned[:, 0] - aligned.aligned[:, 1])) < 0.06
 
@@ -325,7 +330,7 @@ def test_encoding_leaves_out_what_has_nothing_to_choose_from() -> None:
     np.testing.assert_allclose(found.encoding, wanted, atol=1e-9)
     for values in vars(found).values():
         assert (np.isnan(values) == np.isnan(wanted)).all()
-    aligned = train_layer(states[:, 0], task_of(frame, np.ones(len(frame), bool)), ("alignment",), SETTINGS).aligned
+    aligned = train_layer(states[:, 0], task_of(frame, np.ones(len(frame), bool)), ALIGNMENT, SETTINGS).aligned
     assert (np.isnan(aligned) == np.isnan(wanted[:, :1])).all()
 
 

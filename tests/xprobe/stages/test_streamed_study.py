@@ -15,7 +15,7 @@ from xprobe.models.streaming import streamed as streaming
 from xprobe.runs.folder import RunFolder
 from xprobe.stages.shards import read_signals
 
-SMALL = {"batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6}
+SMALL = {"batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6, "probes": (), "bootstrap": 20}
 
 
 def signals(study):

@@ -1,0 +1,16 @@
+"""Reads a finished run with pandas alone: python examples/read_run_folder.py RUN"""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+run = Path(sys.argv[1])
+manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+layers = pd.read_parquet(run / "layers.parquet")  # setting, layer, language, signal, value, lo, hi, n
+examples = pd.read_parquet(run / "examples.parquet")  # one row per question, language and setting
+print(manifest["model"]["name"], "on", manifest["data"]["name"])
+readiness = layers[layers["signal"] == "readiness"]
+print(readiness.pivot_table(index="layer", columns="language", values="value").round(2))
+print(examples.groupby("language")["onset"].describe().round(1))

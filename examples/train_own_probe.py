@@ -1,0 +1,26 @@
+"""Trains a probe of one's own on the states that a run has stored: python examples/train_own_probe.py RUN
+
+The probe predicts the number of tokens in a prompt from the state at the prompt's last token.
+"""
+
+import sys
+
+import numpy as np
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import xprobe
+from xprobe.runs.folder import RunFolder
+from xprobe.runs.states import StoredStates
+
+study = xprobe.load_study(sys.argv[1])
+examples = study.examples.reset_index(drop=True)
+stored = StoredStates.from_run(RunFolder.open(study.path), examples, study.manifest)
+folds = GroupKFold(min(5, examples["paragraph"].nunique()))  # no paragraph lies in training and test
+for layers, states in stored.layers("prompt_end", np.arange(len(examples))):  # [K, N, D], as many layers as fit
+    for layer, rows in zip(layers, states, strict=True):
+        probe = make_pipeline(StandardScaler(), Ridge(alpha=len(rows)))
+        scores = cross_val_score(probe, rows, examples["prompt_tokens"], groups=examples["paragraph"], cv=folds)
+        print(f"layer {layer:>2}  R2 {scores.mean():.2f}")
