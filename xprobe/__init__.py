@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xprobe.results import Study, load_study
     from xprobe.study import run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "run": "xprobe.study",
