@@ -12,6 +12,7 @@ from typing import Any
 from xprobe.config import Execution, StudyConfig
 
 FORMAT = 2  # raised when older readers would misread a run folder
+_UNWRITTEN = ("other", "study_as_read")  # fields of Manifest that are no entries of the file
 
 
 @dataclass
@@ -99,7 +100,11 @@ class Counts:
 
 @dataclass
 class Manifest:
-    """All of ``manifest.json``. ``other`` keeps entries that this version does not know.
+    """All of ``manifest.json``.
+
+    ``other`` keeps entries that this version does not know. ``study_as_read`` keeps the study as another version may
+    have written it: shards belong to a study to the letter (``xprobe.runs.identity.run_key``), so writing the manifest
+    again must neither add an option that the version that began the run did not know, nor drop one.
 
     Examples
     --------
@@ -123,26 +128,37 @@ class Manifest:
     total_seconds: float = 0.0
     stages: dict[str, StageEntry] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
+    study_as_read: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("study", "stages", "other")}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("study", "stages", *_UNWRITTEN)}
         plain = {
             name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in values.items()
         }
         stages = {name: _stage_to_dict(stage) for name, stage in self.stages.items()}
-        return {**plain, "study": self.study.to_dict(), "stages": stages, **self.other}
+        return {**plain, "study": self._study_to_dict(), "stages": stages, **self.other}
+
+    def _study_to_dict(self) -> dict[str, Any]:
+        """The study as it was read, with the options that changed since."""
+        now = self.study.to_dict()
+        if self.study_as_read is None:
+            return now
+        before = StudyConfig.from_dict(_known(StudyConfig, self.study_as_read)).to_dict()
+        return {**self.study_as_read, **{name: value for name, value in now.items() if value != before[name]}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Manifest:
         """The inverse of ``to_dict``. The values are to be checked before (``xprobe.runs.schema``)."""
-        own = {f.name for f in fields(cls)} - {"other"}
+        own = {f.name for f in fields(cls)} - set(_UNWRITTEN)
         known = {name: value for name, value in values.items() if name in own}
         for name, kind in (("model", ModelEntry), ("data", DataEntry), ("counts", Counts)):
             known[name] = _entry(kind, known.get(name, {}))
-        known["study"] = StudyConfig.from_dict(_known(StudyConfig, known.get("study", {})))
+        study = known.get("study")
+        known["study"] = StudyConfig.from_dict(_known(StudyConfig, study))
         known["stages"] = {name: _stage_from_dict(stage) for name, stage in known.get("stages", {}).items()}
-        return cls(**known, other={name: value for name, value in values.items() if name not in own})
+        other = {name: value for name, value in values.items() if name not in own}
+        return cls(**known, other=other, study_as_read=dict(study) if isinstance(study, dict) else None)
 
     @property
     def warnings(self) -> list[str]:

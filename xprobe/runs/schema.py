@@ -163,7 +163,16 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_is_of(item, inner[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(_is_of(item, inner[1]) for item in value.values())
-    return TEXT.fits(value) if hint is str else type(value) is hint
+    return TEXT.fits(value) and _may_be_a_path(value) if hint is str else type(value) is hint
+
+
+def _may_be_a_path(text: str) -> bool:
+    """Half a surrogate pair is a text in JSON, and no part of a file's name; a byte that is not UTF-8 is one."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _in_words(hint: Any) -> str:

@@ -31,6 +31,7 @@ OPTIONS: dict[str, Any] = {
 MISSING = "missing"
 SETTINGS = ("stages", "phases", "results", "settings")
 STATES, TRAINED = ("stages", "states"), ("stages", "probes", "results", "trained")
+OPTIONS_USED = (*STATES, "executions", 0, "options")
 WRONG = (MISSING, None, "six", -1, True, 10**30, 1.5, float("nan"), [], {}, [1], {"x": 5})
 Place = tuple[Any, ...]
 
@@ -88,14 +89,8 @@ def read_everything(out: Path) -> None:
     warnings(study.manifest)
 
 
-UNREAD = {
-    "environment",
-    "prompt",
-    "data",
-    "plan",
-    "options",
-    "selection",
-}  # what no reader uses, or hardly: one wrong value each
+# what no reader uses, or hardly: one wrong value each
+UNREAD = {"environment", "prompt", "data", "plan", "options", "selection"}
 ALL = pytest.param(WRONG, marks=pytest.mark.slow, id="every value")
 
 
@@ -172,6 +167,7 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         (("study", "seed"), MISSING, "entry study.seed must be a whole number, is missing"),
         (("study", "bootstrap"), "six", 'entry study.bootstrap must be a whole number, is "six"'),
         (("study", "store_rows"), 1, "entry study.store_rows must be true or false, is 1"),
+        (("study", "model"), "half a pair: \ud800", r'entry study.model must be text, is "half a pair: \ud800"'),
         (("study", "settings"), ["en-y"], "entry study or stages cannot be used: unknown setting 'en-y'"),
         (("model", "name"), MISSING, "entry model.name must be text, is missing"),
         (("model", "n_blocks"), MISSING, "entry model.n_blocks must be a whole number from 1 to 1000000, is missing"),
@@ -195,6 +191,9 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         (("stages", "states", "warnings"), 5, "entry stages.states.warnings must be a list of texts, is 5"),
         ((*STATES, "seconds", "load"), -1, "states.seconds.load must be a number of at least 0, is -1"),
         ((*STATES, "results", "parity_error"), None, "parity_error must be a number of at least 0, is null"),
+        ((*OPTIONS_USED, "batch_tokens"), "x", "executions[0].options.batch_tokens must be a whole number, is "),
+        ((*OPTIONS_USED, "batch_tokens"), 0, "entry study or stages cannot be used: batch_tokens must be "),
+        ((*OPTIONS_USED, "device_map"), [1], "options.device_map must be text or an object or null, is [1]"),
         (("status",), "over", 'entry status must be "running" or "done", is "over"'),
         (("template_sha256",), 5, "entry template_sha256 must be text, is 5"),
     ],
