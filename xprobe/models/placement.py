@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xprobe.errors import ModelError
-from xprobe.models.block_io import in_words
+from xprobe.models.block_io import describe_error
 from xprobe.models.checkpoint import Checkpoint
 from xprobe.models.completeness import check_complete
 from xprobe.models.messages import quiet
@@ -33,7 +33,7 @@ def build_empty(
     from transformers import initialization
 
     with initialization.meta_device_safe_creation_ops():
-        model = without_weights(config, dtype, trust_remote_code=trust_remote_code, warnings=warnings)
+        model = build_on_meta(config, dtype, trust_remote_code=trust_remote_code, warnings=warnings)
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             if (buffer := module._buffers[name]) is not None:
@@ -45,7 +45,7 @@ def build_empty(
     return model.eval()
 
 
-def without_weights(
+def build_on_meta(
     config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, warnings: list[str] | None = None
 ) -> Any:
     """The model of ``config`` with everything on the meta device.
@@ -63,7 +63,7 @@ def without_weights(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # a family's own code builds it: it may raise anything for a bad configuration
-        reason = in_words(error)
+        reason = describe_error(error)
         raise ModelError(f"cannot build a model of type {config.model_type}: {reason}") from error
 
 
@@ -72,11 +72,11 @@ class _Share:
     """The checkpoint's tensors for one owner: plain ones by target, and those that converters make others from."""
 
     plain: dict[str, str] = field(default_factory=dict)  # target -> stored name
-    converted: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # target -> [(stored name, pattern)]
+    convert: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # target -> [(stored name, pattern)]
 
     @property
     def sources(self) -> list[str]:
-        return [*self.plain.values(), *(name for group in self.converted.values() for name, _ in group)]
+        return [*self.plain.values(), *(name for group in self.convert.values() for name, _ in group)]
 
 
 class Placement:
@@ -167,7 +167,7 @@ class Placement:
         rules = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
         for target, name in share.plain.items():
             self._put(target, self._reader(name, target)())
-        for target, members in share.converted.items():
+        for target, members in share.convert.items():
             rule = deepcopy(rules[members[0][1]])
             for name, pattern in members:
                 rule.add_tensor(target, name, pattern, self._reader(name, target))
@@ -206,7 +206,7 @@ class Placement:
             share.plain[target] = name
             self._arrived.add(target)
             return
-        share.converted.setdefault(target, []).append((name, pattern))
+        share.convert.setdefault(target, []).append((name, pattern))
         rule = next(rule for rule in self._converters if pattern in rule.source_patterns)
         self._arrived.update(target.replace(rule.target_patterns[0], other) for other in rule.target_patterns)
 

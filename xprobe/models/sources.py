@@ -60,7 +60,7 @@ def resolve(name: str) -> Source:
     if not name.strip():
         raise UsageError("the name of the model is empty; `xprobe run` without one takes the demo model")
     if name in gguf.ALIASES:
-        return Source(name, "gguf", str(gguf.find_alias(name)))
+        return Source(name, "gguf", str(gguf.alias_path(name)))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -89,12 +89,12 @@ def location_and_options(source: Source, trust_remote_code: bool) -> tuple[str, 
     """
     location = source.location
     if source.kind == "gguf":
-        location = str(gguf.converted(Path(source.location)))
+        location = str(gguf.convert(Path(source.location)))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
         if not hub_answers():
             if not in_hub_cache(location):
-                raise ModelError(unknown(source))
+                raise ModelError(unknown_model(source))
             options["local_files_only"] = True
         _check_no_adapter_on_hub(location, bool(options.get("local_files_only")))
     return location, options
@@ -112,7 +112,7 @@ def local_folder(source: Source) -> Path:
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "gguf":
-        return gguf.converted(Path(source.location))
+        return gguf.convert(Path(source.location))
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
@@ -122,7 +122,7 @@ def local_folder(source: Source) -> Path:
             folder = Path(snapshot_download(source.location, local_files_only=not hub_answers(), **options))
         except Exception as error:  # huggingface_hub raises OSError, ValueError, HTTP errors, ... for bad input
             if not in_hub_cache(source.location):
-                raise ModelError(unknown(source)) from error
+                raise ModelError(unknown_model(source)) from error
             raise ModelError(f"cannot fetch {source.name}: {' '.join(str(error).split())[:400]}") from error
     if (folder / ADAPTER_CONFIG).is_file():
         raise _adapter(Path(source.name) / ADAPTER_CONFIG)
@@ -155,7 +155,7 @@ def in_hub_cache(name: str) -> bool:
         return False
 
 
-def unknown(source: Source) -> str:
+def unknown_model(source: Source) -> str:
     """Message for a name that stands for nothing."""
     return (
         f"unknown model {source.name!r}: not an alias ({', '.join(gguf.ALIASES)}), no such folder or .gguf file here, "

@@ -18,15 +18,15 @@ from typing import Any
 from xprobe.config import Execution
 from xprobe.errors import ModelError, UsageError
 
-FOREVER = timedelta(days=365)  # between two orders the first process may be busy with anything
-COLLECTIVE = timedelta(hours=2)  # one exchange between processes, the wait for the slowest to load included
-LAST_WORD = timedelta(seconds=20)  # for the first process to say that it failed as well
+ORDER_TIMEOUT = timedelta(days=365)  # between two orders the first process may be busy with anything
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # one exchange between processes, the wait for the slowest to load included
+FAILURE_TIMEOUT = timedelta(seconds=20)  # for the first process to say that it failed as well
 
-_TEAM: ContextVar[Team | None] = ContextVar("xprobe_team", default=None)
+_CHANNEL: ContextVar[OrderChannel | None] = ContextVar("xprobe_order_channel", default=None)
 
 
 @dataclass
-class Team:
+class OrderChannel:
     """This process's place among ``size`` processes, and the store that orders go through."""
 
     rank: int
@@ -34,14 +34,14 @@ class Team:
     store: Any
     orders: int = 0
 
-    def tell(self, what: str, *args: Any) -> None:
+    def send(self, what: str, *args: Any) -> None:
         """Sends an order; all have read the one before, since they took part in its work."""
         self.store.set(str(self.orders), pickle.dumps((what, args)))
         if self.orders:
             self.store.delete_key(str(self.orders - 1))
         self.orders += 1
 
-    def listen(self, patience: timedelta = FOREVER) -> tuple[str, tuple[Any, ...]]:
+    def receive(self, patience: timedelta = ORDER_TIMEOUT) -> tuple[str, tuple[Any, ...]]:
         """The next order."""
         self.store.wait([str(self.orders)], patience)
         order = pickle.loads(self.store.get(str(self.orders)))
@@ -49,7 +49,7 @@ class Team:
         return order
 
 
-def processes() -> tuple[int, int]:
+def rank_and_count() -> tuple[int, int]:
     """Rank of this process, and how many there are, as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -62,7 +62,7 @@ def check_launch(execution: Execution) -> None:
     UsageError
         One of several processes, each of which would do the same run; or tensor parallelism in a single one.
     """
-    _, size = processes()
+    _, size = rank_and_count()
     if size > 1 and not execution.tensor_parallel:
         raise UsageError(
             f"started as one of {size} processes (WORLD_SIZE={size}), each of which would do the same run: add "
@@ -84,7 +84,7 @@ def lead(execution: Execution) -> Iterator[None]:
     if not execution.tensor_parallel:
         yield
         return
-    with join() as team:
+    with join_processes() as channel:
         code = 1
         try:
             yield
@@ -94,20 +94,20 @@ def lead(execution: Execution) -> Iterator[None]:
             raise
         finally:
             with suppress(Exception):  # the store may be gone with the processes
-                team.tell("stop", code)
+                channel.send("stop", code)
 
 
-def order(what: str, *args: Any) -> None:
+def send_order(what: str, *args: Any) -> None:
     """Has the other processes call ``Engine.what(*args)`` (or open the model); nothing where there are none."""
-    team = _TEAM.get()
-    if team is not None and team.rank == 0:
-        team.tell(what, *args)
+    channel = _CHANNEL.get()
+    if channel is not None and channel.rank == 0:
+        channel.send(what, *args)
 
 
 def size() -> int:
     """How many processes work together here; 1 outside of a team."""
-    team = _TEAM.get()
-    return 1 if team is None else team.size
+    channel = _CHANNEL.get()
+    return 1 if channel is None else channel.size
 
 
 def check_heads(config: Any, name: str) -> None:
@@ -123,31 +123,32 @@ def check_heads(config: Any, name: str) -> None:
 
 
 @contextmanager
-def join() -> Iterator[Team]:
+def join_processes() -> Iterator[OrderChannel]:
     """Brings the processes that torchrun started together; this one's place among them."""
     import torch
     import torch.distributed as dist
 
-    rank, count = processes()
+    rank, count = rank_and_count()
     device = None
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     try:
-        store, rank, count = next(dist.rendezvous("env://", timeout=COLLECTIVE))
+        store, rank, count = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
         dist.init_process_group(
             "gloo" if device is None else "nccl",
-            store=dist.PrefixStore("model", store), rank=rank, world_size=count, timeout=COLLECTIVE, device_id=device,
+            store=dist.PrefixStore("model", store), rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT,
+            device_id=device,
         )  # fmt: skip
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"the processes did not find each other: {' '.join(str(error).split())[:300]}") from error
-    team = Team(rank, count, dist.PrefixStore("orders", store))
-    token = _TEAM.set(team)
+    channel = OrderChannel(rank, count, dist.PrefixStore("orders", store))
+    token = _CHANNEL.set(channel)
     try:
-        yield team
+        yield channel
     except BaseException:
-        _TEAM.reset(token)
+        _CHANNEL.reset(token)
         raise  # the group is left as it is: taking it down would wait for the others
-    _TEAM.reset(token)
+    _CHANNEL.reset(token)
     with suppress(Exception):
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from xprobe.config import Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect
-from xprobe.models.head import weights_of
+from xprobe.models.head import own_weights
 
 PROMPTS = family_of_prompts()
 SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
@@ -90,7 +90,7 @@ def test_weights_that_are_kept_on_disk_are_whole_when_they_are_read(folders):
     spread = opened(folders["llama"], device_map=MAPS["norm and head on disk"])
     head = spread.model.get_output_embeddings()
     assert head.weight.is_meta
-    assert torch.equal(weights_of(head)["weight"], plain.model.get_output_embeddings().weight)
+    assert torch.equal(own_weights(head)["weight"], plain.model.get_output_embeddings().weight)
     assert head.weight.is_meta  # as it was
 
 

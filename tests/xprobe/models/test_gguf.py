@@ -18,7 +18,7 @@ def read_back(path):
     """The model that xprobe makes of a GGUF file, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(gguf.converted(path)).eval()
+    return AutoModelForCausalLM.from_pretrained(gguf.convert(path)).eval()
 
 
 def furthest(one, other) -> float:
@@ -94,23 +94,23 @@ def test_neutral_settings_are_no_obstacle(tmp_path, keys):
 )
 def test_settings_that_would_be_lost_are_refused_by_name(tmp_path, keys, named):
     with pytest.raises(ModelError, match="does not read from GGUF files") as caught:
-        gguf.converted(write_gguf(tmp_path / "m.gguf", tiny_llama(), keys))
+        gguf.convert(write_gguf(tmp_path / "m.gguf", tiny_llama(), keys))
     assert named in str(caught.value)
     with pytest.raises(ModelError):  # nothing was kept in the cache
-        gguf.converted(tmp_path / "m.gguf")
+        gguf.convert(tmp_path / "m.gguf")
 
 
 @pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize("factors", [np.ones(3), np.ones(HEAD), np.zeros(HEAD // 2)])
 def test_frequencies_that_do_not_fit_the_heads_are_refused(tmp_path, factors):
     with pytest.raises(ModelError, match=f"rope_freqs.weight must hold {HEAD // 2} numbers above 0"):
-        gguf.converted(write_gguf(tmp_path / "m.gguf", tiny_llama(), tensors={"rope_freqs.weight": factors}))
+        gguf.convert(write_gguf(tmp_path / "m.gguf", tiny_llama(), tensors={"rope_freqs.weight": factors}))
 
 
 @pytest.mark.usefixtures("empty_cache")
 def test_a_model_that_looks_at_later_tokens_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"llama.attention.causal = false"):
-        gguf.converted(write_gguf(tmp_path / "m.gguf", tiny_llama(), {"attention.causal": False}))
+        gguf.convert(write_gguf(tmp_path / "m.gguf", tiny_llama(), {"attention.causal": False}))
 
 
 @pytest.mark.usefixtures("empty_cache")
@@ -128,7 +128,7 @@ def test_frequencies_beside_another_scaling_are_refused(tmp_path):
     keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
     tensors = {"rope_freqs.weight": np.full(HEAD // 2, 2.0)}
     with pytest.raises(ModelError, match="yarn"):
-        gguf.converted(write_gguf(tmp_path / "m.gguf", tiny_llama(), keys, tensors))
+        gguf.convert(write_gguf(tmp_path / "m.gguf", tiny_llama(), keys, tensors))
 
 
 @pytest.mark.usefixtures("empty_cache")
@@ -144,7 +144,7 @@ def test_frequencies_beside_another_scaling_are_refused(tmp_path):
 )
 def test_tensors_that_would_be_lost_are_refused_by_name(tmp_path, name):
     with pytest.raises(ModelError, match="holds tensors that transformers does not read") as caught:
-        gguf.converted(write_gguf(tmp_path / "m.gguf", tiny_llama(), tensors={name: np.ones(WIDTH)}))
+        gguf.convert(write_gguf(tmp_path / "m.gguf", tiny_llama(), tensors={name: np.ones(WIDTH)}))
     assert name in str(caught.value)
 
 
@@ -153,4 +153,4 @@ def test_a_file_without_one_of_its_tensors_is_refused(tmp_path):
     model = tiny_llama()
     del model.model.layers[1].mlp.up_proj
     with pytest.raises(ModelError, match=r"lacks 1 tensor of LlamaForCausalLM \(model.layers.1.mlp.up_proj.weight\)"):
-        gguf.converted(write_gguf(tmp_path / "m.gguf", model))
+        gguf.convert(write_gguf(tmp_path / "m.gguf", model))

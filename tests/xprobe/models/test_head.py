@@ -16,7 +16,7 @@ from xprobe.capture.engine import Engine
 from xprobe.errors import ModelError, ParityError
 from xprobe.models.anatomy import inspect
 from xprobe.models.parity import check_parity
-from xprobe.models.streaming.stand_ins import Drive
+from xprobe.models.streaming.stand_ins import BlockRunner
 
 PROMPTS = [prompt(9, 3, 0), prompt(20, 2, 1), prompt(30, 4, 2)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -310,10 +310,10 @@ def test_such_blocks_can_be_driven_one_at_a_time(form):
     model = OwnModel(OwnConfig(form)).eval()
     ids = torch.arange(10, 18)[None]
     anatomy = inspect(model)
-    drive = Drive(model, anatomy.blocks, ids)
+    block_runner = BlockRunner(model, anatomy.blocks, ids)
     hidden = None
     for index in range(4):
-        _, hidden = drive.through(index, {"input_ids": ids}, hidden)
+        _, hidden = block_runner.run_block(index, {"input_ids": ids}, hidden)
     with torch.inference_mode():
         wanted = model(ids).logits
         assert torch.allclose(model.lm_head(model.model.norm(hidden)), wanted, atol=1e-6)

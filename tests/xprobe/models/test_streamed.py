@@ -18,7 +18,7 @@ from support.families import COMMON, FAMILIES, OLD, random_ids, tiny_model
 
 from xprobe.errors import ModelError, ParityError
 from xprobe.models.anatomy import inspect, watch_states
-from xprobe.models.parity import compare_with_own
+from xprobe.models.parity import compare_with_model
 from xprobe.models.passes import Pass
 from xprobe.models.streaming.streamed import open_streamed, own_logits, sweep
 
@@ -121,9 +121,9 @@ def test_parity_is_checked_without_a_second_pass(family, tmp_path):
     got, _ = streamed_states(streamed, padded_ids())
     rows, targets = got[1][-1][0], padded_ids()[1][0].roll(-1)
     logits, head = own_logits(streamed, rows), streamed.anatomy.head
-    assert compare_with_own(streamed.model, rows, logits, head, targets) < 1e-3
+    assert compare_with_model(streamed.model, rows, logits, head, targets) < 1e-3
     with pytest.raises(ParityError, match="off the model's own log-probabilities"):
-        compare_with_own(streamed.model, rows, logits, replace(head, scale=1.1 * head.scale), targets)
+        compare_with_model(streamed.model, rows, logits, replace(head, scale=1.1 * head.scale), targets)
 
 
 def test_own_logits_take_more_rows_than_the_model_has_positions(llama):
@@ -333,12 +333,12 @@ def test_blocks_that_share_more_than_a_hidden_state_are_refused_by_the_cause(fam
 
 
 def test_blocks_whose_arguments_come_from_earlier_blocks_are_refused(llama):
-    from xprobe.models.anatomy import probe_ids
-    from xprobe.models.streaming.stand_ins import Drive
+    from xprobe.models.anatomy import sample_ids
+    from xprobe.models.streaming.stand_ins import BlockRunner
 
     model = in_memory(llama)
-    ids = probe_ids(model)
-    Drive(model, model.model.layers, ids)
+    ids = sample_ids(model)
+    BlockRunner(model, model.model.layers, ids)
     block, own = model.model.layers[1], type(model.model.layers[1]).__call__
 
     class Peeking(type(block)):
@@ -352,7 +352,7 @@ def test_blocks_whose_arguments_come_from_earlier_blocks_are_refused(llama):
     for kind, cause in ((Peeking, "'summary', which depends on what earlier blocks"), (Scaling, "changed between two")):
         block.__class__ = kind
         with pytest.raises(ModelError, match=cause):
-            Drive(model, model.model.layers, ids)
+            BlockRunner(model, model.model.layers, ids)
 
 
 MEMORY = """
@@ -360,7 +360,7 @@ import sys, torch
 from support.families import random_ids
 from support.memory import PeakMemory
 from xprobe.models.passes import Pass
-from xprobe.models.parity import compare_with_own
+from xprobe.models.parity import compare_with_model
 from xprobe.models.streaming.streamed import open_streamed, sweep
 streamed = open_streamed(sys.argv[1], "float32", "cpu")
 passes = [Pass({"input_ids": random_ids(1, 16, seed, 64)}, lambda layer, hidden: None) for seed in range(4)]

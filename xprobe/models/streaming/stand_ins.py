@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from xprobe.errors import ModelError
-from xprobe.models.block_io import entering, hidden_argument, leaving, own_code, with_entering
+from xprobe.models.block_io import hidden_argument, hidden_input, hidden_output, model_code_errors, with_hidden_input
 
 # how a block may hand on its hidden state: as the tensor, as the first of a tuple, or under a name
-FORMS: tuple[Callable[[Tensor], Any], ...] = (
+OUTPUT_FORMS: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: hidden, lambda hidden: (hidden,), lambda h: (h, None), lambda h: (h, None, None),
     lambda h: {"hidden_states": h},
 )  # fmt: skip
@@ -26,7 +26,7 @@ Stand = Callable[[int, tuple, dict, Forward], Any]
 
 
 @contextmanager
-def standing_in(blocks: Iterable[nn.Module], stand: Stand) -> Iterator[None]:
+def replaced_forwards(blocks: Iterable[nn.Module], stand: Stand) -> Iterator[None]:
     """Calls ``stand(index, args, kwargs, own_forward)`` instead of each block's forward; undone on exit.
 
     The modules stay in place, so hooks on them fire and attributes that a decoder asks its blocks for are theirs.
@@ -47,7 +47,7 @@ def standing_in(blocks: Iterable[nn.Module], stand: Stand) -> Iterator[None]:
         yield
 
 
-class Drive:
+class BlockRunner:
     """Drives the blocks of ``model`` one at a time.
 
     Raises
@@ -62,7 +62,7 @@ class Drive:
         self.form = self._find_form(ids)
         self._check_arguments(ids)
 
-    def through(self, index: int, inputs: dict[str, Tensor], hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run_block(self, index: int, inputs: dict[str, Tensor], hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """(what entered, what left) block ``index`` [B, T, D], the decoder being fed ``inputs``.
 
         ``hidden`` is what the blocks before have made of it; None for the first block.
@@ -70,39 +70,39 @@ class Drive:
         result: list[Tensor] = []
 
         def stand(at: int, args: tuple, kwargs: dict, own: Forward) -> Any:
-            given = entering(args, kwargs)
+            given = hidden_input(args, kwargs)
             if at != index:
                 return self.form(given)
             if hidden is not None:
                 given = hidden
-                args, kwargs = with_entering(args, kwargs, hidden)
-            left = leaving(own(*args, **kwargs))
+                args, kwargs = with_hidden_input(args, kwargs, hidden)
+            left = hidden_output(own(*args, **kwargs))
             result.extend((given, left))
             return self.form(left)
 
-        with torch.inference_mode(), standing_in(self.blocks, stand), own_code(self.model):
+        with torch.inference_mode(), replaced_forwards(self.blocks, stand), model_code_errors(self.model):
             self.model.base_model(**inputs, use_cache=False)
         return result[0], result[1]
 
     @contextmanager
-    def ending_in(self, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def with_last_output(self, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Forward passes inside leave out all blocks; the last one hands on ``make(hidden)`` in its place."""
         final = len(self.blocks) - 1
 
         def stand(at: int, args: tuple, kwargs: dict, own: Forward) -> Any:
-            hidden = entering(args, kwargs)
+            hidden = hidden_input(args, kwargs)
             return self.form(make(hidden) if at == final else hidden)
 
-        with standing_in(self.blocks, stand):
+        with replaced_forwards(self.blocks, stand):
             yield
 
     def _find_form(self, ids: Tensor) -> Callable[[Tensor], Any]:
         """The form in which every block gets exactly the tensor that the one before handed on."""
         problems: list[str] = []
-        for form in FORMS:
+        for form in OUTPUT_FORMS:
             trace = _Trace(form)
             try:
-                with torch.inference_mode(), standing_in(self.blocks, trace.stand):
+                with torch.inference_mode(), replaced_forwards(self.blocks, trace.stand):
                     self.model(input_ids=ids, use_cache=False)
             except Exception as error:  # the wrong form ends in many kinds of errors inside the decoder
                 problems.append(f"its decoder needs more from them ({type(error).__name__}: {str(error)[:100]})")
@@ -126,14 +126,14 @@ class Drive:
             def stand(
                 at: int, args: tuple, kwargs: dict, own: Forward, shift: float = shift, calls: Any = calls
             ) -> Any:
-                hidden = entering(args, kwargs)
+                hidden = hidden_input(args, kwargs)
                 where = hidden_argument(args, kwargs)
                 rest = {f"argument {place}": value for place, value in enumerate(args) if place != where}
                 rest |= {name: value for name, value in kwargs.items() if name != where}
                 calls.append(rest)
                 return self.form(hidden * (1 + shift) + shift)
 
-            with torch.inference_mode(), standing_in(self.blocks, stand):
+            with torch.inference_mode(), replaced_forwards(self.blocks, stand):
                 self.model(input_ids=ids, use_cache=False)
             records.append(calls)
         for index, (one, other) in enumerate(zip(*records, strict=True)):
@@ -155,7 +155,7 @@ class _Trace:
         self.changed = False
 
     def stand(self, at: int, args: tuple, kwargs: dict, own: Forward) -> Any:
-        given = entering(args, kwargs)
+        given = hidden_input(args, kwargs)
         self.changed = self.changed or (bool(self.handed) and given is not self.handed[-1])
         self.handed.append(given.clone())
         self.order.append(at)

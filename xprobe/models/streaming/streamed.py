@@ -18,22 +18,22 @@ from xprobe.models import loading, sources
 from xprobe.models.anatomy import (
     Anatomy,
     block_lists,
-    changed_ids,
+    changed_sample_ids,
     check_causal,
     check_finite,
     input_device,
     inspect,
-    probe_ids,
-    the_one_that_ran,
+    sample_ids,
+    single_block_list,
 )
-from xprobe.models.block_io import entering, short_run
+from xprobe.models.block_io import compute_logits, hidden_input
 from xprobe.models.checkpoint import Checkpoint
 from xprobe.models.gguf import saved_warnings
 from xprobe.models.messages import quiet
 from xprobe.models.passes import Pass
 from xprobe.models.placement import Placement, build_empty
 from xprobe.models.streaming.spill import HiddenStore
-from xprobe.models.streaming.stand_ins import FORMS, Drive, standing_in
+from xprobe.models.streaming.stand_ins import OUTPUT_FORMS, BlockRunner, replaced_forwards
 
 SPILL_BYTES = 2 << 30
 ROWS_AT_ONCE = 64  # of own_logits
@@ -60,7 +60,7 @@ class StreamedModel:
     checkpoint: Checkpoint
     nbytes: int
     placement: Placement
-    drive: Drive
+    block_runner: BlockRunner
 
     def load(self, block: int) -> None:
         """Reads a block's weights."""
@@ -127,12 +127,12 @@ def open_streamed(
         candidates = block_lists(model)
         placement = Placement(model, checkpoint, candidates, chosen, device, config)
         placement.load_outside()
-    ids = probe_ids(model)
+    ids = sample_ids(model)
     blocks_name, blocks = _running(model, candidates, ids)
-    drive = Drive(model, blocks, ids)
-    with drive.ending_in(_noise):
+    block_runner = BlockRunner(model, blocks, ids)
+    with block_runner.with_last_output(_noise):
         anatomy = inspect(model)
-    return StreamedModel(model, anatomy, checkpoint, placement.nbytes(blocks_name), placement, drive)
+    return StreamedModel(model, anatomy, checkpoint, placement.nbytes(blocks_name), placement, block_runner)
 
 
 def sweep(
@@ -164,7 +164,7 @@ def sweep(
     ModelError
         The model looks at later tokens or gives NaN or infinity; weights or hidden states cannot be read or written.
     """
-    ids = probe_ids(streamed.model)
+    ids = sample_ids(streamed.model)
     probe = _Probe(streamed.model)
     work = [*probe.passes(ids), *passes]
     n_blocks = len(streamed.anatomy.blocks)
@@ -197,9 +197,9 @@ def own_logits(streamed: StreamedModel, last_hidden: Tensor) -> Tensor:
     parts: list[Tensor] = []
     for rows in last_hidden.split(at_once):
         given = rows.to(device)[None]
-        with torch.inference_mode(), streamed.drive.ending_in(lambda hidden, given=given: given):  # type: ignore[misc]
+        with torch.inference_mode(), streamed.block_runner.with_last_output(lambda hidden, given=given: given):  # type: ignore[misc]
             ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=device)
-            parts.append(short_run(model, ids)[0])
+            parts.append(compute_logits(model, ids)[0])
     return torch.cat(parts)
 
 
@@ -209,7 +209,7 @@ def _advance(streamed: StreamedModel, block: int, key: int, item: Pass, store: H
     inputs = {name: value.to(device) for name, value in item.inputs.items()}
     hidden = store.get(key) if block else None
     with torch.inference_mode(), item.active():
-        entered, left = streamed.drive.through(block, inputs, hidden)
+        entered, left = streamed.block_runner.run_block(block, inputs, hidden)
         if block == 0:
             item.receive(0, entered)
         item.receive(block + 1, left)
@@ -236,7 +236,7 @@ class _Probe:
         def changed(layer: int, hidden: Tensor) -> None:
             check_causal(self.model, self._last.pop(layer), hidden)
 
-        return [Pass({"input_ids": ids}, plain), Pass({"input_ids": changed_ids(ids)}, changed)]
+        return [Pass({"input_ids": ids}, plain), Pass({"input_ids": changed_sample_ids(ids)}, changed)]
 
 
 @dataclass
@@ -285,16 +285,16 @@ def _running(model: Any, candidates: dict[str, nn.ModuleList], ids: Tensor) -> t
     def noting(name: str, form: Any) -> Any:
         def stand(at: int, args: tuple, kwargs: dict, own: Any) -> Any:
             ran.add(name)
-            return form(entering(args, kwargs))
+            return form(hidden_input(args, kwargs))
 
         return stand
 
-    for form in FORMS:
+    for form in OUTPUT_FORMS:
         with ExitStack() as stack, torch.inference_mode(), suppress(Exception):  # Drive tells what is wrong
             for name, blocks in candidates.items():
-                stack.enter_context(standing_in(blocks, noting(name, form)))
+                stack.enter_context(replaced_forwards(blocks, noting(name, form)))
             model(input_ids=ids, use_cache=False)
-    name = the_one_that_ran(model, ran)
+    name = single_block_list(model, ran)
     return name, candidates[name]
 
 

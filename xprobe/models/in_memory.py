@@ -25,7 +25,7 @@ _FREE = ("_name_or_path", "transformers_version", "_attn_implementation", "_attn
 
 
 @dataclass(frozen=True)
-class GivenSource(Source):
+class InMemorySource(Source):
     """The source of a model in memory; ``digest`` is its fingerprint."""
 
     digest: str = ""
@@ -35,7 +35,7 @@ class GivenSource(Source):
         return self.digest
 
 
-def adopt(model: Any, tokenizer: Any) -> LoadedModel:
+def wrap_model(model: Any, tokenizer: Any) -> LoadedModel:
     """A loaded transformers model and its tokenizer, checked and named.
 
     Parameters
@@ -79,7 +79,7 @@ def adopt(model: Any, tokenizer: Any) -> LoadedModel:
     coarse += [key for key, value in model.named_parameters() if not value.is_floating_point()]
     if coarse:
         raise ModelError(f"{name} is quantised ({coarse[0]}): the lens needs plain weights, so use the original model")
-    source = GivenSource(name, MODEL_IN_MEMORY, "", fingerprint(model, tokenizer))
+    source = InMemorySource(name, MODEL_IN_MEMORY, "", fingerprint(model, tokenizer))
     return LoadedModel(source, model, tokenizer, window(model.config))
 
 
@@ -105,7 +105,7 @@ def check_options(dtype: str, execution: Execution) -> None:
 
 
 @contextmanager
-def borrowed(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Evaluation mode, and experts that can compute in the model's dtype; all as before on exit."""
     modes = {module: module.training for module in model.modules()}
     experts = getattr(model.config, "_experts_implementation", None)
