@@ -15,7 +15,8 @@ from torch import Tensor
 from xprobe.config import MODEL_IN_MEMORY, Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models.completeness import MERGE
-from xprobe.models.loading import LoadedModel, check_decoder, use_plain_experts, window
+from xprobe.models.configuration import check_decoder, window
+from xprobe.models.loading import LoadedModel, use_plain_experts
 from xprobe.models.messages import quiet
 from xprobe.models.sources import Source
 
