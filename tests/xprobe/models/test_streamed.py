@@ -306,7 +306,7 @@ def test_damaged_weights_are_told_by_layer(llama, tmp_path):
 SHARING = {
     "gemma4": ("gemma4_text", {**COMMON, "head_dim": 8, "num_kv_shared_layers": 0, "sliding_window": 8,
                                "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160},
-               r"'shared_kv_states', a \w+ in which blocks may leave things for each other"),
+               r"'shared_kv_states', a \w+ through which blocks may share state"),
     "zamba2": ("zamba2", {**COMMON, "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1,
                           "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 16},
                "ties model.layers"),
