@@ -24,7 +24,7 @@ from xprobe.models.block_io import compute_logits, hidden_output, with_hidden_ou
 TOLERANCE = 2e-5
 # If norm and head must stay in 16 bit, a single logit has the error of 16 bit, but the ratio of many logits is finer
 COARSE_ROUNDINGS, COARSE_RATIO = 16, 1e-3
-NEVER_PRODUCED = -1e30  # no head gives a logit this low: the model masks such a token and never produces it
+MASKED_LOGIT = -1e30  # a token with a lower logit is masked: the model never produces it
 
 
 @dataclass
@@ -42,7 +42,7 @@ def read_head(
 ) -> tuple[Unembedding, str]:
     """The final norm and the head of ``model`` as an ``Unembedding``.
 
-    ``xprobe.models.anatomy.inspect`` calls this function. Its example shows the result.
+    ``xprobe.models.anatomy.inspect`` calls this function.
 
     Parameters
     ----------
@@ -304,9 +304,8 @@ def _read_norm(call: Call, config: Any) -> dict[str, Any]:
         error = float((blank.normalize(rows.double()) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
         if error < best[0]:
             best = (error, spec)
-    if not best[0] < 16 * max(
-        torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps
-    ):  # most norms compute in fp32
+    # most norms compute in fp32, whatever the dtype of their input
+    if not best[0] < 16 * max(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps):
         raise ModelError(
             f"{type(module).__name__} ({call.name}) is neither RMSNorm nor LayerNorm: off by {best[0]:.1e}"
         )
@@ -321,7 +320,7 @@ def _with_scale(
     raw = reference_logits(rows.double().to(device), head)
     wanted = logits.double().to(device)
     # tokens that the model masks (image tokens of Chameleon): the same very low logit in every row
-    banned = (wanted == wanted[:1]).all(0) & (wanted[0] < NEVER_PRODUCED) & torch.isfinite(raw).all(0)
+    banned = (wanted == wanted[:1]).all(0) & (wanted[0] < MASKED_LOGIT) & torch.isfinite(raw).all(0)
     fixed, wanted = wanted[0], torch.where(banned, torch.nan, wanted)  # the fits below skip what is not finite
     values = {
         k: float(v) for k, v in model.config.get_text_config(decoder=True).to_dict().items()

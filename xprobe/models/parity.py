@@ -14,7 +14,7 @@ from xprobe_kernels import Unembedding, lens, reference
 from xprobe.errors import ParityError
 from xprobe.models.anatomy import Anatomy, input_device, watch_states, why_not_finite
 from xprobe.models.block_io import extract_logits, model_code_errors
-from xprobe.models.head import NEVER_PRODUCED
+from xprobe.models.head import MASKED_LOGIT
 from xprobe.models.passes import pad
 
 FLOOR = 1e-3  # nats; the tolerance in fp32
@@ -161,7 +161,7 @@ def compare_with_model(
     gold = lens(hidden, head, targets, backend=backend).log_probability[:, 0]
     if any(bool(values.isnan().any()) for values in (wanted, defined, gold)):
         raise ParityError(f"{type(model).__name__} gives NaN at answer positions: {why_not_finite(model.dtype)}")
-    never = (wanted < NEVER_PRODUCED) & (defined < NEVER_PRODUCED)  # for these tokens the exact logit does not matter
+    never = (wanted < MASKED_LOGIT) & (defined < MASKED_LOGIT)  # for these tokens the exact logit does not matter
     finite = torch.isfinite(wanted) & ~never
     error = float((defined - wanted)[finite].abs().max())
     error = max(error, float((gold - wanted.gather(1, targets[:, None])[:, 0]).abs().max()))
