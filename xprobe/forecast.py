@@ -22,7 +22,7 @@ from xprobe.errors import DataError
 from xprobe.lenses.reading import ROW_BYTES
 from xprobe.models import loading
 from xprobe.models.anatomy import block_lists
-from xprobe.models.placement import without_weights
+from xprobe.models.placement import build_on_meta
 from xprobe.models.streaming.streamed import SPILL_BYTES
 from xprobe.qa.prompts import build_prompts
 from xprobe.stages.questions import read_questions
@@ -90,7 +90,7 @@ def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast
         raise DataError(f"none of {len(questions.examples)} examples can be used, the first: {skipped[0]}")
     device = loading.pick_device(execution.device)
     dtype = _dtype(study, model_config, device)
-    model = without_weights(model_config, dtype, trust_remote_code=execution.trust_remote_code)
+    model = build_on_meta(model_config, dtype, trust_remote_code=execution.trust_remote_code)
     strategy: Strategy = "tree" if getattr(model, "_supports_attention_backend", False) else "prefix"
     shape = _Shape.from_model(model, model_config)
     if (execution.stream and strategy == "prefix") or carries_state(model, shape.blocks) is not None:

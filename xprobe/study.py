@@ -78,11 +78,11 @@ def run(
     >>> study["en-x"].boundary["value"]                             # doctest: +SKIP
     24.0
     """
-    from xprobe.models import given
+    from xprobe.models import in_memory
 
     loaded = None
     if not isinstance(model, str | os.PathLike):
-        loaded = given.adopt(model, tokenizer)
+        loaded = in_memory.wrap_model(model, tokenizer)
         model = loaded.source.name
     elif tokenizer is not None:
         raise UsageError("tokenizer is for a model in memory: the model that is loaded by name has its own")
@@ -113,15 +113,15 @@ def run_config(
 ) -> Study:
     """``run`` with configurations made beforehand.
 
-    ``loaded`` (``xprobe.models.given.adopt``) and ``records`` stand for what the configuration can only name.
+    ``loaded`` (``xprobe.models.in_memory.wrap_model``) and ``records`` stand for what the configuration can only name.
     """
-    from xprobe.models.given import borrowed, check_options
+    from xprobe.models.in_memory import check_options, evaluation_mode
 
     execution = execution or Execution()
     if loaded is not None:
         check_options(study.dtype, execution)
     path, notify = Path(out) if out is not None else default_out(study), CallerNotify(progress)
-    with _locked(path, notify, resume), nullcontext() if loaded is None else borrowed(loaded.model):
+    with _locked(path, notify, resume), nullcontext() if loaded is None else evaluation_mode(loaded.model):
         _compute_stages(study, execution, path, notify, resume, loaded, records)
         return load_study(path)
 
@@ -236,7 +236,7 @@ def _begin(
     UsageError
         The run in the folder was made of something else: names every difference.
     """
-    from xprobe.models.given import IDENTITY
+    from xprobe.models.in_memory import IDENTITY
 
     data = questions.data
     now = Manifest(

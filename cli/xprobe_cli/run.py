@@ -182,7 +182,7 @@ def command(
     from xprobe_cli.tables import study_report
 
     tensor_parallel.check_launch(execution)
-    if execution.tensor_parallel and tensor_parallel.processes()[0] > 0:
+    if execution.tensor_parallel and tensor_parallel.rank_and_count()[0] > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop
         return worker.follow(execution)
     folder = out if out is not None else default_out(config)

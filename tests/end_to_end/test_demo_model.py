@@ -153,9 +153,9 @@ def test_block_by_block_the_demo_model_gives_the_same_numbers(source, loaded, tm
 
 def test_weights_are_plain_fp32_and_converted_once(source, loaded):
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
-    folder = gguf.converted(Path(source.location))
+    folder = gguf.convert(Path(source.location))
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert gguf.converted(Path(source.location)) == folder
+    assert gguf.convert(Path(source.location)) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -166,7 +166,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(source, empty_cache, monk
 
     monkeypatch.setattr(gguf, "_convert", failing)
     with pytest.raises(ModelError, match=r"No space left on device.*XPROBE_CACHE"):
-        gguf.converted(Path(source.location))
+        gguf.convert(Path(source.location))
     assert list((empty_cache / "models").iterdir()) == []
 
 

@@ -66,7 +66,7 @@ def test_a_run_of_a_model_in_memory_goes_on_with_the_same_model_only(held, tmp_p
 
 
 def test_another_tokenizer_or_configuration_is_another_model(held):
-    from xprobe.models.given import fingerprint
+    from xprobe.models.in_memory import fingerprint
 
     model, tokenizer = held
     before = fingerprint(model, tokenizer)

@@ -32,8 +32,8 @@ from xprobe.capture.tree import grow
 from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
-from xprobe.models.block_io import own_code
-from xprobe.models.parity import TeacherForced, check_parity, coarse
+from xprobe.models.block_io import model_code_errors
+from xprobe.models.parity import TeacherForced, check_parity, rounding_warning
 from xprobe.models.passes import Pass, pad
 
 # Packed sequences end at a multiple of it
@@ -90,9 +90,9 @@ class Engine:
         ParityError
             They differ by more than rounding.
         """
-        tensor_parallel.order("check_parity", prompts, backend)
+        tensor_parallel.send_order("check_parity", prompts, backend)
         self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
-        if warning := coarse(self.parity_error):
+        if warning := rounding_warning(self.parity_error):
             self.warn(warning)
 
     def choose_strategy(self, sample: Sequence[Request]) -> None:
@@ -102,7 +102,7 @@ class Engine:
         compared.
         """
         requests = list(sample)
-        tensor_parallel.order("choose_strategy", requests)
+        tensor_parallel.send_order("choose_strategy", requests)
         name = type(self.model).__name__
         budget = max(self.batch_tokens, sum(len(request.ids) for request in requests))
         wanted = self._capture(requests, "plain", 1).copy()
@@ -177,7 +177,7 @@ class Engine:
         RuntimeError, MemoryError
             Memory runs out even for one request at a time, or the model fails.
         """
-        tensor_parallel.order("capture", requests)
+        tensor_parallel.send_order("capture", requests)
         return self._capture(requests, self.strategy, self.batch_tokens)
 
     def _capture(self, requests: Sequence[Request], strategy: Strategy, budget: int) -> Rows:
@@ -202,7 +202,7 @@ class Engine:
         return rows
 
     def _run(self, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy) -> None:
-        with torch.inference_mode(), fast_products(self.model), own_code(self.model):
+        with torch.inference_mode(), fast_products(self.model), model_code_errors(self.model):
             if self.alone_beyond is not None and len(requests[part[0]].ids) > self.alone_beyond:
                 # dynamic NTK keeps the angles of the longest prompt until a short one comes
                 self.model.base_model(

@@ -29,7 +29,7 @@ from xprobe.capture.tree_attention import NotShareable
 from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError
 from xprobe.models.anatomy import input_device
-from xprobe.models.parity import TeacherForced, coarse, compare_with_own
+from xprobe.models.parity import TeacherForced, compare_with_model, rounding_warning
 from xprobe.models.passes import Pass, pad
 from xprobe.models.streaming.streamed import StreamedModel, own_logits, sweep
 
@@ -138,8 +138,8 @@ class LayerwiseEngine:
         last = torch.cat(ends.rows).to(device)
         targets = torch.tensor([token for prompt in self._parity_prompts for token in prompt.targets])
         own = own_logits(self.streamed, last)
-        self.parity_error = compare_with_own(self.model, last, own, self.anatomy.head, targets, self._backend)
-        if warning := coarse(self.parity_error):
+        self.parity_error = compare_with_model(self.model, last, own, self.anatomy.head, targets, self._backend)
+        if warning := rounding_warning(self.parity_error):
             self.warn(warning)
 
     def _sweep(self, waves: Sequence[Wave], requests: Sequence[Request], rows: Rows, checks: Sequence[Pass]) -> None:

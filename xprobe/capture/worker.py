@@ -9,7 +9,7 @@ from xprobe.config import Execution
 from xprobe.errors import ModelError, XprobeError
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect
-from xprobe.models.tensor_parallel import LAST_WORD, Team, join
+from xprobe.models.tensor_parallel import FAILURE_TIMEOUT, OrderChannel, join_processes
 
 
 def follow(execution: Execution) -> int:
@@ -21,10 +21,10 @@ def follow(execution: Execution) -> int:
         This process failed and the first did not say that it had, too; names the process and the reason.
     """
     engine: Engine | None = None
-    with join() as team:
+    with join_processes() as channel:
         while True:
             try:
-                what, args = team.listen()
+                what, args = channel.receive()
                 if what == "stop":
                     return int(args[0])
                 if what == "open":
@@ -33,16 +33,16 @@ def follow(execution: Execution) -> int:
                 else:
                     getattr(engine, what)(*args)
             except Exception as error:
-                return _last_word(team, error)
+                return _exit_code_of_first(channel, error)
 
 
-def _last_word(team: Team, error: Exception) -> int:
+def _exit_code_of_first(channel: OrderChannel, error: Exception) -> int:
     """The first process's exit code if it failed too, and has told why; else raises."""
     with suppress(Exception):
-        what, args = team.listen(LAST_WORD)
+        what, args = channel.receive(FAILURE_TIMEOUT)
         if what == "stop" and args[0]:
             return int(args[0])
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if not isinstance(error, XprobeError):
         reason = f"{type(error).__name__}: {reason}"
-    raise ModelError(f"process {team.rank} of {team.size} failed: {reason}") from error
+    raise ModelError(f"process {channel.rank} of {channel.size} failed: {reason}") from error

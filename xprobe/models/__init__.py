@@ -1,1 +1,1 @@
-"""Loading models, and finding their blocks, final norm and head."""
+"""Loads models and finds their blocks, final norm and head."""

@@ -1,7 +1,7 @@
-"""Where the hidden state stands in what a decoder block is given and in what it hands on, and calls of model code.
+"""The hidden state in the arguments and in the output of a decoder block; errors in a model's own code.
 
-A block may take its hidden state as the first positional argument or by keyword, under any name, and may hand it on
-as a tensor, the first entry of a tuple, or an entry of a dictionary or output object.
+A block takes its hidden state as a positional argument or by keyword, under any name. It returns it as a tensor, as the
+first entry of a tuple or list, or as an entry of a dictionary or output object.
 """
 
 from __future__ import annotations
@@ -19,27 +19,38 @@ NAMES = ("hidden_states", "hidden_state", "last_hidden_state", "hidden", "x", "i
 
 
 class ModelCodeError(RuntimeError):
-    """A model's own code raised something; the message names the model's class and says what."""
+    """A model's own code raised an exception. The message names the class of the model and the exception."""
 
 
 @contextmanager
-def own_code(model: Any) -> Iterator[None]:
-    """Turns what the code of ``model`` raises into a ModelCodeError; lack of memory and xprobe's own errors pass."""
+def model_code_errors(model: Any) -> Iterator[None]:
+    """Turns an exception in the code of ``model`` into a ModelCodeError.
+
+    ``XprobeError``, ``MemoryError`` and ``RuntimeError`` (CUDA out of memory is one) pass unchanged.
+    """
     try:
         yield
     except (XprobeError, MemoryError, RuntimeError):
         raise
     except Exception as error:  # a model's code may raise anything
-        raise ModelCodeError(f"{type(model).__name__} failed in its own code: {in_words(error)}") from error
+        raise ModelCodeError(f"{type(model).__name__} failed in its own code: {describe_error(error)}") from error
 
 
-def short_run(model: Any, ids: Tensor) -> Tensor:
-    """The logits [B, T, V] of a short prompt.
+def compute_logits(model: Any, ids: Tensor) -> Tensor:
+    """Runs the model on a short prompt and returns its logits.
+
+    Parameters
+    ----------
+    ids : Tensor [B, T], int64
+
+    Returns
+    -------
+    Tensor [B, T, V]
 
     Raises
     ------
     ModelError
-        The model's own code fails, or gives no logits.
+        The model's own code fails, or its output has no logits.
     """
     try:
         with torch.inference_mode():
@@ -49,84 +60,106 @@ def short_run(model: Any, ids: Tensor) -> Tensor:
     except Exception as error:  # a model's code may raise anything
         raise ModelError(
             f"{type(model).__name__} cannot be run on a short prompt of {ids.shape[-1]} tokens, its own code fails: "
-            f"{in_words(error)}"
+            f"{describe_error(error)}"
         ) from error
-    return logits_of(model, output)
+    return extract_logits(model, output)
 
 
-def logits_of(model: Any, output: Any) -> Tensor:
-    """The logits [B, T, V] in a model's output, whatever its form."""
-    found = output
+def extract_logits(model: Any, output: Any) -> Tensor:
+    """The logits [B, T, V] in a model's output: a tensor, a tuple, a dictionary or an output object.
+
+    Raises
+    ------
+    ModelError
+        The output has no logits.
+    """
+    logits = output
     if isinstance(output, Mapping):
-        found = output.get("logits")
+        logits = output.get("logits")
     elif not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-        if found is None and isinstance(output, tuple | list):
-            found = next((value for value in output if isinstance(value, Tensor) and value.ndim == 3), None)
-    if not isinstance(found, Tensor):
+        logits = getattr(output, "logits", None)
+        if logits is None and isinstance(output, tuple | list):
+            logits = next((value for value in output if isinstance(value, Tensor) and value.ndim == 3), None)
+    if not isinstance(logits, Tensor):
         raise ModelError(f"{type(model).__name__} gives no logits: xprobe reads models that predict the next token")
-    return found
+    return logits
 
 
 def hidden_argument(args: tuple, kwargs: dict[str, Any]) -> int | str:
-    """Place (of a positional argument) or name of the hidden state among a block's arguments.
+    """Index (positional) or name (keyword) of the argument that is the hidden state.
 
     Raises
     ------
     ModelError
-        There is no tensor [batch, tokens, width] among them.
+        No argument is a tensor [batch, tokens, width].
+
+    Examples
+    --------
+    >>> hidden = torch.zeros(1, 3, 8)
+    >>> hidden_argument((hidden,), {"use_cache": False})
+    0
+    >>> hidden_argument((), {"use_cache": False, "hidden_states": hidden})
+    'hidden_states'
     """
-    for place, value in enumerate(args):
+    for index, value in enumerate(args):
         if _is_hidden(value):
-            return place
+            return index
     names = [name for name in NAMES if _is_hidden(kwargs.get(name))]
     names += [name for name, value in kwargs.items() if _is_hidden(value)]
     if not names:
-        given = ", ".join([type(value).__name__ for value in args] + sorted(kwargs)) or "nothing"
-        raise ModelError(f"a block is given no hidden state [batch, tokens, width] (only {given})")
+        arguments = ", ".join([type(value).__name__ for value in args] + sorted(kwargs)) or "nothing"
+        raise ModelError(f"a block gets no hidden state [batch, tokens, width] (only {arguments})")
     return names[0]
 
 
-def entering(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state among a block's arguments."""
-    where = hidden_argument(args, kwargs)
-    return args[where] if isinstance(where, int) else kwargs[where]
+def hidden_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state in the arguments of a block."""
+    key = hidden_argument(args, kwargs)
+    return args[key] if isinstance(key, int) else kwargs[key]
 
 
-def with_entering(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
-    """The same arguments with another hidden state."""
-    where = hidden_argument(args, kwargs)
-    if isinstance(where, int):
-        return (*args[:where], hidden, *args[where + 1 :]), kwargs
-    return args, {**kwargs, where: hidden}
+def with_hidden_input(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a block with another hidden state."""
+    key = hidden_argument(args, kwargs)
+    if isinstance(key, int):
+        return (*args[:key], hidden, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: hidden}
 
 
-def leaving(output: Any) -> Tensor:
-    """The hidden state in what a block hands on.
+def hidden_output(output: Any) -> Tensor:
+    """The hidden state in the output of a block.
 
     Raises
     ------
     ModelError
-        There is no tensor in it.
+        The output has no tensor.
+
+    Examples
+    --------
+    >>> hidden = torch.zeros(1, 3, 8)
+    >>> hidden_output((hidden, None)) is hidden
+    True
+    >>> hidden_output({"loss": None, "hidden_states": hidden}) is hidden
+    True
     """
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
-        return leaving(output[_key(output)])
+        return hidden_output(output[_key(output)])
     if isinstance(output, tuple | list) and output:
-        return leaving(output[0])
-    raise ModelError(f"a block hands on a {type(output).__name__} in which no hidden state was found")
+        return hidden_output(output[0])
+    raise ModelError(f"a block returns a {type(output).__name__} without a hidden state")
 
 
-def with_leaving(output: Any, hidden: Tensor) -> Any:
-    """What a block hands on, with another hidden state."""
+def with_hidden_output(output: Any, hidden: Tensor) -> Any:
+    """The output of a block with another hidden state."""
     if isinstance(output, Tensor):
         return hidden
     if isinstance(output, Mapping):
         key = _key(output)
-        changed = {**output, key: with_leaving(output[key], hidden)}
+        changed = {**output, key: with_hidden_output(output[key], hidden)}
         return changed if type(output) is dict else type(output)(**changed)
-    first = with_leaving(output[0], hidden)
+    first = with_hidden_output(output[0], hidden)
     rest = list(output[1:])
     if isinstance(output, list):
         return [first, *rest]
@@ -134,11 +167,11 @@ def with_leaving(output: Any, hidden: Tensor) -> Any:
 
 
 def _key(output: Mapping[str, Any]) -> str:
-    """Under which name an output object or dictionary holds the hidden state."""
+    """The name of the hidden state in a dictionary or output object."""
     names = [name for name in NAMES if isinstance(output.get(name), Tensor)]
     names += [name for name, value in output.items() if _is_hidden(value)]
     if not names:
-        raise ModelError(f"a block hands on {', '.join(map(str, output)) or 'nothing'}: no hidden state is among them")
+        raise ModelError(f"a block returns {', '.join(map(str, output)) or 'nothing'}: none of them is a hidden state")
     return names[0]
 
 
@@ -146,8 +179,8 @@ def _is_hidden(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
 
 
-def in_words(error: Exception) -> str:
-    """Kind and message of an error in one line."""
+def describe_error(error: Exception) -> str:
+    """The type and the message of an error in one line."""
     if isinstance(error, KeyError):
         return f"{error} is not known to it (a KeyError)"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,4 +1,4 @@
-"""A folder's safetensors as tensors on demand: each is read when it is asked for, and every byte is counted."""
+"""The safetensors files of a folder. Each tensor is read on demand, and the bytes are counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ PICKLES = (".bin", ".pt", ".pth")
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """Where a tensor lies in a file. ``stored[...]`` reads all of it, as transformers' loader expects of a slice."""
+    """Position, dtype and shape of a tensor in a file.
+
+    ``stored[...]`` reads the whole tensor. transformers' loader expects this interface.
+    """
 
     checkpoint: Checkpoint
     name: str
@@ -36,29 +39,42 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: object) -> Tensor:
         if index is not ...:
-            raise IndexError(f"a stored tensor is read whole: {self.name}[...]")
+            raise IndexError(f"a stored tensor can only be read whole: {self.name}[...]")
         return self.checkpoint.read(self.name)
 
 
 class Checkpoint(Mapping[str, StoredTensor]):
-    """The tensors of a local folder in safetensors format, by name; one file, or shards and their index.
+    """The tensors in the safetensors files of a local folder, by name: one file, or shards and their index.
 
-    Only headers are read when it is opened. ``read`` may be called from several threads.
+    The constructor reads the headers only. Several threads may call ``read``.
 
     Attributes
     ----------
     bytes_read : int
-        Bytes of tensors read so far; a tensor that is read twice counts twice.
+        Bytes of the tensors that were read. A tensor that is read twice counts twice.
 
     Raises
     ------
     ModelError
-        No safetensors (pickles and GGUF files are named as such), a missing shard, or a file that is damaged, cut off
-        or quantised.
+        The folder has no safetensors, a shard is missing, or a file is damaged, cut off or quantised.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from safetensors.torch import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"weight": torch.ones(2, 3)}, f"{folder}/model.safetensors")
+    ...     checkpoint = Checkpoint(folder)
+    ...     print(checkpoint["weight"].shape, checkpoint.bytes_read)
+    ...     print(checkpoint.read("weight"), checkpoint.bytes_read)
+    (2, 3) 0
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]]) 24
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -66,16 +82,16 @@ class Checkpoint(Mapping[str, StoredTensor]):
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._tensors: dict[str, StoredTensor] = {}
-        files, promised = _files(self.folder)
+        files, indexed = _files(self.folder)
         for file in files:
             for name, dtype, shape, offset in _header(file):
                 if name in self._tensors:
                     raise ModelError(
                         f"{self.folder}: tensor {name!r} is in two files, {self._tensors[name].file.name} and "
-                        f"{file.name}: which of them counts is not known, so fetch the checkpoint again"
+                        f"{file.name}, and it is unknown which one is right: fetch the checkpoint again"
                     )
                 self._tensors[name] = StoredTensor(self, name, file, offset, dtype, shape)
-        missing = sorted(promised - self._tensors.keys())
+        missing = sorted(indexed - self._tensors.keys())
         if missing:
             raise ModelError(
                 f"{self.folder / INDEX} names {len(missing)} tensors that its files do not hold ({missing[0]}, ...): "
@@ -93,16 +109,16 @@ class Checkpoint(Mapping[str, StoredTensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
+        """Bytes of all tensors without the headers."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor ``name`` in memory of its own, in its stored dtype unless told otherwise.
+        """Reads the tensor ``name`` and converts it to ``dtype`` (if None, the stored dtype).
 
         Raises
         ------
         ModelError
-            No such tensor, or the file changed or failed since it was opened.
+            There is no such tensor, the file is shorter than its header says, or it cannot be read.
         """
         if name not in self._tensors:
             raise ModelError(f"{self.folder} holds no tensor {name!r}")
@@ -126,12 +142,13 @@ class Checkpoint(Mapping[str, StoredTensor]):
 
 
 def check_plain(config: Any, name: str) -> None:
-    """Refuses quantised checkpoints by the method's name.
+    """Refuses quantised checkpoints.
 
     Raises
     ------
     ModelError
-        ``config`` or its text part has a ``quantization_config`` or a ``compression_config``.
+        ``config`` or its text part has a ``quantization_config`` or a ``compression_config``. The message names the
+        method of quantisation.
     """
     for part in (config, config.get_text_config(decoder=True)):
         for key in ("quantization_config", "compression_config"):
@@ -145,7 +162,7 @@ def check_plain(config: Any, name: str) -> None:
 
 
 def _files(folder: Path) -> tuple[list[Path], set[str]]:
-    """The safetensors files of a folder, and the tensor names that an index promises."""
+    """The safetensors files of a folder, and the tensor names in its index."""
     if folder.suffix == ".gguf":
         raise ModelError(f"{folder.name} is a GGUF file: block-by-block runs read folders with safetensors")
     if not folder.is_dir():
@@ -155,21 +172,21 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
     index = folder / INDEX
     if index.is_file():
         try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(places.values()))
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
             if any(Path(name).name != name for name in names):
                 raise ValueError("it names files outside the folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is damaged ({error}): fetch the checkpoint again") from error
-        lacking = [name for name in names if not (folder / name).is_file()]
-        if lacking:
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
             raise ModelError(
-                f"{folder} lacks {len(lacking)} of the {len(names)} shards that its index names ({lacking[0]}, ...)"
+                f"{folder} lacks {len(missing)} of the {len(names)} shards that its index names ({missing[0]}, ...)"
             )
-        return [folder / name for name in names], set(places)
-    found = sorted(path.name for path in folder.iterdir())
+        return [folder / name for name in names], set(weight_map)
+    file_names = sorted(path.name for path in folder.iterdir())
     for suffixes, what in (((".gguf",), "GGUF files"), (PICKLES, "pickled weights")):
-        if names := [name for name in found if name.endswith(suffixes)]:
+        if names := [name for name in file_names if name.endswith(suffixes)]:
             raise ModelError(
                 f"{folder} holds only {what} ({names[0]}): block-by-block runs read safetensors; "
                 "load the model whole and save it again with save_pretrained"
@@ -178,13 +195,13 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
 
 
 def _header(file: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
-    """(name, dtype, shape, offset in the file) of every tensor; sizes are checked against the file's."""
+    """Yields (name, dtype, shape, offset in the file) of every tensor, and checks its size."""
     size = file.stat().st_size
     try:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if not 0 < length <= size - 8:
-                raise ValueError("its header does not fit; a pointer file of git-lfs, perhaps")
+                raise ValueError("its header does not fit; perhaps it is a pointer file of git-lfs")
             entries = json.loads(handle.read(length))
         entries.pop("__metadata__", None)
         for name, entry in entries.items():
@@ -192,7 +209,7 @@ def _header(file: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int
             if kind not in DTYPES:
                 raise ModelError(f"{file}: tensor {name!r} is stored as {kind}, which is a quantised format")
             if stop - start != math.prod(shape) * DTYPES[kind].itemsize or start < 0:
-                raise ValueError(f"tensor {name!r} does not have its size")
+                raise ValueError(f"tensor {name!r} has the wrong size")
             if 8 + length + stop > size:
                 raise ValueError(f"it ends before the end of tensor {name!r}")
             yield name, DTYPES[kind], shape, 8 + length + start

@@ -1,8 +1,8 @@
-"""Whether a checkpoint holds exactly the tensors of the model that its config.json describes.
+"""Checks that a checkpoint holds exactly the tensors of the model in its config.json.
 
-A tensor that is missing is filled with random numbers, one that is left over means that the model does something else
-than the checkpoint's authors did. Both are refused, whichever way the model is loaded; only what the model class itself
-declares as ignorable passes, and what explains itself (``leftovers.py``).
+transformers fills a missing tensor with random numbers. An unexpected tensor means that the model in memory differs
+from that of the authors. xprobe refuses both, for every kind of loading. Two kinds of tensors are exempt: those that
+the model class declares as ignorable, and unexpected tensors with a known purpose (``leftovers.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from xprobe.errors import ModelError
 from xprobe.models.leftovers import Read, unexplained, wrong_frequencies
 
-SHOWN = 3  # tensors that a message names
+SHOWN = 3  # number of tensors that a message names
 _QUANTISED = re.compile(
     r"(?:_scale_inv|weight_scale|input_scale|activation_scale|_scales?|\.scales?|qweight|qzeros|g_idx|absmax|"
     r"quant_map|quant_state|SCB|weight_packed|weight_shape|zero_point|_blocks)(?:\.|$|_)"
@@ -33,31 +33,49 @@ def check_complete(
     config: Any = None,
     read: Read | None = None,
 ) -> None:
-    """Raises a ModelError that names tensors and the likely cause if anything is missing, left over or misshapen.
+    """Refuses a checkpoint with missing tensors, unexpected tensors or wrong shapes.
 
     Parameters
     ----------
-    model : model
-        Its class says which tensors may be missing and which may be left over.
+    model : PreTrainedModel
+        Its class declares which tensors may be missing or unexpected.
     where : str
         Name of the checkpoint, for the message.
-    missing, unexpected : iterable of str
-        Tensors that the model has and the checkpoint lacks, and the other way round.
+    missing : iterable of str
+        Tensors of the model that the checkpoint lacks.
+    unexpected : iterable of str
+        Tensors of the checkpoint that the model lacks.
     mismatched : iterable of (name, shape in the checkpoint, shape in the model)
-    config : configuration, optional
-        Of the checkpoint, which may be of a larger model (with images or sound) than the text decoder that is read.
+    config : PreTrainedConfig, optional
+        The configuration of the checkpoint. It may describe more than the text decoder, such as a vision tower.
     read : callable (name) -> Tensor or None, optional
-        A tensor of the checkpoint. Old buffers that the model computes itself are told by their values.
+        Reads a tensor of the checkpoint. It is needed to recognise buffers of old checkpoints by their values.
+
+    Raises
+    ------
+    ModelError
+        Names the tensors and the likely cause.
+
+    Examples
+    --------
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
+    >>> model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1, **sizes))
+    >>> check_complete(model, "my-model")
+    >>> check_complete(model, "my-model", missing=["model.norm.weight"])
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.ModelError: my-model lacks 1 tensor of LlamaForCausalLM (model.norm.weight): they would be random ...
     """
     names = set(unexpected)
-    lacking, left_over = ignorable_removed(model, missing, names)
+    absent, extra = without_ignorable(model, missing, names)
     wrong = wrong_frequencies(names, model, read)
     if wrong is not None:
         raise ModelError(
             f"{where}: {wrong} holds other rotary frequencies than {type(model).__name__} computes from config.json, "
-            "which says nothing of a scaling: they would be lost, so use the original configuration"
+            "which has no entry for a scaling. The frequencies would be lost: use the original configuration"
         )
-    left_over = unexplained(left_over, model, config, read)
+    extra = unexplained(extra, model, config, read)
     shapes = sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in mismatched)
     kind = type(model).__name__
     if shapes:
@@ -67,23 +85,23 @@ def check_complete(
             f"{where}: {name} has shape {list(stored)}, its config.json asks for {list(wanted)}{more}: weights and "
             "configuration are not of the same model"
         )
-    if not lacking and not left_over:
+    if not absent and not extra:
         return
-    parts = [f"lacks {len(lacking)} {_tensors(lacking)} of {kind} ({_some(lacking)})"] if lacking else []
-    if left_over:
-        parts.append(f"holds {len(left_over)} {_tensors(left_over)} that {kind} has no place for ({_some(left_over)})")
-    raise ModelError(f"{where} {' and '.join(parts)}: {likely_cause(model, lacking, left_over)}")
+    parts = [f"lacks {len(absent)} {_tensors(absent)} of {kind} ({_first_names(absent)})"] if absent else []
+    if extra:
+        parts.append(f"holds {len(extra)} {_tensors(extra)} that {kind} has no place for ({_first_names(extra)})")
+    raise ModelError(f"{where} {' and '.join(parts)}: {likely_cause(model, absent, extra)}")
 
 
-def ignorable_removed(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
-    """``missing`` and ``unexpected``, sorted, without what the model class declares as ignorable."""
+def without_ignorable(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
+    """``missing`` and ``unexpected``, sorted, without the tensors that the model class declares as ignorable."""
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)
     return sorted(info.missing_keys), sorted(info.unexpected_keys)
 
 
 def likely_cause(model: Any, missing: Collection[str], unexpected: Collection[str]) -> str:
-    """Why a checkpoint does not fit, as far as names tell, and what to do."""
+    """The likely cause of missing or unexpected tensors, judged by their names, and the remedy."""
     prefix = _common_prefix(missing, unexpected)
     if prefix:
         return (
@@ -91,19 +109,19 @@ def likely_cause(model: Any, missing: Collection[str], unexpected: Collection[st
             f"{' (torch.compile)' if prefix == '_orig_mod.' else ''}: save the model itself with save_pretrained"
         )
     if any(_ADAPTER.search(name) for name in unexpected):
-        return f"these are an adapter's: {MERGE}"
+        return f"these tensors are an adapter's: {MERGE}"
     if any(_QUANTISED.search(name) for name in unexpected):
-        return "these belong to quantised weights, which mean nothing without them: use the original model"
+        return "these tensors belong to quantised weights, which xprobe does not read: use the original model"
     head = _head_name(model)
     if missing and set(missing) <= {head} and not unexpected:
         return (
-            "the head would be random numbers; if this model uses its embedding as head, its config.json must say "
+            "the head would be random numbers. If the head of this model is its embedding, its config.json must have "
             '"tie_word_embeddings": true'
         )
     if missing and not unexpected:
-        return "they would be random numbers; the checkpoint is incomplete, or of another model than its config.json"
+        return "they would be random numbers. The checkpoint is incomplete, or config.json is of another model"
     if unexpected and not missing:
-        return "the model would be another one without them; config.json is of another model, or of another version"
+        return "the model would ignore them. config.json is of another model, or of another version"
     return "weights and config.json are not of the same model"
 
 
@@ -114,7 +132,7 @@ MERGE = (
 
 
 def _common_prefix(missing: Collection[str], unexpected: Collection[str]) -> str:
-    """What stands before the model's own name in every tensor that is left over; "" if there is no such thing."""
+    """The prefix of all unexpected tensors without which they have the model's own names. "" if there is none."""
     for name in unexpected:
         for wanted in missing:
             if name.endswith("." + wanted):
@@ -134,5 +152,5 @@ def _tensors(names: Collection[str]) -> str:
     return "tensor" if len(names) == 1 else "tensors"
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

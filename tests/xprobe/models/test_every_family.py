@@ -1,4 +1,4 @@
-"""docs/families.md says what the code does: its list is complete, and a part of it is made again and compared."""
+"""docs/families.md is complete, and a part of it is computed again and compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = {
     "recurrence alone": "mamba",
     "convolution": "lfm2",
     "multi-query attention": "gpt_bigcode",
-    "attention code of its own": "gptj",
+    "own attention code": "gptj",
     "attention bias by distance": "bloom",
     "several residual streams": "gemma3n_text",
     "an encoder": "roberta",
@@ -50,13 +50,20 @@ def same_transformers():
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> dict:
-    """Results of a new sweep over ``KINDS``, by row."""
-    found = tmp_path_factory.mktemp("families") / "found.json"
-    command = [sys.executable, ROOT / "benchmarks" / "families.py", "--only", ",".join(KINDS.values()), "--json", found]
+    """Results of a new run over ``KINDS``, by row."""
+    results = tmp_path_factory.mktemp("families") / "results.json"
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "families.py",
+        "--only",
+        ",".join(KINDS.values()),
+        "--json",
+        results,
+    ]
     paths = [str(ROOT / part) for part in (".", "kernels", "cli")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run(command, env=environment, check=True, timeout=1200)
-    return json.loads(found.read_text(encoding="utf-8"))["cases"]
+    return json.loads(results.read_text(encoding="utf-8"))["cases"]
 
 
 def test_every_causal_model_type_of_the_installed_transformers_has_a_row(table):
@@ -66,14 +73,14 @@ def test_every_causal_model_type_of_the_installed_transformers_has_a_row(table):
     assert rows == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def test_no_row_says_that_xprobe_is_wrong_or_ends_in_an_error_that_is_not_its_own(table):
+def test_no_row_shows_a_wrong_result_or_an_unexpected_error(table):
     words = {(name, column): word for name, row in table.outcomes(DOCUMENT).items() for column, word in row.items()}
-    assert [where for where, word in words.items() if word in ("fault", "wrong", "unfinished")] == []
+    assert [key for key, word in words.items() if word in ("fault", "wrong", "unfinished")] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", KINDS.values(), ids=KINDS)
-def test_a_family_does_what_the_document_says(table, swept, model_type):
+def test_a_family_has_the_documented_outcome(table, swept, model_type):
     documented = table.outcomes(DOCUMENT)
     rows = [row for row in table.causal_rows(swept) if row["model type"].strip("`").split()[0] == model_type]
     assert rows

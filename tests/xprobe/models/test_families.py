@@ -1,4 +1,4 @@
-"""Anatomy on tiny random models of many families: the lens equals the model's own modules at every layer."""
+"""Tiny random models of many families: at every layer the lens equals the model's own norm and head."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def double(family):
 
 
 def own_lens(model, anatomy, hidden: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of ``hidden`` by the model's own final norm and head, called as the model calls them.
+    """Log-probabilities of ``hidden`` from the model's own final norm and head.
 
-    The last block's output is replaced by ``hidden`` during a forward pass: whatever the model does after its blocks
-    (norm, projection, bias, scale, soft-cap) is then done to ``hidden`` by the model itself.
+    A hook replaces the last block's output by ``hidden`` in a forward pass. So the model's own code computes everything
+    after the blocks (norm, projection, bias, scale, soft-cap).
     """
 
     def replaced(module, args, output):
@@ -52,7 +52,7 @@ def states_of(model, anatomy, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_lens_equals_the_models_own_modules_at_every_layer(double, backend):
+def test_the_lens_equals_the_models_own_norm_and_head_at_every_layer(double, backend):
     model, anatomy = double
     states = states_of(model, anatomy, random_ids(1, 12))
     assert len(states) == anatomy.n_layers == 5
@@ -68,7 +68,7 @@ def test_lens_equals_the_models_own_modules_at_every_layer(double, backend):
         assert torch.equal(values.rank[:, 0], rank)
 
 
-def test_hooks_see_what_output_hidden_states_shows_below_the_last_layer(double):
+def test_hooks_get_the_states_of_output_hidden_states_below_the_last_layer(double):
     model, anatomy = double
     ids = random_ids(1, 12)
     states = states_of(model, anatomy, ids)
@@ -86,7 +86,7 @@ def test_parity_holds(family, dtype):
     assert error < (1e-3 if dtype == torch.float32 else 0.2)
 
 
-def test_parity_fails_when_the_head_is_not_the_models(family):
+def test_parity_fails_with_the_head_of_another_model(family):
     model = tiny_model(family)
     anatomy = inspect(model)
     other = inspect(tiny_model(family, seed=1))
@@ -94,7 +94,7 @@ def test_parity_fails_when_the_head_is_not_the_models(family):
         check_parity(model, type(anatomy)(anatomy.blocks, other.head, anatomy.names), forced([prompt(9, 3, 0)]))
 
 
-def test_parity_refuses_nan_that_only_some_prompts_meet():
+def test_parity_refuses_nan_in_a_single_prompt():
     model = tiny_model("llama")
     anatomy = inspect(model)
     item = prompt(9, 3, 0)
@@ -104,7 +104,7 @@ def test_parity_refuses_nan_that_only_some_prompts_meet():
         check_parity(model, anatomy, forced([item]))
 
 
-def test_nothing_is_left_on_the_model(family):
+def test_no_hook_is_left_on_the_model(family):
     model = tiny_model(family)
     inspect(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -123,13 +123,13 @@ def test_encoders_are_refused(kind, word):
 def test_a_head_that_does_more_than_scale_and_cap_is_refused():
     model = tiny_model("llama")
 
-    class Crooked(torch.nn.Linear):
+    class CubedLogits(torch.nn.Linear):
         def forward(self, rows):
             return super().forward(rows).pow(3)
 
-    crooked = Crooked(32, 160, bias=False)
-    crooked.weight = model.lm_head.weight
-    model.lm_head = crooked
+    head = CubedLogits(32, 160, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
     with pytest.raises(ModelError, match="scale and soft-cap"):
         inspect(model)
 
@@ -137,10 +137,10 @@ def test_a_head_that_does_more_than_scale_and_cap_is_refused():
 def test_an_unknown_norm_is_refused():
     model = tiny_model("llama")
 
-    class Halved(torch.nn.Module):
+    class MaximumNorm(torch.nn.Module):
         def forward(self, rows):
             return rows / rows.abs().max(-1, keepdim=True).values
 
-    model.model.norm = Halved()
+    model.model.norm = MaximumNorm()
     with pytest.raises(ModelError, match="neither RMSNorm nor LayerNorm"):
         inspect(model)

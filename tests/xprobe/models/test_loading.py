@@ -1,4 +1,4 @@
-"""Loading, whole and block by block: never a number from weights or tokens that are not the model's."""
+"""Loading, whole and block by block: xprobe refuses weights and tokens that are not those of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Change = Callable[[Path], Any]
 
 @pytest.fixture
 def folder(tiny, tmp_path) -> Path:
-    """A copy of the tiny model, to be changed."""
+    """A copy of the tiny model that a test may change."""
     return shutil.copytree(tiny, tmp_path / "model")
 
 
@@ -41,7 +41,7 @@ def streamed(folder: Path) -> tuple[Any, list[str]]:
     return open_streamed(folder, device="cpu", warnings=warnings).model, warnings
 
 
-WAYS = pytest.mark.parametrize("read", [whole, streamed])
+LOADERS = pytest.mark.parametrize("read", [whole, streamed])
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Change:
@@ -64,12 +64,12 @@ def without(*names: str) -> Change:
     return tensors(lambda named: {name: value for name, value in named.items() if name not in names})
 
 
-def beside(**more: torch.Tensor) -> Change:
+def adding(**more: torch.Tensor) -> Change:
     return tensors(lambda named: {**named, **{name.replace("__", "."): value for name, value in more.items()}})
 
 
 def scaled(dtype: torch.dtype) -> Change:
-    """Weights as an FP8 checkpoint has them: a scale beside each; stored as fp8, or cast without the scale."""
+    """Weights of an FP8 checkpoint: each has a scale. They are stored as fp8, or cast without their scale."""
 
     def change(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         chosen = [name for name in named if ".mlp." in name]
@@ -94,11 +94,11 @@ MISFITS: dict[str, tuple[Change, str]] = {
     "one tensor missing": (without("model.layers.2.mlp.up_proj.weight"), "lacks 1 tensor .*would be random numbers"),
     "fp8": (scaled(torch.float8_e4m3fn), "stored as F8_E4M3, which is a quantised format"),
     "fp8 cast without its scales": (scaled(torch.float32), "holds 12 tensors .*_scale_inv.*quantised weights"),
-    "whole numbers in the place of weights": (
+    "integers instead of weights": (
         tensors(lambda n: {**n, "model.layers.1.mlp.up_proj.weight": (n["lm_head.weight"][:48] * 99).to(torch.int8)}),
         "up_proj.weight is stored as int8, which is a quantised format",
     ),
-    "bytes in the place of an embedding": (
+    "bytes instead of an embedding": (
         tensors(lambda n: {**n, "model.embed_tokens.weight": n["lm_head.weight"].abs().to(torch.uint8)}),
         "embed_tokens.weight is stored as uint8",
     ),
@@ -106,11 +106,11 @@ MISFITS: dict[str, tuple[Change, str]] = {
     "fewer layers in config.json": (configured(num_hidden_layers=3), r"holds 9 tensors .*model.layers.3"),
     "more layers in config.json": (configured(num_hidden_layers=5), r"lacks 9 tensors .*model.layers.4"),
     "a bias that the class does not know": (
-        beside(model__layers__0__self_attn__q_proj__bias=torch.ones(32)),
+        adding(model__layers__0__self_attn__q_proj__bias=torch.ones(32)),
         r"holds 1 tensor that LlamaForCausalLM has no place for \(model.layers.0.self_attn.q_proj.bias\)",
     ),
     "an adapter's tensors": (
-        beside(model__layers__0__self_attn__q_proj__lora_A__weight=torch.ones(2, 32)),
+        adding(model__layers__0__self_attn__q_proj__lora_A__weight=torch.ones(2, 32)),
         "an adapter's: merge it",
     ),
     "an adapter beside the weights": (
@@ -132,7 +132,7 @@ MISFITS: dict[str, tuple[Change, str]] = {
     ),
     "a configuration of the wrong type": (configured(hidden_size="x"), "hidden_size"),
     "heads that do not divide the width": (configured(num_attention_heads=5), "attention heads"),
-    "code of its own": (
+    "own code": (
         configured(auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}, model_type="unknown-one"),
         "--trust-remote-code",
     ),
@@ -140,16 +140,16 @@ MISFITS: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}'),
         r"reads images or sound besides text \(qwen2_5_vl\)",
     ),
-    "a part of one": (
+    "a part of a vision-language model": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "mllama_text_model"}'),
         "not a causal decoder",
     ),
 }  # fmt: skip
 
 
-@WAYS
+@LOADERS
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_a_checkpoint_that_is_not_the_models_is_refused_by_tensor_and_cause(folder, misfit, read):
+def test_a_checkpoint_of_another_model_is_refused_with_the_tensor_and_the_cause(folder, misfit, read):
     change, cause = MISFITS[misfit]
     change(folder)
     with pytest.raises(ModelError, match=cause):
@@ -160,18 +160,18 @@ def plain_frequencies(folder: Path) -> torch.Tensor:
     return whole(folder)[0].model.rotary_emb.inv_freq
 
 
-@WAYS
+@LOADERS
 @pytest.mark.parametrize("change", [lambda f: f, lambda f: f.bfloat16(), lambda f: f * 4])
 def test_rotary_frequencies_of_old_checkpoints_are_ignored(folder, change, read):
     stored = change(plain_frequencies(folder))
-    beside(model__layers__0__self_attn__rotary_emb__inv_freq=stored)(folder)
+    adding(model__layers__0__self_attn__rotary_emb__inv_freq=stored)(folder)
     read(folder)
 
 
-@WAYS
+@LOADERS
 def test_rotary_frequencies_that_would_be_lost_are_refused(folder, read):
     stored = plain_frequencies(folder) / torch.tensor([1.0, 2.0, 4.0, 8.0])
-    beside(model__layers__0__self_attn__rotary_emb__inv_freq=stored)(folder)
+    adding(model__layers__0__self_attn__rotary_emb__inv_freq=stored)(folder)
     with pytest.raises(ModelError, match=r"layers.0.self_attn.rotary_emb.inv_freq holds other rotary frequencies"):
         read(folder)
 
@@ -183,10 +183,10 @@ OLD_BUFFERS = {
 }
 
 
-@WAYS
+@LOADERS
 @pytest.mark.parametrize("family", OLD_BUFFERS)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
-def test_causal_masks_of_old_checkpoints_are_ignored_and_nothing_that_looks_like_them(tmp_path, family, dtype, read):
+def test_only_true_causal_masks_of_old_checkpoints_are_ignored(tmp_path, family, dtype, read):
     folder = save_tiny_model(tmp_path / family, family, window=64)
     name, blocks = OLD_BUFFERS[family]
     mask = torch.ones(64, 64).tril().view(1, 1, 64, 64)
@@ -199,8 +199,8 @@ def test_causal_masks_of_old_checkpoints_are_ignored_and_nothing_that_looks_like
         read(folder)
 
 
-@WAYS
-def test_layers_that_predict_further_tokens_are_left_out(tmp_path, read):
+@LOADERS
+def test_layers_that_predict_further_tokens_are_ignored(tmp_path, read):
     folder = save_tiny_model(tmp_path / "deepseek", "deepseek_v3")
     configured(num_nextn_predict_layers=1)(folder)
     tensors(lambda named: {**named, "model.layers.4.eh_proj.weight": torch.ones(32, 64)})(folder)
@@ -210,7 +210,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path, read):
         read(folder)
 
 
-@WAYS
+@LOADERS
 def test_a_tensor_in_two_shards_is_refused(tmp_path, read):
     folder = save_tiny_model(tmp_path / "sharded")
     loading.load(loading.resolve(str(folder))).model.save_pretrained(folder, max_shard_size="40KB")
@@ -223,7 +223,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path, read):
         read(folder)
 
 
-def test_a_causal_class_of_the_models_own_may_have_any_name():
+def test_a_models_own_causal_class_may_have_any_name():
     from transformers import LlamaConfig
 
     config = LlamaConfig(architectures=["Anything"])
@@ -233,15 +233,15 @@ def test_a_causal_class_of_the_models_own_may_have_any_name():
     loading.check_decoder(config, "x")
 
 
-@WAYS
-def test_a_folder_with_an_ending_of_weights_is_no_weights(folder, read):
+@LOADERS
+def test_a_folder_with_the_suffix_of_weights_is_ignored(folder, read):
     (folder / "old.bin").mkdir()
     loading.resolve(str(folder)).fingerprint()
     read(folder)
 
 
-def whole_llama4(folder: Path) -> Path:
-    """A tiny Llama 4 as it is published: with its vision tower."""
+def llama4_with_vision(folder: Path) -> Path:
+    """A tiny Llama 4 with its vision tower, as it is published."""
     from transformers import Llama4Config, Llama4ForConditionalGeneration
 
     text = {**FAMILIES["llama"][1], "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2,
@@ -254,18 +254,18 @@ def whole_llama4(folder: Path) -> Path:
     return folder
 
 
-@WAYS
-def test_the_vision_tower_beside_a_text_decoder_is_left_out_and_nothing_else(tmp_path, read):
-    folder = whole_llama4(tmp_path / "whole")
+@LOADERS
+def test_only_the_vision_tower_beside_a_text_decoder_is_ignored(tmp_path, read):
+    folder = llama4_with_vision(tmp_path / "whole")
     model, _ = read(folder)
     assert type(model).__name__ == "Llama4ForCausalLM"
-    beside(language_model__model__layers__0__self_attn__q_proj__scale=torch.ones(1))(folder)
+    adding(language_model__model__layers__0__self_attn__q_proj__scale=torch.ones(1))(folder)
     with pytest.raises(ModelError, match=r"no place for .*q_proj\.scale"):
         read(folder)
 
 
-@WAYS
-def test_a_head_that_is_tied_needs_no_tensor(tmp_path, read):
+@LOADERS
+def test_a_tied_head_needs_no_tensor(tmp_path, read):
     folder = save_tiny_model(tmp_path / "tied", "llama_tied")
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model, warnings = read(folder)
@@ -273,8 +273,8 @@ def test_a_head_that_is_tied_needs_no_tensor(tmp_path, read):
     assert warnings == []
 
 
-@WAYS
-def test_two_weights_that_config_json_calls_one_are_said(folder, read):
+@LOADERS
+def test_different_weights_that_config_json_ties_lead_to_a_warning(folder, read):
     configured(tie_word_embeddings=True)(folder)
     model, warnings = read(folder)
     stored = load_file(folder / "model.safetensors")
@@ -282,9 +282,9 @@ def test_two_weights_that_config_json_calls_one_are_said(folder, read):
     assert any("with different values" in message for message in warnings)
 
 
-@WAYS
+@LOADERS
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
-def test_an_attention_of_a_package_gives_way_to_the_default(folder, tiny, attention, read):
+def test_the_attention_of_another_package_is_replaced_by_the_default(folder, tiny, attention, read):
     configured(attn_implementation=attention)(folder)
     model, warnings = read(folder)
     assert any(attention in message for message in warnings)
@@ -306,7 +306,7 @@ def test_an_attention_of_a_package_gives_way_to_the_default(folder, tiny, attent
         {},
     ],
 )
-def test_a_dry_run_refuses_what_the_run_refuses(folder, entries):
+def test_a_dry_run_gives_the_error_of_the_run(folder, entries):
     (folder / "config.json").write_text(json.dumps(entries))
     with pytest.raises(ModelError) as dry:
         forecast(StudyConfig(model=str(folder), limit=1, languages=("en",)))
@@ -316,7 +316,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(folder, entries):
     assert "\n" not in str(run.value)
 
 
-def test_a_pickle_is_named_only_where_there_is_one(folder):
+def test_the_message_names_a_pickle_only_if_there_is_one(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="holds no weights") as caught:
         whole(folder)
@@ -355,7 +355,7 @@ def test_a_mixture_of_experts_runs_in_fp64(tmp_path):
 
 
 def outcome(folder: Path) -> str:
-    """What a dry run says: "" if it goes through."""
+    """The error of a dry run, or "" without an error."""
     try:
         forecast(StudyConfig(model=str(folder), limit=1, languages=("en",)))
     except XprobeError as error:
@@ -364,13 +364,13 @@ def outcome(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("value", [None, -1, "x", []])
-def test_a_spoiled_entry_of_config_json_ends_in_one_line_or_does_no_harm(folder, value):
+def test_a_wrong_entry_of_config_json_gives_an_error_of_one_line_or_none(folder, value):
     file = folder / "config.json"
     entries = json.loads(file.read_text())
-    said = {}
+    errors = {}
     for name in entries:
         file.write_text(json.dumps({**entries, name: value}))
-        said[name] = outcome(folder)
-    assert not any("\n" in line for line in said.values())
-    assert said["hidden_size"] != ""
-    assert said["bos_token_id"] == "" or value is not None
+        errors[name] = outcome(folder)
+    assert not any("\n" in line for line in errors.values())
+    assert errors["hidden_size"] != ""
+    assert errors["bos_token_id"] == "" or value is not None

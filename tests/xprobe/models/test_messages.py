@@ -1,4 +1,4 @@
-"""What transformers says while it reads is kept; tokenizers that are wrong are mended or named."""
+"""Warnings of transformers are collected; wrong tokenizers are corrected or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xprobe.models.messages import quiet
 
 @pytest.fixture
 def folder(tiny, tmp_path) -> Path:
-    """A copy of the tiny model, to be changed."""
+    """A copy of the tiny model that a test may change."""
     return shutil.copytree(tiny, tmp_path / "model")
 
 
@@ -29,20 +29,22 @@ def configure(folder: Path, **entries: Any) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', ""])
-def test_a_tokenizer_that_cannot_be_read_is_named(folder, content):
+def test_a_damaged_tokenizer_is_refused(folder, content):
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match="tokenizer"):
         loading.load(loading.resolve(str(folder)))
 
 
-def test_a_mistral_tokenizer_with_the_wrong_rule_is_mended_and_it_is_said(tmp_path):
+def test_a_mistral_tokenizer_with_the_wrong_rule_is_corrected_with_a_warning(tmp_path):
     from transformers import AutoTokenizer
 
     folder = save_tiny_model(tmp_path / "mistral", "mistral")
     configure(folder, transformers_version="4.50.0")
-    words = json.loads((folder / "tokenizer.json").read_text())
-    words["model"]["vocab"] |= {f"<filler {number}>": number for number in range(300, 100_100)}  # as large as theirs
-    (folder / "tokenizer.json").write_text(json.dumps(words))
+    entries = json.loads((folder / "tokenizer.json").read_text())
+    entries["model"]["vocab"] |= {
+        f"<filler {number}>": number for number in range(300, 100_100)
+    }  # as large as Mistral's
+    (folder / "tokenizer.json").write_text(json.dumps(entries))
     source = loading.resolve(str(folder))
     warnings: list[str] = []
     tokenizer = loading.load_tokenizer(source, warnings=warnings)
@@ -62,17 +64,17 @@ def test_warnings_of_transformers_reach_the_run_and_its_manifest(folder, tmp_pat
     import xprobe
 
     configure(folder, tie_word_embeddings=True)
-    said: list[str] = []
+    events: list[str] = []
     study = xprobe.run(
         folder, languages=["en", "de"], limit=2, probes=(), bootstrap=20, out=tmp_path / "run",
-        progress=lambda event: said.append(str(event)),
+        progress=lambda event: events.append(str(event)),
     )  # fmt: skip
     kept = [message for message in study.manifest.warnings if "different values" in message]
     assert len(kept) == 1
-    assert kept[0] in said
+    assert kept[0] in events
 
 
-def test_nothing_of_the_caller_is_changed_while_transformers_is_kept_quiet(capsys):
+def test_quiet_restores_the_loggers_and_prints_nothing(capsys):
     logger = logging.getLogger("transformers")
     before = (logger.handlers[:], logger.level, logger.propagate)
     collected: list[str] = []

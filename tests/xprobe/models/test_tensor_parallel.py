@@ -1,4 +1,4 @@
-"""One model shared by two processes: the same results, one folder, one voice, and no process left waiting."""
+"""Two processes share one model: same results, one folder, one output, and no process hangs."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from xprobe.models import loading, tensor_parallel
 ROOT = Path(__file__).parents[3]
 SMALL = ["--languages", "en,th", "--limit", "4", "--batch-tokens", "500"]
 
-# the command line, in which process `where` fails in its `at`-th forward pass
+# the command line with an error in forward pass number `failing_pass` of process `failing_rank`
 FAULTY = """
 import os, sys
 import torch
 from xprobe.capture.engine import Engine
 from xprobe_cli.main import main
 
-where, at, *arguments = sys.argv[1:]
+failing_rank, failing_pass, *arguments = sys.argv[1:]
 run, passes = Engine._run, 0
 
 def counted(self, *args):
     global passes
     passes += 1
-    if os.environ["RANK"] == where and passes == int(at):
+    if os.environ["RANK"] == failing_rank and passes == int(failing_pass):
         raise torch.OutOfMemoryError("CUDA out of memory: of this one process")
     return run(self, *args)
 
@@ -46,18 +46,18 @@ sys.exit(main(arguments))
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("team") / "llama")
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "llama")
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+    """The environment variables that torchrun sets."""
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "cli"))
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
 
 
-def together(*command: str, size: int = 2, seconds: int = 120) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each process; without torchrun, which would end the others when one fails."""
+def run_processes(*command: str, size: int = 2, seconds: int = 120) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each process. torchrun is not used: it stops all processes when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,21 +69,23 @@ def together(*command: str, size: int = 2, seconds: int = 120) -> list[tuple[int
         for rank in range(size)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=seconds) for process in started]
+        outputs = [process.communicate(timeout=seconds) for process in started]
     finally:
         for process in started:
             process.kill()
-    return [(process.returncode, *words) for process, words in zip(started, said, strict=True)]
+    return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
 
-def test_one_of_several_processes_is_told_that_each_would_do_the_same_run(tiny, tmp_path, monkeypatch, capsys):
+def test_several_processes_without_tensor_parallelism_are_refused(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["run", str(tiny), *SMALL, "--out", str(tmp_path / "run")]) == 2
     assert "each of which would do the same run" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_single_process_is_told_how_to_start_several(tiny, tmp_path, monkeypatch, capsys):
+def test_a_single_process_with_tensor_parallelism_is_refused_and_the_message_shows_torchrun(
+    tiny, tmp_path, monkeypatch, capsys
+):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert main(["run", str(tiny), *SMALL, "--tensor-parallel", "--out", str(tmp_path / "run")]) == 2
     assert "torchrun --nproc-per-node" in capsys.readouterr().err
@@ -93,12 +95,12 @@ def test_a_single_process_is_told_how_to_start_several(tiny, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("other", [{"device": "cpu"}, {"device_map": "auto"}, {"stream": True}])
-def test_each_process_takes_its_own_device(other):
+def test_tensor_parallelism_excludes_other_device_options(other):
     with pytest.raises(UsageError, match="tensor_parallel"):
         Execution(tensor_parallel=True, **other)
 
 
-def test_heads_that_cannot_be_dealt_out_are_refused(tiny, monkeypatch):
+def test_heads_that_the_processes_cannot_share_evenly_are_refused(tiny, monkeypatch):
     config = loading.load_config(loading.resolve(str(tiny)))
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
     monkeypatch.setattr(tensor_parallel, "size", lambda: 2)
@@ -116,53 +118,53 @@ def test_torchrun_gives_the_results_of_one_process_in_one_folder(tiny, tmp_path)
     env = {k: v for k, v in environment(0, 1, 0).items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     done = subprocess.run([*run, "--json"], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)  # one object: the second process says nothing
+    printed = json.loads(done.stdout)  # one object: the second process prints nothing
     shared = xprobe.load_study(tmp_path / "shared")
-    assert said == shared.to_dict()
+    assert printed == shared.to_dict()
     assert parity(shared) < 1e-3
     assert chosen_strategy(shared) == chosen_strategy(alone) == "tree"
     for column in ("readiness", "log_probability", "entropy"):
         assert abs(shared.stability[column] - alone.stability[column]).max() < 1e-4
     again = subprocess.run([*run, "--resume"], env=env, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0  # shown from its files: no model, and no process waits for one
+    assert again.returncode == 0  # the results come from the files, so no process waits for a model
     assert again.stdout.count("parity ") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [0, 1])
-def test_when_one_process_runs_out_of_memory_all_end_and_the_run_goes_on_later(tiny, tmp_path, where):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_process_runs_out_of_memory_all_stop_and_the_run_can_resume(tiny, tmp_path, rank):
     out = tmp_path / "run"
     run = ["run", str(tiny), *SMALL, "--batch-tokens", "200", "--tensor-parallel", "--out", str(out)]
-    (first, _, said), (second, _, whispered) = together("-c", FAULTY, str(where), "9", *run)
+    (first, _, first_error), (second, _, second_error) = run_processes("-c", FAULTY, str(rank), "9", *run)
     assert first == 1
     assert second == 1
-    assert "the run failed" in said
-    assert "Traceback" not in said + whispered
-    if where == 0:
-        assert "of this one process" in said
+    assert "the run failed" in first_error
+    assert "Traceback" not in first_error + second_error
+    if rank == 0:
+        assert "of this one process" in first_error
     else:
-        assert "process 1 of 2 failed" in whispered
-        assert "of this one process" in whispered
+        assert "process 1 of 2 failed" in second_error
+        assert "of this one process" in second_error
     assert xprobe.runs.folder.RunFolder.open(out).read_run().status == "running"
-    (first, shown, said), (second, silence, whispered) = together("-m", "xprobe_cli", *run, "--resume")
-    assert (first, second) == (0, 0), said + whispered
-    assert "parity" in shown
+    (first, output, first_error), (second, silence, second_error) = run_processes("-m", "xprobe_cli", *run, "--resume")
+    assert (first, second) == (0, 0), first_error + second_error
+    assert "parity" in output
     assert silence == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "arguments", "code", "said"),
+    ("family", "arguments", "code", "message"),
     [
         ("gpt2", [], 1, "cannot share"),
         ("llama", ["--data", "/nowhere"], 2, "/nowhere"),
     ],
 )
-def test_a_refusal_is_said_once_and_ends_all(tmp_path, family, arguments, code, said):
+def test_a_refusal_is_printed_once_and_stops_all_processes(tmp_path, family, arguments, code, message):
     model = save_tiny_model(tmp_path / "model", family)
     out = ["--out", str(tmp_path / "run")]
     run = ["run", str(model), *SMALL, *arguments, "--tensor-parallel", *out]
-    (first, _, told), (second, silence, whispered) = together("-m", "xprobe_cli", *run)
-    assert (first, second) == (code, code), whispered
-    assert said in told
-    assert silence == whispered == ""
+    (first, _, first_error), (second, silence, second_error) = run_processes("-m", "xprobe_cli", *run)
+    assert (first, second) == (code, code), second_error
+    assert message in first_error
+    assert silence == second_error == ""

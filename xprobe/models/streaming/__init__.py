@@ -1,1 +1,1 @@
-"""Models larger than memory: read from the checkpoint block by block."""
+"""Runs models larger than memory block by block from the checkpoint."""

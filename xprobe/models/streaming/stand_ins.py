@@ -1,7 +1,7 @@
-"""Runs a decoder with some of its blocks left out, so that one block can be driven by the decoder's own code.
+"""Runs one block of a decoder at a time with the decoder's own code.
 
-A block that is left out hands on what it is given. The decoder itself prepares every block's arguments (masks,
-positions, rotary embeddings, whatever its family gives each layer), so none of them is known by name here.
+The other blocks are skipped: their forward returns its input. The decoder itself prepares the arguments of every block
+(masks, positions, rotary embeddings and whatever else its family needs), so this module knows none of them by name.
 """
 
 from __future__ import annotations
@@ -14,26 +14,39 @@ import torch
 from torch import Tensor, nn
 
 from xprobe.errors import ModelError
-from xprobe.models.block_io import entering, hidden_argument, leaving, own_code, with_entering
+from xprobe.models.block_io import hidden_argument, hidden_input, hidden_output, model_code_errors, with_hidden_input
 
-# how a block may hand on its hidden state: as the tensor, as the first of a tuple, or under a name
-FORMS: tuple[Callable[[Tensor], Any], ...] = (
+# the forms in which a block may return its hidden state: a tensor, the first entry of a tuple, or a named entry
+OUTPUT_FORMS: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: hidden, lambda hidden: (hidden,), lambda h: (h, None), lambda h: (h, None, None),
     lambda h: {"hidden_states": h},
 )  # fmt: skip
 Forward = Callable[..., Any]
-Stand = Callable[[int, tuple, dict, Forward], Any]
+Replacement = Callable[[int, tuple, dict, Forward], Any]
 
 
 @contextmanager
-def standing_in(blocks: Iterable[nn.Module], stand: Stand) -> Iterator[None]:
-    """Calls ``stand(index, args, kwargs, own_forward)`` instead of each block's forward; undone on exit.
+def replaced_forwards(blocks: Iterable[nn.Module], replacement: Replacement) -> Iterator[None]:
+    """Replaces the forward of each block inside the context, and restores it on exit.
 
-    The modules stay in place, so hooks on them fire and attributes that a decoder asks its blocks for are theirs.
+    The modules stay in place, so their hooks run and a decoder can read their attributes.
+
+    Parameters
+    ----------
+    blocks : iterable of Module
+    replacement : callable (index, args, kwargs, forward)
+        Called instead of the block's forward. ``forward`` is the original.
+
+    Examples
+    --------
+    >>> blocks = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    >>> with replaced_forwards(blocks, lambda index, args, kwargs, forward: index):
+    ...     [block(torch.ones(2)) for block in blocks]
+    [0, 1]
     """
 
-    def shadow(index: int, own: Forward) -> Forward:
-        return lambda *args, **kwargs: stand(index, args, kwargs, own)
+    def bind(index: int, forward: Forward) -> Forward:
+        return lambda *args, **kwargs: replacement(index, args, kwargs, forward)
 
     def restore(block: nn.Module, before: Any) -> None:
         del block.__dict__["forward"]
@@ -43,18 +56,39 @@ def standing_in(blocks: Iterable[nn.Module], stand: Stand) -> Iterator[None]:
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             stack.callback(restore, block, block.__dict__.get("forward"))
-            block.__dict__["forward"] = shadow(index, block.forward)
+            block.__dict__["forward"] = bind(index, block.forward)
         yield
 
 
-class Drive:
-    """Drives the blocks of ``model`` one at a time.
+class BlockRunner:
+    """Runs the blocks of ``model`` one at a time.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    blocks : ModuleList
+        Its blocks. Their weights may be on the meta device.
+    ids : Tensor [1, T], int64
+        A short prompt for the checks of the constructor.
 
     Raises
     ------
     ModelError
-        The blocks do more than hand one hidden state on: the decoder changes it between blocks, gives a block what
-        depends on earlier blocks' work, or lets them share state.
+        The blocks exchange more than one hidden state: the decoder changes it between two blocks, an argument of a
+        block depends on earlier blocks, or blocks share an object.
+
+    Examples
+    --------
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
+    >>> model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes)).eval()
+    >>> ids = torch.tensor([[5, 6, 7]])
+    >>> runner = BlockRunner(model, model.model.layers, ids)
+    >>> embedded, first = runner.run_block(0, {"input_ids": ids}, None)
+    >>> _, second = runner.run_block(1, {"input_ids": ids}, first)
+    >>> logits = model.lm_head(model.model.norm(second))
+    >>> bool(torch.allclose(logits, model(ids).logits, atol=1e-6))
+    True
     """
 
     def __init__(self, model: Any, blocks: nn.ModuleList, ids: Tensor) -> None:
@@ -62,78 +96,88 @@ class Drive:
         self.form = self._find_form(ids)
         self._check_arguments(ids)
 
-    def through(self, index: int, inputs: dict[str, Tensor], hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(what entered, what left) block ``index`` [B, T, D], the decoder being fed ``inputs``.
+    def run_block(self, index: int, inputs: dict[str, Tensor], hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Runs block ``index``.
 
-        ``hidden`` is what the blocks before have made of it; None for the first block.
+        Parameters
+        ----------
+        inputs : dict of str to Tensor
+            Inputs of the decoder, such as ``input_ids`` [B, T].
+        hidden : Tensor [B, T, D], optional
+            Output of the block before; None for the first block.
+
+        Returns
+        -------
+        tuple of Tensor [B, T, D]
+            The hidden states that enter and leave the block.
         """
         result: list[Tensor] = []
 
-        def stand(at: int, args: tuple, kwargs: dict, own: Forward) -> Any:
-            given = entering(args, kwargs)
-            if at != index:
-                return self.form(given)
+        def replacement(position: int, args: tuple, kwargs: dict, forward: Forward) -> Any:
+            before = hidden_input(args, kwargs)
+            if position != index:
+                return self.form(before)
             if hidden is not None:
-                given = hidden
-                args, kwargs = with_entering(args, kwargs, hidden)
-            left = leaving(own(*args, **kwargs))
-            result.extend((given, left))
-            return self.form(left)
+                before = hidden
+                args, kwargs = with_hidden_input(args, kwargs, hidden)
+            after = hidden_output(forward(*args, **kwargs))
+            result.extend((before, after))
+            return self.form(after)
 
-        with torch.inference_mode(), standing_in(self.blocks, stand), own_code(self.model):
+        with torch.inference_mode(), replaced_forwards(self.blocks, replacement), model_code_errors(self.model):
             self.model.base_model(**inputs, use_cache=False)
         return result[0], result[1]
 
     @contextmanager
-    def ending_in(self, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Forward passes inside leave out all blocks; the last one hands on ``make(hidden)`` in its place."""
+    def with_last_output(self, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Skips all blocks in forward passes inside the context. The last block returns ``make(hidden)``."""
         final = len(self.blocks) - 1
 
-        def stand(at: int, args: tuple, kwargs: dict, own: Forward) -> Any:
-            hidden = entering(args, kwargs)
-            return self.form(make(hidden) if at == final else hidden)
+        def replacement(index: int, args: tuple, kwargs: dict, forward: Forward) -> Any:
+            hidden = hidden_input(args, kwargs)
+            return self.form(make(hidden) if index == final else hidden)
 
-        with standing_in(self.blocks, stand):
+        with replaced_forwards(self.blocks, replacement):
             yield
 
     def _find_form(self, ids: Tensor) -> Callable[[Tensor], Any]:
-        """The form in which every block gets exactly the tensor that the one before handed on."""
+        """The output form with which every block gets exactly the tensor that the block before returned."""
         problems: list[str] = []
-        for form in FORMS:
+        for form in OUTPUT_FORMS:
             trace = _Trace(form)
             try:
-                with torch.inference_mode(), standing_in(self.blocks, trace.stand):
+                with torch.inference_mode(), replaced_forwards(self.blocks, trace.replacement):
                     self.model(input_ids=ids, use_cache=False)
-            except Exception as error:  # the wrong form ends in many kinds of errors inside the decoder
+            except Exception as error:  # a wrong form may raise any exception in the decoder
                 problems.append(f"its decoder needs more from them ({type(error).__name__}: {str(error)[:100]})")
                 continue
             if trace.order != list(range(len(self.blocks))):
                 problems.append("they do not run once each in order")
             elif trace.changed:
                 problems.append("the hidden state is changed between two of them")
-            elif trace.handed[-1].ndim != 3:
+            elif trace.returned[-1].ndim != 3:
                 problems.append("they hand on more than one hidden state [batch, tokens, width]")
             else:
                 return form
-        raise self._refusal(next((why for why in problems if "needs more" not in why), problems[0]))
+        raise self._refusal(next((reason for reason in problems if "needs more" not in reason), problems[0]))
 
     def _check_arguments(self, ids: Tensor) -> None:
-        """Refuses blocks whose other arguments depend on what earlier blocks computed, or can carry it."""
+        """Refuses blocks whose other arguments depend on earlier blocks or may carry state between blocks."""
         records: list[list[dict[str, Any]]] = []
         for shift in (0.0, 1.0):
             calls: list[dict[str, Any]] = []
 
-            def stand(
-                at: int, args: tuple, kwargs: dict, own: Forward, shift: float = shift, calls: Any = calls
+            def replacement(
+                index: int, args: tuple, kwargs: dict, forward: Forward, shift: float = shift, calls: Any = calls
             ) -> Any:
-                hidden = entering(args, kwargs)
-                where = hidden_argument(args, kwargs)
-                rest = {f"argument {place}": value for place, value in enumerate(args) if place != where}
-                rest |= {name: value for name, value in kwargs.items() if name != where}
-                calls.append(rest)
+                hidden = hidden_input(args, kwargs)
+                key = hidden_argument(args, kwargs)
+                others = {f"argument {position}": value for position, value in enumerate(args) if position != key}
+                others |= {name: value for name, value in kwargs.items() if name != key}
+                calls.append(others)
                 return self.form(hidden * (1 + shift) + shift)
 
-            with torch.inference_mode(), standing_in(self.blocks, stand):
+            with torch.inference_mode(), replaced_forwards(self.blocks, replacement):
                 self.model(input_ids=ids, use_cache=False)
             records.append(calls)
         for index, (one, other) in enumerate(zip(*records, strict=True)):
@@ -146,29 +190,30 @@ class Drive:
 
 
 class _Trace:
-    """Stand-ins that hand on copies, and note whether each gets the very tensor that the one before handed on."""
+    """Replaces blocks by copies of their input and records whether each block gets the tensor of the block before."""
 
     def __init__(self, form: Callable[[Tensor], Any]) -> None:
         self.form = form
-        self.handed: list[Tensor] = []
+        self.returned: list[Tensor] = []
         self.order: list[int] = []
         self.changed = False
 
-    def stand(self, at: int, args: tuple, kwargs: dict, own: Forward) -> Any:
-        given = entering(args, kwargs)
-        self.changed = self.changed or (bool(self.handed) and given is not self.handed[-1])
-        self.handed.append(given.clone())
-        self.order.append(at)
-        return self.form(self.handed[-1])
+    def replacement(self, index: int, args: tuple, kwargs: dict, forward: Forward) -> Any:
+        hidden = hidden_input(args, kwargs)
+        self.changed = self.changed or (bool(self.returned) and hidden is not self.returned[-1])
+        self.returned.append(hidden.clone())
+        self.order.append(index)
+        return self.form(self.returned[-1])
 
 
 def _difference(one: Any, other: Any) -> str | None:
-    """Why an argument is more than a constant of the inputs; None if it is not."""
+    """Why an argument is not a constant for the given inputs. None if it is."""
     if isinstance(one, Tensor):
         same = isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
         return None if same else "which depends on what earlier blocks computed"
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-        return next((why for a, b in zip(one, other, strict=True) if (why := _difference(a, b)) is not None), None)
+        reasons = (_difference(a, b) for a, b in zip(one, other, strict=True))
+        return next((reason for reason in reasons if reason is not None), None)
     if one is None or isinstance(one, bool | int | float | str | torch.dtype | torch.device | torch.Size):
         return None if one == other else "which depends on what earlier blocks computed"
-    return f"a {type(one).__name__} in which blocks may leave things for each other"
+    return f"a {type(one).__name__} through which blocks may share state"

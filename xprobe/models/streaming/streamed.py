@@ -1,4 +1,4 @@
-"""Runs a model that is larger than memory layer by layer: every block is read once for all passes together."""
+"""Runs a model larger than memory block by block: each block is read once for all passes."""
 
 from __future__ import annotations
 
@@ -18,41 +18,46 @@ from xprobe.models import loading, sources
 from xprobe.models.anatomy import (
     Anatomy,
     block_lists,
-    changed_ids,
+    changed_sample_ids,
     check_causal,
     check_finite,
     input_device,
     inspect,
-    probe_ids,
-    the_one_that_ran,
+    sample_ids,
+    single_block_list,
 )
-from xprobe.models.block_io import entering, short_run
+from xprobe.models.block_io import compute_logits, hidden_input
 from xprobe.models.checkpoint import Checkpoint
 from xprobe.models.gguf import saved_warnings
 from xprobe.models.messages import quiet
 from xprobe.models.passes import Pass
 from xprobe.models.placement import Placement, build_empty
 from xprobe.models.streaming.spill import HiddenStore
-from xprobe.models.streaming.stand_ins import FORMS, Drive, standing_in
+from xprobe.models.streaming.stand_ins import OUTPUT_FORMS, BlockRunner, replaced_forwards
 
 SPILL_BYTES = 2 << 30
-ROWS_AT_ONCE = 64  # of own_logits
-PROBES = 2  # passes that a sweep adds in front of its own
+ROWS_AT_ONCE = 64  # rows in one forward pass of own_logits
+CHECK_PASSES = 2  # passes that a sweep runs before those of the caller, to check the model
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedModel:
-    """A causal decoder whose blocks are on the meta device and everything else is real.
+    """A causal decoder whose blocks are on the meta device. All other weights are in memory.
 
     Attributes
     ----------
-    model : transformers model in evaluation mode
+    model : PreTrainedModel
+        In evaluation mode.
     anatomy : Anatomy
-        As of a model in memory; its head is real, its blocks hold no numbers outside a sweep.
+        Its blocks have no weights outside a sweep.
     checkpoint : Checkpoint
-        ``checkpoint.bytes_read`` counts what was read.
+        ``checkpoint.bytes_read`` counts the bytes read so far.
     nbytes : int
-        Bytes of the stored tensors that the model uses: what opening and one sweep read together.
+        Bytes of the stored tensors that the model uses. ``open_streamed`` and one sweep read them once.
+    placement : Placement
+        Loads the weights.
+    block_runner : BlockRunner
+        Runs a block.
     """
 
     model: Any
@@ -60,20 +65,39 @@ class StreamedModel:
     checkpoint: Checkpoint
     nbytes: int
     placement: Placement
-    drive: Drive
+    block_runner: BlockRunner
 
     def load(self, block: int) -> None:
-        """Reads a block's weights."""
+        """Reads the weights of a block."""
         self.placement.load_block(self.anatomy.names["blocks"], block)
 
     def free(self, block: int) -> None:
-        """Gives a block's memory back."""
+        """Frees the memory of a block."""
         self.placement.free_block(self.anatomy.names["blocks"], block)
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a sweep took. ``waited`` is the part of ``loading`` that computing did not hide (all in seconds)."""
+    """Bytes and seconds of a sweep.
+
+    Attributes
+    ----------
+    bytes_read : int
+        Bytes read from the checkpoint.
+    spilled_bytes : int
+        Bytes of the hidden states in the temporary file.
+    seconds : float
+        Time of the sweep.
+    loading : float
+        Seconds in which weights were read.
+    waited : float
+        Seconds of ``loading`` in which no block computed.
+
+    Examples
+    --------
+    >>> SweepReport(bytes_read=100, spilled_bytes=0, seconds=3.0, loading=2.0, waited=0.5).overlap
+    0.75
+    """
 
     bytes_read: int
     spilled_bytes: int
@@ -83,7 +107,7 @@ class SweepReport:
 
     @property
     def overlap(self) -> float:
-        """Share of the loading time during which blocks were computing: 1 if weights were never waited for."""
+        """Share of the loading time in which a block computed: 1 if no block waited for its weights."""
         return 1 - self.waited / self.loading if self.loading else 1.0
 
 
@@ -95,23 +119,41 @@ def open_streamed(
     trust_remote_code: bool = False,
     warnings: list[str] | None = None,
 ) -> StreamedModel:
-    """Opens a checkpoint for block-by-block runs; reads what lies outside the blocks.
+    """Opens a checkpoint for block-by-block runs and reads the weights outside the blocks.
 
     Parameters
     ----------
     name : str or Path
-        Local folder, or id on the Hugging Face hub, whose files are then fetched (or found in its cache).
+        Local folder, GGUF file, alias, or id on the Hugging Face hub.
     dtype : str or torch.dtype
-        Weights are converted to it as they are read; ``auto``: float32 on the CPU, else as the configuration says.
+        Weights are converted to it when they are read. ``auto`` is float32 on the CPU, and the dtype of the
+        configuration on other devices.
     device : str
-        ``cpu``, ``cuda``, ...; ``auto``: the first accelerator that torch sees.
+        ``cpu``, ``cuda``, ... ``auto`` is a CUDA GPU if torch has one, else the CPU.
+    trust_remote_code : bool
+        Whether the model may run code of its own.
     warnings : list of str, optional
-        Gets the warnings of transformers that may concern weights.
+        The function appends the warnings of transformers that may concern weights.
+
+    Returns
+    -------
+    StreamedModel
 
     Raises
     ------
     ModelError
-        Weights that cannot be read tensor by tensor or are quantised, or blocks that cannot be run one at a time.
+        The weights are not in safetensors format or are quantised, or the blocks cannot run one at a time.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes)).save_pretrained(folder)
+    ...     streamed = open_streamed(folder, device="cpu")
+    >>> streamed.anatomy.n_layers, streamed.anatomy.blocks[0].mlp.up_proj.weight.device
+    (3, device(type='meta'))
     """
     device = loading.pick_device(device)
     source = sources.resolve(str(name))
@@ -127,12 +169,12 @@ def open_streamed(
         candidates = block_lists(model)
         placement = Placement(model, checkpoint, candidates, chosen, device, config)
         placement.load_outside()
-    ids = probe_ids(model)
-    blocks_name, blocks = _running(model, candidates, ids)
-    drive = Drive(model, blocks, ids)
-    with drive.ending_in(_noise):
+    ids = sample_ids(model)
+    blocks_name, blocks = _block_list_that_runs(model, candidates, ids)
+    block_runner = BlockRunner(model, blocks, ids)
+    with block_runner.with_last_output(_random_state):
         anatomy = inspect(model)
-    return StreamedModel(model, anatomy, checkpoint, placement.nbytes(blocks_name), placement, drive)
+    return StreamedModel(model, anatomy, checkpoint, placement.nbytes(blocks_name), placement, block_runner)
 
 
 def sweep(
@@ -143,30 +185,52 @@ def sweep(
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SweepReport:
-    """Runs all passes through block 1, then all through block 2, and so on; every block is read once.
+    """Runs all passes through block 1, then all passes through block 2, and so on. Each block is read once.
 
-    At most two blocks are in memory: the one that computes, and the next one, which a thread reads meanwhile. (Where a
-    family's files hold experts one by one, stacking those of one projection takes room for them once more.) Each call
-    of the decoder is inside ``active()`` of its pass, and so is ``receive``. Two short passes of the sweep's own, run
-    first, check that the model does not look at later tokens and gives finite numbers.
+    At most two blocks are in memory: one that computes, and the next one, which a thread reads. (If the files store
+    experts separately, stacking the experts of one projection needs memory for a second copy of them.) Every call of
+    the decoder and of ``receive`` is inside the context ``active()`` of its pass. The sweep first runs two short passes
+    of its own. They check that the model does not look at later tokens and gives finite values.
 
     Parameters
     ----------
+    streamed : StreamedModel
     passes : sequence of Pass
-        ``receive`` gets states [B, T, D] of layers 0..L in order, each pass's layer after all passes' layer before.
+        ``receive`` gets the states [B, T, D] of layers 0..L in order. All passes get layer l before any gets layer l+1.
     spill_bytes : int
-        Memory, on the model's device, for hidden states between two blocks; the rest go to a file in ``folder``.
+        Bytes of the device's memory for hidden states between two blocks. The rest is in a temporary file.
+    folder : Path, optional
+        Folder of that file; the system's temporary folder if None.
     progress : callable (done, total), optional
         Called after every block of every pass.
+
+    Returns
+    -------
+    SweepReport
 
     Raises
     ------
     ModelError
-        The model looks at later tokens or gives NaN or infinity; weights or hidden states cannot be read or written.
+        The model looks at later tokens or gives NaN or infinity, or weights or hidden states cannot be read or written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
+    >>> layers = []
+    >>> item = Pass({"input_ids": torch.tensor([[5, 6, 7]])}, lambda layer, hidden: layers.append(layer))
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes)).save_pretrained(path)
+    ...     streamed = open_streamed(path, device="cpu")
+    ...     report = sweep(streamed, [item])
+    >>> layers
+    [0, 1, 2]
+    >>> streamed.checkpoint.bytes_read == streamed.nbytes
+    True
     """
-    ids = probe_ids(streamed.model)
-    probe = _Probe(streamed.model)
-    work = [*probe.passes(ids), *passes]
+    ids = sample_ids(streamed.model)
+    work = [*_Checks(streamed.model).passes(ids), *passes]
     n_blocks = len(streamed.anatomy.blocks)
     store = HiddenStore(spill_bytes, folder)
     start, before = time.perf_counter(), streamed.checkpoint.bytes_read
@@ -176,8 +240,8 @@ def sweep(
             for block in turns:
                 for key, item in enumerate(work):
                     _advance(streamed, block, key, item, store)
-                    if progress is not None and key >= PROBES:
-                        progress(block * len(passes) + key + 1 - PROBES, n_blocks * len(passes))
+                    if progress is not None and key >= CHECK_PASSES:
+                        progress(block * len(passes) + key + 1 - CHECK_PASSES, n_blocks * len(passes))
                     if block == n_blocks - 1:
                         store.drop(key)
     finally:
@@ -188,28 +252,36 @@ def sweep(
 
 
 def own_logits(streamed: StreamedModel, last_hidden: Tensor) -> Tensor:
-    """The model's own logits [N, V] for rows [N, D] of its last layer: its norm, head, scale and soft-cap.
+    """The model's own logits for rows of its last layer.
 
-    The model itself is run with its blocks left out, the last of which hands on the given rows.
+    The model runs its own norm, head, scale and soft-cap. Its blocks are skipped, and the last block returns the rows.
+
+    Parameters
+    ----------
+    last_hidden : Tensor [N, D]
+
+    Returns
+    -------
+    Tensor [N, V]
     """
     model, device = streamed.model, input_device(streamed.model)
     at_once = min(ROWS_AT_ONCE, loading.window(model.config) or ROWS_AT_ONCE)
     parts: list[Tensor] = []
     for rows in last_hidden.split(at_once):
-        given = rows.to(device)[None]
-        with torch.inference_mode(), streamed.drive.ending_in(lambda hidden, given=given: given):  # type: ignore[misc]
+        state = rows.to(device)[None]
+        with torch.inference_mode(), streamed.block_runner.with_last_output(lambda hidden, state=state: state):  # type: ignore[misc]
             ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=device)
-            parts.append(short_run(model, ids)[0])
+            parts.append(compute_logits(model, ids)[0])
     return torch.cat(parts)
 
 
 def _advance(streamed: StreamedModel, block: int, key: int, item: Pass, store: HiddenStore) -> None:
-    """One pass through one block; what leaves it is kept for the next."""
+    """Runs one pass through one block and stores the output for the next block."""
     device = input_device(streamed.model)
     inputs = {name: value.to(device) for name, value in item.inputs.items()}
     hidden = store.get(key) if block else None
     with torch.inference_mode(), item.active():
-        entered, left = streamed.drive.through(block, inputs, hidden)
+        entered, left = streamed.block_runner.run_block(block, inputs, hidden)
         if block == 0:
             item.receive(0, entered)
         item.receive(block + 1, left)
@@ -221,22 +293,22 @@ def _advance(streamed: StreamedModel, block: int, key: int, item: Pass, store: H
         store.put(key, left)
 
 
-class _Probe:
-    """Two short passes that differ in their second half: what they give must be finite, and equal in the first half."""
+class _Checks:
+    """Two short passes that differ in their second half. Their states must be finite, and equal in the first half."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self._last: dict[int, Tensor] = {}
 
     def passes(self, ids: Tensor) -> list[Pass]:
-        def plain(layer: int, hidden: Tensor) -> None:
+        def check_first(layer: int, hidden: Tensor) -> None:
             check_finite(self.model, hidden, f"at layer {layer}")
             self._last[layer] = hidden.clone()
 
-        def changed(layer: int, hidden: Tensor) -> None:
+        def check_second(layer: int, hidden: Tensor) -> None:
             check_causal(self.model, self._last.pop(layer), hidden)
 
-        return [Pass({"input_ids": ids}, plain), Pass({"input_ids": changed_ids(ids)}, changed)]
+        return [Pass({"input_ids": ids}, check_first), Pass({"input_ids": changed_sample_ids(ids)}, check_second)]
 
 
 @dataclass
@@ -247,9 +319,12 @@ class _Clock:
 
 @contextmanager
 def _blocks_in_turn(streamed: StreamedModel, clock: _Clock) -> Iterator[Iterator[int]]:
-    """Iterates over blocks; the current one is in memory, the next one is on its way, all others hold no numbers."""
+    """Iterates over the blocks. The current block is in memory, and a thread reads the next one.
+
+    All other blocks are on the meta device. On exit all blocks are.
+    """
     count = len(streamed.anatomy.blocks)
-    # copies to the device are queued behind the work of the block that they replace: on the same stream, so in order
+    # the copies to the GPU use the stream of the computation, so they wait until the block that they replace is done
     stream = torch.cuda.current_stream() if input_device(streamed.model).type == "cuda" else None
 
     def load(block: int) -> None:
@@ -259,13 +334,13 @@ def _blocks_in_turn(streamed: StreamedModel, clock: _Clock) -> Iterator[Iterator
         clock.loading += time.perf_counter() - start
 
     def turns(pool: ThreadPoolExecutor) -> Iterator[int]:
-        coming: Future[None] = pool.submit(load, 0)
+        next_load: Future[None] = pool.submit(load, 0)
         for block in range(count):
             start = time.perf_counter()
-            coming.result()
+            next_load.result()
             clock.waited += time.perf_counter() - start
             if block + 1 < count:
-                coming = pool.submit(load, block + 1)
+                next_load = pool.submit(load, block + 1)
             yield block
             streamed.free(block)
 
@@ -278,28 +353,28 @@ def _blocks_in_turn(streamed: StreamedModel, clock: _Clock) -> Iterator[Iterator
                 streamed.free(block)
 
 
-def _running(model: Any, candidates: dict[str, nn.ModuleList], ids: Tensor) -> tuple[str, nn.ModuleList]:
-    """The candidate list that a forward pass runs, all their blocks being left out."""
+def _block_list_that_runs(model: Any, candidates: dict[str, nn.ModuleList], ids: Tensor) -> tuple[str, nn.ModuleList]:
+    """The candidate list that a forward pass calls. All blocks are skipped."""
     ran: set[str] = set()
 
-    def noting(name: str, form: Any) -> Any:
-        def stand(at: int, args: tuple, kwargs: dict, own: Any) -> Any:
+    def recorder(name: str, form: Any) -> Any:
+        def record(index: int, args: tuple, kwargs: dict, forward: Any) -> Any:
             ran.add(name)
-            return form(entering(args, kwargs))
+            return form(hidden_input(args, kwargs))
 
-        return stand
+        return record
 
-    for form in FORMS:
-        with ExitStack() as stack, torch.inference_mode(), suppress(Exception):  # Drive tells what is wrong
+    for form in OUTPUT_FORMS:
+        with ExitStack() as stack, torch.inference_mode(), suppress(Exception):  # BlockRunner raises the error
             for name, blocks in candidates.items():
-                stack.enter_context(standing_in(blocks, noting(name, form)))
+                stack.enter_context(replaced_forwards(blocks, recorder(name, form)))
             model(input_ids=ids, use_cache=False)
-    name = the_one_that_ran(model, ran)
+    name = single_block_list(model, ran)
     return name, candidates[name]
 
 
-def _noise(hidden: Tensor) -> Tensor:
-    """A state unlike any other in the model, so that what takes it next is the final norm and nothing else."""
+def _random_state(hidden: Tensor) -> Tensor:
+    """A random state. It equals no other state of the model, so only the final norm's input can match it."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(hidden.shape, generator=generator).to(hidden.device, hidden.dtype)
 

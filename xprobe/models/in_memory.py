@@ -1,4 +1,4 @@
-"""A model that the caller has in memory already, taken as it is: its identity, and its state put back afterwards."""
+"""Models that the caller has already loaded: checks, a fingerprint, and a context that restores their state."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from torch import Tensor
 from xprobe.config import MODEL_IN_MEMORY, Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models.completeness import MERGE
-from xprobe.models.loading import LoadedModel, check_decoder, use_plain_experts, window
+from xprobe.models.configuration import check_decoder, window
+from xprobe.models.loading import LoadedModel, use_plain_experts
 from xprobe.models.messages import quiet
 from xprobe.models.sources import Source
 
-SAMPLE = 256  # numbers of each tensor that enter the fingerprint
+SAMPLE = 256  # number of values of each tensor in the fingerprint
 IDENTITY = f"configuration, tokenizer, and of every tensor name, shape, dtype and up to {SAMPLE} values"
-_FREE = ("_name_or_path", "transformers_version", "_attn_implementation", "_attn_implementation_autoset", "torch_dtype")
+_IGNORED = (
+    "_name_or_path",
+    "transformers_version",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "torch_dtype",
+)
 
 
 @dataclass(frozen=True)
-class GivenSource(Source):
-    """The source of a model in memory; ``digest`` is its fingerprint."""
+class InMemorySource(Source):
+    """The source of a model in memory. ``digest`` is its fingerprint."""
 
     digest: str = ""
 
@@ -35,21 +42,36 @@ class GivenSource(Source):
         return self.digest
 
 
-def adopt(model: Any, tokenizer: Any) -> LoadedModel:
-    """A loaded transformers model and its tokenizer, checked and named.
+def wrap_model(model: Any, tokenizer: Any) -> LoadedModel:
+    """Checks a loaded transformers model and its tokenizer, and returns them as a ``LoadedModel``.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Of a causal decoder, with plain weights.
+        A causal decoder with plain weights.
     tokenizer : PreTrainedTokenizerBase
+
+    Returns
+    -------
+    LoadedModel
 
     Raises
     ------
     UsageError
-        ``model`` is not a transformers model, is an adapter's wrapper, or has no tokenizer beside it.
+        ``model`` is not a transformers model or has an adapter, or ``tokenizer`` is missing or of another kind.
     ModelError
-        It is not a causal decoder, or is quantised.
+        The model is not a causal decoder, or it is quantised.
+
+    Examples
+    --------
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
+    >>> model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1, **sizes))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    >>> loaded = wrap_model(model, tokenizer)
+    >>> loaded.source.name, loaded.source.kind, loaded.window
+    ('LlamaForCausalLM', 'memory', 2048)
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -73,13 +95,15 @@ def adopt(model: Any, tokenizer: Any) -> LoadedModel:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UsageError(f"{name} holds an adapter: {MERGE}")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ModelError(f"{name} is quantised: the lens needs plain weights, so use the original model")
+        raise ModelError(f"{name} is quantised, and the lens needs plain weights: use the original model")
     check_decoder(model.config, name)
-    coarse = [key for key, value in model.state_dict().items() if not _is_plain(value)]
-    coarse += [key for key, value in model.named_parameters() if not value.is_floating_point()]
-    if coarse:
-        raise ModelError(f"{name} is quantised ({coarse[0]}): the lens needs plain weights, so use the original model")
-    source = GivenSource(name, MODEL_IN_MEMORY, "", fingerprint(model, tokenizer))
+    quantised = [key for key, value in model.state_dict().items() if not _is_plain(value)]
+    quantised += [key for key, value in model.named_parameters() if not value.is_floating_point()]
+    if quantised:
+        raise ModelError(
+            f"{name} is quantised ({quantised[0]}), and the lens needs plain weights: use the original model"
+        )
+    source = InMemorySource(name, MODEL_IN_MEMORY, "", fingerprint(model, tokenizer))
     return LoadedModel(source, model, tokenizer, window(model.config))
 
 
@@ -88,25 +112,33 @@ def _is_plain(value: Any) -> bool:
 
 
 def check_options(dtype: str, execution: Execution) -> None:
-    """Refuses options that say how to load a model: this one is loaded.
+    """Refuses options for loading a model, because a model in memory is already loaded.
 
     Raises
     ------
     UsageError
         Names the option.
+
+    Examples
+    --------
+    >>> check_options("auto", Execution())
+    >>> check_options("float32", Execution())
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: dtype='float32' is an option for loading a model, and this one is in memory
     """
     default = Execution()
-    given = {"dtype": dtype} if dtype != "auto" else {}
+    options = {"dtype": dtype} if dtype != "auto" else {}
     for name in ("device", "device_map", "tensor_parallel", "stream", "trust_remote_code", "allow_pickle"):
         if getattr(execution, name) != getattr(default, name):
-            given[name] = getattr(execution, name)
-    for name, value in given.items():
-        raise UsageError(f"{name}={value!r} says how to load a model, and this one is in memory")
+            options[name] = getattr(execution, name)
+    for name, value in options.items():
+        raise UsageError(f"{name}={value!r} is an option for loading a model, and this one is in memory")
 
 
 @contextmanager
-def borrowed(model: Any) -> Iterator[None]:
-    """Evaluation mode, and experts that can compute in the model's dtype; all as before on exit."""
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Sets evaluation mode and an implementation of experts that has the model's dtype; restores both on exit."""
     modes = {module: module.training for module in model.modules()}
     experts = getattr(model.config, "_experts_implementation", None)
     model.eval()
@@ -122,12 +154,15 @@ def borrowed(model: Any) -> Iterator[None]:
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
-    """SHA-256, in hexadecimal, of what ``IDENTITY`` says; the same model gives the same on any device."""
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in _FREE}
+    """SHA-256, in hexadecimal, of the model and its tokenizer. ``IDENTITY`` lists what it covers.
+
+    It does not depend on the device.
+    """
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _IGNORED}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    digest.update(words.encode())
+    tokenizer_text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    digest.update(tokenizer_text.encode())
     digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -136,9 +171,9 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
 
 
 def _sample(value: Tensor) -> bytes:
-    """Evenly spaced numbers of a tensor; none of one that is elsewhere or in parts."""
+    """Evenly spaced values of a tensor. Empty if the tensor is offloaded or shared among processes."""
     if value.is_meta or hasattr(value, "full_tensor") or not value.numel():
         return b""
     flat = value.detach().flatten()
-    places = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), dtype=torch.float64).long()
-    return flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    indices = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), dtype=torch.float64).long()
+    return flat[indices.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
