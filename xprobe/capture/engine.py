@@ -24,17 +24,18 @@ from xprobe.capture.plan import (
 )
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
-from xprobe.capture.requests import Group, Request
+from xprobe.capture.requests import Group, Request, check_groups, check_requests, check_sample
 from xprobe.capture.rows import Receiver, Rows, RowSpace
-from xprobe.capture.runner import RunnerReport, Warnings
+from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement
 from xprobe.capture.tree import grow
 from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import model_code_errors
-from xprobe.models.parity import TeacherForced, check_parity, rounding_warning
+from xprobe.models.parity import TeacherForced, check_parity, check_prompts, rounding_warning
 from xprobe.models.passes import Pass, pad
+from xprobe.models.token_limits import TokenLimits
 
 # Packed sequences end at a multiple of it
 MULTIPLE = 64
@@ -59,12 +60,21 @@ class Engine:
         How prompts share a pass: ``tree`` until ``choose_strategy`` finds that the model does not allow it.
     kernel : bool
         Whether packed trees may use the attention kernel.
+    limits : TokenLimits
+        Which token ids a request may have, and how many. The window comes from the model's configuration.
+
+    Raises
+    ------
+    UsageError
+        ``batch_tokens`` is not a whole number of at least 1.
     """
 
     def __init__(
         self, model: Any, anatomy: Anatomy, batch_tokens: int, notify: Callable[[str], None] | None = None
     ) -> None:
-        self.model, self.anatomy, self.batch_tokens = model, anatomy, batch_tokens
+        self.model, self.anatomy = model, anatomy
+        self.batch_tokens = check_batch_tokens(batch_tokens)
+        self.limits = TokenLimits.from_model(model, anatomy)
         self.warn = Warnings(notify)
         self.strategy: Strategy = "tree"
         self.kernel = attention.available(input_device(model))
@@ -79,7 +89,14 @@ class Engine:
         return RunnerReport(self.strategy, self.batch_tokens, kernel, self.parity_error, tuple(self.warn.messages))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
-        """How this engine would run ``groups``."""
+        """How this engine would run ``groups``.
+
+        Raises
+        ------
+        UsageError
+            A request cannot be run (``check_requests``).
+        """
+        check_groups(groups, self.limits)
         return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
 
     def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
@@ -87,9 +104,12 @@ class Engine:
 
         Raises
         ------
+        UsageError
+            A prompt cannot be run (``xprobe.models.parity.check_prompts``).
         ParityError
             They differ by more than rounding.
         """
+        check_prompts(prompts, self.limits)
         tensor_parallel.send_order("check_parity", prompts, backend)
         self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
         if warning := rounding_warning(self.parity_error):
@@ -102,6 +122,7 @@ class Engine:
         compared.
         """
         requests = list(sample)
+        check_sample(requests, self.limits)
         tensor_parallel.send_order("choose_strategy", requests)
         name = type(self.model).__name__
         budget = max(self.batch_tokens, sum(len(request.ids) for request in requests))
@@ -174,9 +195,12 @@ class Engine:
 
         Raises
         ------
+        UsageError
+            A request cannot be run (``check_requests``).
         RuntimeError, MemoryError
             Memory runs out even for one request at a time, or the model fails.
         """
+        check_requests(requests, self.limits)
         tensor_parallel.send_order("capture", requests)
         return self._capture(requests, self.strategy, self.batch_tokens)
 

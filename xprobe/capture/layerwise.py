@@ -21,17 +21,18 @@ from xprobe.capture.engine import make_pass
 from xprobe.capture.memory import is_out_of_memory
 from xprobe.capture.plan import STRATEGIES, Plan, Strategy, Wave, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
-from xprobe.capture.requests import Group, Request
+from xprobe.capture.requests import Group, Request, check_groups, check_requests, check_sample
 from xprobe.capture.rows import Rows, RowSpace
-from xprobe.capture.runner import RunnerReport, Warnings
+from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
 from xprobe.capture.tree_attention import NotShareable
 from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError
 from xprobe.models.anatomy import input_device
-from xprobe.models.parity import TeacherForced, compare_with_model, rounding_warning
+from xprobe.models.parity import TeacherForced, check_prompts, compare_with_model, rounding_warning
 from xprobe.models.passes import Pass, pad
 from xprobe.models.streaming.streamed import StreamedModel, own_logits, sweep
+from xprobe.models.token_limits import TokenLimits
 
 
 class LayerwiseEngine:
@@ -61,7 +62,9 @@ class LayerwiseEngine:
         notify: Callable[[str], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.streamed, self.batch_tokens, self.folder = streamed, batch_tokens, folder
+        self.streamed, self.folder = streamed, folder
+        self.batch_tokens = check_batch_tokens(batch_tokens)
+        self.limits = TokenLimits.from_model(streamed.model, streamed.anatomy)
         self.model, self.anatomy = streamed.model, streamed.anatomy
         self.warn = Warnings(notify)
         self.progress = progress
@@ -80,11 +83,19 @@ class LayerwiseEngine:
         return RunnerReport(self.strategy, self.batch_tokens, kernel, self.parity_error, tuple(self.warn.messages))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
-        """How this engine would run ``groups``."""
+        """How this engine would run ``groups``.
+
+        Raises
+        ------
+        UsageError
+            A request cannot be run (``check_requests``).
+        """
+        check_groups(groups, self.limits)
         return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
 
     def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
         """Keeps ``prompts`` for ``run``: the check needs rows of the last layer, which only a sweep gives."""
+        check_prompts(prompts, self.limits)
         self._parity_prompts, self._backend = list(prompts), backend
 
     def choose_strategy(self, sample: Sequence[Request]) -> None:
@@ -92,6 +103,7 @@ class LayerwiseEngine:
 
         Where the two differ, the sweep starts again with plain batches. No block is read for the check alone.
         """
+        check_sample(sample, self.limits)
         self._sample = list(sample)
 
     def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
@@ -99,11 +111,14 @@ class LayerwiseEngine:
 
         Raises
         ------
+        UsageError
+            A request cannot be run (``check_requests``).
         ModelError, ParityError, RunFolderError
             The model cannot be run like this, the lens does not fit it, or there is no room for the rows.
         """
         waves = [wave for wave in plan.waves if any(group.key in wanted for group in wave.groups)]
         requests = [request for wave in waves for request in wave.requests]
+        check_requests(requests, self.limits)
         if not requests and not self._parity_prompts:
             return
         space = _MappedSpace(self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.folder)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from xprobe.capture.plan import Plan, Strategy, Wave
 from xprobe.capture.requests import Group, Request
 from xprobe.capture.rows import Rows
+from xprobe.config import Execution
 from xprobe.models.anatomy import Anatomy
 from xprobe.models.parity import TeacherForced
 
@@ -68,6 +69,24 @@ class Runner(Protocol):
         """Adds a warning to the report."""
 
     def report(self) -> RunnerReport: ...
+
+
+def check_batch_tokens(batch_tokens: int) -> int:
+    """The same number, if it is one that ``Execution`` allows.
+
+    Raises
+    ------
+    UsageError
+        It is not a whole number of at least 1.
+
+    Examples
+    --------
+    >>> check_batch_tokens(0)
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: batch_tokens must be a whole number of at least 1, got 0
+    """
+    return Execution(batch_tokens=batch_tokens).batch_tokens
 
 
 @dataclass

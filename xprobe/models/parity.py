@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from xprobe_kernels import Unembedding, lens, reference
 
-from xprobe.errors import ParityError
+from xprobe.errors import ParityError, UsageError
 from xprobe.models.anatomy import Anatomy, input_device, watch_states, why_not_finite
 from xprobe.models.block_io import extract_logits, model_code_errors
 from xprobe.models.head import MASKED_LOGIT
 from xprobe.models.passes import pad
+from xprobe.models.token_limits import TokenLimits
 
 FLOOR = 1e-3  # nats; the tolerance in fp32
 ROUNDINGS = 4  # the tolerance as a multiple of the rounding error on the same rows
@@ -44,6 +45,34 @@ class TeacherForced:
 
     ids: tuple[int, ...]
     targets: tuple[int, ...]
+
+
+def check_prompts(prompts: Sequence[TeacherForced], limits: TokenLimits) -> None:
+    """Refuses prompts that the parity check cannot be made on.
+
+    Raises
+    ------
+    UsageError
+        There is no prompt; or a prompt has ids or targets that the model does not have, or more targets than ids. The
+        message names the prompt, the value and what is allowed.
+
+    Examples
+    --------
+    >>> check_prompts([TeacherForced(ids=(5,), targets=(6, 7))], TokenLimits(vocab_size=160))
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: prompt 0: it has 2 targets, but only 1 of its ids can predict one
+    """
+    if not prompts:
+        raise UsageError("the parity check has no prompts, give at least one")
+    for index, prompt in enumerate(prompts):
+        limits.check(prompt.ids, f"prompt {index}")
+        limits.check(prompt.targets, f"prompt {index}", "targets")
+        if len(prompt.targets) > len(prompt.ids):
+            raise UsageError(
+                f"prompt {index}: it has {len(prompt.targets)} targets, but only {len(prompt.ids)} of its ids can "
+                "predict one"
+            )
 
 
 def rounding_warning(error: float) -> str | None:
@@ -84,6 +113,8 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced],
 
     Raises
     ------
+    UsageError
+        A prompt cannot be run (``check_prompts``).
     ParityError
         The difference is larger than the tolerance. The tolerance is 1e-3 nats, or 4 times the rounding error of norm
         and projection in the model's dtype on the same rows, whichever is larger.
@@ -98,6 +129,7 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced],
     >>> error < 1e-3
     True
     """
+    check_prompts(prompts, TokenLimits.from_model(model, anatomy))
     hidden, model_logits = [], []
     for prompt in prompts:
         rows, logits = _answer_rows(model, anatomy, prompt)
