@@ -1,4 +1,4 @@
-"""What to run and which rows to keep, as plain data. Capture knows token ids; the caller gives rows their meaning."""
+"""Requests say which token ids to run and which rows to keep. The caller names the rows and knows what they mean."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Request:
     reads : mapping of str to Each or Mean
         The rows to keep, by a name of the caller's choice.
     group : str
-        Requests of one group begin alike: they are stored together, and may share a cache.
+        Requests of one group have a common beginning. They are stored together, and may share a cache.
 
     A request does not know the model. ``Engine`` checks requests before it runs any (``check_requests``).
 
@@ -96,13 +96,19 @@ class Request:
 
     @cached_property
     def first_read(self) -> int:
-        """The first position whose row is needed."""
+        """The first position whose row is kept."""
         return min(read.first for read in self.reads.values())
 
 
 @dataclass(frozen=True)
 class Group:
-    """Requests that begin alike: the unit that is stored and resumed."""
+    """Requests with a common beginning. A run stores and resumes whole groups.
+
+    Examples
+    --------
+    >>> Group("page 1", (Request((5, 6), {"last": Each((1,))}, "page 1"),)).key
+    'page 1'
+    """
 
     key: str
     requests: tuple[Request, ...]

@@ -8,6 +8,7 @@ their effects. *Agreement*: are the rows those of plain runs as far as the lens 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,18 @@ from torch import Tensor, nn
 from xprobe_kernels import Unembedding, reference
 from xprobe_kernels.transfer import upload
 
+from xprobe.capture.requests import Each, Request
 from xprobe.capture.rows import Rows
-from xprobe.capture.tree import Segment, Tree
+from xprobe.capture.tree import Segment, Tree, common_length
 from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.models.anatomy import input_device
 from xprobe.models.passes import Pass
+
+CHECK_REQUESTS = 4  # most requests in the check of agreement
+CHECK_TOKENS = 128  # most tokens of each, unless the model treats distant tokens in another way
+CHECK_ROWS = 2  # rows that are compared of each
+# names of the numbers in a configuration that say from which distance on tokens are treated in another way
+_REACH = re.compile(r"window|chunk|local|floor_scale|index_topk")
 
 BEGINNING, CONTINUATION = 16, 24  # tokens of the check for isolation
 # of a channel's largest entry, where sums may be made in another order; those of a few layers add up
@@ -55,6 +63,69 @@ BOUNDS = {
     torch.float16: _Bound(0.5, 2e-2, 1e-1, 3),
     torch.bfloat16: _Bound(0.5, 5e-2, 2e-1, 3),
 }
+
+
+def short_sample(requests: Sequence[Request], config: Any, alone_beyond: int | None = None) -> list[Request]:
+    """The requests of the check of agreement: a few of the caller's, cut to a bounded length, with reads of its own.
+
+    The cost of the check is bounded, however long and however many the requests are. A long request loses tokens from
+    its middle: a part of the beginning that it shares with others stays, and so do its own last tokens. Prompts of up
+    to ``CHECK_TOKENS`` tokens show whether attention, positions and packing fit together. Some models treat distant
+    tokens in another way, for example outside a sliding window. If the caller's requests reach so far, then those of
+    the check do, too.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+        The first ``CHECK_REQUESTS`` are taken.
+    config : PreTrainedConfig
+        Of the model.
+    alone_beyond : int, optional
+        Requests of the check are no longer than this (``xprobe.capture.plan.rotary_limit``).
+
+    Returns
+    -------
+    list of Request
+        Each reads ``rows``: up to ``CHECK_ROWS`` positions after its shared beginning.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> page = tuple(range(10, 3010))
+    >>> sample = [Request((*page, token, token), {"last": Each((3001,))}) for token in (5, 6)]
+    >>> short = short_sample(sample, LlamaConfig())
+    >>> [(len(request.ids), request.ids[-3:], request.reads["rows"].positions) for request in short]
+    [(128, (135, 5, 5), (126, 127)), (128, (135, 6, 6), (126, 127))]
+    """
+    taken = requests[:CHECK_REQUESTS]
+    longest = max(len(request.ids) for request in taken)
+    most = min(_check_length(config, longest), alone_beyond or longest)
+    short = []
+    for index, request in enumerate(taken):
+        ids = request.ids
+        others = [other.ids for number, other in enumerate(taken) if number != index]
+        shared = max((common_length(ids, other) for other in others), default=0)
+        if len(ids) > most:
+            own = min(len(ids) - shared, max(most // 2, most - shared))
+            shared = min(shared, most - own)
+            ids = (*ids[:shared], *ids[len(ids) - own :])
+        last = len(ids) - 1
+        first = min(shared, last)
+        step = max(1, (last - first) // max(1, CHECK_ROWS - 1))
+        positions = tuple(sorted({*range(last, first - 1, -step)}))[-CHECK_ROWS:]
+        short.append(Request(ids, {"rows": Each(positions)}, request.group))
+    return short
+
+
+def _check_length(config: Any, longest: int) -> int:
+    """Most tokens of a request in the check of agreement, where the longest request has ``longest``."""
+    values = config.get_text_config(decoder=True).to_dict()
+    reaches = [
+        value
+        for name, value in values.items()
+        if _REACH.search(name) and isinstance(value, int) and CHECK_TOKENS // 2 < value < longest
+    ]
+    return max([CHECK_TOKENS, *(reach + CHECK_TOKENS // 2 for reach in reaches)])
 
 
 def carries_state(model: Any, blocks: Sequence[nn.Module]) -> str | None:
@@ -136,7 +207,9 @@ def _branching(model: Any, ids: Tensor, kernel: bool, receive: Callable[[int, Te
     return Pass(inputs, used, lambda: packed_attention(model, layout))
 
 
-def disagreement(rows: Rows, wanted: Rows, noise: Rows | None, head: Unembedding, layer: int) -> str | None:
+def disagreement(
+    rows: Rows, wanted: Rows, noise: Callable[[], Rows] | None, head: Unembedding, layer: int
+) -> str | None:
     """In words, how far the rows of a layer are from those of plain runs; None if only by rounding.
 
     Compared are log-probabilities over the whole vocabulary, not the rows themselves: in real models a few channels are
@@ -144,9 +217,9 @@ def disagreement(rows: Rows, wanted: Rows, noise: Rows | None, head: Unembedding
 
     Parameters
     ----------
-    noise : Rows, optional
-        Rows of the same prompts, run plainly in batches of another size: their difference from ``wanted`` is rounding.
-        Without it anything that rounding could make passes.
+    noise : callable () -> Rows, optional
+        Gives rows of the same prompts, run plainly in batches of another size: their difference from ``wanted`` is
+        rounding. It is called only if it can change the result. Without it anything that rounding could make passes.
     """
     for name, tensor in wanted.tensors.items():
         theirs = tensor[layer]
@@ -155,8 +228,8 @@ def disagreement(rows: Rows, wanted: Rows, noise: Rows | None, head: Unembedding
         if error <= bound.floor:
             continue
         allowed = bound.ceiling
-        if noise is not None:
-            rounding = _difference(noise[name][layer], theirs, head, bound.quantile)
+        if noise is not None and error <= bound.ceiling:
+            rounding = _difference(noise()[name][layer], theirs, head, bound.quantile)
             allowed = min(max(bound.floor, bound.noise * rounding), bound.ceiling)
         if not error <= allowed:
             return f"its log-probabilities at layer {layer} differ by {error:.1e} of their spread"
@@ -167,9 +240,8 @@ def _difference(ours: Tensor, theirs: Tensor, head: Unembedding, quantile: float
     """How far log-probabilities of rows [R, D] are from those of others: root mean square over the vocabulary, as a
     share of the spread of the logits, of the row at this quantile."""
     dtype = torch.float64 if theirs.dtype == torch.float64 else torch.float32
-    one, other = (
-        reference.logits(rows.to(head.weight.device, dtype), head, dtype).log_softmax(-1) for rows in (ours, theirs)
-    )
+    both = torch.cat([ours, theirs]).to(head.weight.device, dtype)
+    one, other = reference.logits(both, head, dtype).log_softmax(-1).chunk(2)
     usable = torch.isfinite(other)
     apart = torch.where(usable, one - other, 0.0).square().mean(-1).sqrt()
     spread = torch.where(usable, other, other.nan_to_num(neginf=0.0).mean()).std(-1)

@@ -20,6 +20,7 @@ from xprobe.models.token_limits import TokenLimits
 
 FLOOR = 1e-3  # nats; the tolerance in fp32
 ROUNDINGS = 4  # the tolerance as a multiple of the rounding error on the same rows
+MOST_TOKENS = 512  # most of a prompt in the check: the head works on single rows, so long prompts show nothing more
 COARSE = 0.5  # nats; a larger rounding error leads to a warning
 
 
@@ -75,6 +76,24 @@ def check_prompts(prompts: Sequence[TeacherForced], limits: TokenLimits) -> None
             )
 
 
+def shorten(prompt: TeacherForced) -> TeacherForced:
+    """The prompt of the parity check: of a long one, its first and its last tokens, together ``MOST_TOKENS``.
+
+    The positions where the answer is predicted stay, so a longer answer leaves more tokens.
+
+    Examples
+    --------
+    >>> long = TeacherForced(ids=tuple(range(3000)), targets=(7, 8))
+    >>> len(shorten(long).ids), shorten(long).ids[255:258]
+    (512, (255, 2744, 2745))
+    """
+    if len(prompt.ids) <= MOST_TOKENS:
+        return prompt
+    half = MOST_TOKENS // 2
+    last = max(half, len(prompt.targets))
+    return TeacherForced((*prompt.ids[:half], *prompt.ids[max(half, len(prompt.ids) - last) :]), prompt.targets)
+
+
 def rounding_warning(error: float) -> str | None:
     """A warning if the parity error (in nats) is more than ``COARSE``, else None.
 
@@ -93,8 +112,8 @@ def rounding_warning(error: float) -> str | None:
 def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced], backend: str = "auto") -> float:
     """Compares the lens at the last layer with the model's own log-probabilities.
 
-    The function runs each prompt alone through the full model and compares all answer positions: the whole vocabulary
-    with ``xprobe_kernels.reference``, and the gold tokens with ``backend``.
+    The function runs each prompt alone through the full model, long ones shortened (``shorten``). It compares all
+    answer positions: the whole vocabulary with ``xprobe_kernels.reference``, and the gold tokens with ``backend``.
 
     Parameters
     ----------
@@ -131,7 +150,7 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced],
     """
     check_prompts(prompts, TokenLimits.from_model(model, anatomy))
     hidden, model_logits = [], []
-    for prompt in prompts:
+    for prompt in map(shorten, prompts):
         rows, logits = _answer_rows(model, anatomy, prompt)
         hidden.append(rows)
         model_logits.append(logits)

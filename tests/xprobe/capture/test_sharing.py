@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.families import FAMILIES, save_tiny_model, tiny_model
+from support.families import FAMILIES, random_ids, save_tiny_model, tiny_model
 from support.prompts import chosen, family_of_prompts, requests
 from support.runs import chosen_strategy
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from xprobe_kernels import reference
 
+from xprobe.capture import tree_attention
 from xprobe.capture.engine import Engine
-from xprobe.capture.sharing import carries_state
+from xprobe.capture.requests import Each, Mean, Request, check_requests
+from xprobe.capture.sharing import CHECK_REQUESTS, CHECK_TOKENS, carries_state, short_sample
+from xprobe.capture.tree import common_length
 from xprobe.models.anatomy import inspect
+from xprobe.models.token_limits import TokenLimits
 
 SAMPLE = family_of_prompts(groups=1, each=3)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -202,3 +206,75 @@ def test_a_streamed_model_that_carries_state_is_not_packed(tmp_path):
     both = streamed.layers.merge(whole.layers, on=["setting", "layer", "language", "signal"])
     readiness = both[both["signal"] == "readiness"]
     assert (readiness["value_x"] - readiness["value_y"]).abs().max() < 1e-4
+
+
+# -- the cost of the check ----------------------------------------------------------------------------------------
+
+
+def long_requests(length: int, own: int = 20, count: int = 4) -> list[Request]:
+    """Requests of ``length`` tokens, of which the last ``own`` differ; one of them is of another group."""
+    shared, *others = (tuple(row.tolist()) for row in random_ids(count + 2, length, seed=3))
+    ends = [(*shared[: length - own], *other[:own]) for other in others[:count]]
+    return [
+        Request(ids, {"last": Each((length - 1,)), "all": Mean(0, length)}, f"g{ids[0]}")
+        for ids in (*ends[: count - 1], others[-1])
+    ]
+
+
+def model_with_window(family: str, **options):
+    config = AutoConfig.for_model(
+        FAMILIES[family][0], **{**FAMILIES[family][1], "max_position_embeddings": 4096, **options}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def tokens_of_the_check(model, sample) -> int:
+    """Tokens that the model runs over while an engine chooses its strategy."""
+    sizes = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        engine = Engine(model, inspect(model), 4096)
+        sizes.clear()
+        engine.choose_strategy(sample)
+        assert engine.strategy == "tree"
+    finally:
+        hook.remove()
+    return sum(sizes)
+
+
+def test_the_check_costs_the_same_for_long_and_for_many_prompts():
+    model = model_with_window("llama")
+    cost = tokens_of_the_check(model, long_requests(400))
+    assert tokens_of_the_check(model, long_requests(3000)) == cost
+    assert (
+        tokens_of_the_check(model, long_requests(3000, own=2500, count=12)) <= 2 * CHECK_REQUESTS * CHECK_TOKENS + 512
+    )
+
+
+def test_short_requests_are_checked_whole_and_long_ones_still_share_their_beginning():
+    config = model_with_window("llama").config
+    whole = requests(SAMPLE)
+    assert [one.ids for one in short_sample(whole, config)] == [one.ids for one in whole[:CHECK_REQUESTS]]
+    sample = long_requests(3000)
+    short = short_sample(sample, config)
+    assert max(len(one.ids) for one in short) == CHECK_TOKENS
+    assert common_length(short[0].ids, short[1].ids) == CHECK_TOKENS - 20
+    assert [one.ids[-20:] for one in short] == [one.ids[-20:] for one in sample]
+    check_requests(short, TokenLimits(160))
+
+
+@pytest.mark.parametrize(("length", "strategies"), [(600, {"prefix", "plain"}), (150, {"tree"})])
+def test_a_window_that_packing_forgets_is_found_if_prompts_are_longer_than_it(monkeypatch, length, strategies):
+    rule = tree_attention._Rule
+    monkeypatch.setattr(tree_attention, "_Rule", lambda scale, window, softcap: rule(scale, None, softcap))
+    model = model_with_window("mistral", sliding_window=200)
+    engine = Engine(model, inspect(model), 4096)
+    engine.choose_strategy(long_requests(length))
+    assert engine.strategy in strategies
