@@ -28,7 +28,7 @@ from xprobe.capture.requests import Group, Request, check_groups, check_requests
 from xprobe.capture.rows import Receiver, Rows, RowSpace
 from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement, short_sample
-from xprobe.capture.tree import grow
+from xprobe.capture.tree import make_tree
 from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
@@ -278,7 +278,7 @@ def make_pass(
     if strategy == "plain":
         ids = pad([requests[i].ids for i in part], device)
         return Pass({"input_ids": ids}, Receiver(requests, part, lambda i, start, stop: [(i, start, stop)], into))
-    tree = grow([requests[i].ids for i in part]).filled(MULTIPLE)
+    tree = make_tree([requests[i].ids for i in part]).padded(MULTIPLE)
     layout = Layout(tree, device, kernel)
     receiver = Receiver(
         requests, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into

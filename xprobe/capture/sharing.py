@@ -1,9 +1,10 @@
-"""Whether prompts that share a forward pass keep the rows of their own plain runs.
+"""Checks whether prompts that share a forward pass keep the rows of their own plain runs.
 
-Two questions are put to the model itself, since its family's name answers neither. *Isolation*: does a token of a
-packed sequence depend on tokens that it must not see? Those tokens are changed, and then moved; what the others give
-may not change. Attention obeys the packing, convolutions and recurrences do not, and this test sees the smallest of
-their effects. *Agreement*: are the rows those of plain runs as far as the lens can tell?
+Two checks run the model itself, because the name of its family does not answer the question. *Isolation*: does a token
+of a packed sequence depend on tokens that it must not see? The check changes these tokens, and then moves them; the
+states of the other tokens must not change. Attention obeys the packing. Convolutions and recurrences do not, and this
+check finds very small effects of them. *Agreement*: does the lens give the same values on these rows as on the rows of
+plain runs?
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ CHECK_ROWS = 2  # rows that are compared of each
 _REACH = re.compile(r"window|chunk|local|floor_scale|index_topk")
 
 BEGINNING, CONTINUATION = 16, 24  # tokens of the check for isolation
-# of a channel's largest entry, where sums may be made in another order; those of a few layers add up
+# allowed differences in units of rounding of a channel's largest entry, where sums may have another order; the
+# roundings of several layers add up
 ISOLATED_ROUNDINGS = {8: 256, 4: 256, 2: 16}  # by bytes of the dtype
 
 
@@ -41,20 +43,20 @@ class NotIsolated(Exception):
 
 
 class CarriesState(NotIsolated):
-    """The same, though the attention obeys the packing: a state goes from token to token, which no cache holds."""
+    """A token depends on tokens of other prompts by a state outside of attention, which no cache holds."""
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """Which rows count (the worst one for 1.0), and how far they may be off, as a share of the spread of the logits.
+    """How far rows may differ, as a share of the spread of the logits, and which row counts (1.0: the worst one).
 
-    16-bit rows are off by routing decisions that rounding tips over, so the median row counts there.
+    With 16 bits, rounding can change the routing to experts and so whole rows. There the median row counts.
     """
 
     quantile: float
     floor: float
     ceiling: float
-    noise: float  # times the difference between plain runs of other batch sizes: between floor and ceiling, the bound
+    noise: float  # the bound, between floor and ceiling, as a multiple of the difference between plain batches
 
 
 BOUNDS = {
@@ -129,7 +131,7 @@ def _check_length(config: Any, longest: int) -> int:
 
 
 def carries_state(model: Any, blocks: Sequence[nn.Module]) -> str | None:
-    """Why neighbouring tokens meet outside of attention, by what the model declares; None if nothing says so."""
+    """Why tokens depend on each other outside of attention, from what the model declares; None if nothing says so."""
     if getattr(model, "_is_stateful", False):
         return "it keeps a state from token to token"
     modules = (module for block in blocks for module in block.modules())
@@ -139,13 +141,13 @@ def carries_state(model: Any, blocks: Sequence[nn.Module]) -> str | None:
 
 
 class Isolation:
-    """Four passes over one beginning with two continuations, and the comparison of what they give.
+    """Four passes over one beginning with two continuations, and the comparison of their states.
 
-    The second pass repeats the first: whether it gives the same bits tells whether bits can be compared here. The third
-    has other tokens in the continuation that comes first: places and lengths are those of the first pass, so every
-    number is rounded alike, and what beginning and later continuation give must be equal to the bit. (Where experts
-    are at work they get other tokens together, and a few roundings are allowed.) In the fourth pass the continuations
-    have changed places, so that other places give other roundings, but no more.
+    The second pass repeats the first. If it gives other bits, bits cannot be compared on this machine. The third pass
+    has other tokens in the first continuation. Indices and lengths are those of the first pass, so all numbers are
+    rounded alike: the states of the beginning and of the second continuation must be equal to the bit. (Models with
+    experts may differ by a few roundings, because their experts get other tokens together.) In the fourth pass the
+    continuations change places, and the states may differ by a few roundings.
     """
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module], kernel: bool) -> None:
@@ -189,7 +191,7 @@ class Isolation:
 
 
 def _branching(model: Any, ids: Tensor, kernel: bool, receive: Callable[[int, Tensor], None]) -> Pass:
-    """A packed pass over a beginning that two continuations follow."""
+    """A packed pass over a beginning with two continuations."""
     middle, end = BEGINNING + CONTINUATION, BEGINNING + 2 * CONTINUATION
     root = Segment(0, BEGINNING, end, 0)
     first, second = Segment(BEGINNING, middle, middle, BEGINNING), Segment(middle, end, end, BEGINNING)
@@ -210,16 +212,16 @@ def _branching(model: Any, ids: Tensor, kernel: bool, receive: Callable[[int, Te
 def disagreement(
     rows: Rows, wanted: Rows, noise: Callable[[], Rows] | None, head: Unembedding, layer: int
 ) -> str | None:
-    """In words, how far the rows of a layer are from those of plain runs; None if only by rounding.
+    """Describes how far the rows of a layer are from the rows of plain runs; None if only by rounding.
 
-    Compared are log-probabilities over the whole vocabulary, not the rows themselves: in real models a few channels are
-    hundreds of times larger than the others, and nothing that happens to the others shows beside them.
+    The function compares log-probabilities over the whole vocabulary, not the rows themselves: in real models a few
+    channels are hundreds of times larger than the others and hide differences in these.
 
     Parameters
     ----------
     noise : callable () -> Rows, optional
-        Gives rows of the same prompts, run plainly in batches of another size: their difference from ``wanted`` is
-        rounding. It is called only if it can change the result. Without it anything that rounding could make passes.
+        Gives rows of the same prompts from plain batches of another size: their difference from ``wanted`` is
+        rounding. It is called only if it can change the result. Without it, all differences up to the ceiling pass.
     """
     for name, tensor in wanted.tensors.items():
         theirs = tensor[layer]
@@ -237,13 +239,13 @@ def disagreement(
 
 
 def _difference(ours: Tensor, theirs: Tensor, head: Unembedding, quantile: float) -> float:
-    """How far log-probabilities of rows [R, D] are from those of others: root mean square over the vocabulary, as a
-    share of the spread of the logits, of the row at this quantile."""
+    """Difference of the log-probabilities of two sets of rows [R, D], for the row at this quantile: root mean square
+    over the vocabulary, as a share of the spread of the logits."""
     dtype = torch.float64 if theirs.dtype == torch.float64 else torch.float32
     both = torch.cat([ours, theirs]).to(head.weight.device, dtype)
     one, other = reference.logits(both, head, dtype).log_softmax(-1).chunk(2)
     usable = torch.isfinite(other)
     apart = torch.where(usable, one - other, 0.0).square().mean(-1).sqrt()
     spread = torch.where(usable, other, other.nan_to_num(neginf=0.0).mean()).std(-1)
-    # a row that is not a number is as far off as can be
+    # NaN counts as an infinite difference
     return float((apart / spread.clamp(min=1e-30)).nan_to_num(nan=float("inf")).quantile(quantile))

@@ -1,4 +1,4 @@
-"""A leak between prompts of one pass is found however small it is, and however large other channels are."""
+"""The check finds leaks between prompts of one pass: small ones, and ones beside very large channels."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ def smeared(share: float, dtype: torch.dtype):
     return model
 
 
-def strategy(model) -> tuple[str, list[str]]:
+def chosen_with_warnings(model) -> tuple[str, list[str]]:
     engine = Engine(model, inspect(model), 10_000)
     return chosen(engine, SAMPLE), engine.warn.messages
 
 
-def furthest(model, way: str) -> float:
-    """Largest difference in log-probability, over layers and vocabulary, of rows made this way from plain ones."""
+def largest_difference(model, strategy: str) -> float:
+    """Largest difference in log-probability between the rows of a strategy and of plain runs, over all layers."""
     anatomy = inspect(model)
     engine = Engine(model, anatomy, 10_000)
     prompts = family_of_prompts()
     wanted = engine._capture(requests(prompts), "plain", 1).copy()
-    got = engine._capture(requests(prompts), way, 10_000)
+    got = engine._capture(requests(prompts), strategy, 10_000)
     one, other = (
         reference.logits(rows["answer"].double().flatten(0, 1), anatomy.head).log_softmax(-1) for rows in (got, wanted)
     )
@@ -68,25 +68,25 @@ def furthest(model, way: str) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_channel_hides_no_leak(dtype):
-    """Real models have channels a thousand times larger than the others; nothing shows beside them."""
+def test_a_leak_beside_a_large_channel_is_found(dtype):
+    """In real models, some channels are a thousand times larger than the others, and hide differences in these."""
     model = tiny_model("lfm2", dtype=dtype)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] = 300.0
-    assert strategy(model)[0] == "plain"
+    assert chosen_with_warnings(model)[0] == "plain"
     model = smeared(0.05 if dtype.itemsize >= 4 else 1.0, dtype)  # in bf16 a smaller share changes no bit beside 300
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] = 300.0
-    way, said = strategy(model)
-    assert way == "plain"
-    assert "from layer 2 on a token depends on tokens of other prompts" in said[0]
+    strategy, warnings = chosen_with_warnings(model)
+    assert strategy == "plain"
+    assert "from layer 2 on a token depends on tokens of other prompts" in warnings[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [1.0, 1e-1, 1e-2, 1e-3])
-def test_the_smallest_leak_is_found_in_every_dtype(share, dtype):
-    """As far as it changes a bit: then neither a tree nor a cache of keys and values holds what is carried on."""
-    assert strategy(smeared(share, dtype))[0] == "plain"
+def test_a_small_leak_is_found_in_every_dtype(share, dtype):
+    """Neither a tree nor a cache of keys and values holds such a state, so the model is run plainly."""
+    assert chosen_with_warnings(smeared(share, dtype))[0] == "plain"
 
 
 class Averaged(nn.Module):
@@ -108,12 +108,12 @@ class Averaged(nn.Module):
 def test_a_state_that_fades_is_found(dtype):
     model = tiny_model("llama", dtype=dtype)
     model.model.layers[1].mlp = Averaged(model.model.layers[1].mlp, 0.05)
-    assert strategy(model)[0] == "plain"
+    assert chosen_with_warnings(model)[0] == "plain"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_leak_that_begins_behind_the_first_position_is_found(dtype):
-    """Code that knows of packing may start anew at position 0, which no continuation in a tree has."""
+def test_a_leak_that_spares_position_0_is_found(dtype):
+    """Code for packed sequences may start anew at position 0. No continuation in a tree has this position."""
     model = tiny_model("llama", dtype=dtype)
     block = model.model.layers[1]
     own = block.forward
@@ -124,15 +124,15 @@ def test_a_leak_that_begins_behind_the_first_position_is_found(dtype):
         return own(hidden_states + shifted, *args, position_ids=position_ids, **kwargs)
 
     block.forward = forward
-    assert strategy(model)[0] == "plain"
+    assert chosen_with_warnings(model)[0] == "plain"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_channel_alone_costs_no_sharing(dtype):
+def test_a_large_channel_alone_does_not_prevent_sharing(dtype):
     model = tiny_model("llama", dtype=dtype)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] = 300.0
-    assert strategy(model) == ("tree", [])
+    assert chosen_with_warnings(model) == ("tree", [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,9 +140,9 @@ def test_a_large_channel_alone_costs_no_sharing(dtype):
 def test_models_that_carry_state_share_nothing(kind, dtype):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **RECURRENT[kind])).eval().to(dtype)
-    way, said = strategy(model)
-    assert way == "plain"
-    assert "keeps a state from token to token" in said[0]
+    strategy, warnings = chosen_with_warnings(model)
+    assert strategy == "plain"
+    assert "keeps a state from token to token" in warnings[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,13 +154,13 @@ def test_a_model_that_ignores_the_positions_it_is_given_is_not_packed(dtype):
         return own(hidden, torch.arange(hidden.shape[1])[None])
 
     model.model.rotary_emb.forward = by_place
-    assert strategy(model)[0] != "tree"
+    assert chosen_with_warnings(model)[0] != "tree"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen3_moe", "bloom", "lfm2"])
 def test_the_strategy_that_is_chosen_gives_the_log_probabilities_of_plain_runs(family):
     model = tiny_model(family)
-    assert furthest(model, strategy(model)[0]) < 1e-4
+    assert largest_difference(model, chosen_with_warnings(model)[0]) < 1e-4
 
 
 class Counting(nn.Module):
@@ -188,7 +188,7 @@ def test_a_model_whose_rows_depend_on_the_batch_is_run_one_prompt_at_a_time():
         assert torch.equal(got.part(number, number + 1)["answer"], alone["answer"])
 
 
-def test_a_convolution_in_the_blocks_is_seen_before_anything_runs():
+def test_a_convolution_in_the_blocks_is_found_without_a_run():
     model = tiny_model("lfm2")
     assert "convolution" in str(carries_state(model, inspect(model).blocks))
     model = tiny_model("llama")
