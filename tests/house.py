@@ -1,4 +1,4 @@
-"""The rooms of xprobe/ and what imports what: ``python -m tests.house`` prints the table, and what breaks it."""
+"""The rooms of xprobe/ and their imports: ``python -m tests.house`` prints the table and its faults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "xprobe"
 
-# room -> rooms that it may import, from the top of the house to its ground
+# room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study": ("stages", "results", "models", "probes", "runs", "events", "config", "errors"),
     "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "errors"),
@@ -209,7 +209,7 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def faults(table: Mapping[str, set[str]], rules: Mapping[str, tuple[str, ...]] = MAY_IMPORT) -> list[str]:
-    """What of the imports in ``table`` breaks ``rules``, and what is wrong with the rules themselves, in words."""
+    """Imports in ``table`` that break ``rules``, and faults of the rules themselves, in words."""
     wrong = []
     for room, targets in table.items():
         if room not in rules:

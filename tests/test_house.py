@@ -1,4 +1,4 @@
-"""The house rules that a test can see: what imports what, what is loaded when, how long a file may be."""
+"""Tests of the house rules: imports, what an import loads, length of files."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_rooms_without_a_row_and_rows_without_a_room_are_faults():
     ]
 
 
-def test_circles_are_found_beside_what_is_none():
+def test_circles_are_found_and_other_paths_are_not():
     assert house.circles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
     assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"e"}, "e": {"d"}}) == [
         ["b", "c", "b"],
@@ -251,7 +251,7 @@ def test_help_loads_click_and_no_command():
     assert run(code).splitlines()[-2:] == ["['click', 'xprobe', 'xprobe_cli']", "[]"]
 
 
-def test_public_names_resolve_and_unknown_ones_say_what_there_is():
+def test_public_names_resolve_and_an_unknown_name_is_an_error_that_lists_them():
     for name in xprobe.__all__:
         assert getattr(xprobe, name) is not None
     assert set(dir(xprobe)) == set(xprobe.__all__)
@@ -280,7 +280,7 @@ def test_type_checkers_may_read_every_package(package):
     assert (PACKAGES[package] / "py.typed").is_file()
 
 
-def test_the_source_distribution_names_what_there_is(pyproject):
+def test_the_source_distribution_names_files_that_exist(pyproject):
     for name in pyproject["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]:
         assert (ROOT / name.lstrip("/")).exists(), name
 

@@ -5,7 +5,7 @@ support, the library's attention computes it segment by segment: every segment o
 merged exactly.
 
 Softmax attention over a set of keys can be computed from parts of the set. Each part gives an output and the logarithm
-of its normaliser, and the result is the average of the outputs, weighted by the normalisers. So all tokens below a shared
+of its normaliser. The result is the average of the outputs, weighted by the normalisers. So all tokens below a shared
 segment attend to it in one product, without a mask and without copies of its keys, and the model runs over the packed
 sequence as over any other. (FlashAttention's tiles and cascade inference use the same identity:
 https://flashinfer.ai/2024/02/02/cascade-inference.html)
