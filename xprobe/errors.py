@@ -23,6 +23,10 @@ class ModelError(XprobeError):
     """A model cannot be loaded, or is not something the lens can read."""
 
 
+class ModelCodeError(ModelError, RuntimeError):
+    """A model's own code raised an exception. The message names the class of the model and the exception."""
+
+
 class ParityError(ModelError):
     """The lens at the last layer does not give the model's own logits: every number would be wrong."""
 
