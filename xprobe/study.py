@@ -30,7 +30,7 @@ from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel, Source
-    from xprobe.probes.training import ProbeSettings
+    from xprobe.probes.settings import ProbeSettings
     from xprobe.stages.questions import Questions
 
 
@@ -197,7 +197,7 @@ def train_probes(
     RunFolderError
         The run is not finished, its manifest cannot be used, or shards are not what it wrote.
     """
-    from xprobe.probes.training import ProbeSettings
+    from xprobe.probes.settings import ProbeSettings
     from xprobe.stages import phases
     from xprobe.stages import probes as stage
     from xprobe.stages.run import Run

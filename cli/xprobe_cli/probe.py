@@ -78,7 +78,7 @@ def _help() -> str:
 @common
 def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool, **options: Any) -> None:
     """Runs `xprobe probe`; ``_help`` has the text for users."""
-    from xprobe.probes.training import ProbeSettings
+    from xprobe.probes.settings import ProbeSettings
     from xprobe.runs.folder import RunFolder
     from xprobe.study import train_probes
     from xprobe_cli.probe_tables import probe_report

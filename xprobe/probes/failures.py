@@ -9,15 +9,15 @@ from xprobe.errors import ProbeError, XprobeError
 
 
 @contextmanager
-def naming_probe(name: str, place: str) -> Iterator[None]:
-    """Turns any error of this block into a ``ProbeError`` with the probe's name; xprobe's own errors pass unchanged.
+def naming_probe(name: str, *place: str) -> Iterator[None]:
+    """Turns any error of this block into a ``ProbeError`` that names the probe. Errors of xprobe pass unchanged.
 
     Parameters
     ----------
     name : str
         The name of the probe.
-    place : str
-        What failed: "labels", "fold 2", ...
+    *place : str
+        Where it is at work, as far as it is known: "setting en-x", "state prompt_end", "layer 3", "fold 2".
 
     Raises
     ------
@@ -26,11 +26,11 @@ def naming_probe(name: str, place: str) -> Iterator[None]:
 
     Examples
     --------
-    >>> with naming_probe("script", "fold 2"):
+    >>> with naming_probe("script", "layer 3", "fold 2"):
     ...     [][0]
     Traceback (most recent call last):
         ...
-    xprobe.errors.ProbeError: probe 'script' failed (fold 2): IndexError: list index out of range
+    xprobe.errors.ProbeError: probe 'script' failed (layer 3, fold 2): IndexError: list index out of range
     """
     try:
         yield
@@ -39,4 +39,5 @@ def naming_probe(name: str, place: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-        raise ProbeError(f"probe {name!r} failed ({place}): {what}") from error
+        where = f" ({', '.join(place)})" if place else ""
+        raise ProbeError(f"probe {name!r} failed{where}: {what}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,9 +22,7 @@ from xprobe.probes.alignment import AlignmentProbe
 from xprobe.probes.classification import correctness_probe, language_probe
 from xprobe.probes.controls import majority
 from xprobe.probes.failures import naming_probe
-
-if TYPE_CHECKING:
-    from xprobe.probes.training import ProbeSettings
+from xprobe.probes.settings import ProbeSettings
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from xprobe.errors import RunFolderError
 from xprobe.events import Note, Step
 from xprobe.models.loading import pick_device
 from xprobe.phases.tables import replace_signals
-from xprobe.probes.training import ProbeSettings, train
+from xprobe.probes.settings import ProbeSettings
+from xprobe.probes.training import train
 from xprobe.results import read_tables
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE
 from xprobe.runs.states import StoredStates
@@ -55,7 +56,7 @@ def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
             "it again"
         )
     with watch.timed("probes"):
-        scores, signals = _train_all(run, stored, frame["first_token_correct"].to_numpy(bool), wanted)
+        scores, signals = _train_all(run, stored, wanted)
     others = {name: entry for name, entry in recorded(run).items() if name not in wanted}
     kept = _read_scores(run, list(others))
     warnings = []
@@ -126,7 +127,7 @@ def _lost_warning(run: Run, name: str, entry: dict[str, Any]) -> str:
     if entry != ProbeSettings(seed=run.manifest.study.seed).to_dict():  # train_probes would use these
         usual = ProbeSettings().to_dict()
         changed = (f"{key}={value!r}" for key, value in entry.items() if key in usual and usual[key] != value)
-        options = f", xprobe.probes.training.ProbeSettings({', '.join(changed)})"
+        options = f", xprobe.probes.ProbeSettings({', '.join(changed)})"
     return (
         f"{PROBE_TABLE} was lost, and probe {name!r} is not registered here: its rows could not be written again. "
         "Register it as the script did that trained it (xprobe.probes.register), then call "
@@ -134,9 +135,7 @@ def _lost_warning(run: Run, name: str, entry: dict[str, Any]) -> str:
     )
 
 
-def _train_all(
-    run: Run, stored: StoredStates, correct: NDArray[np.bool_], wanted: dict[str, ProbeSettings]
-) -> tuple[pd.DataFrame, Signals]:
+def _train_all(run: Run, stored: StoredStates, wanted: dict[str, ProbeSettings]) -> tuple[pd.DataFrame, Signals]:
     """Scores and signals of all probes ``wanted``; those with the same settings are trained together."""
     if not wanted:
         return pd.DataFrame(columns=list(PROBE_COLUMNS)), {}
@@ -146,9 +145,7 @@ def _train_all(
         if settings.device != "cpu":
             pick_device(settings.device)
         names = tuple(name for name, own in wanted.items() if own == settings)
-        scores, probed = train(
-            stored, correct, names, settings, lambda done, total: run.notify(Step(STEP, done, total))
-        )
+        scores, probed = train(stored, names, settings, lambda done, total: run.notify(Step(STEP, done, total)))
         tables.append(scores)
         signals |= probed
     return _in_order(pd.concat(tables, ignore_index=True)), signals

@@ -20,7 +20,7 @@ from xprobe.events import Note, Step
 from xprobe.probes import ROC_AUC, Probe, register, unregister
 from xprobe.probes.classification import language_probe
 from xprobe.probes.registry import labels_of
-from xprobe.probes.training import ProbeSettings
+from xprobe.probes.settings import ProbeSettings
 from xprobe.study import train_probes
 
 OPTIONS = {"languages": ("en", "de", "th"), "limit": 12, "bootstrap": 20, "permutations": 20}
