@@ -194,6 +194,8 @@ def train_probes(
     ------
     UsageError
         Not a run folder, no states in it, an unknown probe, or another process is at work there.
+    ProbeError
+        A function of a probe fails: names the probe and the place. The run stays as it was.
     RunFolderError
         The run is not finished, its manifest cannot be used, or shards are not what it wrote.
     """

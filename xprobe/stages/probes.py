@@ -41,7 +41,9 @@ def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
     Raises
     ------
     UsageError
-        No states are stored, or the device cannot be used.
+        No states are stored, the device cannot be used, or the labels of a probe are not one for each example.
+    ProbeError
+        A function of a probe fails. The folder stays as it was.
     RunFolderError
         Shards are not what this run wrote, or the tables do not fit them.
     """

@@ -15,7 +15,7 @@ from xprobe_cli.main import main
 
 import xprobe
 from xprobe.config import BUILT_IN_PROBES, DEFAULT_PROBES
-from xprobe.errors import UsageError
+from xprobe.errors import ProbeError, UsageError
 from xprobe.events import Note, Step
 from xprobe.probes import ROC_AUC, Probe, register, unregister
 from xprobe.probes.classification import language_probe
@@ -122,6 +122,42 @@ def test_an_estimator_with_other_first_steps_gets_the_states_themselves(out):
     with registered(Probe("recorder", "", lambda settings: Recorder(), lambda e: e["language"].to_numpy())):
         study = train_probes(out, ["recorder"])
     assert set(widths) == {study.manifest.model.width}
+
+
+# -- failures -------------------------------------------------------------------------------------------------------
+
+
+def fails(*arguments):
+    raise ArithmeticError("no luck")
+
+
+FAILING = {
+    "labels": (replace(SCRIPT, labels=fails), r"probe 'script' failed \(labels\): ArithmeticError: no luck"),
+    "estimator": (replace(SCRIPT, estimator=fails), r"probe 'script' failed \(setting en-x, state prompt_end, layer 0"),
+    "metric": (replace(SCRIPT, metric=replace(ROC_AUC, score=fails)), r"'script' failed \(setting en-x, .* fold 1\)"),
+    "a column that is missing": (replace(SCRIPT, labels=lambda e: e["colour"]), r"KeyError: 'colour'"),
+}
+
+
+@pytest.mark.parametrize(("probe", "message"), FAILING.values(), ids=FAILING)
+def test_a_probe_that_fails_leaves_the_run_as_it_was(out, probe, message):
+    before = files(out)
+    with registered(probe), pytest.raises(ProbeError, match=message) as caught:
+        train_probes(out, ["language", "script"])
+    assert isinstance(caught.value.__cause__, ArithmeticError | KeyError)
+    assert files(out) == before
+
+
+def test_a_run_whose_probe_fails_is_resumed_when_the_probe_is_mended(tiny, tmp_path, finished_with_script):
+    out = tmp_path / "run"
+    options = {"out": out, "probes": ("language", "script"), **OPTIONS}
+    with registered(replace(SCRIPT, estimator=fails)), pytest.raises(ProbeError, match="probe 'script' failed"):
+        xprobe.run(str(tiny), **options)
+    shards = files(out / "shards")
+    with registered():
+        study = xprobe.run(str(tiny), resume=True, **options)
+    assert files(out / "shards") == shards
+    assert study.probes.equals(xprobe.load_study(finished_with_script).probes)
 
 
 # -- runs in a process that does not know their probe ---------------------------------------------------------------
