@@ -332,8 +332,7 @@ def check_probes(names: Iterable[str]) -> None:
     >>> check_probes(["language"])
     >>> check_probes(["syntax"])
     Traceback (most recent call last):
-    xprobe.errors.UsageError: unknown probe 'syntax'; available: alignment, language, correctness. If it is a probe \
-of your own, register it as the script did that defines it (xprobe.probes.register)
+    xprobe.errors.UsageError: unknown probe 'syntax'; available: alignment, language, correctness...
     """
     for name in names:
         if name not in PROBES:

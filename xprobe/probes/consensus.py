@@ -24,7 +24,8 @@ def score_alignment(
 ) -> Floats:
     """Scores of the alignment probe at one layer, of each example while its paragraph is held out.
 
-    The control task pairs the questions of a paragraph wrongly, anew in every language, in training and test.
+    The control task pairs the questions of a paragraph wrongly, in training and in test. Each language has its own
+    wrong pairs.
 
     Parameters
     ----------

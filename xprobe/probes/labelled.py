@@ -45,7 +45,7 @@ class FoldScore(NamedTuple):
     not_converged: int
 
 
-def split(estimator: Any) -> tuple[Pipeline | None, Any]:
+def split_shared_steps(estimator: Any) -> tuple[Pipeline | None, Any]:
     """The leading steps of a pipeline that probes can share, None if there are none; and the rest of the estimator.
 
     Both hold the very steps of ``estimator``: once both are fitted, so is ``estimator``.
@@ -53,11 +53,11 @@ def split(estimator: Any) -> tuple[Pipeline | None, Any]:
     Examples
     --------
     >>> from xprobe.probes.classification import language_probe
-    >>> shared, own = split(language_probe())
+    >>> shared, own = split_shared_steps(language_probe())
     >>> list(shared.named_steps), list(own.named_steps)
     (['standardscaler', 'principalcomponents'], ['classifier'])
     >>> from sklearn.naive_bayes import GaussianNB
-    >>> split(GaussianNB())
+    >>> split_shared_steps(GaussianNB())
     (None, GaussianNB())
     """
     count = 0
@@ -161,7 +161,7 @@ def _score(probe: Probe, labels: NDArray, settings: ProbeSettings, inputs: _Inpu
     metric = probe.metric
     if len(np.unique(y_train)) < 2 or (metric.needs_two_classes and len(np.unique(y_test)) < 2):
         return NAN
-    shared, own = split(probe.estimator(settings))
+    shared, own = split_shared_steps(probe.estimator(settings))
     x_train, x_test = inputs.transformed(shared)
     if not probe.by_language:
         own.fit(x_train, y_train)

@@ -1,4 +1,4 @@
-"""The probing stage: what hand-written scikit-learn gives on the same folds, in bounded memory, twice the same."""
+"""Training gives the scores of hand-written scikit-learn on the same folds, whatever the memory and the processes."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_alignment_is_ridge_to_the_consensus_of_the_other_languages(frame, state
 # -- what is shared -------------------------------------------------------------------------------------------------
 
 
-def test_probes_with_the_same_beginning_share_it_and_others_do_not(frame, states, monkeypatch):
+def test_probes_with_the_same_first_steps_share_them_and_others_do_not(frame, states, monkeypatch):
     fits = []
     fit = PrincipalComponents.fit
     monkeypatch.setattr(PrincipalComponents, "fit", lambda self, X, y=None: fits.append(len(X)) or fit(self, X, y))
@@ -205,7 +205,7 @@ def test_the_scores_of_a_probe_do_not_depend_on_which_others_are_trained(frame, 
 # -- the whole stage ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_there_is_found_and_what_is_not_is_not(frame, states, trained):
+def test_scores_are_high_where_states_carry_the_label_and_at_chance_elsewhere(frame, states, trained):
     scores, signals = trained
     table = scores[scores["state"] == "prompt_end"].set_index(["probe", "layer"])
     assert table.loc[("language", 0), "score"] < 0.5 < 0.8 < table.loc[("language", 2), "score"]
@@ -241,7 +241,7 @@ def test_several_processes_give_the_same_table(frame, states, trained, monkeypat
     pd.testing.assert_frame_equal(one, several)
 
 
-def test_settings_are_probed_apart():
+def test_each_setting_is_probed_by_itself():
     frame = frame_of(("en-x", "x-x"))
     states, half = states_of(frame), len(frame) // 2
     both, _ = train(in_memory(frame, states[:, :1]), ["language"])
@@ -257,7 +257,7 @@ def test_settings_are_probed_apart():
     ],
     ids=["one language", "one paragraph"],
 )
-def test_what_cannot_be_trained_is_nan(frame, states, keep, untrained):
+def test_a_probe_that_cannot_be_trained_has_nan_scores(frame, states, keep, untrained):
     ((column, values),) = keep.items()
     rows = np.flatnonzero(frame[column].isin(values))
     scores, _ = train(in_memory(frame.iloc[rows], states[rows, :1]))
@@ -348,7 +348,7 @@ def test_a_probe_that_cannot_be_sent_to_a_worker_process_is_named(frame, states,
 # -- devices and settings -------------------------------------------------------------------------------------------
 
 
-def test_torch_does_what_numpy_does():
+def test_torch_gives_the_scores_of_numpy():
     """The path that a GPU takes, on the CPU, in a process that has scikit-learn's array API switched on."""
     code = (
         "import sys, numpy as np, pandas as pd\n"
@@ -358,7 +358,7 @@ def test_torch_does_what_numpy_does():
         "frame = frame_of(); states = states_of(frame)[:, 2]\n"
         "languages = frame['language'].to_numpy()\n"
         "centred = states - np.stack([states[languages == name].mean(0) for name in languages])\n"
-        "along = centred @ np.linalg.svd(centred)[2][0]\n"  # labels that a probe can learn: no order hangs on rounding
+        "along = centred @ np.linalg.svd(centred)[2][0]\n"  # labels that a probe can learn: rounding changes no order
         "frame['first_token_correct'] = along > np.median(along)\n"
         "probes = ('alignment', 'language', 'correctness')\n"
         "scores = []\n"
@@ -390,6 +390,6 @@ def test_a_device_without_the_array_api_says_what_to_do(frame, states):
     ("options", "word"),
     [({"folds": 1}, "folds"), ({"n_components": 0}, "n_components"), ({"alpha": 0.0}, "alpha"), ({"jobs": 0}, "jobs")],
 )
-def test_settings_that_mean_nothing_are_refused(options, word):
+def test_settings_out_of_range_are_refused(options, word):
     with pytest.raises(UsageError, match=word):
         ProbeSettings(**options)
