@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from typing import Any
@@ -22,11 +23,14 @@ SIGNALS = {
     "encoding": "how well a question is told apart from the others on its paragraph, across languages",
 }
 
+# probe -> what it asks; xprobe.probes.registry defines how each one is trained
 BUILT_IN_PROBES = {
     "alignment": "a linear map to what the other languages' states of a question agree on",
     "language": "which language the question is in",
     "correctness": "whether the first answer token will be on top at the last layer",
 }
+
+DEFAULT_PROBES = ("alignment", "language", "correctness")  # trained if nothing else is asked for
 
 PROBES = dict(BUILT_IN_PROBES)  # and those that ``xprobe.probes.register`` adds
 
@@ -74,8 +78,9 @@ class StudyConfig:
     signals : tuple of str, optional
         Which signals to compute. None: readiness, and encoding if rows are kept.
     probes : tuple of str, optional
-        Which probes to train: of ``alignment``, ``language``, ``correctness`` and those of one's own
-        (``xprobe.probes.register``); () for none. None: the first three if rows are kept.
+        Names of the probes to train: built-in ones (``BUILT_IN_PROBES``) and your own (``xprobe.probes.register``); ()
+        for none. None: ``DEFAULT_PROBES`` if rows are kept. ``check_probes`` checks the names when a run begins, not
+        here: the configuration of a run can be read where its probes are not registered.
     template : str
         ``auto`` (chat template if the tokenizer has one), ``chat``, ``plain``, or the path of a template file.
     dtype : str
@@ -118,7 +123,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        defaults = {"signals": ("readiness", "encoding"), "probes": tuple(BUILT_IN_PROBES)}
+        defaults = {"signals": ("readiness", "encoding"), "probes": DEFAULT_PROBES}
         without_rows = {"signals": ("readiness",), "probes": ()}
         for name, value in (defaults if self.store_rows else without_rows).items():
             if getattr(self, name) is None:
@@ -132,8 +137,6 @@ class StudyConfig:
         _known("setting", self.settings, SETTINGS)
         signals, probes = self.signals or (), self.probes or ()
         _known("signal", signals, SIGNALS)
-        if probes:
-            _known("probe", probes, PROBES)
         if not self.store_rows and ("encoding" in signals or probes):
             what = "signal 'encoding' needs" if "encoding" in signals else "probes need"
             raise UsageError(f"{what} the hidden rows: leave out store_rows=False (--no-rows)")
@@ -314,6 +317,29 @@ def check_selection(limit: int | None, paragraphs: int | None, questions_per_par
     if limit is not None and others:
         given = " and ".join(f"{name} {bounds[name]}" for name in others)
         raise UsageError(f"limit {limit} contradicts {given}: leave out limit, or leave out {' and '.join(others)}")
+
+
+def check_probes(names: Iterable[str]) -> None:
+    """Checks that probes can be trained in this process.
+
+    Raises
+    ------
+    UsageError
+        Names the first probe that is neither built in nor registered.
+
+    Examples
+    --------
+    >>> check_probes(["language"])
+    >>> check_probes(["syntax"])
+    Traceback (most recent call last):
+    xprobe.errors.UsageError: unknown probe 'syntax'; available: alignment, language, correctness...
+    """
+    for name in names:
+        if name not in PROBES:
+            raise UsageError(
+                f"unknown probe {name!r}; available: {', '.join(PROBES)}. If it is a probe of your own, register it as "
+                "the script did that defines it (xprobe.probes.register)"
+            )
 
 
 def _known(what: str, values: tuple[str, ...], allowed: Any) -> None:

@@ -35,5 +35,9 @@ class PromptError(XprobeError):
     """A template cannot be used, or a span cannot be found again in the tokens."""
 
 
+class ProbeError(XprobeError):
+    """A function of a probe failed: its labels, its estimator or its metric."""
+
+
 class RunFolderError(XprobeError):
     """A run folder cannot be written, read or continued."""

@@ -17,7 +17,7 @@ from xprobe.capture.plan import Plan, Strategy, count_rows, make_plan, part_toke
 from xprobe.capture.products import fast_linear_products
 from xprobe.capture.requests import group_requests
 from xprobe.capture.sharing import carries_state
-from xprobe.config import Execution, StudyConfig
+from xprobe.config import Execution, StudyConfig, check_probes
 from xprobe.errors import DataError
 from xprobe.lenses.reading import ROW_BYTES
 from xprobe.models import loading
@@ -78,9 +78,10 @@ def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast
     Raises
     ------
     XprobeError
-        As the run itself would, for bad data or an unknown model.
+        As the run itself would, for bad data, or an unknown model or probe.
     """
     execution = execution or Execution()
+    check_probes(study.probes or ())
     questions = read_questions(study)
     source = loading.resolve(study.model)
     model_config = loading.load_config(source, execution.trust_remote_code)

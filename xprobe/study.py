@@ -10,7 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xprobe.config import DEFAULT_MODEL, RECORDS_IN_MEMORY, Execution, StudyConfig, split_options
+from xprobe.config import (
+    DEFAULT_MODEL,
+    DEFAULT_PROBES,
+    RECORDS_IN_MEMORY,
+    Execution,
+    StudyConfig,
+    check_probes,
+    split_options,
+)
 from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
 from xprobe.results import Study, load_study, why_stale
@@ -22,7 +30,7 @@ from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel, Source
-    from xprobe.probes.training import ProbeSettings
+    from xprobe.probes.settings import ProbeSettings
     from xprobe.stages.questions import Questions
 
 
@@ -118,6 +126,8 @@ def run_config(
     from xprobe.models.in_memory import check_options, evaluation_mode
 
     execution = execution or Execution()
+    if not resume:  # a run that is resumed may have trained its probes already
+        check_probes(study.probes or ())
     if loaded is not None:
         check_options(study.dtype, execution)
     path, notify = Path(out) if out is not None else default_out(study), CallerNotify(progress)
@@ -144,6 +154,7 @@ def _compute_stages(
     if finished:
         notify(Note(f"{path} holds the finished run: shown from its files"))
     else:
+        probes.check_registered(run)
         states.compute(run, questions, source, loaded)
     stale = why_stale(run.folder) if finished else None
     if stale:
@@ -151,7 +162,7 @@ def _compute_stages(
     if stale or not finished:
         wanted = probes.settings_of(run)
         phases.compute(run)
-        if wanted:
+        if wanted or probes.recorded(run):
             probes.compute(run, wanted)
     run.folder.tidy(run.manifest.groups)
     if not finished:
@@ -174,7 +185,7 @@ def train_probes(
         The run folder. Tables that are missing, or are not the ones that the run wrote, are all written again from the
         shards.
     probes : iterable of str, optional
-        Of ``xprobe.config.PROBES``; all if None.
+        Of ``xprobe.config.PROBES``; ``xprobe.config.DEFAULT_PROBES`` if None.
     settings : ProbeSettings, optional
         With the run's own seed if None.
     progress : callable (event), optional
@@ -183,20 +194,20 @@ def train_probes(
     ------
     UsageError
         Not a run folder, no states in it, an unknown probe, or another process is at work there.
+    ProbeError
+        A function of a probe fails: names the probe and the place. The run stays as it was.
     RunFolderError
         The run is not finished, its manifest cannot be used, or shards are not what it wrote.
     """
-    from xprobe.config import PROBES
-    from xprobe.probes.training import ProbeSettings
+    from xprobe.probes.settings import ProbeSettings
     from xprobe.stages import phases
     from xprobe.stages import probes as stage
     from xprobe.stages.run import Run
 
-    names = tuple(PROBES if probes is None else probes)
-    unknown = [name for name in names if name not in PROBES]
-    if unknown or not names:
-        what = f"unknown probe {unknown[0]!r}" if unknown else "no probe given"
-        raise UsageError(f"{what}; available: {', '.join(PROBES)}")
+    names = tuple(DEFAULT_PROBES if probes is None else probes)
+    if not names:
+        raise UsageError("no probe given: name at least one, or leave out probes")
+    check_probes(names)
     folder, notify = RunFolder.open(Path(path)), CallerNotify(progress)
     folder.read_finished()  # says what is wrong with the run before anything is locked
     with FolderLock(folder.path) as lock:

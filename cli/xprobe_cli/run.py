@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from xprobe.config import (
     DEFAULT_MODEL,
+    DEFAULT_PROBES,
     DEVICE_MAPS,
     DTYPES,
     MAX_SEED,
@@ -80,7 +81,7 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     "--probes",
     type=Names(none=True),
     metavar="NAMES|none",
-    help=f"Probes to train, comma-separated: {', '.join(PROBES)}. [default: all]",
+    help=f"Probes to train, comma-separated: {', '.join(PROBES)}. [default: {','.join(DEFAULT_PROBES)}]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: a new one under runs/]")
 @click.option(

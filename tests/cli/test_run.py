@@ -122,6 +122,7 @@ def bad_calls(tmp_path, tiny):
         "unknown signal": ([model, "--signals", "relevance"], 2, "relevance"),
         "encoding without rows": ([model, "--signals", "encoding", "--no-rows"], 2, "--no-rows"),
         "probes without rows": ([model, "--probes", "language", "--no-rows"], 2, "--no-rows"),
+        "no probes and a probe": ([model, "--probes", "none,language"], 2, "'none' stands alone"),
         "unknown probe": ([model, "--probes", "syntax"], 2, "syntax"),
         "limit 0": ([model, "--limit", "0"], 2, "--limit"),
         "limit that is no number": ([model, "--limit", "many"], 2, "many"),

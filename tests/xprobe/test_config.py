@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from xprobe.config import DTYPES, SETTINGS, Execution, StudyConfig, split_options
+from xprobe.config import DEFAULT_PROBES, DTYPES, SETTINGS, Execution, StudyConfig, split_options
 from xprobe.errors import UsageError, XprobeError
 
 FULL = StudyConfig(
@@ -185,10 +185,15 @@ def test_every_field_of_the_full_example_differs_from_its_default() -> None:
 
 def test_all_that_can_be_is_computed_unless_asked_otherwise() -> None:
     assert StudyConfig().signals == ("readiness", "encoding")
-    assert StudyConfig().probes == ("alignment", "language", "correctness")
+    assert StudyConfig().probes == DEFAULT_PROBES
     without = StudyConfig(store_rows=False)
     assert (without.signals, without.probes) == (("readiness",), ())
     assert StudyConfig(probes=()).probes == ()
+
+
+def test_probes_that_are_not_known_here_can_be_read() -> None:
+    values = {"probes": ["mine", "language"]}
+    assert StudyConfig.from_dict(values).probes == ("mine", "language")
 
 
 def test_missing_entries_take_their_defaults() -> None:

@@ -14,7 +14,7 @@ from support.runs import raw_manifest, steady
 
 import xprobe
 from xprobe.errors import RunFolderError
-from xprobe.probes.training import ProbeSettings
+from xprobe.probes.settings import ProbeSettings
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, SHARDS, RunFolder
 from xprobe.stages import states
 from xprobe.study import train_probes
