@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from xprobe.arguments import check_instance
 from xprobe.capture.plan import Plan, Strategy, count_rows, make_plan, part_tokens, rotary_limit
 from xprobe.capture.products import fast_linear_products
 from xprobe.capture.requests import group_requests
@@ -80,7 +81,9 @@ def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast
     XprobeError
         As the run itself would, for bad data or an unknown model.
     """
-    execution = execution or Execution()
+    execution = Execution() if execution is None else execution
+    check_instance("study", study, StudyConfig)
+    check_instance("execution", execution, Execution)
     questions = read_questions(study)
     source = loading.resolve(study.model)
     model_config = loading.load_config(source, execution.trust_remote_code)

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xprobe.arguments import folder_path
 from xprobe.errors import RunFolderError, UsageError
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
 from xprobe.runs.manifest import Manifest
@@ -200,7 +201,7 @@ def load_study(path: str | Path) -> Study:
 
     from xprobe.config import PROBE_COLUMNS
 
-    folder = RunFolder.open(Path(path))
+    folder = RunFolder.open(folder_path("path", path))
     manifest = folder.read_finished()
     layers, examples, *probes = read_tables(folder, manifest, table_names(manifest))
     without = sorted(set(manifest.stages["phases"].results["settings"]) - set(layers["setting"]))

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xprobe.arguments import check_callable, check_instance, folder_path, text_names
 from xprobe.config import DEFAULT_MODEL, RECORDS_IN_MEMORY, Execution, StudyConfig, split_options
 from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
@@ -32,7 +33,7 @@ def run(
     tokenizer: Any = None,
     data: Any = "builtin",
     setting: str | Iterable[str] = "en-x",
-    languages: Iterable[str] | None = None,
+    languages: str | Iterable[str] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Notify | None = None,
@@ -53,7 +54,7 @@ def run(
         dictionaries, a data frame, or a dictionary from language to one of these (docs/data.md).
     setting : str or iterable of str
         ``en-x``, ``x-x`` or both.
-    languages : iterable of str, optional
+    languages : str or iterable of str, optional
         Question languages; all that the data holds if None.
     out : path, optional
         Run folder; a new one under ``runs/`` if None.
@@ -93,10 +94,14 @@ def run(
         raise UsageError("data is None: leave it out for the built-in questions")
     if not isinstance(data, str | os.PathLike):
         records, data = data, RECORDS_IN_MEMORY
-    settings = (setting,) if isinstance(setting, str) else tuple(setting)
-    languages = None if languages is None else tuple([languages] if isinstance(languages, str) else languages)
-    what, how = split_options(options)
-    study = StudyConfig(model=os.fspath(model), data=os.fspath(data), settings=settings, languages=languages, **what)
+    what, how = split_options(options, renamed={"settings": "setting"})
+    study = StudyConfig(
+        model=os.fspath(model),
+        data=os.fspath(data),
+        settings=text_names("setting", setting),
+        languages=None if languages is None else text_names("languages", languages),
+        **what,
+    )
     execution = Execution(**how)
     return run_config(study, execution, out=out, resume=resume, progress=progress, loaded=loaded, records=records)
 
@@ -117,10 +122,17 @@ def run_config(
     """
     from xprobe.models.in_memory import check_options, evaluation_mode
 
-    execution = execution or Execution()
+    execution = Execution() if execution is None else execution
+    check_instance("study", study, StudyConfig)
+    check_instance("execution", execution, Execution)
+    check_instance("resume", resume, bool)
+    check_callable("progress", progress)
+    if resume and out is None:
+        raise UsageError("resume needs out: the folder of the run to continue")
     if loaded is not None:
         check_options(study.dtype, execution)
-    path, notify = Path(out) if out is not None else default_out(study), CallerNotify(progress)
+    path = default_out(study) if out is None else folder_path("out", out)
+    notify = CallerNotify(progress)
     with _locked(path, notify, resume), nullcontext() if loaded is None else evaluation_mode(loaded.model):
         _compute_stages(study, execution, path, notify, resume, loaded, records)
         return load_study(path)
@@ -162,7 +174,7 @@ def _compute_stages(
 
 def train_probes(
     path: str | Path,
-    probes: Iterable[str] | None = None,
+    probes: str | Iterable[str] | None = None,
     settings: ProbeSettings | None = None,
     progress: Notify | None = None,
 ) -> Study:
@@ -173,7 +185,7 @@ def train_probes(
     path : path
         The run folder. Tables that are missing, or are not the ones that the run wrote, are all written again from the
         shards.
-    probes : iterable of str, optional
+    probes : str or iterable of str, optional
         Of ``xprobe.config.PROBES``; all if None.
     settings : ProbeSettings, optional
         With the run's own seed if None.
@@ -182,7 +194,8 @@ def train_probes(
     Raises
     ------
     UsageError
-        Not a run folder, no states in it, an unknown probe, or another process is at work there.
+        An argument of the wrong type, not a run folder, no states in it, an unknown probe, or another process is at
+        work there.
     RunFolderError
         The run is not finished, its manifest cannot be used, or shards are not what it wrote.
     """
@@ -192,12 +205,15 @@ def train_probes(
     from xprobe.stages import probes as stage
     from xprobe.stages.run import Run
 
-    names = tuple(PROBES if probes is None else probes)
+    names = tuple(PROBES) if probes is None else text_names("probes", probes)
     unknown = [name for name in names if name not in PROBES]
     if unknown or not names:
         what = f"unknown probe {unknown[0]!r}" if unknown else "no probe given"
         raise UsageError(f"{what}; available: {', '.join(PROBES)}")
-    folder, notify = RunFolder.open(Path(path)), CallerNotify(progress)
+    if settings is not None:
+        check_instance("settings", settings, ProbeSettings)
+    check_callable("progress", progress)
+    folder, notify = RunFolder.open(folder_path("path", path)), CallerNotify(progress)
     folder.read_finished()  # says what is wrong with the run before anything is locked
     with FolderLock(folder.path) as lock:
         if lock.warning:

@@ -25,6 +25,7 @@ from xprobe.config import (
 )
 from xprobe.errors import UsageError
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest
 from xprobe_cli.options import Names, common, echo_json
 from xprobe_cli.progress import Progress
@@ -86,7 +87,8 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the run in --out. Options that are not given are those of the run. It keeps all finished shards.",
+    help="Continue the run in --out. Options that are not given are those of the run, except --trust-remote-code and "
+    "--allow-pickle. It keeps all finished shards.",
 )
 @click.option(
     "--template",
@@ -113,7 +115,9 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     type=click.Choice(DEVICE_MAPS),
     help="Spread a model that is too large for one device over all devices (docs/large-models.md).",
 )
-@click.option("--tensor-parallel", is_flag=True, help="Share each layer among the processes that torchrun starts.")
+@click.option(
+    "--tensor-parallel/--no-tensor-parallel", help="Share each layer among the processes that torchrun starts."
+)
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
@@ -144,16 +148,15 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     help="Keep hidden rows in the shards. Encoding and probes need them.",
 )
 @click.option(
-    "--stream",
-    is_flag=True,
+    "--stream/--no-stream",
     help="For models larger than memory: run all prompts block by block. The weights of each block are read once.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Show groups, saved tokens, and expected memory, disk and time. Run nothing."
 )
 @click.option("--strict", is_flag=True, help="Stop at a bad record instead of leaving it out.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code.")
-@click.option("--allow-pickle", is_flag=True, help="Load weights from pickles. A pickle can run any code.")
+@click.option("--trust-remote-code/--no-trust-remote-code", help="Let the model run its own Python code.")
+@click.option("--allow-pickle/--no-allow-pickle", help="Load weights from pickles. A pickle can run any code.")
 @common
 @click.pass_context
 def command(
@@ -190,7 +193,10 @@ def command(
         with Progress() as progress, Stoppable(progress) as stoppable, tensor_parallel.lead(execution):
             study = run_config(config, execution, out=folder, resume=resume, progress=stoppable)
     except Stopped as stopped:
-        more = ["--json"] if as_json else []
+        more = [flag for flag, given in (
+            ("--trust-remote-code", execution.trust_remote_code), ("--allow-pickle", execution.allow_pickle),
+            ("--json", as_json),
+        ) if given]  # fmt: skip
         click.echo(f"xprobe: interrupted: {how_to_go_on(progress, folder, more)}", err=True)
         return EXIT_CODES[stopped.signal]
     if as_json:
@@ -215,8 +221,11 @@ def _show_forecast(config: StudyConfig, execution: Execution, as_json: bool) -> 
 
 
 def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Values of the run in ``out`` for all options that the command line does not give; {} if there is no run."""
+    """Options of the run in ``out``, changed by those that the command line gives; {} if there is no run."""
     if not RunFolder(out).has_manifest():
+        if (out / LOCK).exists():
+            with FolderLock(out):
+                pass  # raises if another process is just starting a run here
         if context.get_parameter_source("model") is ParameterSource.DEFAULT:
             raise UsageError(f"{out} holds no run to resume: to begin one there, name the MODEL")
         return {}
@@ -236,9 +245,10 @@ def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -
             "resume it there, with xprobe.run(..., out=..., resume=True)"
         )
     states = manifest.stages.get("states")
-    execution = states.executions[-1].options if states is not None and states.executions else Execution()
-    before = {**vars(manifest.study), **vars(execution)}  # a run from Python may have set what has no option here
-    return {name: value for name, value in before.items() if name not in given}
+    recorded = states.executions[-1].options if states is not None and states.executions else Execution()
+    _, how = split_options({name: chosen[name] for name in given})
+    study = {name: value for name, value in vars(manifest.study).items() if name not in given}
+    return {**study, **vars(recorded.resumed_with(how))}
 
 
 def warnings(manifest: Manifest) -> list[str]:

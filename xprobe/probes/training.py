@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 
+from xprobe.arguments import check_jobs
 from xprobe.config import BUILT_IN_PROBES, MAX_SEED, PROBE_COLUMNS, STATES
 from xprobe.errors import UsageError
 from xprobe.phases.encoding import Paragraph, retrieve
@@ -92,8 +93,7 @@ class ProbeSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be a finite number above 0, got {value!r}")
-        if self.jobs == 0:
-            raise UsageError("jobs must be -1 (all cores) or at least 1, got 0")
+        check_jobs(self.jobs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``manifest.json``; what changes no number is left out."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs import journal
+from xprobe.runs import journal, manifest_file
 from xprobe.runs.disk import (
     PART,
     REPLACED,
@@ -35,15 +35,19 @@ from xprobe.runs.disk import (
     what_is,
     writing,
 )
-from xprobe.runs.identity import checksum_of, run_key
+from xprobe.runs.identity import run_key
 from xprobe.runs.lock import LOCK
-from xprobe.runs.manifest import FORMAT, Manifest
-from xprobe.runs.schema import finished_complaint, identity_complaint
+from xprobe.runs.manifest import Manifest
+from xprobe.runs.schema import (
+    finished_complaint,
+    identity_complaint,
+    without_broken_extras,
+    without_broken_stages,
+)
 from xprobe.runs.serialization import shard_bytes
 
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
 LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
-_SELF = "sha256"  # entry of the manifest: checksum of all the others
 SHARD = ".safetensors"  # end of a shard's name
 _NAMED = 5  # shards that a message names
 
@@ -136,27 +140,7 @@ class RunFolder:
 
     def _read_json(self) -> dict[str, Any]:
         """The manifest as plain values; empty if there is none yet."""
-        path = self.path / MANIFEST
-        if not self.has_manifest():
-            return {}
-        try:
-            manifest = json.loads(read_file(path).decode("utf-8-sig"))
-            if not isinstance(manifest, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as error:
-            raise RunFolderError(
-                f"cannot read {path} ({error}): the run cannot be used; start it in a new folder"
-            ) from error
-        if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
-            environment = manifest.get("environment")
-            writer = environment.get("xprobe") if isinstance(environment, dict) else None
-            version = f"xprobe {writer}, which wrote it" if isinstance(writer, str) else "the version that wrote it"
-            raise RunFolderError(
-                f"{path} is of run format {manifest.get('format')}, this version of xprobe reads format {FORMAT}: "
-                f"read it with {version}, or start the run in a new folder"
-            )
-        manifest.pop(_SELF, None)
-        return manifest
+        return manifest_file.read_values(self.path / MANIFEST) if self.has_manifest() else {}
 
     def read_run(self) -> Manifest:
         """The manifest of a run that was started, with all that says what the run is made of.
@@ -166,14 +150,14 @@ class RunFolder:
         RunFolderError
             An entry is missing or wrong.
         """
-        return Manifest.from_dict(self._read_identity())
+        return Manifest.from_dict(without_broken_stages(self._read_identity()))
 
     def read_study(self) -> dict[str, Any]:
         """The run's ``StudyConfig`` as it was written, with entries that this version may not know."""
         return self._read_identity()["study"]
 
     def _read_identity(self) -> dict[str, Any]:
-        manifest = self._read_json()
+        manifest = without_broken_extras(self._read_json())
         wrong = identity_complaint(manifest)
         if wrong is not None:
             raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; the run cannot be used: start it in a new folder")
@@ -190,7 +174,7 @@ class RunFolder:
         manifest = self._read_identity()
         if manifest["status"] != "done":
             raise RunFolderError(
-                f"the run in {self.path} is not finished ({manifest['status']}): continue it with --resume"
+                f"the run in {self.path} is not finished ({manifest['status']}): {self.resume_command} continues it"
             )
         wrong = finished_complaint(manifest)
         if wrong is not None:
@@ -210,19 +194,12 @@ class RunFolder:
 
     def manifest_is_untouched(self) -> bool:
         """Whether the manifest still has the checksum that it was written with."""
-        try:
-            manifest = json.loads(read_file(self.path / MANIFEST).decode("utf-8-sig"))
-            return manifest.pop(_SELF) == checksum_of(manifest)
-        except (RunFolderError, ValueError, RecursionError, AttributeError, KeyError):
-            return False
+        return manifest_file.is_untouched(self.path / MANIFEST)
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Writes the manifest with its checksum, in one step."""
-        values = json.loads(json.dumps(manifest.to_dict()))  # as readers will see it
-        values[_SELF] = checksum_of(values)
+        """Writes the manifest with its checksums, in one step."""
         self.__dict__.pop("_run_key", None)
-        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-        self.write_bytes(MANIFEST, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
+        self.write_bytes(MANIFEST, manifest_file.manifest_bytes(manifest))
 
     @cached_property
     def _run_key(self) -> str:

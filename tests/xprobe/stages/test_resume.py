@@ -260,10 +260,16 @@ def test_a_damaged_manifest_is_refused_and_named(content: bytes, out: Path, tiny
     refuse(tiny, out, rf"{out / MANIFEST}.*start it in a new folder", RunFolderError)
 
 
-@pytest.mark.parametrize("number", [0, 1, 3, True, 2.0, "2", None])
+@pytest.mark.parametrize("number", [0, 1, 3])
 def test_a_run_of_another_format_is_refused_with_its_number(number: Any, out: Path, tiny: Path) -> None:
     scribble(out, {**raw_manifest(out), "format": number})
     refuse(tiny, out, f"is of run format {number}, this version of xprobe reads format 2", RunFolderError)
+
+
+@pytest.mark.parametrize(("value", "shown"), [("2", '"2"'), (True, "true"), (2.0, "2.0"), (None, "null")])
+def test_a_format_that_is_no_number_is_a_damaged_entry(value: Any, shown: str, out: Path, tiny: Path) -> None:
+    scribble(out, {**raw_manifest(out), "format": value})
+    refuse(tiny, out, f"entry format must be a whole number, is {shown}; the run cannot be used", RunFolderError)
 
 
 def test_groups_taken_out_of_a_manifest_are_put_back(out: Path, tiny: Path, finished: Path) -> None:
