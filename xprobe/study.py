@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
 from xprobe.results import Study, load_study, why_stale
 from xprobe.runs.disk import check_writable
-from xprobe.runs.folder import RunFolder
+from xprobe.runs.folder import SHARDS, RunFolder
 from xprobe.runs.identity import differences
 from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
@@ -155,6 +156,9 @@ def _compute_stages(
     run = Run(RunFolder(path), manifest, execution, notify)
     if finished:
         notify(Note(f"{path} holds the finished run: shown from its files"))
+        unused = _unused_options(execution, manifest)
+        if unused:
+            notify(Note(f"the run is finished, so these options were not used: {', '.join(unused)}"))
     else:
         states.compute(run, questions, source, loaded)
     stale = why_stale(run.folder) if finished else None
@@ -166,10 +170,26 @@ def _compute_stages(
         if wanted:
             probes.compute(run, wanted)
     run.folder.tidy(run.manifest.groups)
+    unknown = run.folder.unknown_shards(run.manifest.groups)
+    if unknown:
+        names = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
+        notify(Note(f"{path / SHARDS} holds shards that this run does not use, remove them: {names}"))
     if not finished:
         run.manifest.total_seconds = round(time.perf_counter() - started, 3)
     run.manifest.status = "done"
     run.folder.write_manifest(run.manifest)
+
+
+def _unused_options(execution: Execution, manifest: Manifest) -> list[str]:
+    """Options that were chosen for a run that is finished, where they differ from those that it was computed with."""
+    stage = manifest.stages["states"]
+    recorded, default = stage.executions[-1].options if stage.executions else Execution(), Execution()
+    chosen = {field.name: getattr(execution, field.name) for field in fields(Execution)}
+    return [
+        f"{name}={value!r}"
+        for name, value in chosen.items()
+        if value not in (getattr(default, name), getattr(recorded, name))
+    ]
 
 
 def train_probes(
@@ -269,7 +289,7 @@ def _begin(
     before = folder.read_run()
     changed = differences(before, now, folder.read_study())
     if changed:
-        raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another --out")
+        raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another out (--out)")
     if folder.is_finished():
         return before, True
     now.created, now.model.dtype = before.created, before.model.dtype

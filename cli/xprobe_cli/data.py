@@ -11,6 +11,7 @@ from xprobe.errors import XprobeError
 from xprobe.qa.fetch import XQUAD_URL, fetch_xquad
 from xprobe.qa.parallel import XQUAD_LANGUAGES, load_data
 from xprobe_cli.options import Names, common, echo_json, help_without_command
+from xprobe_cli.tables import counted
 
 
 @click.group("data", invoke_without_command=True)
@@ -37,7 +38,10 @@ def list_sets(as_json: bool) -> None:
         echo_json({"sets": sets})
         return
     for entry in sets:
-        held = f"{entry['questions']} questions on {entry['paragraphs']} paragraphs in {' '.join(entry['languages'])}"
+        held = (
+            f"{counted(entry['questions'], 'question')} on {counted(entry['paragraphs'], 'paragraph')} in "
+            f"{' '.join(entry['languages'])}"
+        )
         click.echo(f"{entry['name']:<8}  {entry['missing'] or held}")
     click.echo(
         "\nYour own folder works as well: xprobe run --data FOLDER. It holds one file per language, "
@@ -69,10 +73,10 @@ def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: b
     for problem in found.problems:
         click.echo(str(problem))
     for language, records in found.records.items():
-        click.echo(f"{language}  {len(records)} usable questions")
-    counted = Counter(problem.reason for problem in found.problems)
-    kinds = "; ".join(f"{n} {reason}" for reason, n in counted.most_common())
-    click.echo(f"{len(found.problems)} problems{': ' + kinds if kinds else ''}")
+        click.echo(f"{language}  {counted(len(records), 'usable question')}")
+    reasons = Counter(problem.reason for problem in found.problems)
+    kinds = "; ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    click.echo(f"{counted(len(found.problems), 'problem')}{': ' + kinds if kinds else ''}")
     return 1 if found.problems else 0
 
 
@@ -91,7 +95,7 @@ def fetch(name: str, languages: tuple[str, ...], url: str, force: bool, as_json:
     def report(language: str, questions: int) -> None:
         counts[language] = questions
         if not as_json:
-            click.echo(f"{language}  {questions} questions", err=True)
+            click.echo(f"{language}  {counted(questions, 'question')}", err=True)
 
     folder = fetch_xquad(languages, url=url, force=force, report=report)
     if as_json:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from xprobe_cli.tables import counted
+
 if TYPE_CHECKING:
     from xprobe.forecast import Forecast, GroupForecast
 
@@ -22,9 +24,9 @@ def forecast_report(found: Forecast) -> str:
         *_groups(found.groups),
         "",
         f"strategy  {STRATEGIES[found.strategy]} (checked with the weights when the run starts)",
-        f"tokens    {found.tokens:,} in {found.examples:,} examples; {found.tokens_run:,} are run, {saved:.0%} saved, "
-        f"in {found.passes:,} forward passes",
-        *([f"skipped   {found.skipped:,} examples that cannot be used"] if found.skipped else []),
+        f"tokens    {found.tokens:,} in {counted(found.examples, 'example')}; {found.tokens_run:,} are run, "
+        f"{saved:.0%} saved, in {found.passes:,} forward {'pass' if found.passes == 1 else 'passes'}",
+        *([f"skipped   {counted(found.skipped, 'example')} that cannot be used"] if found.skipped else []),
         f"memory    about {_bytes(sum(found.memory.values()))}: {_parts(found.memory)}",
         f"disk      about {_bytes(sum(found.disk.values()))}: {_parts(found.disk)}",
         f"time      about {_time(found.seconds)}, loading and tables apart"

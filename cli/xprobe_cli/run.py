@@ -30,6 +30,7 @@ from xprobe.runs.manifest import Manifest
 from xprobe_cli.options import Names, common, echo_json
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
+from xprobe_cli.tables import counted
 
 
 @click.command("run")
@@ -256,5 +257,6 @@ def warnings(manifest: Manifest) -> list[str]:
     lines = [f"xprobe: {warning}" for warning in manifest.warnings]
     for what, items in manifest.left_out.items():
         if items:
-            lines.append(f"xprobe: {len(items)} {what} left out; the first: {items[0]} (all in manifest.json)")
+            left_out = counted(len(items), what.removesuffix("s"))
+            lines.append(f"xprobe: {left_out} left out; the first: {items[0]} (all in manifest.json)")
     return lines

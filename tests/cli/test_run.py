@@ -72,8 +72,9 @@ def test_bad_records_are_mentioned_counted_and_survived(tiny, tmp_path, capsys):
     path.write_text(json.dumps(document))
     assert main(["run", str(tiny), "--data", str(folder), "--out", str(tmp_path / "run")]) == 0
     out, err = capsys.readouterr()
-    assert "1 bad records" in out
-    assert "toy.en.json: id q0: answer is not at answer_start" in err
+    assert "1 bad record\n" in out
+    assert "1 example, 1 paragraph\n" in out
+    assert "xprobe: 1 record left out; the first: toy.en.json: id q0: answer is not at answer_start" in err
     assert main(["run", str(tiny), "--data", str(folder), "--out", str(tmp_path / "s"), "--strict"]) == 1
     assert "toy.en.json: id q0" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
@@ -242,7 +243,7 @@ def test_resume_takes_the_options_of_the_run_where_none_are_given(finished, caps
     assert json.loads(capsys.readouterr().out) == xprobe.load_study(finished).to_dict()
     assert main(["run", "--out", str(finished), "--resume", "--limit", "3"]) == 2
     assert capsys.readouterr().err == (
-        f"xprobe: error: cannot resume {finished}: limit was 4 and is now 3. Choose another --out\n"
+        f"xprobe: error: cannot resume {finished}: limit was 4 and is now 3. Choose another out (--out)\n"
     )
     assert main(["run", "--out", str(finished), "--resume", "--paragraphs", "2"]) == 2
     assert "limit was 4 and is now None; paragraphs was None and is now 2" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from xprobe.lenses import reading
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.manifest import StageEntry
 from xprobe.stages import states
 
 FULL = {"setting": ("en-x", "x-x"), "batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6, "bootstrap": 100}
@@ -102,7 +103,7 @@ def test_a_study_read_back_is_the_study(study):
     assert again.to_dict() == study.to_dict()
     for setting in study.settings:
         pd.testing.assert_frame_equal(again[setting].stability, study[setting].stability)
-        assert f"SettingResult({setting}: 18 examples" in repr(again[setting])
+        assert f"SettingResult({setting}: examples 18, boundary" in repr(again[setting])
         assert "<table" in again[setting]._repr_html_()
     assert "Study(" in repr(again)
     assert again._repr_html_().count("<table") == 2
@@ -114,7 +115,16 @@ def test_a_run_with_several_settings_is_asked_for_one_of_them(study):
             getattr(study, name)
     with pytest.raises(UsageError, match="holds no setting 'x-y'; it holds en-x, x-x"):
         study["x-y"]
-    assert [result.setting for result in study] == ["en-x", "x-x"]
+    assert [result.setting for result in study.values()] == ["en-x", "x-x"]
+
+
+def test_a_study_is_a_mapping_from_settings_to_their_results(study):
+    assert "x-x" in study
+    assert "x-y" not in study
+    assert len(study) == 2
+    assert list(study) == list(study.keys()) == ["en-x", "x-x"]
+    assert [setting for setting, result in study.items() if result.setting == setting] == ["en-x", "x-x"]
+    assert dict(study)["x-x"].alpha == study["x-x"].alpha
 
 
 def test_the_json_object_has_the_promised_shape(study):
@@ -199,6 +209,47 @@ def test_resuming_a_finished_run_loads_no_model(study, tiny, tmp_path, monkeypat
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
     second = xprobe.run(str(tiny), out=out, resume=True, **SMALL)
     assert second.to_dict() == first.to_dict()
+
+
+def notes_of_resuming(tiny, out, **options):
+    events = []
+    xprobe.run(str(tiny), out=out, resume=True, progress=events.append, **options)
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+def test_options_that_a_finished_run_cannot_use_are_noted(study, tiny):
+    assert notes_of_resuming(tiny, study.path, **FULL)[1:] == []
+    changed = notes_of_resuming(tiny, study.path, **{**FULL, "batch_tokens": 64, "stream": True})
+    assert changed[1:] == ["the run is finished, so these options were not used: batch_tokens=64, stream=True"]
+
+
+def test_shards_that_belong_to_no_group_are_noted_and_left_alone(tiny, tmp_path):
+    out = tmp_path / "run"
+    xprobe.run(str(tiny), out=out, **SMALL)
+    extra = out / "shards" / "x-x.en.p0.safetensors"
+    extra.write_bytes(b"of another setting")
+    assert notes_of_resuming(tiny, out, **SMALL)[-1] == (
+        f"{out / 'shards'} holds shards that this run does not use, remove them: {extra.name}"
+    )
+    assert extra.exists()
+
+
+@pytest.mark.parametrize("damage", ["edited", "gone"])
+def test_a_table_of_any_stage_is_checked_when_a_run_is_read(damage, tiny, tmp_path):
+    out = tmp_path / "run"
+    xprobe.run(str(tiny), out=out, **SMALL)
+    folder = RunFolder(out)
+    manifest = folder.read_finished()
+    digest = folder.write_table("lengths.parquet", pd.DataFrame({"language": ["en"], "correlation": [0.5]}))
+    manifest.stages["lengths"] = StageEntry(tables={"lengths.parquet": digest})
+    folder.write_manifest(manifest)
+    xprobe.load_study(out)
+    if damage == "edited":
+        folder.write_table("lengths.parquet", pd.DataFrame({"language": ["en"], "correlation": [0.9]}))
+    else:
+        (out / "lengths.parquet").unlink()
+    with pytest.raises(RunFolderError, match=r"lengths.parquet is not the table that the stage 'lengths' of this run"):
+        xprobe.load_study(out)
 
 
 def test_resume_with_another_configuration_names_the_difference(study, tiny, tmp_path):

@@ -24,7 +24,7 @@ def check_writable(path: Path) -> None:
     if not nearest.is_dir():
         raise UsageError(f"cannot make {path}: {nearest} is {what_is(nearest)}")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunFolderError(f"cannot write {nearest}: permission denied; choose another --out")
+        raise RunFolderError(f"cannot write {nearest}: permission denied; use a folder that you may write to")
 
 
 # what else than a file can lie under a name
@@ -54,7 +54,7 @@ def what_is(path: Path, *, follow: bool = True) -> str | None:
     return next((words for test, words in _KINDS if test(mode)), "a file")
 
 
-REMEDY = "move it away, then go on with --resume"
+REMEDY = "move it away, then try again"
 
 
 def expect(path: Path, *wanted: str, follow: bool = True, remedy: str = REMEDY) -> bool:
@@ -103,11 +103,11 @@ def unreadable(path: Path, error: OSError) -> RunFolderError:
 
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _ADVICE = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or choose another --out"),
-    errno.EROFS: "choose another --out",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or use a folder that is"),
+    errno.EROFS: "use a folder on another file system",
     **dict.fromkeys(
         (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO),
-        "move away what stands in the way, or choose another --out",
+        "move away what stands in the way, or use another folder",
     ),
 }
 
@@ -118,7 +118,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "choose another --out or make room")
+        advice = _ADVICE.get(error.errno or 0, "make room, or use a folder on another disk")
         raise RunFolderError(f"cannot write {error.filename or path}: {error.strerror or error}; {advice}") from error
 
 

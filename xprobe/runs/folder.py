@@ -63,12 +63,14 @@ class RunFolder:
         """Raises the errors of ``create`` without making anything."""
         kind = what_is(path)
         if kind not in (None, "a folder"):
-            raise UsageError(f"{path} is {kind}: give --out a folder")
+            raise UsageError(f"{path} is {kind}: out (--out) must be a folder")
         filled = holds_other_than(path, {LOCK, PART.format(MANIFEST)}, SHARDS)
         if filled and not resume:
-            raise UsageError(f"{path} is not empty: choose another --out, or --resume the run in it")
+            raise UsageError(
+                f"{path} is not empty: choose another out (--out), or resume the run in it (resume=True, --resume)"
+            )
         if filled and not cls(path).has_manifest():
-            raise UsageError(f"{path} holds no run to resume (no {MANIFEST}): choose another --out")
+            raise UsageError(f"{path} holds no run to resume (no {MANIFEST}): choose another out (--out)")
         cls(path).check_places()
 
     @classmethod
@@ -94,7 +96,7 @@ class RunFolder:
             sync(self.path)
         for folder in (self.path, self.path / SHARDS):
             if not os.access(folder, os.W_OK | os.X_OK):
-                raise RunFolderError(f"cannot write {folder}: permission denied; choose another --out")
+                raise RunFolderError(f"cannot write {folder}: permission denied; use a folder that you may write to")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -111,7 +113,7 @@ class RunFolder:
         RunFolderError
             Something else than a file has the manifest's name.
         """
-        return expect(self.path / MANIFEST, remedy="put the run's own manifest there, or choose another --out")
+        return expect(self.path / MANIFEST, remedy="put the run's own manifest there, or use another folder")
 
     def check_places(self) -> None:
         """Says what stands where the run keeps a file or the folder of its shards, if it is something else.
@@ -266,6 +268,11 @@ class RunFolder:
             if read_file(self.path / JOURNAL) != lines:
                 self.write_bytes(JOURNAL, lines)
 
+    def unknown_shards(self, groups: list[str]) -> list[str]:
+        """Names of shards in the folder that are of none of ``groups``."""
+        known = {self.shard_name(group) for group in groups}
+        return [path.name for path in entries(self.path / SHARDS) if path.suffix == SHARD and path.name not in known]
+
     def holds(self, groups: list[str]) -> bool:
         """Whether every one of ``groups`` has a finished shard."""
         return not self._damaged(groups)
@@ -323,7 +330,7 @@ class RunFolder:
             with safe_open(path, framework="pt") as handle:
                 yield handle
         except Exception as error:  # safetensors raises its own error type, OSError, KeyError
-            raise RunFolderError(f"cannot read {path} ({error}): compute it again with --resume") from error
+            raise RunFolderError(f"cannot read {path} ({error}): {self.resume_command} computes it again") from error
 
     def check_fit(self, entry: str, value: int, there: int) -> None:
         """Compares an entry of the manifest with the shards.
@@ -370,6 +377,20 @@ class RunFolder:
                 frame.to_parquet(temporary, index=False)
                 digests[name] = checksum(temporary) or ""
             yield digests
+
+    def check_table(self, name: str, digest: str, stage: str) -> None:
+        """Compares the bytes of a table with the checksum that its stage entered in the manifest.
+
+        Raises
+        ------
+        RunFolderError
+            They differ, or there is no such table.
+        """
+        if checksum(self.path / name) != digest:
+            raise RunFolderError(
+                f"{self.path / name} is not the table that the stage {stage!r} of this run wrote: compute that stage "
+                "again, or put the table back"
+            )
 
     def read_table(self, name: str, digest: str | None = None) -> Any:
         """A table as a data frame.

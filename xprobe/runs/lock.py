@@ -173,7 +173,7 @@ def _taken(path: Path, holder: dict[str, Any]) -> str:
         who = f"process {holder['pid']} on {holder.get('host', 'an unknown host')}"
     else:
         who = "another process"
-    return f"{path} is being written by {who}: wait until it ends, stop it, or choose another --out"
+    return f"{path} is being written by {who}: wait until it ends, stop it, or use another folder"
 
 
 _told_forks = False

@@ -40,12 +40,12 @@ class StoredStates:
         Raises
         ------
         UsageError
-            The run kept no states (``--no-rows``).
+            The run kept no states (``store_rows=False``).
         RunFolderError
             The shards cannot be read, or do not fit the manifest.
         """
         if not manifest.study.store_rows:
-            raise UsageError(f"{folder.path} holds no hidden states: run it again without --no-rows")
+            raise UsageError(f"{folder.path} holds no hidden states: run it again without store_rows=False (--no-rows)")
         n_layers, width = manifest.model.n_blocks + 1, manifest.model.width
         for key in manifest.groups[:1]:
             layers_there, width_there = folder.row_shape(folder.shard_name(key), "prompt_end")

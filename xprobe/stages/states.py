@@ -148,7 +148,7 @@ class PendingWave:
         """
         values = self._reading.values()
         if not values.finite:
-            raise RuntimeError("hidden states hold NaN or infinity; try --dtype float32")
+            raise RuntimeError("hidden states hold NaN or infinity; try dtype='float32' (--dtype float32)")
         return values, self._kept.wait()
 
 

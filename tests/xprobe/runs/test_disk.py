@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs.disk import check_writable, checksum, make_folder, sync
+from xprobe.runs.disk import check_writable, checksum, make_folder, sync, writing
 from xprobe.runs.folder import RunFolder
 
 
@@ -28,9 +28,9 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     locked.mkdir()
     locked.chmod(0o500)
     try:
-        with pytest.raises(RunFolderError, match="permission denied; choose another --out"):
+        with pytest.raises(RunFolderError, match="permission denied; use a folder that you may write to"):
             check_writable(locked / "run")
-        with pytest.raises(RunFolderError, match=r"cannot write .* choose another --out"):
+        with pytest.raises(RunFolderError, match=r"cannot write .* use a folder"):
             RunFolder.create(locked / "run")
     finally:
         locked.chmod(0o700)
@@ -89,3 +89,11 @@ def test_a_disk_that_does_not_take_the_bytes_is_an_error_and_leaves_the_old_file
 def test_what_cannot_be_read_has_no_checksum(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / ("x" * 5000), tmp_path / "a\0b"):
         assert checksum(path) is None
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOSPC])
+def test_advice_on_a_folder_that_cannot_be_written_fits_every_command(number: int, tmp_path: Path) -> None:
+    words = rf"^cannot write {tmp_path}: {os.strerror(number)}; \w+"
+    with pytest.raises(RunFolderError, match=words) as caught, writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert "--" not in str(caught.value)

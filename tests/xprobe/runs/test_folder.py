@@ -63,7 +63,7 @@ def test_create_takes_an_empty_folder(tmp_path: Path) -> None:
 
 def test_create_refuses_a_folder_that_holds_something(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match=r"is not empty: choose another --out, or --resume"):
+    with pytest.raises(UsageError, match=r"is not empty: choose another out \(--out\), or resume"):
         RunFolder.create(tmp_path)
     assert everything(tmp_path) == ["thesis.tex"]
     assert not (tmp_path / SHARDS).exists()
@@ -95,7 +95,7 @@ def test_resume_where_nothing_was_begun_begins(exists: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize("resume", [False, True])
 def test_create_refuses_a_file(resume: bool, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
-    with pytest.raises(UsageError, match="is a file: give --out a folder"):
+    with pytest.raises(UsageError, match=r"is a file: out \(--out\) must be a folder"):
         RunFolder.create(tmp_path / "run", resume=resume)
 
 
@@ -126,7 +126,7 @@ def test_a_manifest_comes_back_as_it_was_written(folder: RunFolder) -> None:
     assert not RunFolder(folder.path / "other").has_manifest()
 
 
-@pytest.mark.parametrize("number", [0, FORMAT + 1, None, str(FORMAT)])
+@pytest.mark.parametrize("number", [0, FORMAT + 1])
 def test_a_manifest_of_another_format_is_refused_with_both_numbers(number: Any, folder: RunFolder) -> None:
     (folder.path / MANIFEST).write_text(json.dumps({"format": number, "environment": {"xprobe": "0.0.9"}}))
     with pytest.raises(RunFolderError, match=rf"of run format {number}, this version of xprobe reads format {FORMAT}: "
@@ -136,7 +136,9 @@ def test_a_manifest_of_another_format_is_refused_with_both_numbers(number: Any, 
 
 def test_a_manifest_without_a_format_is_refused(folder: RunFolder) -> None:
     (folder.path / MANIFEST).write_text('{"status": "done"}')
-    with pytest.raises(RunFolderError, match=r"format None.* read it with the version that wrote it"):
+    with pytest.raises(
+        RunFolderError, match=r"entry format must be a whole number, is missing; the run cannot be used"
+    ):
         folder.read_run()
 
 
@@ -183,7 +185,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_part(
 
 
 def test_a_full_disk_is_an_error_that_says_what_to_do(folder: RunFolder) -> None:
-    with pytest.raises(RunFolderError, match=r"No space left on device; choose another --out or make room"):
+    with pytest.raises(RunFolderError, match=r"No space left on device; make room, or use a folder on another disk"):
         folder.write_table(LAYERS, Unwritable(OSError(28, "No space left on device")))
 
 
@@ -249,7 +251,7 @@ def test_a_shard_comes_back_as_it_was_written(folder: RunFolder) -> None:
 def test_only_the_arrays_asked_for_are_read(folder: RunFolder) -> None:
     folder.write_shard(GROUPS[0], tensors(), {})
     assert list(folder.read_shard(folder.shard_name(GROUPS[0]), ("rank",))[0]) == ["rank"]
-    with pytest.raises(RunFolderError, match=r"cannot read .*compute it again with --resume"):
+    with pytest.raises(RunFolderError, match=r"cannot read .*--resume` computes it again"):
         folder.read_shard(folder.shard_name(GROUPS[0]), ("nothing",))
 
 

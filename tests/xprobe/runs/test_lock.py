@@ -71,7 +71,7 @@ def test_another_process_is_refused_and_told_by_whom_and_what_to_do(tmp_path: Pa
         refused = in_a_fork(lambda: take(tmp_path))
         assert refused == (
             f"refused: {tmp_path} is being written by process {os.getpid()} on {socket.gethostname()}: "
-            "wait until it ends, stop it, or choose another --out"
+            "wait until it ends, stop it, or use another folder"
         )
         assert (tmp_path / LOCK).exists()
     assert in_a_fork(lambda: take(tmp_path)) == "taken"

@@ -180,7 +180,7 @@ def test_a_second_process_is_refused_while_the_first_one_runs(forks: Forks, whol
     assert refused["code"] == 1
     assert f"{out} is being written by process {first} on " in refused["error"]
     assert "UsageError" in refused["error"]
-    assert "stop it, or choose another --out" in refused["error"]
+    assert "stop it, or use another folder" in refused["error"]
     os.kill(first, signal.SIGCONT)
     assert forks.wait(first)["code"] == 0
     assert files(out) == whole.files

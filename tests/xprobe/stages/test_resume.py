@@ -174,7 +174,7 @@ def test_parts_of_files_that_a_killed_run_left_are_removed(out: Path, tiny: Path
 def test_another_configuration_is_refused_with_every_difference(
     changes: dict[str, Any], why: str, out: Path, tiny: Path
 ) -> None:
-    refuse(tiny, out, rf"cannot resume {out}: {why}.*\. Choose another --out", **changes)
+    refuse(tiny, out, rf"cannot resume {out}: {why}.*\. Choose another out \(--out\)", **changes)
 
 
 def test_the_size_of_a_batch_may_change(out: Path, tiny: Path) -> None:
