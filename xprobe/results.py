@@ -32,7 +32,7 @@ class SettingResult:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Everything that the manifest says of this setting: alpha, boundary, spread, ..., and the same by language."""
+        """All figures of this setting: alpha, boundary, spread, ..., and the same by language."""
         return self.study.manifest.stages["phases"].results["settings"][self.setting]
 
     @property

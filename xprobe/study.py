@@ -119,7 +119,8 @@ def run_config(
 ) -> Study:
     """``run`` with configurations made beforehand.
 
-    ``loaded`` (``xprobe.models.in_memory.wrap_model``) and ``records`` stand for what the configuration can only name.
+    ``loaded`` (``xprobe.models.in_memory.wrap_model``) and ``records`` replace the model and the
+    data that the configuration names.
     """
     from xprobe.models.in_memory import check_options, evaluation_mode
 
@@ -143,7 +144,7 @@ def _compute_stages(
     study: StudyConfig, execution: Execution, path: Path, notify: CallerNotify, resume: bool,
     loaded: LoadedModel | None, records: Any,
 ) -> None:  # fmt: skip
-    """The stages in order; a finished run is only read, and its tables are written again where they are not its own."""
+    """Computes the stages in order. A finished run is only read; tables that were changed are written again."""
     from xprobe.models.loading import resolve
     from xprobe.stages import phases, probes, states
     from xprobe.stages.questions import read_questions
@@ -251,9 +252,9 @@ def train_probes(
 
 @contextmanager
 def _locked(path: Path, notify: CallerNotify, resume: bool) -> Iterator[None]:
-    """The folder for this process alone, if a run may begin or go on in it."""
+    """Locks the folder for this process, if a run may begin or be resumed in it."""
     check_writable(path)
-    if not (path / LOCK).exists():  # else who works there is the better answer than what lies there
+    if not (path / LOCK).exists():  # a locked folder is reported as locked, whatever it holds
         RunFolder.check(path, resume=resume)
     with FolderLock(path) as lock:
         if lock.warning:
@@ -265,12 +266,12 @@ def _locked(path: Path, notify: CallerNotify, resume: bool) -> Iterator[None]:
 def _begin(
     study: StudyConfig, questions: Questions, source: Source, in_memory: bool, path: Path, resume: bool
 ) -> tuple[Manifest, bool]:
-    """The manifest to go on with, and whether the run in the folder is finished and all of it still there.
+    """The manifest to continue with, and whether the run in the folder is finished and complete.
 
     Raises
     ------
     UsageError
-        The run in the folder was made of something else: names every difference.
+        The run in the folder has another study, model or data: names every difference.
     """
     from xprobe.models.in_memory import IDENTITY
 

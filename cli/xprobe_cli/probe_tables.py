@@ -22,15 +22,15 @@ def _setting(result: SettingResult) -> str:
         {str(name): value for name, value in row.items()} for row in result.probes.reset_index().to_dict("records")
     ]
     columns = list(dict.fromkeys((r["probe"], r["state"], r["metric"]) for r in rows))
-    wide = [max(len(f"{probe} {metric}"), len(state), 15) for probe, state, metric in columns]
-    tops = "  ".join(f"{f'{p} {m}':>{w}}" for (p, _, m), w in zip(columns, wide, strict=True))
-    states = "  ".join(f"{state:>{w}}" for (_, state, _), w in zip(columns, wide, strict=True))
+    widths = [max(len(f"{probe} {metric}"), len(state), 15) for probe, state, metric in columns]
+    headers = "  ".join(f"{f'{p} {m}':>{w}}" for (p, _, m), w in zip(columns, widths, strict=True))
+    states = "  ".join(f"{state:>{w}}" for (_, state, _), w in zip(columns, widths, strict=True))
     lines = [f"{result.study.manifest.model.name} · {result.setting} · held-out paragraphs: score (control)", ""]
-    lines += [f"{'':>5}  {tops}", f"layer  {states}"]
+    lines += [f"{'':>5}  {headers}", f"layer  {states}"]
     lines.append("─" * len(lines[-1]))
     for layer, some in groupby(sorted(rows, key=lambda r: r["layer"]), key=lambda r: r["layer"]):
         found = {(r["probe"], r["state"], r["metric"]): r for r in some}
-        cells = (f"{_scores(found.get(column)):>{w}}" for column, w in zip(columns, wide, strict=True))
+        cells = (f"{_scores(found.get(column)):>{w}}" for column, w in zip(columns, widths, strict=True))
         lines.append(f"{layer:>5}  {'  '.join(cells)}")
     return "\n".join([*lines, "", *(_best([r for r in rows if r["probe"] == p and r["state"] == s])
                                    for p, s, _ in columns)])  # fmt: skip

@@ -29,7 +29,7 @@ from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest
 from xprobe_cli.options import Names, common, echo_json
 from xprobe_cli.progress import Progress
-from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
+from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, resume_hint
 from xprobe_cli.tables import counted
 
 
@@ -198,7 +198,7 @@ def command(
             ("--trust-remote-code", execution.trust_remote_code), ("--allow-pickle", execution.allow_pickle),
             ("--json", as_json),
         ) if given]  # fmt: skip
-        click.echo(f"xprobe: interrupted: {how_to_go_on(progress, folder, more)}", err=True)
+        click.echo(f"xprobe: interrupted: {resume_hint(progress, folder, more)}", err=True)
         return EXIT_CODES[stopped.signal]
     if as_json:
         echo_json(study.to_dict())
@@ -213,11 +213,11 @@ def _show_forecast(config: StudyConfig, execution: Execution, as_json: bool) -> 
     from xprobe.forecast import forecast
     from xprobe_cli.forecasts import forecast_report
 
-    found = forecast(config, execution)
+    result = forecast(config, execution)
     if as_json:
-        echo_json(found.to_dict())
+        echo_json(result.to_dict())
     else:
-        click.echo(forecast_report(found))
+        click.echo(forecast_report(result))
     return 0
 
 

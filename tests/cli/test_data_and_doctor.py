@@ -87,7 +87,7 @@ def test_help_names_the_layouts(capsys):
     assert "flat records" in capsys.readouterr().out
 
 
-def test_fetch_that_cannot_reach_its_address_says_what_else_to_do(capsys, empty_cache):
+def test_a_fetch_without_connection_names_the_alternatives(capsys, empty_cache):
     assert main(["data", "fetch", "xquad", "--languages", "en", "--url", "http://127.0.0.1:9"]) == 1
     err = capsys.readouterr().err
     assert "http://127.0.0.1:9/xquad.en.json" in err
@@ -103,7 +103,7 @@ def test_doctor_says_what_works(capsys):
         assert f"ok      {name}" in out
 
 
-def test_doctor_names_what_a_missing_piece_would_add(capsys, monkeypatch):
+def test_doctor_says_what_each_missing_package_would_add(capsys, monkeypatch):
     versions = doctor.versions
     monkeypatch.setattr(doctor, "versions", lambda names: {**versions(names), "matplotlib": None})
     assert main(["doctor"]) == 0

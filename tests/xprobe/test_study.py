@@ -97,7 +97,7 @@ def test_signals_equal_a_hand_written_logit_lens(study, tiny):
     assert np.allclose(arrays["prompt_end"][place][:-1], wanted, atol=1e-5)
 
 
-def test_a_study_read_back_is_the_study(study):
+def test_a_study_that_is_read_equals_the_one_that_was_computed(study):
     again = xprobe.load_study(study.path)
     assert again.manifest == study.manifest
     assert again.to_dict() == study.to_dict()
@@ -109,7 +109,7 @@ def test_a_study_read_back_is_the_study(study):
     assert again._repr_html_().count("<table") == 2
 
 
-def test_a_run_with_several_settings_is_asked_for_one_of_them(study):
+def test_a_run_with_several_settings_needs_the_name_of_one(study):
     for name in ("alpha", "boundary", "stability"):
         with pytest.raises(UsageError, match=r'holds 2 settings: choose study\["en-x"\] or study\["x-x"\]'):
             getattr(study, name)
@@ -149,7 +149,7 @@ def test_the_same_run_gives_the_same_bytes(study, tiny, tmp_path):
     assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]  # times and places
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_resumed_where_it_stopped(study, tiny, tmp_path, monkeypatch):
     calls = []
     real = states.start_reading
 
@@ -173,12 +173,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monk
     assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]
 
 
-def test_what_the_progress_raises_comes_through_and_what_is_told_is_true(tiny, tmp_path):
-    told = []
+def test_an_error_of_progress_is_raised_unchanged_and_its_counts_are_right(tiny, tmp_path):
+    counts = []
 
     def stopping(event):
         if isinstance(event, Step) and event.stage == "forward and lens":
-            told.append(event.done)
+            counts.append(event.done)
             if event.done:
                 raise RuntimeError("mine")
 
@@ -186,7 +186,7 @@ def test_what_the_progress_raises_comes_through_and_what_is_told_is_true(tiny, t
     with pytest.raises(RuntimeError, match=r"^mine$"):
         xprobe.run(str(tiny), out=out, progress=stopping, **PLAIN)
     shards = [RunFolder(out).read_shard(name)[1] for name in RunFolder(out).finished_shards()]
-    assert told == [0, sum(len(metadata["examples"]) for metadata in shards)]
+    assert counts == [0, sum(len(metadata["examples"]) for metadata in shards)]
 
 
 @pytest.mark.parametrize("status", ["running", "done"])
@@ -311,7 +311,7 @@ def test_a_manifest_that_lacks_entries_is_named(tmp_path):
         xprobe.load_study(tmp_path)
 
 
-def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_path):
+def test_a_folder_with_other_content_is_never_written_to(study, tiny, tmp_path):
     with pytest.raises(UsageError, match="not empty"):
         xprobe.run(str(tiny), out=study.path, **FULL)
     (tmp_path / "notes.txt").write_text("mine")
@@ -320,14 +320,14 @@ def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_pa
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_one_language_has_no_stability_and_says_so(tiny, tmp_path):
+def test_one_language_has_no_stability(tiny, tmp_path):
     study = xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=4, probes=())
     assert study.stability["stability"].isna().all()
     assert study.alpha["value"] is None
     assert study.to_dict()["settings"]["en-x"]["layers"][0]["stability"] is None
 
 
-def test_examples_beyond_the_window_are_counted_and_the_rest_goes_on(tmp_path):
+def test_examples_longer_than_the_window_are_counted_and_left_out(tmp_path):
     model = save_tiny_model(tmp_path / "short", window=600)
     study = xprobe.run(str(model), out=tmp_path / "run", setting="x-x", languages=("en", "th"), limit=6, probes=())
     counts = study.manifest.counts
@@ -336,7 +336,7 @@ def test_examples_beyond_the_window_are_counted_and_the_rest_goes_on(tmp_path):
     assert len(study.manifest.left_out["examples"]) == 12 - counts.examples
 
 
-def test_a_window_that_nothing_fits_is_an_error(tmp_path):
+def test_a_window_too_short_for_every_example_is_an_error(tmp_path):
     model = save_tiny_model(tmp_path / "short", window=32)
     with pytest.raises(DataError, match="window"):
         xprobe.run(str(model), out=tmp_path / "run", limit=2)

@@ -2,7 +2,7 @@
 
 A run that is stopped at any moment, by SIGKILL or by the power, leaves whole files. Each is written under a temporary
 name, synced to the disk, renamed, and its folder synced; only then is a shard entered in the journal, which is synced
-too. So the journal never knows more than the disk holds, and what it knows has a checksum.
+too. So the disk has every shard in the journal, and the journal has its checksum.
 """
 
 from __future__ import annotations
@@ -116,13 +116,13 @@ class RunFolder:
         return expect(self.path / MANIFEST, remedy="put the run's own manifest there, or use another folder")
 
     def check_places(self) -> None:
-        """Says what stands where the run keeps a file or the folder of its shards, if it is something else.
+        """Checks that every name that the run needs is free or its own.
 
         Raises
         ------
         RunFolderError
-            Names the path, what it is, and what to do. Links in the place of shards and tables are not followed when
-            they are written, and stand in nobody's way.
+            Names the path, what it is, and what to do. A link with the name of a shard or table is allowed: a new
+            file replaces it.
         """
         if what_is(self.path) is None:
             return
@@ -185,7 +185,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """The command that mends what can be mended, for messages."""
+        """The command that writes everything again that can be written again, for messages."""
         return f"`xprobe run --out {self.path} --resume`"
 
     def is_finished(self) -> bool:
@@ -205,7 +205,7 @@ class RunFolder:
 
     @cached_property
     def _run_key(self) -> str:
-        """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
+        """Checksum of everything that the shards depend on. Journal lines with another key are ignored."""
         return run_key(self._read_json())
 
     def write_bytes(self, name: str, content: bytes) -> None:
@@ -221,7 +221,7 @@ class RunFolder:
     def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any], execution: int = 0) -> None:
         """Stores one context group (numpy arrays or torch tensors) and enters it in the journal with its checksum.
 
-        ``execution``: which of the stage's executions computes it.
+        ``execution``: index of the stage's execution that computes it.
         """
         name = self.shard_name(group)
         content = shard_bytes(tensors, {"group": group, **metadata})
@@ -231,14 +231,14 @@ class RunFolder:
             digest = hashlib.sha256(content).hexdigest()
             line = {"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key,
                     "execution": execution}  # fmt: skip
-            journal.enter(self.path / JOURNAL, line)
+            journal.append(self.path / JOURNAL, line)
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """The journal's last line on each shard of this run."""
         return journal.entries(self.path / JOURNAL, self._run_key)
 
     def finished_shards(self) -> list[str]:
-        """Names of shards that the journal knows and whose bytes still have the checksum entered there, in order."""
+        """Names of shards that still have the checksum in the journal, in its order."""
         known = self._entries()
         return [name for name in known if checksum(self.path / SHARDS / name) == known[name].get("sha256", "")]
 
@@ -253,10 +253,10 @@ class RunFolder:
         return counts
 
     def tidy(self, groups: list[str]) -> None:
-        """Leaves the folder as a run that nobody interrupted leaves it.
+        """Makes an interrupted run's folder equal to that of a run without interruption.
 
-        Removes what a killed process left of files, and rewrites the journal: one line per group, in this order.
-        Only for the process that holds the folder's lock.
+        Removes temporary files of killed processes, and rewrites the journal: one line per group, in this order. Only
+        the process that holds the folder's lock may call it.
         """
         with writing(self.path):
             for folder in (self.path, self.path / SHARDS):
@@ -313,11 +313,11 @@ class RunFolder:
     def read_shard(self, name: str, keys: tuple[str, ...] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arrays (only ``keys`` if given; bf16 comes back as float32) and metadata of one shard."""
         with self._opened(name) as handle:
-            found = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
+            tensors = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
             metadata = json.loads(handle.metadata()["xprobe"])
         arrays = {
             key: (t.float() if t.dtype.itemsize == 2 and t.is_floating_point() else t).numpy()
-            for key, t in found.items()
+            for key, t in tensors.items()
         }
         return arrays, metadata
 
@@ -332,17 +332,17 @@ class RunFolder:
         except Exception as error:  # safetensors raises its own error type, OSError, KeyError
             raise RunFolderError(f"cannot read {path} ({error}): {self.resume_command} computes it again") from error
 
-    def check_fit(self, entry: str, value: int, there: int) -> None:
-        """Compares an entry of the manifest with the shards.
+    def check_fit(self, entry: str, value: int, stored: int) -> None:
+        """Compares an entry of the manifest with the value in the shards.
 
         Raises
         ------
         RunFolderError
             They differ.
         """
-        if value != there:
+        if value != stored:
             raise RunFolderError(
-                f"{self.path / MANIFEST}: entry {entry} is {value}, the shards hold {there}; "
+                f"{self.path / MANIFEST}: entry {entry} is {value}, the shards hold {stored}; "
                 f"{self.resume_command} writes it again"
             )
 
@@ -366,9 +366,9 @@ class RunFolder:
 
     @contextmanager
     def writing_tables(self, frames: dict[str, Any]) -> Iterator[dict[str, str]]:
-        """Tables by file name, written whole under temporary names; they get their own names when the block ends.
+        """Writes tables, by file name, under temporary names, and renames them when the block ends.
 
-        Gives their checksums by file name. A block that raises, and a disk that is full, leave the old tables.
+        The block gets their checksums by file name. If it raises, or if the disk is full, the old tables stay.
         """
         with writing(self.path), ExitStack() as stack:
             digests: dict[str, str] = {}

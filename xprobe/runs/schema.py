@@ -1,4 +1,4 @@
-"""What a manifest must hold before anything reads it: one table of entries, one form of complaint."""
+"""Rules for the entries of a manifest. They are checked before anything reads it."""
 
 from __future__ import annotations
 

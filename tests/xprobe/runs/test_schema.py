@@ -95,7 +95,7 @@ ALL = pytest.param(WRONG, marks=pytest.mark.slow, id="every value")
 
 
 @pytest.mark.parametrize("values", [pytest.param((MISSING, None), id="two values"), ALL])
-def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
+def test_any_wrong_entry_is_either_not_needed_or_named(
     values: tuple[Any, ...], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (out / MANIFEST).read_text()
@@ -136,7 +136,7 @@ def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
 
 
 @pytest.mark.parametrize("command", ["probe", "resume"])
-def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
+def test_no_wrong_entry_is_reported_as_a_fault_of_xprobe(
     command: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Probes are not trained, and no model is loaded: this is about what is read before."""
@@ -209,7 +209,9 @@ def test_the_entry_is_named_with_what_it_must_be_and_what_it_is(
             use(out)
 
 
-def test_what_a_run_is_made_of_cannot_be_mended_and_the_rest_can(out: Path, tiny: Path, finished: Path) -> None:
+def test_resuming_writes_wrong_entries_again_except_those_that_identify_the_run(
+    out: Path, tiny: Path, finished: Path
+) -> None:
     text = (out / MANIFEST).read_text()
     spoil(out, text, ("study", "seed"), "six")
     with pytest.raises(RunFolderError, match=r"study.seed .*start it in a new folder"):
@@ -275,7 +277,7 @@ def test_a_wrong_entry_that_nobody_needs_keeps_no_run_from_being_read(place: Pla
     [(STATES, 5), ((*STATES, "warnings"), 5), ((*OPTIONS_USED, "batch_tokens"), 0), (("stages", "phases"), [])],
     ids=["states", "warnings", "batch tokens", "phases"],
 )
-def test_a_wrong_entry_of_a_stage_is_written_again_when_the_run_goes_on(
+def test_a_wrong_entry_of_a_stage_is_written_again_when_the_run_is_resumed(
     place: Place, value: Any, out: Path, tiny: Path
 ) -> None:
     before = xprobe.load_study(out).to_dict()["settings"]
@@ -295,9 +297,7 @@ def test_a_setting_that_the_tables_do_not_hold_is_named(out: Path) -> None:
         xprobe.load_study(out)
 
 
-def test_what_only_python_can_choose_is_as_before_when_a_run_goes_on(
-    out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resuming_keeps_options_that_only_python_has(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The number of permutations has no option."""
     assert main(["run", "--out", str(out), "--resume"]) == 0
     assert xprobe.load_study(out).manifest.study.permutations == OPTIONS["permutations"]
