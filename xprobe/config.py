@@ -84,7 +84,7 @@ class StudyConfig:
     strict : bool
         Make bad records fatal.
     seed, bootstrap, permutations : int
-        Of the intervals and of the phased test.
+        Random seed, bootstrap draws for the intervals, and permutations of the test whether an example has phases.
     store_rows : bool
         Keep captured hidden rows in the shards: encoding and probes need them.
 
@@ -238,7 +238,7 @@ class Execution:
             raise UsageError("device_map and stream are two strategies for a large model: choose one")
 
     def resumed_with(self, given: dict[str, Any]) -> Execution:
-        """The options of a run that goes on: those of ``given``, the rest from this execution.
+        """The options of a resumed run: those of ``given``, the rest from this execution.
 
         A given option replaces every recorded one that it excludes: ``device``, ``device_map``, ``stream`` and
         ``tensor_parallel`` partly exclude each other. ``trust_remote_code`` and ``allow_pickle`` are never taken from

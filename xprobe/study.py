@@ -186,6 +186,7 @@ def _unused_options(execution: Execution, manifest: Manifest) -> list[str]:
     stage = manifest.stages["states"]
     recorded, default = stage.executions[-1].options if stage.executions else Execution(), Execution()
     chosen = {field.name: getattr(execution, field.name) for field in fields(Execution)}
+    del chosen["jobs"]  # it is used if tables are written again
     return [
         f"{name}={value!r}"
         for name, value in chosen.items()

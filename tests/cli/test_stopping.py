@@ -33,7 +33,7 @@ def wait_for(condition, seconds=60):
 def start(forks, tiny, out, slow):
     """A run whose forward passes take their time, once the first shard is there."""
     output = out.with_name("output")
-    command = ["run", str(tiny), *OPTIONS, "--batch-tokens", "1", "--out", str(out)]
+    command = ["run", str(tiny), *OPTIONS, "--batch-tokens", "1", "--allow-pickle", "--out", str(out)]
     pid = forks.start_command(command, output, slow=[str(out), slow])
     wait_for(lambda: (out / "shards").is_dir() and any((out / "shards").glob("*.safetensors")))
     return pid, output
@@ -54,6 +54,7 @@ def test_the_first_signal_stops_at_a_safe_point_and_prints_the_command_that_resu
         r"xprobe: interrupted: (\d+) of (\d+) examples are kept; continue with: xprobe (.*)", last
     ).groups()
     assert 0 < int(kept) < int(total) == 24
+    assert "--allow-pickle" in command  # it is not taken from the run folder
     assert not (out / ".lock").exists()
     before = {path.name: path.stat().st_ino for path in (out / "shards").iterdir()}
     assert forks.wait(forks.start_command(shlex.split(command), output))["code"] == 0
