@@ -13,23 +13,24 @@ LIBRARY = ROOT / "xprobe"
 
 # room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "study": ("stages", "results", "models", "probes", "runs", "events", "config", "errors"),
-    "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "errors"),
+    "study": ("stages", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
+    "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
     "stages": ("results", "lenses", "capture", "models", "qa", "probes", "phases", "runs", "events", "timing", "config",
                "errors"),
-    "results": ("phases", "runs", "config", "errors"),
+    "results": ("phases", "runs", "config", "arguments", "errors"),
     "doctor": ("models", "qa", "runs", "cache", "config", "errors"),
     "lenses": ("capture", "config", "errors"),
     "capture": ("models", "config", "errors"),
     "models": ("cache", "config", "errors"),
     "qa": ("cache", "config", "errors"),
-    "probes": ("phases", "timing", "config", "errors"),
+    "probes": ("phases", "timing", "config", "arguments", "errors"),
     "phases": ("timing", "config", "errors"),
     "runs": ("events", "timing", "config", "errors"),
     "events": (),
     "timing": (),
     "cache": (),
-    "config": ("errors",),
+    "config": ("arguments", "errors"),
+    "arguments": ("errors",),
     "errors": (),
 }  # fmt: skip
 
@@ -51,11 +52,12 @@ ABOUT = {
     "timing": "stopwatch",
     "cache": "where fetched data lies",
     "config": "`StudyConfig` (what) and `Execution` (how)",
+    "arguments": "checks of what callers pass",
     "errors": "every error that xprobe raises",
 }
 
 OUTSIDE = ("xprobe_cli", "benchmarks", "tests", "support", "examples", "docs")  # the library imports none of them
-WITHOUT_TORCH = ("phases", "probes", "runs", "events", "config", "errors")  # at import time
+WITHOUT_TORCH = ("phases", "probes", "runs", "events", "config", "arguments", "errors")  # at import time
 
 
 @dataclass(frozen=True)

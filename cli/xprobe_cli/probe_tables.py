@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from xprobe_cli.tables import estimate, number
+from xprobe_cli.tables import counted, estimate, number
 
 if TYPE_CHECKING:
     from xprobe.results import SettingResult, Study
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def probe_report(study: Study) -> str:
     """The scores of every setting, and the path of the run."""
-    parts = [_setting(result) for result in study]
+    parts = [_setting(result) for result in study.values()]
     return "\n\n".join([*parts, f"files     {study.path}"])
 
 
@@ -53,5 +53,6 @@ def _best(rows: list[dict[str, Any]]) -> str:
     interval = estimate({"value": best["score"], "lo": best["lo"], "hi": best["hi"]}, 3)
     return (
         f"{what}: best at layer {best['layer']}, {best['metric']} {interval}, "
-        f"selectivity {number(best['selectivity'], 3)}{baseline}; {best['n']} examples, {best['folds']} folds"
+        f"selectivity {number(best['selectivity'], 3)}{baseline}; {counted(best['n'], 'example')}, "
+        f"{counted(best['folds'], 'fold')}"
     )

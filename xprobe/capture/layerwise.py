@@ -264,5 +264,5 @@ class _MappedSpace(RowSpace):
         except OSError as error:
             raise RunFolderError(
                 f"cannot keep {size / 1e9:.1f} GB of hidden rows in {self.folder} ({error.strerror or error}): make "
-                "room, or choose another --out"
+                "room, or use a folder on another disk"
             ) from error

@@ -102,11 +102,11 @@ def rounding_warning(error: float) -> str | None:
     >>> rounding_warning(0.01) is None
     True
     >>> rounding_warning(0.8)
-    'rounding changes log-probabilities by up to 0.8 nats: --dtype float32 is finer'
+    "rounding changes log-probabilities by up to 0.8 nats: dtype='float32' (--dtype float32) is finer"
     """
     if error <= COARSE:
         return None
-    return f"rounding changes log-probabilities by up to {error:.2g} nats: --dtype float32 is finer"
+    return f"rounding changes log-probabilities by up to {error:.2g} nats: dtype='float32' (--dtype float32) is finer"
 
 
 def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced], backend: str = "auto") -> float:

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from xprobe.arguments import check_jobs
 from xprobe.config import MAX_SEED
 from xprobe.errors import UsageError
 
@@ -66,8 +67,7 @@ class ProbeSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be a finite number above 0, got {value!r}")
-        if self.jobs == 0:
-            raise UsageError("jobs must be -1 (all cores) or at least 1, got 0")
+        check_jobs(self.jobs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``manifest.json``. ``jobs`` is left out: it changes no number."""

@@ -151,7 +151,7 @@ def test_probes_trained_again_one_by_one_give_the_tables_of_the_run(out: Path, f
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
-def test_a_process_that_ends_while_probes_are_stored_leaves_a_run_that_can_be_mended(
+def test_a_process_killed_while_it_stores_probes_leaves_a_run_that_can_be_repaired(
     renamed: int, out: Path, probed: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The manifest has its name, and of the tables the first ``renamed``."""
