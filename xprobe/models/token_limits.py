@@ -42,8 +42,12 @@ class TokenLimits:
 
     @classmethod
     def from_model(cls, model: Any, anatomy: Anatomy) -> TokenLimits:
-        """The limits of ``model``: rows of its unembedding, and the window in its configuration."""
-        return cls(anatomy.head.vocab_size, window(model.config))
+        """The limits of ``model``: rows of its embedding, and the window in its configuration.
+
+        A head may have fewer rows, where a model drops the padding of its vocabulary.
+        """
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+        return cls(anatomy.head.vocab_size if weight is None else weight.shape[0], window(model.config))
 
     def check(self, ids: Sequence[int], owner: str, field: str = "ids") -> None:
         """Refuses token ids that the model cannot be given.
