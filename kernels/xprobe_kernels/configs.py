@@ -49,6 +49,7 @@ class Config:
     halves: int = 1  # 2: the tile is read in two halves of its columns
     descriptors: bool = False  # loads through tensor descriptors (TMA on Hopper and later)
     flat: bool = False  # one loop over tiles and steps, so that loads are pipelined across tiles
+    carries_top: bool = False  # carries the k largest logits along; otherwise triton_top.py finds them afterwards
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipelined operands."""
@@ -83,7 +84,7 @@ CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
     ("sm_80", 2): (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 4)),
     # reasoned, not measured: smaller tiles would need more bandwidth than the second-level cache has (docs/kernels.md)
     ("sm_90", 2): (
-        Config(256, 128, 64, 8, 3, halves=2, descriptors=True),
+        Config(128, 256, 64, 8, 3, descriptors=True),
         Config(128, 256, 64, 8, 4, halves=2, descriptors=True),
     ),
     ("sm_100", 2): (Config(128, 128, 64, 8, 4, halves=2), Config(128, 64, 128, 8, 3)),
@@ -97,6 +98,7 @@ CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
 }
 SAFE = Config(32, 64, 32, 4, 2)  # fits everywhere
 PLAIN = Config(64, 64, 32, 4, 2)  # for rows that tensor descriptors cannot describe; spills on no architecture
+MAX_BLOCK_ROWS = 64  # rows of a program that looks at a tile once more (triton_top.py)
 FEW_ROWS = 256  # up to this many rows the pass is bound by reading the weights
 
 
@@ -108,7 +110,8 @@ def choose(architecture: str, dtype: torch.dtype, rows: int) -> Config:
     limits, itemsize = limits_of(architecture), dtype.itemsize
     for name in _older(architecture):
         if (name, itemsize) in CONFIGS:
-            config = CONFIGS[name, itemsize][FEW if rows <= FEW_ROWS else MANY].for_rows(rows)
+            few = rows <= FEW_ROWS
+            config = replace(CONFIGS[name, itemsize][FEW if few else MANY].for_rows(rows), carries_top=few)
             if config.fits(limits, itemsize):
                 return config
     return SAFE.for_rows(rows)

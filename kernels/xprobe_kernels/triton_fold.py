@@ -1,8 +1,11 @@
 """How the Triton kernels read a tile of logits while it is in registers, and what they carry to the next tile.
 
-``State`` holds, per row and in fp32: the running maximum m, the sums of e^(z-m) and of e^(z-m) * (z-m), the number of
-tokens above the threshold of each looked-up token, and the k largest logits. All sums are relative to m, so an offset
-common to all logits costs no digits.
+``State`` holds, per row and in fp32: the running maximum m, the sums of e^(z-m) and of e^(z-m) * (z-m), and the number
+of tokens above the threshold of each looked-up token. All sums are relative to m, so an offset common to all logits
+costs no digits. A soft-cap bounds the logits, so m is then the cap itself and needs no search.
+
+The k largest logits are carried along by passes over few rows only (``keep_largest``). A pass over many rows writes the
+largest logit of each tile, and triton_top.py finds the k largest afterwards.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +16,16 @@ import triton.language as tl
 INFINITY = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # replaces the -inf of a real token; -inf marks an empty place
 NO_ID = tl.constexpr(2147483647)
+NEGLIGIBLE = tl.constexpr(-1000.0)  # e^-1000 is 0 in fp32
+BOUNDED_CAP = 40.0  # up to this soft-cap, e^(z - cap) is a normal fp32 number for every capped logit z
+NO_CAP, SMALL_CAP, LARGE_CAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+def cap_kind(cap: float | None) -> int:
+    """How the kernels treat a soft-cap: no cap, one that bounds the sums by itself, or one that is too large for it."""
+    if cap is None:
+        return NO_CAP.value
+    return (SMALL_CAP if cap <= BOUNDED_CAP else LARGE_CAP).value
 
 
 class State(NamedTuple):
@@ -35,32 +48,65 @@ class Lookups(NamedTuple):
 
 
 @triton.jit
-def softcapped(z, cap):
-    """cap * tanh(z / cap) through exp. Near 0 the exponential form cancels, so the Taylor series is used there."""
-    x = z / cap
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return cap * tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp(2 * x) + 1))
+def tanh_near_zero(x):
+    """tanh(x) for \\|x\\| <= 1, within 1.5 units in the last place of fp32.
+
+    x * P(x^2): Chebyshev interpolation of tanh(sqrt(u)) / sqrt(u) at 8 points of 0 <= u <= 1, whose error is below
+    5e-9.
+    """
+    u = x * x
+    p = 2.2786476629097665e-3 - 3.523280937567492e-4 * u
+    p = -7.912485056356281e-3 + u * p
+    p = 2.146141015373372e-2 + u * p
+    p = -5.386970672436877e-2 + u * p
+    p = 1.3332139305170107e-1 + u * p
+    p = -3.3333277378133375e-1 + u * p
+    p = 9.999999956422981e-1 + u * p
+    return x * p
 
 
 @triton.jit
-def scaled(product, columns, bias_ptr, vocabulary, scale, HAS_BIAS: tl.constexpr):
+def softcapped(z, cap):
+    """cap * tanh(z / cap). Beyond \\|z\\| = cap through exp, which cancels near 0; there by a polynomial."""
+    x = z / cap
+    return cap * tl.where(tl.abs(x) <= 1, tanh_near_zero(x), 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@triton.jit
+def softcapped_tile(z, cap):
+    """``softcapped`` of a whole tile. Few tiles hold a logit beyond the cap; the other ones need no exponential."""
+    x = z * (1 / cap)
+    if tl.max(tl.max(tl.abs(x), 1), 0) <= 1:
+        shown = cap * tanh_near_zero(x)
+    else:
+        shown = softcapped(z, cap)
+    return shown
+
+
+@triton.jit
+def scaled(product, columns, bias_ptr, vocabulary, scale, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
     """Adds bias and scale to a product: raw logits [BM, BN], as ``Unembedding.bias_and_scale``."""
     if HAS_BIAS:
         product += tl.load(bias_ptr + tl.minimum(columns, vocabulary - 1)).to(tl.float32)[None, :]
-    return product * scale
+    if HAS_SCALE:
+        product = product * scale
+    return product
 
 
 @triton.jit
 def start(
     vocabulary,
+    cap,
     BM: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,  # power of 2 that is at least A
     K: tl.constexpr,
     PLACES: tl.constexpr,  # power of 2 that is at least K
 ):
     """The state before the first tile."""
     peak = tl.full([BM], -INFINITY, tl.float32)
+    if CAP == SMALL_CAP:
+        peak = tl.zeros([BM], tl.float32) + cap
     total = tl.zeros([BM], tl.float32)
     moment = tl.zeros([BM], tl.float32)
     above = tl.zeros([BM, LOOKUPS], tl.int32)
@@ -78,53 +124,74 @@ def fold(
     rows,  # [BM] row indices, int64, inside R
     state,
     lookups,
-    vocabulary,  # V
+    end,  # the first token id that is not to be read: V, or less
     cap,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """The state after one more tile."""
-    inside = columns < vocabulary
+    """The state after one more tile, and the largest raw logit of the tile [BM]."""
+    inside = (columns < end)[None, :]
+    ragged = tl.max(columns, 0) >= end  # the tile reaches past the end, as only the last one does
+    if ragged:
+        z = tl.where(inside, z, -INFINITY)
     above = state.above
     for a in range(lookups.count):
         threshold = tl.load(lookups.thresholds + rows * lookups.count + a)
         token = tl.load(lookups.tokens + rows * lookups.count + a).to(tl.int32)
-        larger = (z > threshold[:, None]) & (columns[None, :] != token[:, None]) & inside[None, :]
+        larger = (z > threshold[:, None]) & (columns[None, :] != token[:, None])
         count = tl.sum(larger.to(tl.int32), 1)
         above += tl.where(tl.arange(0, LOOKUPS)[None, :] == a, count[:, None], 0)
 
+    largest = tl.max(z, 1)
     shown = z
-    if HAS_CAP:
-        shown = softcapped(z, cap)
-    shown = tl.where(inside[None, :], shown, -INFINITY)
-    highest = tl.maximum(state.peak, tl.max(shown, 1))
-    shift = tl.where(highest == -INFINITY, 0.0, highest)  # keeps the sums at zero while all logits of a row are -inf
-    seen = state.peak != -INFINITY
-    move = tl.where(seen, state.peak - shift, 0.0)
-    rescale = tl.where(seen, tl.exp(move), 0.0)
-    shown = shown - shift[:, None]
+    if CAP != NO_CAP:
+        shown = softcapped_tile(z, cap)
+        if ragged:
+            shown = tl.where(inside, shown, -INFINITY)
+    peak = state.peak
+    total = state.total
+    moment = state.moment
+    if CAP == SMALL_CAP:
+        shown = shown - cap
+    else:
+        peak = tl.maximum(peak, largest if CAP == NO_CAP else tl.max(shown, 1))
+        shift = tl.where(peak == -INFINITY, 0.0, peak)  # keeps the sums at zero while all logits of a row are -inf
+        seen = state.peak != -INFINITY
+        move = tl.where(seen, state.peak - shift, 0.0)
+        rescale = tl.where(seen, tl.exp(move), 0.0)
+        moment = rescale * (moment + move * total)
+        total = rescale * total
+        shown = shown - shift[:, None]
+    shown = tl.maximum(shown, NEGLIGIBLE, propagate_nan=tl.PropagateNan.ALL)  # no 0 * -inf below
     weights = tl.exp(shown)
-    moment = rescale * (state.moment + move * state.total) + tl.sum(weights * tl.where(weights > 0, shown, 0.0), 1)
-    total = rescale * state.total + tl.sum(weights, 1)
+    moment += tl.sum(weights * shown, 1)
+    total += tl.sum(weights, 1)
 
     top = state.top
     top_ids = state.top_ids
     if K > 0:
-        left = tl.where(inside[None, :], tl.maximum(z, LOWEST), -INFINITY)
+        top, top_ids = keep_largest(z, columns, inside, top, top_ids)
+    return State(peak, total, moment, above, top, top_ids), largest
+
+
+@triton.jit
+def keep_largest(z, columns, inside, top, top_ids):
+    """Puts the tile's logits among the k largest so far. Ids rise from tile to tile, so a later token takes a place
+    only with a strictly larger logit."""
+    left = tl.where(inside, tl.maximum(z, LOWEST), -INFINITY)
+    best = tl.max(left, 1)
+    worst = tl.min(top, 1)
+    while tl.max((best > worst).to(tl.int32), 0) > 0:
+        winner = tl.min(tl.where(left == best[:, None], columns[None, :], NO_ID), 1)
+        out = tl.max(tl.where(top == worst[:, None], top_ids, -1), 1)
+        place = (top_ids == out[:, None]) & (best > worst)[:, None]
+        top = tl.where(place, best[:, None], top)
+        top_ids = tl.where(place, winner[:, None], top_ids)
+        left = tl.where(columns[None, :] == winner[:, None], -INFINITY, left)
         best = tl.max(left, 1)
         worst = tl.min(top, 1)
-        # ids rise from tile to tile, so a later token takes a place only with a strictly larger logit
-        while tl.max((best > worst).to(tl.int32), 0) > 0:
-            winner = tl.min(tl.where(left == best[:, None], columns[None, :], NO_ID), 1)
-            out = tl.max(tl.where(top == worst[:, None], top_ids, -1), 1)
-            place = (top_ids == out[:, None]) & (best > worst)[:, None]
-            top = tl.where(place, best[:, None], top)
-            top_ids = tl.where(place, winner[:, None], top_ids)
-            left = tl.where(columns[None, :] == winner[:, None], -INFINITY, left)
-            best = tl.max(left, 1)
-            worst = tl.min(top, 1)
-    return State(highest, total, moment, above, top, top_ids)
+    return top, top_ids
 
 
 @triton.jit

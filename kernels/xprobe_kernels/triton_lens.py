@@ -7,6 +7,7 @@ order (triton_rows.py), without locks or atomics, so a repeated run gives the sa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,10 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xprobe_kernels import divergence, triton_top
 from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
 from xprobe_kernels.request import LensRequest
-from xprobe_kernels.triton_fold import Lookups, fold, scaled, start, store
-from xprobe_kernels.triton_rows import Partials, Prepared, dense, finish, prepare
+from xprobe_kernels.triton_fold import Lookups, cap_kind, fold, scaled, start, store
+from xprobe_kernels.triton_rows import (
+    Partials,
+    Prepared,
+    dense,
+    merge,
+    operand_dtype,
+    prepare,
+    unchanged,
+)
+
+MEMORY_SHARE = 1 / 600  # of the logits in fp32
+SMALLEST_BLOCK = 1024  # rows: fewer would not keep a card busy
 
 
 @triton.jit
@@ -67,27 +80,32 @@ def fold_tile(
     scale,
     cap,
     HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
     K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """Reads a tile. HALVES == 2: the left half of its columns, then the right one, with half of the registers."""
+    """The state after a tile, and the largest logit of the tile [BM].
+
+    HALVES == 2: reads the left half of the columns, then the right one, with half of the registers.
+    """
     columns = tile * BN + tl.arange(0, BN // HALVES)
     if HALVES == 2:
         z, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-    z = scaled(z, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-    state = fold(z, columns, rows, state, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K)
+    z = scaled(z, columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
+    state, largest = fold(z, columns, rows, state, lookups, vocabulary, cap, CAP, LOOKUPS, K)
     if HALVES == 2:
         columns += BN // 2
-        z = scaled(right, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-        state = fold(z, columns, rows, state, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K)
-    return state
+        z = scaled(right, columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
+        state, second = fold(z, columns, rows, state, lookups, vocabulary, cap, CAP, LOOKUPS, K)
+        largest = tl.maximum(largest, second)
+    return state, largest
 
 
-@triton.jit(do_not_specialize=["count", "splits", "group"])
+@triton.jit(do_not_specialize=["count", "splits", "group", "maxima"])
 def lens_kernel(
     normed,  # [R, D], contiguous: a pointer, or a descriptor of [BM, BK] blocks
     weight,  # [V, D], rows weight_stride apart: a pointer, or a descriptor of [BN, BK] blocks
@@ -99,6 +117,8 @@ def lens_kernel(
     above_ptr,  # [S, R, A]
     top_ptr,
     top_ids_ptr,  # [S, R, K]
+    maxima_ptr,  # [R, tiles]
+    maxima,  # whether the largest logit of each tile is written: 0 or 1, so that it compiles to the same code
     count,  # R
     vocabulary,  # V
     width,  # D
@@ -108,9 +128,10 @@ def lens_kernel(
     scale,
     cap,
     HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
-    K: tl.constexpr,
+    K: tl.constexpr,  # how many of the largest logits the programs carry along
     PLACES: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,  # BK divides D
@@ -135,7 +156,9 @@ def lens_kernel(
     offsets = row_tile * BM + tl.arange(0, BM)
     rows = tl.minimum(offsets, count - 1).to(tl.int64)
     lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
-    state = start(vocabulary, BM, LOOKUPS, K, PLACES)
+    state = start(vocabulary, cap, BM, CAP, LOOKUPS, K, PLACES)
+    kept = (offsets < count) & (maxima > 0)
+    maxima_of_rows = maxima_ptr + rows * tiles
     if FLAT:  # one loop over tiles and steps: loads of the next tile run while this one is folded
         steps = tl.cdiv(width, BK)
         z = tl.zeros([BM, BN], tl.float32)
@@ -148,10 +171,11 @@ def lens_kernel(
             )  # fmt: skip
             z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
             if column + BK >= width:
-                state = fold_tile(
+                state, largest = fold_tile(
                     z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
-                    HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
+                    HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, BM, BN, HALVES,
                 )  # fmt: skip
+                tl.store(maxima_of_rows + tile, largest, mask=kept)
                 z = tl.zeros([BM, BN], tl.float32)
     else:
         for tile in range(first, last):
@@ -162,10 +186,11 @@ def lens_kernel(
                     EVEN, BM, BN, BK, DESCRIPTORS,
                 )  # fmt: skip
                 z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
-            state = fold_tile(
+            state, largest = fold_tile(
                 z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
-                HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
+                HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, BM, BN, HALVES,
             )  # fmt: skip
+            tl.store(maxima_of_rows + tile, largest, mask=kept)
     store(
         state, offsets.to(tl.int64), count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K,
         PLACES,
@@ -173,44 +198,95 @@ def lens_kernel(
 
 
 def readout(request: LensRequest, config: Config | None = None, splits: int | None = None) -> dict[str, Any]:
-    """The fields of ``Readout``. Tuning passes ``config`` and ``splits``; without them the launch is chosen."""
+    """The fields of ``Readout``. Tuning passes ``config`` and ``splits``; without them the launch is chosen.
+
+    Many rows are read in blocks, where all of them at once would take more memory than ``MEMORY_SHARE``.
+    """
     request = dense(request)
+    config = config or configuration(request)
+    block = max(1, rows_per_block(request, config))
+    starts = range(0, max(request.rows, 1), block)
+    parts = [_read(request.of_rows(slice(start, start + block)), config, splits) for start in starts]
+    fields = parts[0]
+    if len(parts) > 1:
+        fields = {name: None if value is None else torch.cat([part[name] for part in parts])
+                  for name, value in fields.items()}  # fmt: skip
+    kl = None
+    if request.final_rows is not None:
+        prepared = prepare(request)
+        kl = divergence.kl(request, prepared.normed, prepared.finite.bool(), fields["logsumexp"])
+    return fields | {"kl": kl}
+
+
+def _read(request: LensRequest, config: Config, splits: int | None) -> dict[str, Any]:
+    """The fields of ``Readout`` for one block of rows."""
     prepared = prepare(request)
-    return finish(request, prepared, launch(request, prepared, config, splits))
+    partials = launch(request, prepared, config, splits)
+    if request.top_k and request.rows and not config.carries_top:
+        top, top_ids = triton_top.largest(request, prepared, partials.maxima, config)
+        partials = replace(partials, top=top, top_ids=top_ids)
+    return merge(request, prepared, partials)
 
 
-def launch(
-    request: LensRequest, prepared: Prepared, config: Config | None = None, splits: int | None = None
-) -> Partials:
+def configuration(request: LensRequest) -> Config:
+    """The launch configuration for a ``dense`` request."""
+    hidden, head, rows = request.hidden, request.head, request.rows
+    dtype = operand_dtype(hidden, head)
+    config = choose(device_limits(hidden.device)[0], dtype, rows)
+    aligned = _describable(hidden) if unchanged(request) else head.width * dtype.itemsize % 16 == 0
+    if config.descriptors and not (aligned and _describable(head.weight) and head.weight.dtype == dtype):
+        return PLAIN.for_rows(rows)
+    return config
+
+
+def rows_per_block(request: LensRequest, config: Config) -> int:
+    """How many rows are read at a time.
+
+    All of them, if what a call needs beside its inputs and results takes at most ``MEMORY_SHARE`` of the logits' size;
+    otherwise about as many as keep to it. Such a block occupies all processors once.
+    """
+    vocabulary, width, rows = request.head.vocab_size, request.head.width, request.rows
+    each = 0 if unchanged(request) else width * operand_dtype(request.hidden, request.head).itemsize
+    if request.top_k and not config.carries_top:
+        tiles = triton.cdiv(vocabulary, config.block_n)
+        each += 4 * tiles + 8 * request.top_k * min(request.top_k, tiles)
+    allowed = int(rows * 4 * vocabulary * MEMORY_SHARE)
+    block = max(allowed // max(each, 1), SMALLEST_BLOCK)
+    if block >= rows:
+        return rows
+    slots = device_limits(request.hidden.device)[1] * config.resident
+    row_tiles = max(block // config.block_m, 1)
+    row_tiles = row_tiles // slots * slots if row_tiles >= slots else slots // triton.cdiv(slots, row_tiles)
+    return row_tiles * config.block_m
+
+
+def launch(request: LensRequest, prepared: Prepared, config: Config, splits: int | None = None) -> Partials:
     """Runs the pass over the prepared rows of a ``dense`` request."""
     head, lookup, normed = request.head, request.lookup, prepared.normed
     weight, (rows, width) = head.weight, normed.shape
     architecture, processors = device_limits(normed.device)
-    describable = _describable(normed) and _describable(weight) and normed.dtype == weight.dtype
-    if config is None:
-        config = choose(architecture, normed.dtype, rows)
-        if config.descriptors and not describable:
-            config = PLAIN.for_rows(rows)
     row_tiles, tiles = triton.cdiv(rows, config.block_m), triton.cdiv(head.vocab_size, config.block_n)
     slots = processors * config.resident
     if splits is None:
         row_bytes = config.block_m * width * normed.itemsize
         splits = choose_splits(row_tiles, tiles, slots, row_bytes, limits_of(architecture).level2)
-    partials = Partials.empty(splits, request)
+    carried = request.top_k if config.carries_top else 0
+    maxima = tiles if request.top_k and not carried else 0
+    partials = Partials.empty(splits, request, carried, maxima)
     if not rows:
         return partials
     operands: tuple[Any, Any] = (normed, weight)
-    described = config.descriptors and describable
+    described = config.descriptors and all(map(_describable, operands)) and normed.dtype == weight.dtype
     if described:
         operands = _descriptors(normed, weight, config)
     lens_kernel[(row_tiles * splits,)](
         *operands, weight.stride(0), head.bias, lookup, prepared.thresholds,
-        partials.sums, partials.above, partials.top, partials.top_ids,
+        partials.sums, partials.above, partials.top, partials.top_ids, partials.maxima, int(maxima > 0),
         rows, head.vocab_size, width, request.lookups, splits,
         max(1, min(slots // splits, row_tiles)), float(head.scale), float(head.softcap or 0.0),
-        HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
-        LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=request.top_k,
-        PLACES=triton.next_power_of_2(max(request.top_k, 1)),
+        HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, CAP=cap_kind(head.softcap),
+        LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=carried,
+        PLACES=triton.next_power_of_2(max(carried, 1)),
         PRECISION=request.precision if normed.dtype == torch.float32 else "ieee",
         EVEN=width % config.block_k == 0,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, HALVES=config.halves,

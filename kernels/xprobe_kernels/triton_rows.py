@@ -112,16 +112,17 @@ def prepare_kernel(
         tl.store(logits_ptr + r * lookups + a, tl.where(known, z, float("nan")))
 
 
-@triton.jit(do_not_specialize=["splits", "count"])
+@triton.jit(do_not_specialize=["splits", "lists", "count"])
 def merge_kernel(
     sums_ptr,  # [S, 3, R]
     above_ptr,  # [S, R, A] int32
     top_ptr,
-    top_ids_ptr,  # [S, R, K]
+    top_ids_ptr,  # [lists, R, K]
     tokens_ptr,  # [R, A]
     finite_ptr,  # [R] int8
     cap,
     splits,  # S
+    lists,  # of candidates for the K largest logits
     count,  # R
     lookups,  # A
     logsumexp_ptr,
@@ -132,7 +133,7 @@ def merge_kernel(
     HAS_CAP: tl.constexpr,
     K: tl.constexpr,
     BS: tl.constexpr,  # power of 2 that is at least S
-    BC: tl.constexpr,  # power of 2 that is at least S * K
+    BC: tl.constexpr,  # power of 2 that is at least lists * K
 ):
     """Merges the splits of one row in fixed order. A row that is not finite gives NaN, rank 0 and id -1."""
     r = tl.program_id(0).to(tl.int64)
@@ -161,7 +162,7 @@ def merge_kernel(
 
     if K > 0:
         c = tl.arange(0, BC).to(tl.int64)
-        held = c < splits * K
+        held = c < lists * K
         place = ((c // K) * count + r) * K + c % K
         values = tl.load(top_ptr + place, mask=held, other=-INFINITY)
         ids = tl.load(top_ids_ptr + place, mask=held, other=NO_ID)
@@ -192,12 +193,13 @@ class Partials:
 
     sums: Tensor  # [S, 3, R]: maximum, sum, moment
     above: Tensor  # [S, R, A] int32
-    top: Tensor  # [S, R, K]
-    top_ids: Tensor  # [S, R, K] int32
+    top: Tensor  # [lists, R, K]: candidates for the K largest logits, in one list for each split, or from triton_top.py
+    top_ids: Tensor  # [lists, R, K] int32
+    maxima: Tensor  # [R, tiles]: the largest logit of each tile; without tiles if nobody needs it
 
     @staticmethod
-    def empty(splits: int, request: LensRequest) -> Partials:
-        rows, lookups, top_k = request.rows, request.lookups, request.top_k
+    def empty(splits: int, request: LensRequest, top_k: int, tiles: int = 0) -> Partials:
+        rows, lookups = request.rows, request.lookups
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=request.hidden.device)
@@ -207,12 +209,20 @@ class Partials:
             new(splits, rows, lookups, dtype=torch.int32),
             new(splits, rows, top_k),
             new(splits, rows, top_k, dtype=torch.int32),
+            new(rows, tiles),
         )
 
 
 def operand_dtype(hidden: Tensor, head: Unembedding) -> torch.dtype:
     """The dtype of the product's operands: the wider one of rows and weight."""
     return torch.promote_types(hidden.dtype, head.weight.dtype)
+
+
+def unchanged(request: LensRequest) -> bool:
+    """Whether the pass takes the rows as they are: they need neither norm nor cast."""
+    hidden, head = request.hidden, request.head
+    plain = head.norm == "none" and head.gamma is None and head.beta is None
+    return plain and hidden.dtype == operand_dtype(hidden, head) and hidden.is_contiguous()
 
 
 def dense(request: LensRequest) -> LensRequest:
@@ -239,11 +249,9 @@ def prepare(request: LensRequest) -> Prepared:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
-    dtype = operand_dtype(hidden, head)
-    plain = head.norm == "none" and head.gamma is None and head.beta is None
-    unchanged = plain and hidden.dtype == dtype and hidden.is_contiguous()
+    as_they_are = unchanged(request)
     prepared = Prepared(
-        normed=hidden if unchanged else new(rows, width, dtype=dtype),
+        normed=hidden if as_they_are else new(rows, width, dtype=operand_dtype(hidden, head)),
         finite=new(rows, dtype=torch.int8),
         logits=new(*lookup.shape),
         thresholds=new(*lookup.shape),
@@ -256,7 +264,7 @@ def prepare(request: LensRequest) -> Prepared:
             lookup, lookup.shape[1], prepared.normed, prepared.finite, prepared.logits, prepared.thresholds,
             width, head.vocab_size,
             NORM=NORMS[head.norm], GAMMA=head.gamma is not None, BETA=head.beta is not None,
-            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, STORE=not unchanged, BD=block,
+            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, STORE=not as_they_are, BD=block,
             num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return prepared
@@ -265,7 +273,7 @@ def prepare(request: LensRequest) -> Prepared:
 def merge(request: LensRequest, prepared: Prepared, partials: Partials) -> dict[str, Any]:
     """The fields of ``Readout`` except ``kl``."""
     rows, lookup, top_k, device = request.rows, request.lookup, request.top_k, request.lookup.device
-    splits = len(partials.sums)
+    splits, lists = len(partials.sums), len(partials.top)
     logsumexp, entropy = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
     rank = torch.empty_like(lookup)
     top = torch.empty(rows, top_k, dtype=torch.float32, device=device)
@@ -273,11 +281,11 @@ def merge(request: LensRequest, prepared: Prepared, partials: Partials) -> dict[
     if rows:
         # rounded up, because Triton compiles the kernel anew for each size
         places = max(triton.next_power_of_2(splits), 64)
-        candidates = places * triton.next_power_of_2(top_k) if top_k else 1
+        candidates = max(triton.next_power_of_2(lists), 64) * triton.next_power_of_2(top_k) if top_k else 1
         merge_kernel[(rows,)](
             partials.sums, partials.above, partials.top, partials.top_ids, lookup, prepared.finite,
             float(request.head.softcap or 0.0),
-            splits, rows, request.lookups, logsumexp, entropy, rank, top, top_ids,
+            splits, lists, rows, request.lookups, logsumexp, entropy, rank, top, top_ids,
             HAS_CAP=request.head.softcap is not None, K=top_k, BS=places, BC=candidates,
             num_warps=min(max(candidates // 256, 1), 8),
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from xprobe_kernels.precision import matmul_precision, product
 from xprobe_kernels.request import LensRequest
-from xprobe_kernels.triton_fold import Lookups, fold, scaled, start, store
+from xprobe_kernels.triton_fold import Lookups, cap_kind, fold, scaled, start, store
 from xprobe_kernels.triton_rows import Partials, dense, finish, prepare
 
 
@@ -39,7 +39,8 @@ def row_kernel(
     scale,
     cap,
     HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
     K: tl.constexpr,
     PLACES: tl.constexpr,
@@ -49,14 +50,14 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     rows = (first_row + row + tl.arange(0, 1)).to(tl.int64)
     lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
-    state = start(vocabulary, 1, LOOKUPS, K, PLACES)
+    state = start(vocabulary, cap, 1, CAP, LOOKUPS, K, PLACES)
     end = first_token + tokens
     for offset in range(0, tokens, BN):
         columns = first_token + offset + tl.arange(0, BN)
         inside = columns < end
         z = tl.load(products_ptr + row * stride + offset + tl.arange(0, BN), mask=inside, other=0.0)
-        z = scaled(z[None, :], columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-        state = fold(z, columns, rows, state, lookups_of_rows, end, cap, HAS_CAP, LOOKUPS, K)
+        z = scaled(z[None, :], columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
+        state, _ = fold(z, columns, rows, state, lookups_of_rows, end, cap, CAP, LOOKUPS, K)
     store(state, rows, count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES)
 
 
@@ -72,7 +73,7 @@ def readout(request: LensRequest) -> dict[str, Any]:
     padded = -(-columns // 16) * 16
     step = max(1, min(rows, (request.workspace_bytes - converted * columns) // (4 * padded)))
     parts = triton.cdiv(head.vocab_size, columns)
-    partials = Partials.empty(parts, request)
+    partials = Partials.empty(parts, request, request.top_k)
     logits = torch.empty(step * padded, dtype=torch.float32, device=request.hidden.device)
     with matmul_precision(request.precision):
         for part in range(parts):
@@ -86,7 +87,7 @@ def readout(request: LensRequest) -> dict[str, Any]:
                     partials.sums, partials.above, partials.top, partials.top_ids,
                     first_row, rows, first, end - first, head.vocab_size, part, request.lookups,
                     float(head.scale), float(head.softcap or 0.0),
-                    HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
+                    HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, CAP=cap_kind(head.softcap),
                     LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=request.top_k,
                     PLACES=triton.next_power_of_2(max(request.top_k, 1)),
                     BN=min(triton.next_power_of_2(end - first), 4096),
