@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,18 @@ def lens_variant(
     lookups: int = 1,
     bias: bool = False,
     cap: int = 0,
+    kl: int = 0,
     tf32: bool = False,
     even: bool = True,
 ) -> Variant:
     """The fused pass. ``top_k``: logits that the programs carry along; ``bias``: with bias and scale; ``cap``: see
-    ``cap_kind``."""
+    ``cap_kind``; ``kl``: 1 for a pass over final rows, 2 for one over rows that are compared with them."""
     block = f"{config.block_m}x{config.block_n}x{config.block_k}"
     flags = [name for name in ("descriptors", "flat") if getattr(config, name)]
-    flags += ["halves"] if config.halves == 2 else []
+    flags += [{2: "halves", 4: "quarters"}[config.parts]] if config.parts > 1 else []
     flags += ["bias"] if bias else []
     flags += [["", "soft-cap", "large soft-cap"][cap]] if cap else []
+    flags += [["", "keep", "compare"][kl]] if kl else []
     flags += [f"top {top_k}"] if top_k else []
     flags += ["tf32"] if tf32 else []
     flags += [] if even else ["any width"]
@@ -97,18 +99,20 @@ def lens_variant(
     types = {
         "normed": rows, "weight": weight, "weight_stride": "i64:16", "bias_ptr": f"*{dtype}", "tokens_ptr": "*i64",
         "thresholds_ptr": "*fp32", "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
-        "maxima_ptr": "*fp32", "maxima": "i32", "count": "i32", "vocabulary": "i32", "width": "i32:16", "splits": "i32", "group": "i32",
-        "scale": "fp32", "cap": "fp32",
+        "maxima_ptr": "*fp32", "maxima": "i32",
+        "weights_ptr": "*fp32", "peaks_ptr": "*fp32", "masses_ptr": "*fp32", "final_of_ptr": "*i64",
+        "final_logsumexp_ptr": "*fp32", "count": "i32", "vocabulary": "i32", "width": "i32:16", "splits": "i32",
+        "group": "i32", "scale": "fp32", "cap": "fp32",
     }  # fmt: skip
     if not even:
         types |= {"width": "i32", "weight_stride": "i64"}
     constants: dict[str, Any] = {"lookups": 1} if lookups == 1 else {}  # Triton compiles an argument of 1 in
     types |= {} if lookups == 1 else {"lookups": "i32"}
     constants |= {
-        "HAS_BIAS": bias, "HAS_SCALE": bias, "CAP": cap, "LOOKUPS": lookups, "K": top_k,
+        "HAS_BIAS": bias, "HAS_SCALE": bias, "CAP": cap, "LOOKUPS": lookups, "K": top_k, "KL": kl,
         "PLACES": 1 << (max(top_k, 1) - 1).bit_length(), "PRECISION": "tf32" if tf32 else "ieee",
         "EVEN": even,
-        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "HALVES": config.halves,
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "PARTS": config.parts,
         "DESCRIPTORS": config.descriptors, "FLAT": config.flat,
     }  # fmt: skip
     return Variant("lens_kernel", label, types, constants, config.warps, config.stages)
@@ -148,10 +152,10 @@ def small_variants() -> Iterator[Variant]:
         {
             "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32", "tokens_ptr": "*i64",
             "finite_ptr": "*i8", "cap": "fp32", "splits": "i32", "lists": "i32", "count": "i32", "lookups": "i32",
-            "logsumexp_ptr": "*fp32", "entropy_ptr": "*fp32", "rank_ptr": "*i64", "out_ptr": "*fp32",
-            "out_ids_ptr": "*i64",
+            "logsumexp_ptr": "*fp32", "entropy_ptr": "*fp32", "cross_ptr": "*fp32", "rank_ptr": "*i64",
+            "out_ptr": "*fp32", "out_ids_ptr": "*i64",
         },
-        {"HAS_CAP": True, "K": 5, "BS": 512, "BC": 2048}, 8,
+        {"HAS_CAP": True, "COMPARED": True, "K": 5, "BS": 512, "BC": 2048}, 8,
     )  # fmt: skip
     yield Variant(
         "select_kernel", "top 5 of 1024 tiles",
@@ -166,7 +170,8 @@ def small_variants() -> Iterator[Variant]:
             "count": "i32", "first_token": "i32", "tokens": "i32", "vocabulary": "i32", "scale": "fp32",
             "cap": "fp32",
         },
-        {"part": 1, "lookups": 1, "HAS_BIAS": True, "HAS_SCALE": True, "CAP": 1, "LOOKUPS": 1, "K": 5, "PLACES": 8, "BN": 4096}, 8,
+        {"part": 1, "lookups": 1, "HAS_BIAS": True, "HAS_SCALE": True, "CAP": 1, "LOOKUPS": 1, "K": 5, "PLACES": 8,
+         "BN": 4096}, 8,
     )  # fmt: skip
 
     yield Variant(
@@ -209,6 +214,11 @@ def variants(target: str, every: bool = False) -> Iterator[Variant]:
             if dtype == "bf16":
                 yield lens_variant(config, dtype, bias=True, lookups=4)
                 yield lens_variant(config, dtype, cap=1)
+                yield lens_variant(config, dtype, kl=1)
+                yield lens_variant(config, dtype, kl=2)
+                yield lens_variant(replace(config, parts=4), dtype, kl=2)
+                yield lens_variant(replace(config, parts=2), dtype, kl=2)
+                yield lens_variant(replace(config, parts=2), dtype, kl=1)
                 yield tiles_variant(config, dtype)
             if dtype == "fp32":
                 yield lens_variant(config, dtype, tf32=True)

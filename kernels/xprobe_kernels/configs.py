@@ -46,7 +46,7 @@ class Config:
     warps: int
     stages: int  # software pipelining depth
     resident: int = 1  # programs that share a multiprocessor
-    halves: int = 1  # 2: the tile is read in two halves of its columns
+    parts: int = 1  # 2 or 4: a tile is read in halves or quarters of its columns, with fewer registers
     descriptors: bool = False  # loads through tensor descriptors (TMA on Hopper and later)
     flat: bool = False  # one loop over tiles and steps, so that loads are pipelined across tiles
     carries_top: bool = False  # carries the k largest logits along; otherwise triton_top.py finds them afterwards
@@ -85,9 +85,9 @@ CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
     # reasoned, not measured: smaller tiles would need more bandwidth than the second-level cache has (docs/kernels.md)
     ("sm_90", 2): (
         Config(128, 256, 64, 8, 3, descriptors=True),
-        Config(128, 256, 64, 8, 4, halves=2, descriptors=True),
+        Config(128, 256, 64, 8, 4, parts=2, descriptors=True),
     ),
-    ("sm_100", 2): (Config(128, 128, 64, 8, 4, halves=2), Config(128, 64, 128, 8, 3)),
+    ("sm_100", 2): (Config(128, 128, 64, 8, 4, parts=2), Config(128, 64, 128, 8, 3)),
     ("gfx942", 2): (Config(128, 64, 64, 8, 2), Config(64, 64, 64, 4, 2)),
     ("sm_80", 4): (Config(64, 64, 32, 8, 3), Config(32, 64, 32, 4, 3)),
     ("sm_90", 4): (Config(64, 64, 32, 8, 3), Config(32, 64, 32, 4, 3)),
@@ -162,7 +162,7 @@ def choose_splits(row_tiles: int, tiles: int, slots: int, row_tile_bytes: int = 
 def candidates(architecture: str, itemsize: int) -> list[Config]:
     """All configurations worth measuring on ``architecture``: the combinations that fit."""
     limits = limits_of(architecture)
-    shapes = [  # block_m, block_n, warps, resident, halves
+    shapes = [  # block_m, block_n, warps, resident, parts
         (128, 128, 8, 1, 1), (128, 128, 4, 1, 1), (128, 256, 8, 1, 1), (128, 256, 8, 1, 2), (256, 128, 8, 1, 1),
         (256, 128, 8, 1, 2), (64, 256, 4, 1, 1), (64, 256, 8, 1, 1), (64, 128, 4, 2, 1), (128, 64, 4, 2, 1),
         (128, 64, 8, 1, 1), (64, 64, 4, 2, 1),
@@ -172,9 +172,9 @@ def candidates(architecture: str, itemsize: int) -> list[Config]:
         options = [{"descriptors": True}, {"descriptors": True, "flat": True}, *options]
     configs = []
     for loading in options:
-        for m, n, warps, resident, halves in shapes:
+        for m, n, warps, resident, parts in shapes:
             for block_k, stages in ((64, 4), (64, 3), (32, 4), (128, 3), (128, 2)):
-                config = Config(m, n, block_k, warps, stages, resident, halves, **loading)
+                config = Config(m, n, block_k, warps, stages, resident, parts, **loading)
                 if config.fits(limits, itemsize):
                     configs.append(config)
     return configs

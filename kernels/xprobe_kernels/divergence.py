@@ -11,12 +11,48 @@ direct sum but not here. It stays within the rounding error of one logit in each
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from xprobe_kernels.precision import matmul_precision, product
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.transfer import upload
+
+
+class Group(NamedTuple):
+    """Some final rows, and the rows that are compared with them; rows by their index, in main memory."""
+
+    finals: Tensor  # [P]
+    alone: Tensor  # [P] bool: final rows that are compared with no other row
+    others: Tensor  # [N]
+    final_of: Tensor  # [N]: place of their final row in ``finals``
+
+
+def groups(final_rows: Tensor, most: int) -> list[Group]:
+    """Splits rows into groups of at most ``most`` final rows each. ``final_rows`` [R] is in main memory.
+
+    Each row is in ``others``, or in ``finals`` and alone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> (group,) = groups(torch.tensor([2, 2, 2]), 8)
+    >>> group.finals.tolist(), group.others.tolist(), group.final_of.tolist()
+    ([2], [0, 1], [0, 0])
+    """
+    finals, final_of = torch.unique(final_rows, return_inverse=True)
+    others = (final_rows != torch.arange(len(final_rows))).nonzero()[:, 0]
+    alone = final_rows[finals] == finals
+    if len(finals) <= most:
+        return [Group(finals, alone, others, final_of[others])]
+    found = []
+    for start in range(0, len(finals), most):
+        own = others[(final_of[others] >= start) & (final_of[others] < start + most)]
+        part = slice(start, start + most)
+        found.append(Group(finals[part], alone[part], own, final_of[own] - start))
+    return found
 
 
 def kl(
@@ -53,6 +89,7 @@ def _expected_logits(
     fp32_step = 256 if rows.device.type == "cpu" else 1024
     step = fp32_step if rows.dtype == torch.float32 else 16384
     step = max(1, min(step, workspace_bytes // (4 * (4 * max(len(finals), 1) + head.width))))
+    step = step // 64 * 64 or step  # products of unaligned operands are slow on a GPU
     for start in range(0, head.vocab_size, step):
         tokens = slice(start, start + step)
         weight = head.weight[tokens].to(rows.dtype)

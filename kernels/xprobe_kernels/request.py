@@ -36,6 +36,6 @@ class LensRequest:
         """A."""
         return self.lookup.shape[1]
 
-    def of_rows(self, part: slice) -> LensRequest:
-        """The same request for some of the rows, without KL, for which the rows need each other."""
+    def of_rows(self, part: slice | Tensor) -> LensRequest:
+        """The same request for some of the rows, by slice or index, without KL, for which rows need each other."""
         return replace(self, hidden=self.hidden[part], lookup=self.lookup[part], final_rows=None)

@@ -4,6 +4,10 @@
 of tokens above the threshold of each looked-up token. All sums are relative to m, so an offset common to all logits
 costs no digits. A soft-cap bounds the logits, so m is then the cap itself and needs no search.
 
+KL(final layer || row) needs the softmax weights of the final row beside the logits of the row. The pass over the final
+rows keeps its weights (``KEEP``), and the pass over the other rows multiplies its logits by them (``COMPARE``). That is
+one more multiplication for each logit and no second product. Only the final rows have weights in memory.
+
 The k largest logits are carried along by passes over few rows only (``keep_largest``). A pass over many rows writes the
 largest logit of each tile, and triton_top.py finds the k largest afterwards.
 """
@@ -16,9 +20,9 @@ import triton.language as tl
 INFINITY = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # replaces the -inf of a real token; -inf marks an empty place
 NO_ID = tl.constexpr(2147483647)
-NEGLIGIBLE = tl.constexpr(-1000.0)  # e^-1000 is 0 in fp32
 BOUNDED_CAP = 40.0  # up to this soft-cap, e^(z - cap) is a normal fp32 number for every capped logit z
 NO_CAP, SMALL_CAP, LARGE_CAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NO_KL, KEEP, COMPARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def cap_kind(cap: float | None) -> int:
@@ -37,6 +41,8 @@ class State(NamedTuple):
     above: Any  # [BM, LOOKUPS] int32: tokens above the threshold of each looked-up token
     top: Any  # [BM, PLACES] the largest logits before the soft-cap, in no order
     top_ids: Any  # [BM, PLACES] int32: their tokens
+    mass: Any  # [BM] sum of p over the tokens so far, where p is the distribution of the final row
+    expected: Any  # [BM] sum of p * (z-m) over the tokens so far
 
 
 class Lookups(NamedTuple):
@@ -45,6 +51,22 @@ class Lookups(NamedTuple):
     tokens: Any  # pointer to [R, A] int64
     thresholds: Any  # pointer to [R, A] fp32 (ties.py)
     count: Any  # A
+
+
+class Finals(NamedTuple):
+    """The P final rows, of which the pass keeps the softmax weights or reads them.
+
+    A part is what ``fold`` reads at a time: a tile, or the half or quarter of one.
+    """
+
+    weights: Any  # pointer to [P, columns]: e^(z-m), where m is the running maximum at that part
+    columns: Any  # width of all tiles together
+    peaks: Any  # pointer to [P, parts]: m
+    masses: Any  # pointer to [P, parts]: sum of the part's weights
+    parts: Any  # number of parts
+    rows: Any  # [BM] int64: which of the P rows to write or read
+    logsumexp: Any  # [BM] of these rows, where they are read
+    valid: Any  # [BM] whether the program's rows are inside R
 
 
 @triton.jit
@@ -76,7 +98,7 @@ def softcapped(z, cap):
 def softcapped_tile(z, cap):
     """``softcapped`` of a whole tile. Few tiles hold a logit beyond the cap; the other ones need no exponential."""
     x = z * (1 / cap)
-    if tl.max(tl.max(tl.abs(x), 1), 0) <= 1:
+    if tl.max(tl.max(tl.abs(x), 1), 0) <= 1:  # noqa: SIM108, Triton takes both branches of an expression
         shown = cap * tanh_near_zero(x)
     else:
         shown = softcapped(z, cap)
@@ -114,7 +136,8 @@ def start(
     # places past K hold +inf, so that nothing ever replaces them; each place has its own id
     top = tl.zeros([BM, PLACES], tl.float32) + tl.where(places < K, -INFINITY, INFINITY)[None, :]
     top_ids = tl.zeros([BM, PLACES], tl.int32) + (vocabulary + places)[None, :]
-    return State(peak, total, moment, above, top, top_ids)
+    zeros = tl.zeros([BM], tl.float32)
+    return State(peak, total, moment, above, top, top_ids, zeros, zeros)
 
 
 @triton.jit
@@ -124,11 +147,14 @@ def fold(
     rows,  # [BM] row indices, int64, inside R
     state,
     lookups,
+    finals,
+    part,  # index of these columns among all parts
     end,  # the first token id that is not to be read: V, or less
     cap,
     CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
     K: tl.constexpr,
+    KL: tl.constexpr,
 ):
     """The state after one more tile, and the largest raw logit of the tile [BM]."""
     inside = (columns < end)[None, :]
@@ -152,6 +178,8 @@ def fold(
     peak = state.peak
     total = state.total
     moment = state.moment
+    expected = state.expected
+    mass = state.mass
     if CAP == SMALL_CAP:
         shown = shown - cap
     else:
@@ -162,17 +190,29 @@ def fold(
         rescale = tl.where(seen, tl.exp(move), 0.0)
         moment = rescale * (moment + move * total)
         total = rescale * total
+        expected += move * mass
         shown = shown - shift[:, None]
-    shown = tl.maximum(shown, NEGLIGIBLE, propagate_nan=tl.PropagateNan.ALL)  # no 0 * -inf below
+    shown = tl.maximum(shown, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # no 0 * -inf below
     weights = tl.exp(shown)
+    here = tl.sum(weights, 1)
     moment += tl.sum(weights * shown, 1)
-    total += tl.sum(weights, 1)
+    total += here
+    if KL == KEEP:
+        places = finals.weights + finals.rows[:, None] * finals.columns + columns[None, :]
+        tl.store(places, weights, mask=finals.valid[:, None])
+        tl.store(finals.peaks + finals.rows * finals.parts + part, peak, mask=finals.valid)
+        tl.store(finals.masses + finals.rows * finals.parts + part, here, mask=finals.valid)
+    if KL == COMPARE:
+        weights = tl.load(finals.weights + finals.rows[:, None] * finals.columns + columns[None, :])
+        factor = tl.exp(tl.load(finals.peaks + finals.rows * finals.parts + part) - finals.logsumexp)
+        expected += factor * tl.sum(weights * shown, 1)
+        mass += factor * tl.load(finals.masses + finals.rows * finals.parts + part)
 
     top = state.top
     top_ids = state.top_ids
     if K > 0:
         top, top_ids = keep_largest(z, columns, inside, top, top_ids)
-    return State(peak, total, moment, above, top, top_ids), largest
+    return State(peak, total, moment, above, top, top_ids, mass, expected), largest
 
 
 @triton.jit
@@ -201,7 +241,7 @@ def store(
     count,  # R
     part,  # index of this split of the vocabulary
     lookups,  # A
-    sums_ptr,  # [S, 3, R]
+    sums_ptr,  # [S, 5, R]
     above_ptr,  # [S, R, A]
     top_ptr,
     top_ids_ptr,  # [S, R, K]
@@ -212,10 +252,12 @@ def store(
     """Writes the state of one split."""
     valid = rows < count
     part = tl.cast(part, tl.int64)  # Triton compiles an argument of 1 in as a plain number
-    base = sums_ptr + part * 3 * count + rows
+    base = sums_ptr + part * 5 * count + rows
     tl.store(base, state.peak, mask=valid)
     tl.store(base + count, state.total, mask=valid)
     tl.store(base + 2 * count, state.moment, mask=valid)
+    tl.store(base + 3 * count, state.mass, mask=valid)
+    tl.store(base + 4 * count, state.expected, mask=valid)
     index = part * count + rows
     a = tl.arange(0, LOOKUPS)
     mask = valid[:, None] & (a < lookups)[None, :]

@@ -7,7 +7,6 @@ order (triton_rows.py), without locks or atomics, so a repeated run gives the sa
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,22 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xprobe_kernels import divergence, triton_top
 from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
 from xprobe_kernels.request import LensRequest
-from xprobe_kernels.triton_fold import Lookups, cap_kind, fold, scaled, start, store
-from xprobe_kernels.triton_rows import (
-    Partials,
-    Prepared,
-    dense,
-    merge,
-    operand_dtype,
-    prepare,
-    unchanged,
+from xprobe_kernels.triton_fold import (
+    COMPARE,
+    INFINITY,
+    KEEP,
+    NO_KL,
+    Finals,
+    Lookups,
+    cap_kind,
+    fold,
+    scaled,
+    start,
+    store,
 )
-
-MEMORY_SHARE = 1 / 600  # of the logits in fp32
-SMALLEST_BLOCK = 1024  # rows: fewer would not keep a card busy
+from xprobe_kernels.triton_rows import Kept, Partials, Prepared, operand_dtype, unchanged
 
 
 @triton.jit
@@ -69,12 +68,19 @@ def operands(
 
 
 @triton.jit
+def halved(z):
+    """The left and the right half of the columns of [BM, BN]."""
+    return z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def fold_tile(
     z,  # [BM, BN] product
     tile,
     rows,
     state,
     lookups,
+    finals,
     bias_ptr,
     vocabulary,
     scale,
@@ -84,24 +90,33 @@ def fold_tile(
     CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
     K: tl.constexpr,
+    KL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    HALVES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """The state after a tile, and the largest logit of the tile [BM].
 
-    HALVES == 2: reads the left half of the columns, then the right one, with half of the registers.
+    PARTS == 2 or 4: reads halves or quarters of the columns one after the other, with fewer registers.
     """
-    columns = tile * BN + tl.arange(0, BN // HALVES)
-    if HALVES == 2:
-        z, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-    z = scaled(z, columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
-    state, largest = fold(z, columns, rows, state, lookups, vocabulary, cap, CAP, LOOKUPS, K)
-    if HALVES == 2:
-        columns += BN // 2
-        z = scaled(right, columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
-        state, second = fold(z, columns, rows, state, lookups, vocabulary, cap, CAP, LOOKUPS, K)
-        largest = tl.maximum(largest, second)
+    columns = tile * BN + tl.arange(0, BN // PARTS)
+    if PARTS == 1:
+        pieces = (z,)
+    elif PARTS == 2:
+        pieces = halved(z)
+    else:
+        left, right = halved(z)
+        first, second = halved(left)
+        third, fourth = halved(right)
+        pieces = (first, second, third, fourth)
+    largest = tl.full([BM], -INFINITY, tl.float32)
+    for i in tl.static_range(PARTS):
+        part = scaled(pieces[i], columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
+        state, top = fold(
+            part, columns, rows, state, lookups, finals, tile * PARTS + i, vocabulary, cap, CAP, LOOKUPS, K, KL
+        )
+        largest = tl.maximum(largest, top)
+        columns += BN // PARTS
     return state, largest
 
 
@@ -119,6 +134,11 @@ def lens_kernel(
     top_ids_ptr,  # [S, R, K]
     maxima_ptr,  # [R, tiles]
     maxima,  # whether the largest logit of each tile is written: 0 or 1, so that it compiles to the same code
+    weights_ptr,  # [P, columns]: see Finals
+    peaks_ptr,
+    masses_ptr,  # [P, parts]
+    final_of_ptr,  # [R] int64: the final row of each row
+    final_logsumexp_ptr,  # [P]
     count,  # R
     vocabulary,  # V
     width,  # D
@@ -133,12 +153,13 @@ def lens_kernel(
     LOOKUPS: tl.constexpr,
     K: tl.constexpr,  # how many of the largest logits the programs carry along
     PLACES: tl.constexpr,
+    KL: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,  # BK divides D
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    HALVES: tl.constexpr,
+    PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FLAT: tl.constexpr,
 ):
@@ -157,6 +178,17 @@ def lens_kernel(
     rows = tl.minimum(offsets, count - 1).to(tl.int64)
     lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
     state = start(vocabulary, cap, BM, CAP, LOOKUPS, K, PLACES)
+    finals_of_rows = Finals(weights_ptr, 0, peaks_ptr, masses_ptr, 0, rows, 0.0, rows)
+    if KL != NO_KL:
+        final = rows
+        logsumexp = tl.zeros([BM], tl.float32)
+        if KL == COMPARE:
+            final = tl.load(final_of_ptr + rows)
+            logsumexp = tl.load(final_logsumexp_ptr + final)
+        finals_of_rows = Finals(
+            weights_ptr, (tiles * BN).to(tl.int64), peaks_ptr, masses_ptr, tiles * PARTS, final, logsumexp,
+            offsets < count,
+        )
     kept = (offsets < count) & (maxima > 0)
     maxima_of_rows = maxima_ptr + rows * tiles
     if FLAT:  # one loop over tiles and steps: loads of the next tile run while this one is folded
@@ -172,8 +204,8 @@ def lens_kernel(
             z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
             if column + BK >= width:
                 state, largest = fold_tile(
-                    z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
-                    HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, BM, BN, HALVES,
+                    z, tile, rows, state, lookups_of_rows, finals_of_rows, bias_ptr, vocabulary, scale, cap,
+                    HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, KL, BM, BN, PARTS,
                 )  # fmt: skip
                 tl.store(maxima_of_rows + tile, largest, mask=kept)
                 z = tl.zeros([BM, BN], tl.float32)
@@ -187,45 +219,14 @@ def lens_kernel(
                 )  # fmt: skip
                 z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
             state, largest = fold_tile(
-                z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
-                HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, BM, BN, HALVES,
+                z, tile, rows, state, lookups_of_rows, finals_of_rows, bias_ptr, vocabulary, scale, cap,
+                HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, KL, BM, BN, PARTS,
             )  # fmt: skip
             tl.store(maxima_of_rows + tile, largest, mask=kept)
     store(
         state, offsets.to(tl.int64), count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K,
         PLACES,
     )  # fmt: skip
-
-
-def readout(request: LensRequest, config: Config | None = None, splits: int | None = None) -> dict[str, Any]:
-    """The fields of ``Readout``. Tuning passes ``config`` and ``splits``; without them the launch is chosen.
-
-    Many rows are read in blocks, where all of them at once would take more memory than ``MEMORY_SHARE``.
-    """
-    request = dense(request)
-    config = config or configuration(request)
-    block = max(1, rows_per_block(request, config))
-    starts = range(0, max(request.rows, 1), block)
-    parts = [_read(request.of_rows(slice(start, start + block)), config, splits) for start in starts]
-    fields = parts[0]
-    if len(parts) > 1:
-        fields = {name: None if value is None else torch.cat([part[name] for part in parts])
-                  for name, value in fields.items()}  # fmt: skip
-    kl = None
-    if request.final_rows is not None:
-        prepared = prepare(request)
-        kl = divergence.kl(request, prepared.normed, prepared.finite.bool(), fields["logsumexp"])
-    return fields | {"kl": kl}
-
-
-def _read(request: LensRequest, config: Config, splits: int | None) -> dict[str, Any]:
-    """The fields of ``Readout`` for one block of rows."""
-    prepared = prepare(request)
-    partials = launch(request, prepared, config, splits)
-    if request.top_k and request.rows and not config.carries_top:
-        top, top_ids = triton_top.largest(request, prepared, partials.maxima, config)
-        partials = replace(partials, top=top, top_ids=top_ids)
-    return merge(request, prepared, partials)
 
 
 def configuration(request: LensRequest) -> Config:
@@ -239,29 +240,15 @@ def configuration(request: LensRequest) -> Config:
     return config
 
 
-def rows_per_block(request: LensRequest, config: Config) -> int:
-    """How many rows are read at a time.
+def launch(
+    request: LensRequest, prepared: Prepared, config: Config, splits: int | None = None,
+    kept: Kept | None = None, final_of: Tensor | None = None,
+) -> Partials:  # fmt: skip
+    """Runs the pass over the prepared rows of a ``dense`` request.
 
-    All of them, if what a call needs beside its inputs and results takes at most ``MEMORY_SHARE`` of the logits' size;
-    otherwise about as many as keep to it. Such a block occupies all processors once.
+    With ``kept``, the rows are final ones, whose weights it keeps; with ``final_of`` [R] too, they are compared with
+    what it holds.
     """
-    vocabulary, width, rows = request.head.vocab_size, request.head.width, request.rows
-    each = 0 if unchanged(request) else width * operand_dtype(request.hidden, request.head).itemsize
-    if request.top_k and not config.carries_top:
-        tiles = triton.cdiv(vocabulary, config.block_n)
-        each += 4 * tiles + 8 * request.top_k * min(request.top_k, tiles)
-    allowed = int(rows * 4 * vocabulary * MEMORY_SHARE)
-    block = max(allowed // max(each, 1), SMALLEST_BLOCK)
-    if block >= rows:
-        return rows
-    slots = device_limits(request.hidden.device)[1] * config.resident
-    row_tiles = max(block // config.block_m, 1)
-    row_tiles = row_tiles // slots * slots if row_tiles >= slots else slots // triton.cdiv(slots, row_tiles)
-    return row_tiles * config.block_m
-
-
-def launch(request: LensRequest, prepared: Prepared, config: Config, splits: int | None = None) -> Partials:
-    """Runs the pass over the prepared rows of a ``dense`` request."""
     head, lookup, normed = request.head, request.lookup, prepared.normed
     weight, (rows, width) = head.weight, normed.shape
     architecture, processors = device_limits(normed.device)
@@ -282,14 +269,17 @@ def launch(request: LensRequest, prepared: Prepared, config: Config, splits: int
     lens_kernel[(row_tiles * splits,)](
         *operands, weight.stride(0), head.bias, lookup, prepared.thresholds,
         partials.sums, partials.above, partials.top, partials.top_ids, partials.maxima, int(maxima > 0),
+        *((None,) * 3 if kept is None else (kept.weights, kept.peaks, kept.masses)),
+        final_of, None if final_of is None or kept is None else kept.logsumexp,
         rows, head.vocab_size, width, request.lookups, splits,
         max(1, min(slots // splits, row_tiles)), float(head.scale), float(head.softcap or 0.0),
         HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, CAP=cap_kind(head.softcap),
         LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=carried,
         PLACES=triton.next_power_of_2(max(carried, 1)),
+        KL=(NO_KL if kept is None else KEEP if final_of is None else COMPARE).value,
         PRECISION=request.precision if normed.dtype == torch.float32 else "ieee",
         EVEN=width % config.block_k == 0,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k, HALVES=config.halves,
+        BM=config.block_m, BN=config.block_n, BK=config.block_k, PARTS=config.parts,
         DESCRIPTORS=described, FLAT=config.flat,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

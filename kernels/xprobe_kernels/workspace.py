@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from xprobe_kernels import divergence
 from xprobe_kernels.precision import matmul_precision, product
 from xprobe_kernels.request import LensRequest
-from xprobe_kernels.triton_fold import Lookups, cap_kind, fold, scaled, start, store
-from xprobe_kernels.triton_rows import Partials, dense, finish, prepare
+from xprobe_kernels.triton_fold import NO_KL, Lookups, cap_kind, fold, scaled, start, store
+from xprobe_kernels.triton_rows import Partials, dense, merge, prepare
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def row_kernel(
         inside = columns < end
         z = tl.load(products_ptr + row * stride + offset + tl.arange(0, BN), mask=inside, other=0.0)
         z = scaled(z[None, :], columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
-        state, _ = fold(z, columns, rows, state, lookups_of_rows, end, cap, CAP, LOOKUPS, K)
+        state, _ = fold(z, columns, rows, state, lookups_of_rows, 0, 0, end, cap, CAP, LOOKUPS, K, NO_KL)
     store(state, rows, count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K, PLACES)
 
 
@@ -93,4 +94,8 @@ def readout(request: LensRequest) -> dict[str, Any]:
                     BN=min(triton.next_power_of_2(end - first), 4096),
                     num_warps=8,
                 )  # fmt: skip
-    return finish(request, prepared, partials)
+    fields, _ = merge(request, prepared, partials)
+    kl = None
+    if request.final_rows is not None:
+        kl = divergence.kl(request, prepared.normed, prepared.finite.bool(), fields["logsumexp"])
+    return fields | {"kl": kl}

@@ -60,7 +60,7 @@ for dtype, width, vocabulary, lookups, options in (
     head = Unembedding(torch.randn(vocabulary, width).to(dtype), **options)
     for rows in (1, 37):
         hidden, lookup = torch.randn(rows, width).to(dtype), torch.zeros(rows, lookups, dtype=torch.int64)
-        triton_lens.readout(LensRequest(hidden, head, lookup, top_k=5))
+        triton_readout.readout(LensRequest(hidden, head, lookup, top_k=5))
         workspace.readout(LensRequest(hidden, head, lookup, workspace_bytes=1 << 20))
     hidden, spans = torch.randn(2, 9, width).to(dtype), torch.tensor([[0, 1, 2], [1, 2, 7]])
     triton_capture.capture_rows(hidden, spans, torch.empty(2, width, dtype=dtype), head)

@@ -15,7 +15,7 @@ from xprobe_kernels import Readout, Unembedding, capture, lens
 
 pytest.importorskip("triton")
 
-from xprobe_kernels import configs, triton_lens, triton_rows
+from xprobe_kernels import configs, triton_lens, triton_readout, triton_rows
 from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, Config, choose, choose_splits
 from xprobe_kernels.request import LensRequest
 
@@ -37,7 +37,7 @@ def launched(case: Case, config: Config, splits: int | None, precision: str = "i
     request = LensRequest(
         there.hidden, there.head, there.lookup, case.top_k, there.final_rows, precision, workspace_bytes=1 << 20
     )
-    fields = triton_lens.readout(request, config, splits)
+    fields = triton_readout.readout(request, config, splits)
     here: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in fields.items()}
     return Readout(**here, backend="triton", precision=precision)
 
@@ -64,12 +64,12 @@ def test_any_number_of_parts_merges_to_the_same_readout(splits) -> None:
     "config",
     [
         SMALL,
-        replace(SMALL, halves=2),
+        replace(SMALL, parts=2),
         replace(SMALL, block_m=64, block_n=128, block_k=64),
         replace(SMALL, descriptors=True),
-        replace(SMALL, descriptors=True, halves=2, block_n=128),
+        replace(SMALL, descriptors=True, parts=2, block_n=128),
         replace(SMALL, flat=True),
-        replace(SMALL, flat=True, descriptors=True, halves=2),
+        replace(SMALL, flat=True, descriptors=True, parts=2),
     ],
     ids=str,
 )
