@@ -38,7 +38,7 @@ from tune import (
     trials_for,
     write,
 )
-from xprobe_kernels import triton_lens, workspace
+from xprobe_kernels import triton_lens, triton_readout, workspace
 from xprobe_kernels.bench import baselines
 from xprobe_kernels.bench.accuracy import truth
 from xprobe_kernels.bench.environment import environment

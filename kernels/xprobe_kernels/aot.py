@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +213,9 @@ def variants(target: str, every: bool = False) -> Iterator[Variant]:
             yield lens_variant(config, dtype)
             if dtype == "bf16":
                 yield lens_variant(config, dtype, bias=True, lookups=4)
-                yield lens_variant(config, dtype, cap=1)
-                yield lens_variant(config, dtype, kl=1)
-                yield lens_variant(config, dtype, kl=2)
-                yield lens_variant(replace(config, parts=4), dtype, kl=2)
-                yield lens_variant(replace(config, parts=2), dtype, kl=2)
-                yield lens_variant(replace(config, parts=2), dtype, kl=1)
+                yield lens_variant(config.for_work(capped=True, compared=False), dtype, cap=1)
+                for kl in (1, 2):
+                    yield lens_variant(config.for_work(capped=False, compared=True), dtype, kl=kl)
                 yield tiles_variant(config, dtype)
             if dtype == "fp32":
                 yield lens_variant(config, dtype, tf32=True)

@@ -77,6 +77,12 @@ class Config:
             block //= 2
         return self if block == self.block_m else replace(self, block_m=block, warps=min(self.warps, 4))
 
+    def for_work(self, *, capped: bool, compared: bool) -> Config:
+        """The configuration with smaller parts of a tile, where a soft-cap or KL needs the registers."""
+        if self.accumulators() <= 64:
+            return self
+        return replace(self, parts=max(self.parts, 4 if compared else 2 if capped else 1))
+
 
 # (architecture, bytes per operand) -> (many rows, few rows). fp32 at "ieee" runs without matrix units.
 MANY, FEW = 0, 1

@@ -64,7 +64,7 @@ class Finals(NamedTuple):
     peaks: Any  # pointer to [P, parts]: m
     masses: Any  # pointer to [P, parts]: sum of the part's weights
     parts: Any  # number of parts
-    rows: Any  # [BM] int64: which of the P rows to write or read
+    rows: Any  # [BM] int32: which of the P rows to write or read; P * columns is below 2^31
     logsumexp: Any  # [BM] of these rows, where they are read
     valid: Any  # [BM] whether the program's rows are inside R
 
@@ -198,12 +198,12 @@ def fold(
     moment += tl.sum(weights * shown, 1)
     total += here
     if KL == KEEP:
-        places = finals.weights + finals.rows[:, None] * finals.columns + columns[None, :]
-        tl.store(places, weights, mask=finals.valid[:, None])
+        places = (finals.rows * finals.columns)[:, None] + columns[None, :]
+        tl.store(finals.weights + places, weights, mask=finals.valid[:, None])
         tl.store(finals.peaks + finals.rows * finals.parts + part, peak, mask=finals.valid)
         tl.store(finals.masses + finals.rows * finals.parts + part, here, mask=finals.valid)
     if KL == COMPARE:
-        weights = tl.load(finals.weights + finals.rows[:, None] * finals.columns + columns[None, :])
+        weights = tl.load(finals.weights + (finals.rows * finals.columns)[:, None] + columns[None, :])
         factor = tl.exp(tl.load(finals.peaks + finals.rows * finals.parts + part) - finals.logsumexp)
         expected += factor * tl.sum(weights * shown, 1)
         mass += factor * tl.load(finals.masses + finals.rows * finals.parts + part)

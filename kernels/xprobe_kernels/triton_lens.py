@@ -7,6 +7,7 @@ order (triton_rows.py), without locks or atomics, so a repeated run gives the sa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -180,13 +181,19 @@ def lens_kernel(
     state = start(vocabulary, cap, BM, CAP, LOOKUPS, K, PLACES)
     finals_of_rows = Finals(weights_ptr, 0, peaks_ptr, masses_ptr, 0, rows, 0.0, rows)
     if KL != NO_KL:
-        final = rows
+        final = rows.to(tl.int32)
         logsumexp = tl.zeros([BM], tl.float32)
         if KL == COMPARE:
-            final = tl.load(final_of_ptr + rows)
+            final = tl.load(final_of_ptr + rows).to(tl.int32)
             logsumexp = tl.load(final_logsumexp_ptr + final)
         finals_of_rows = Finals(
-            weights_ptr, (tiles * BN).to(tl.int64), peaks_ptr, masses_ptr, tiles * PARTS, final, logsumexp,
+            weights_ptr,
+            tiles * BN,
+            peaks_ptr,
+            masses_ptr,
+            tiles * PARTS,
+            final,
+            logsumexp,
             offsets < count,
         )
     kept = (offsets < count) & (maxima > 0)
@@ -236,8 +243,8 @@ def configuration(request: LensRequest) -> Config:
     config = choose(device_limits(hidden.device)[0], dtype, rows)
     aligned = _describable(hidden) if unchanged(request) else head.width * dtype.itemsize % 16 == 0
     if config.descriptors and not (aligned and _describable(head.weight) and head.weight.dtype == dtype):
-        return PLAIN.for_rows(rows)
-    return config
+        config = replace(PLAIN.for_rows(rows), carries_top=config.carries_top)
+    return config.for_work(capped=head.softcap is not None, compared=request.final_rows is not None)
 
 
 def launch(

@@ -31,7 +31,7 @@ def readout(request: LensRequest, config: Config | None = None, splits: int | No
     if request.final_rows is None:
         return _cat(_blocks(request, range(request.rows), config, splits)) | {"kl": None}
     columns = triton.cdiv(request.head.vocab_size, config.block_n) * config.block_n
-    most = max(1, request.workspace_bytes // (4 * columns))
+    most = max(1, min(request.workspace_bytes // 4, 2**31 - 1) // columns)
     parts, order = [], []
     for group in divergence.groups(request.final_rows.cpu(), most):
         kept = Kept.empty(len(group.finals), request.head, config)
