@@ -76,7 +76,7 @@ def lens_error(
     if config is None:
         found = vars(lens(gpu_hidden, gpu_head, gpu_lookup, **options))
     else:
-        from xprobe_kernels import triton_lens
+        from xprobe_kernels import triton_readout
 
         request = LensRequest(gpu_hidden, gpu_head, gpu_lookup, top_k, finals, workspace_bytes=MIB)
         found = triton_readout.readout(request, config, splits)

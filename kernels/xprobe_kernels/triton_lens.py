@@ -101,15 +101,12 @@ def fold_tile(
     PARTS == 2 or 4: reads halves or quarters of the columns one after the other, with fewer registers.
     """
     columns = tile * BN + tl.arange(0, BN // PARTS)
-    if PARTS == 1:
-        pieces = (z,)
-    elif PARTS == 2:
+    pieces = (z,)
+    if PARTS == 2:
         pieces = halved(z)
-    else:
+    if PARTS == 4:
         left, right = halved(z)
-        first, second = halved(left)
-        third, fourth = halved(right)
-        pieces = (first, second, third, fourth)
+        pieces = halved(left) + halved(right)
     largest = tl.full([BM], -INFINITY, tl.float32)
     for i in tl.static_range(PARTS):
         part = scaled(pieces[i], columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)

@@ -32,7 +32,7 @@ def readout(request: LensRequest, config: Config | None = None, splits: int | No
         return _cat(_blocks(request, range(request.rows), config, splits)) | {"kl": None}
     columns = triton.cdiv(request.head.vocab_size, config.block_n) * config.block_n
     most = max(1, min(request.workspace_bytes // 4, 2**31 - 1) // columns)
-    parts, order = [], []
+    parts, rows = [], []
     for group in divergence.groups(request.final_rows.cpu(), most):
         kept = Kept.empty(len(group.finals), request.head, config)
         fields, _ = _read(
@@ -45,9 +45,9 @@ def readout(request: LensRequest, config: Config | None = None, splits: int | No
         parts += _blocks(request, group.others, config, splits, kept, final_of)
         alone = _index(group.alone.nonzero()[:, 0], request)
         parts.append({name: None if value is None else value[alone] for name, value in fields.items()})
-        order += [group.others, group.finals[group.alone]]
+        rows += [group.others, group.finals[group.alone]]
     fields = _cat(parts)
-    order = torch.cat(order)
+    order = torch.cat(rows)
     if not torch.equal(order, torch.arange(len(order))):
         back = upload(order.argsort(), request.hidden.device)
         fields = {name: None if value is None else value[back] for name, value in fields.items()}

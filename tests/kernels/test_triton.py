@@ -146,7 +146,7 @@ def test_many_rows_are_read_in_blocks_and_give_the_same(monkeypatch) -> None:
 
 
 def test_the_largest_logits_of_one_tile_and_of_many_are_found() -> None:
-    """Rows whose k largest logits all lie in one tile, in k tiles, and with equal logits on both sides of a tile's end."""
+    """The k largest logits lie in one tile, in k tiles, or are equal on both sides of the end of a tile."""
     weight, bias = torch.zeros(640, 4), torch.zeros(640)
     weight[128:134, 0] = torch.arange(6, 0, -1.0)
     weight[torch.arange(6) * 100 + 30, 1] = torch.arange(1, 7.0)
