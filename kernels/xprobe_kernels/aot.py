@@ -166,12 +166,14 @@ def small_variants() -> Iterator[Variant]:
         {
             "products_ptr": "*fp32", "stride": "i32:16", "bias_ptr": "*bf16", "tokens_ptr": "*i64",
             "thresholds_ptr": "*fp32",
-            "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32", "first_row": "i32",
+            "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
+            "weights_ptr": "*fp32", "peaks_ptr": "*fp32", "masses_ptr": "*fp32", "final_of_ptr": "*i64",
+            "final_logsumexp_ptr": "*fp32", "first_row": "i32",
             "count": "i32", "first_token": "i32", "tokens": "i32", "vocabulary": "i32", "scale": "fp32",
             "cap": "fp32",
         },
         {"part": 1, "lookups": 1, "HAS_BIAS": True, "HAS_SCALE": True, "CAP": 1, "LOOKUPS": 1, "K": 5, "PLACES": 8,
-         "BN": 4096}, 8,
+         "KL": 2, "BN": 4096}, 8,
     )  # fmt: skip
 
     yield Variant(

@@ -32,6 +32,11 @@ def cap_kind(cap: float | None) -> int:
     return (SMALL_CAP if cap <= BOUNDED_CAP else LARGE_CAP).value
 
 
+def kl_kind(kept: Any, final_of: Any) -> int:
+    """What a pass does for KL: nothing, keep the weights of final rows, or compare rows with them."""
+    return (NO_KL if kept is None else KEEP if final_of is None else COMPARE).value
+
+
 class State(NamedTuple):
     """What a program carries from tile to tile for its BM rows."""
 
@@ -138,6 +143,19 @@ def start(
     top_ids = tl.zeros([BM, PLACES], tl.int32) + (vocabulary + places)[None, :]
     zeros = tl.zeros([BM], tl.float32)
     return State(peak, total, moment, above, top, top_ids, zeros, zeros)
+
+
+@triton.jit
+def finals_of(
+    rows, valid, weights_ptr, columns, peaks_ptr, masses_ptr, parts, final_of_ptr, logsumexp_ptr, KL: tl.constexpr
+):
+    """The final rows of a program's rows, where there is something to keep or to compare with."""
+    final = rows.to(tl.int32)
+    logsumexp = tl.zeros(rows.shape, tl.float32)
+    if KL == COMPARE:
+        final = tl.load(final_of_ptr + rows).to(tl.int32)
+        logsumexp = tl.load(logsumexp_ptr + final)
+    return Finals(weights_ptr, columns, peaks_ptr, masses_ptr, parts, final, logsumexp, valid)
 
 
 @triton.jit

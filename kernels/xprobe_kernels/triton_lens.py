@@ -19,14 +19,12 @@ from torch import Tensor
 from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_fold import (
-    COMPARE,
     INFINITY,
-    KEEP,
-    NO_KL,
-    Finals,
     Lookups,
     cap_kind,
+    finals_of,
     fold,
+    kl_kind,
     scaled,
     start,
     store,
@@ -176,23 +174,10 @@ def lens_kernel(
     rows = tl.minimum(offsets, count - 1).to(tl.int64)
     lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
     state = start(vocabulary, cap, BM, CAP, LOOKUPS, K, PLACES)
-    finals_of_rows = Finals(weights_ptr, 0, peaks_ptr, masses_ptr, 0, rows, 0.0, rows)
-    if KL != NO_KL:
-        final = rows.to(tl.int32)
-        logsumexp = tl.zeros([BM], tl.float32)
-        if KL == COMPARE:
-            final = tl.load(final_of_ptr + rows).to(tl.int32)
-            logsumexp = tl.load(final_logsumexp_ptr + final)
-        finals_of_rows = Finals(
-            weights_ptr,
-            tiles * BN,
-            peaks_ptr,
-            masses_ptr,
-            tiles * PARTS,
-            final,
-            logsumexp,
-            offsets < count,
-        )
+    finals_of_rows = finals_of(
+        rows, offsets < count, weights_ptr, tiles * BN, peaks_ptr, masses_ptr, tiles * PARTS,
+        final_of_ptr, final_logsumexp_ptr, KL,
+    )  # fmt: skip
     kept = (offsets < count) & (maxima > 0)
     maxima_of_rows = maxima_ptr + rows * tiles
     if FLAT:  # one loop over tiles and steps: loads of the next tile run while this one is folded
@@ -280,7 +265,7 @@ def launch(
         HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, CAP=cap_kind(head.softcap),
         LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=carried,
         PLACES=triton.next_power_of_2(max(carried, 1)),
-        KL=(NO_KL if kept is None else KEEP if final_of is None else COMPARE).value,
+        KL=kl_kind(kept, final_of),
         PRECISION=request.precision if normed.dtype == torch.float32 else "ieee",
         EVEN=width % config.block_k == 0,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, PARTS=config.parts,

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xprobe_kernels.configs import Config
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.ties import TIE_ROUNDINGS
 from xprobe_kernels.triton_fold import INFINITY, LOWEST, NO_ID, softcapped
@@ -231,14 +230,12 @@ class Kept:
     entropy: Tensor  # [P], likewise
 
     @staticmethod
-    def empty(finals: int, head: Unembedding, config: Config) -> Kept:
-        tiles = triton.cdiv(head.vocab_size, config.block_n)
-
+    def empty(finals: int, tiles: int, tile: int, parts: int, device: torch.device) -> Kept:
         def new(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=head.weight.device)
+            return torch.empty(shape, dtype=torch.float32, device=device)
 
-        parts = (finals, tiles * config.parts)
-        return Kept(new(finals, tiles * config.block_n), new(*parts), new(*parts), new(finals), new(finals))
+        each = (finals, tiles * parts)
+        return Kept(new(finals, tiles * tile), new(*each), new(*each), new(finals), new(finals))
 
 
 def operand_dtype(hidden: Tensor, head: Unembedding) -> torch.dtype:
