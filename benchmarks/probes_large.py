@@ -21,8 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from xprobe.config import PROBES
-from xprobe.probes.training import ProbeSettings, train
+from xprobe.config import DEFAULT_PROBES
+from xprobe.probes.settings import ProbeSettings
+from xprobe.probes.training import train
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.manifest import Manifest
 from xprobe.runs.provenance import environment
@@ -54,7 +55,8 @@ def write(path: Path, paragraphs: int, questions: int, layers: int, width: int) 
         states = torch.randn(len(own), layers, width, generator=generator) + direction[[q for q, _ in own]]
         states = states.bfloat16()
         folder.write_shard(f"en-x/en/p{p}", {"prompt_end": states, "question_mean": states.clone()}, {"examples": []})
-    return StoredStates(folder, pd.DataFrame(rows), layers, width)
+    correct = np.random.default_rng(0).random(len(rows)) < 0.3
+    return StoredStates(folder, pd.DataFrame(rows).assign(first_token_correct=correct), layers, width)
 
 
 def resident() -> int:
@@ -96,8 +98,7 @@ def main() -> None:
         started = time.perf_counter()
         encoding_signals(stored)
         encoded = time.perf_counter()
-        correct = np.random.default_rng(0).random(len(stored.frame)) < 0.3
-        train(stored, correct, tuple(PROBES), ProbeSettings(jobs=arguments.jobs))
+        train(stored, DEFAULT_PROBES, ProbeSettings(jobs=arguments.jobs))
         trained = time.perf_counter()
         over.set()
         watcher.join()

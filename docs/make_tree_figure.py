@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
-from xprobe.capture.tree import Tree, grow
+from xprobe.capture.tree import Tree, make_tree
 
 BEGINNING = ["Answer", "from", "the", "text.", "Einstein", "was", "born", "in", "Ulm."]
 QUESTIONS = [
@@ -29,7 +29,7 @@ INK, QUIET = "#222222", "#8a8a86"
 def main() -> None:
     words = [BEGINNING + question for question in QUESTIONS]
     ids = {word: number for number, word in enumerate(dict.fromkeys(w for prompt in words for w in prompt))}
-    tree = grow([[ids[word] for word in prompt] for prompt in words], node_cost=0)
+    tree = make_tree([[ids[word] for word in prompt] for prompt in words], node_cost=0)
     names = {number: word for word, number in ids.items()}
     plt.rcParams.update({"font.size": 9, "text.color": INK, "axes.edgecolor": QUIET})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), width_ratios=[1, 1.15], constrained_layout=True)
@@ -43,7 +43,7 @@ def draw_prompts(axes: Axes, words: list[list[str]], tree: Tree) -> None:
     seen: set[int] = set()
     for row, prompt in enumerate(words):
         for at, word in enumerate(prompt):
-            place = tree.place(row, at)
+            place = tree.index(row, at)
             run = place not in seen
             seen.add(place)
             color = ("#2f5d8a" if at >= len(BEGINNING) else "#d8893b") if run else "#ffffff"

@@ -8,8 +8,10 @@ from xprobe_kernels import lens
 from xprobe.models.anatomy import inspect, watch_states
 from xprobe.models.loading import load, resolve
 
+if len(sys.argv) > 2:
+    sys.exit("usage: python examples/lens_of_one_prompt.py [MODEL]")
 loaded = load(resolve(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"))
-anatomy = inspect(loaded.model)  # blocks, final norm and unembedding, found by watching the model run
+anatomy = inspect(loaded.model)  # finds the blocks, the final norm and the unembedding
 ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids.to(loaded.model.device)
 rows = []  # the hidden row [D] at the last token, before the final norm, of layers 0 to L
 with torch.no_grad(), watch_states(anatomy.blocks, lambda layer, hidden: rows.append(hidden[0, -1])):

@@ -1,4 +1,4 @@
-"""Trains a probe of one's own on the states that a run has stored: python examples/train_own_probe.py RUN
+"""Trains your own probe on the states of a run: python examples/train_own_probe.py RUN_FOLDER
 
 The probe predicts the number of tokens in a prompt from the state at the prompt's last token.
 """
@@ -15,10 +15,14 @@ import xprobe
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.states import StoredStates
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python examples/train_own_probe.py RUN_FOLDER")
 study = xprobe.load_study(sys.argv[1])
 examples = study.examples.reset_index(drop=True)
 stored = StoredStates.from_run(RunFolder.open(study.path), examples, study.manifest)
-folds = GroupKFold(min(5, examples["paragraph"].nunique()))  # no paragraph lies in training and test
+folds = GroupKFold(
+    min(5, examples["paragraph"].nunique())
+)  # a paragraph is in the training set or in the test set, never in both
 for layers, states in stored.layers("prompt_end", np.arange(len(examples))):  # [K, N, D], as many layers as fit
     for layer, rows in zip(layers, states, strict=True):
         probe = make_pipeline(StandardScaler(), Ridge(alpha=len(rows)))

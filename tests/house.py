@@ -1,34 +1,36 @@
-"""The rooms of xprobe/ and what imports what: ``python -m tests.house`` prints the table, and what breaks it."""
+"""The rooms of xprobe/ and their imports: ``python -m tests.house`` prints the table and its faults."""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "xprobe"
 
-# room -> rooms that it may import, from the top of the house to its ground
+# room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "study": ("stages", "results", "models", "probes", "runs", "events", "config", "errors"),
-    "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "errors"),
+    "study": ("stages", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
+    "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
     "stages": ("results", "lenses", "capture", "models", "qa", "probes", "phases", "runs", "events", "timing", "config",
                "errors"),
-    "results": ("phases", "runs", "config", "errors"),
+    "results": ("phases", "runs", "config", "arguments", "errors"),
     "doctor": ("models", "qa", "runs", "cache", "config", "errors"),
     "lenses": ("capture", "config", "errors"),
     "capture": ("models", "config", "errors"),
     "models": ("cache", "config", "errors"),
     "qa": ("cache", "config", "errors"),
-    "probes": ("phases", "timing", "config", "errors"),
+    "probes": ("phases", "timing", "config", "arguments", "errors"),
     "phases": ("timing", "config", "errors"),
     "runs": ("events", "timing", "config", "errors"),
     "events": (),
     "timing": (),
     "cache": (),
-    "config": ("errors",),
+    "config": ("arguments", "errors"),
+    "arguments": ("errors",),
     "errors": (),
 }  # fmt: skip
 
@@ -50,78 +52,152 @@ ABOUT = {
     "timing": "stopwatch",
     "cache": "where fetched data lies",
     "config": "`StudyConfig` (what) and `Execution` (how)",
+    "arguments": "checks of what callers pass",
     "errors": "every error that xprobe raises",
 }
 
-WITHOUT_TORCH = ("phases", "probes", "runs", "events", "config", "errors")  # at import time
+OUTSIDE = ("xprobe_cli", "benchmarks", "tests", "support", "examples", "docs")  # the library imports none of them
+WITHOUT_TORCH = ("phases", "probes", "runs", "events", "config", "arguments", "errors")  # at import time
 
 
-def rooms() -> dict[str, list[Path]]:
-    """Every room of the library with its files; ``xprobe/__init__.py`` is the door and no room."""
+@dataclass(frozen=True)
+class Package:
+    """An import package and the folder with its sources."""
+
+    name: str
+    folder: Path
+
+    def modules(self) -> dict[str, Path]:
+        """Full name of every module -> its file."""
+        return {
+            ".".join((self.name, *path.relative_to(self.folder).with_suffix("").parts)).removesuffix(".__init__"): path
+            for path in sorted(self.folder.rglob("*.py"))
+        }
+
+
+XPROBE = Package("xprobe", LIBRARY)
+
+
+def rooms(package: Package = XPROBE) -> dict[str, list[Path]]:
+    """Every room with its files. The package's own ``__init__.py`` is no room."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(LIBRARY.rglob("*.py")):
-        name = path.relative_to(LIBRARY).parts[0].removesuffix(".py")
-        if name != "__init__":
-            found.setdefault(name, []).append(path)
+    for name, path in package.modules().items():
+        if name != package.name:
+            found.setdefault(name.split(".")[1], []).append(path)
     return found
 
 
-def imported_modules(path: Path, *, at_import: bool = False) -> Iterator[str]:
-    """Full names of the modules that a file imports; ``at_import``: only those that importing it imports."""
+def imported_names(path: Path, module: str, *, at_import: bool = False) -> Iterator[str]:
+    """Full names of everything that a file imports, and of the attributes that it uses of imported modules.
+
+    ``module`` is the file's own full name, which relative imports start from. ``at_import``: only what is imported when
+    the file is imported.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in _statements(tree) if at_import else ast.walk(tree):
+    nodes = list(_statements(tree) if at_import else ast.walk(tree))
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    bound: dict[str, str] = {}  # name in the file -> full name of what it stands for
+    for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                yield alias.name
+                first = alias.name.split(".")[0]  # ``import a.b`` binds a, ``import a.b as c`` binds c to a.b
+                bound[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom):
+            origin = _origin(node, package)
+            for alias in node.names:
+                yield f"{origin}.{alias.name}"
+                bound[alias.asname or alias.name] = f"{origin}.{alias.name}"
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and (name := _dotted(node)):
+            first, _, rest = name.partition(".")
+            if first in bound:
+                yield f"{bound[first]}.{rest}"
+
+
+def _origin(node: ast.ImportFrom, package: str) -> str:
+    """The full name of the module that a ``from ... import`` names."""
+    if not node.level:
+        return node.module or ""
+    parents = package.split(".")
+    return ".".join([*parents[: len(parents) - node.level + 1], *([node.module] if node.module else [])])
+
+
+def _dotted(node: ast.expr) -> str | None:
+    """``a.b.c`` of an attribute that starts at a name, else None."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (owner := _dotted(node.value)):
+        return f"{owner}.{node.attr}"
+    return None
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
     """Statements that run when the module is imported: none of functions, none of ``if TYPE_CHECKING``."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from (inner for child in node.orelse for inner in (child, *_statements(child)))
             continue
         yield node
         yield from _statements(node)
 
 
-def imports_between_rooms() -> dict[str, set[str]]:
-    """Which rooms each room imports, wherever in its files."""
+def imports_between_rooms(package: Package = XPROBE) -> dict[str, set[str]]:
+    """Which rooms each room imports, wherever in its files.
+
+    A name of the package itself counts as the room that it comes from: ``xprobe.load_study`` as ``results``.
+    """
+    modules, names = package.modules(), {path: name for name, path in package.modules().items()}
+    homes: dict[str, str] = {}
+    if package.name in modules:
+        for full in imported_names(modules[package.name], package.name):
+            homes[full.rpartition(".")[2]] = full.removeprefix(f"{package.name}.").split(".")[0]
+    known = rooms(package)
     table: dict[str, set[str]] = {}
-    for room, paths in rooms().items():
-        names = {name for path in paths for name in imported_modules(path)}
-        inside = {name.split(".")[1] for name in names if name.startswith("xprobe.")}
-        table[room] = {name for name in inside if name in rooms()} - {room}
+    for room, paths in known.items():
+        full_names = {full for path in paths for full in imported_names(path, names[path])}
+        inside = {full.split(".")[1] for full in full_names if full.startswith(f"{package.name}.")}
+        table[room] = {homes.get(name, name) if name not in known else name for name in inside} & set(known) - {room}
     return table
 
 
-def module_imports(folder: Path, package: str) -> dict[str, set[str]]:
+def forbidden_imports(package: Package = XPROBE, forbidden: Collection[str] = OUTSIDE) -> list[str]:
+    """Imports of top-level packages that ``package`` must not know."""
+    return [
+        f"{module} imports {full}"
+        for module, path in package.modules().items()
+        for full in sorted(set(imported_names(path, module)))
+        if full.split(".")[0] in forbidden
+    ]
+
+
+def module_imports(package: Package) -> dict[str, set[str]]:
     """Which modules of a package each of its modules imports when it is imported."""
-    modules = {
-        ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
-        for path in sorted(folder.rglob("*.py"))
-    }
+    modules = package.modules()
     graph: dict[str, set[str]] = {}
-    for name, path in modules.items():
-        found = set()
-        for target in imported_modules(path, at_import=True):
-            known = target if target in modules else target.rpartition(".")[0]
-            if known in modules and known != name:
-                found.add(known)
-        graph[name] = found
+    for module, path in modules.items():
+        targets = {_module_of(full, modules) for full in imported_names(path, module, at_import=True)}
+        graph[module] = {target for target in targets if target is not None and target != module}
     return graph
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Circles of a graph, each once."""
+def _module_of(full: str, modules: Collection[str]) -> str | None:
+    """The module that a full name lies in: the longest beginning that is one."""
+    while full and full not in modules:
+        full = full.rpartition(".")[0]
+    return full or None
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Circles of a graph. Each ends where it begins: ``["a", "b", "a"]``."""
     found: list[list[str]] = []
     done: set[str] = set()
 
     def walk(node: str, path: list[str]) -> None:
         if node in path:
-            found.append(path[path.index(node) :])
+            found.append([*path[path.index(node) :], node])
             return
         if node in done:
             return
@@ -135,7 +211,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def faults(table: Mapping[str, set[str]], rules: Mapping[str, tuple[str, ...]] = MAY_IMPORT) -> list[str]:
-    """What of the imports in ``table`` breaks ``rules``, and what is wrong with the rules themselves, in words."""
+    """Imports in ``table`` that break ``rules``, and faults of the rules themselves, in words."""
     wrong = []
     for room, targets in table.items():
         if room not in rules:
@@ -158,7 +234,7 @@ def main() -> int:
     table = imports_between_rooms()
     for room in sorted(table, key=[*MAY_IMPORT, *table].index):
         print(f"{room:<10} {len(rooms()[room]):>3} files  imports {', '.join(sorted(table[room])) or 'nothing'}")
-    wrong = faults(table)
+    wrong = [*faults(table), *forbidden_imports()]
     print(f"\n{len(table)} rooms, {sum(map(len, table.values()))} arrows, {len(wrong)} faults")
     print("\n".join(wrong))
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""docs/architecture.md says what the code does: its rooms, its paths through the code, its picture."""
+"""docs/architecture.md matches the code: its rooms, its paths through the code, its picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def paths() -> dict[str, list[str]]:
     }
 
 
-def the_one_named(name: str) -> tuple[Any, Any]:
+def resolve(name: str) -> tuple[Any, Any]:
     """The module and the function or class of a dotted name."""
     module, _, attribute = name.rpartition(".")
     return import_module(module), getattr(import_module(module), attribute)
@@ -35,15 +35,15 @@ def the_one_named(name: str) -> tuple[Any, Any]:
 
 def mentions(name: str, following: str) -> bool:
     """Whether the source of ``name`` calls ``following``, as ``module.function`` or by a name that its module has."""
-    module, thing = the_one_named(name)
-    _, wanted = the_one_named(following)
+    module, thing = resolve(name)
+    _, wanted = resolve(following)
     home, short = following.split(".")[-2:]
     source = inspect.getsource(thing)
     own = getattr(module, short, None) is wanted and re.search(rf"(?<![\w.]){short}\(", source)
     return bool(own or f"{home}.{short}(" in source)
 
 
-def test_the_table_of_rooms_is_that_of_the_tests():
+def test_the_page_lists_the_rooms_of_the_import_table():
     section = PAGE.partition("## Rooms")[2].partition("\n![")[0]
     assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", section, re.MULTILINE)) == house.ABOUT
 
@@ -54,11 +54,11 @@ def test_a_path_leads_from_function_to_function_in_few_hops(heading):
     assert len(names) > 2
     for name, following in pairwise(names):
         assert mentions(name, following), f"{name} does not call {following}"
-    files = [inspect.getsourcefile(the_one_named(name)[1]) for name in names]
+    files = [inspect.getsourcefile(resolve(name)[1]) for name in names]
     assert len(dict.fromkeys(files)) - 1 <= HOPS
 
 
-def test_the_paths_lead_where_they_say():
+def test_the_paths_begin_and_end_at_the_documented_functions():
     ends = {names[0] for names in paths().values()}, {names[-1] for names in paths().values()}
     assert ends == (
         {"xprobe.study._compute_stages"},
@@ -70,12 +70,12 @@ def test_a_wrong_path_is_found():
     assert not mentions("xprobe.stages.phases.compute", "xprobe.phases.stability.layer_stability")
 
 
-def test_the_picture_shows_the_imports_of_today():
+def test_the_picture_shows_the_current_imports():
     image = pytest.importorskip("PIL.Image")
     from docs import make_house_figure
 
     with image.open(make_house_figure.PICTURE) as picture:
         drawn = picture.text["Description"]
     assert drawn == make_house_figure.description(make_house_figure.upper_imports()), (
-        "draw it anew: python docs/make_house_figure.py"
+        "draw it again: python docs/make_house_figure.py"
     )

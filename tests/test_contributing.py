@@ -18,14 +18,17 @@ COPIED = ("xprobe", "kernels", "cli", "tests", "pyproject.toml")
 
 # walk-through -> tests that must pass, beside those that it adds
 MORE_TESTS = {
-    "Add a probe": (),
+    "Add a probe": ("tests/xprobe/test_config.py", "tests/cli/test_probe.py"),
     "Add a stage": (),
     "Add a data reader": (),
     "Add a lens backend": ("tests/kernels/test_lens.py",),
     "Add a model family whose head is unusual": (),
 }
 # pytest -k, of the tests in all these files
-CHOSEN = "lengths or length_of_the_answer or tsv or exponential or (cpu-double and (norm or one))"
+CHOSEN = (
+    "lengths or length_of_the_answer or all_that_can_be or same_files or json_without_nan or help_lists or tsv or "
+    "exponential or (cpu-double and (norm or one))"
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The house rules that a test can see: what imports what, what is loaded when, how long a file may be."""
+"""Tests of the house rules: imports, what an import loads, length of files."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ SOURCES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(
 MOST_ROOMS = 18
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of everything that a file imports, at whatever depth."""
-    return {name.split(".")[0] for name in house.imported_modules(path)}
+def imported(package: str, path: Path) -> set[str]:
+    """Top-level names of everything that a file of a package imports, at whatever depth."""
+    modules = {file: module for module, file in house.Package(package, PACKAGES[package]).modules().items()}
+    return {name.split(".")[0] for name in house.imported_names(path, modules[path])}
 
 
 def run(code: str) -> str:
@@ -53,7 +54,7 @@ def test_the_library_has_few_rooms_and_each_is_described():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_circle_among_the_modules_of_a_package(package):
-    graph = house.module_imports(PACKAGES[package], package)
+    graph = house.module_imports(house.Package(package, PACKAGES[package]))
     assert any(graph.values())
     assert house.circles(graph) == []
 
@@ -86,7 +87,7 @@ def test_a_table_that_allows_an_import_upwards_is_a_fault():
 
 def test_a_circle_of_rooms_is_a_fault():
     found = house.faults({"top": {"middle"}, "middle": {"top"}, "ground": set()}, RULES)
-    assert found == ["middle imports top", "circle: middle -> top"]
+    assert found == ["middle imports top", "circle: middle -> top -> middle"]
 
 
 def test_rooms_without_a_row_and_rows_without_a_room_are_faults():
@@ -97,19 +98,36 @@ def test_rooms_without_a_row_and_rows_without_a_room_are_faults():
     ]
 
 
-def test_circles_are_found_beside_what_is_none():
+def test_circles_are_found_and_other_paths_are_not():
     assert house.circles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
-    assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"e"}, "e": {"d"}}) == [["b", "c"], ["d", "e"]]
+    assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"e"}, "e": {"d"}}) == [
+        ["b", "c", "b"],
+        ["d", "e", "d"],
+    ]
 
 
-def test_imports_of_modules_are_read_from_their_source(tmp_path):
-    (tmp_path / "part").mkdir()
-    (tmp_path / "__init__.py").write_text("from p.one import f\n")
-    (tmp_path / "one.py").write_text("import p.two\nif TYPE_CHECKING:\n    from p.part import inner\n")
-    (tmp_path / "two.py").write_text("import torch\ndef later():\n    from p import one\n")
-    (tmp_path / "part" / "__init__.py").write_text("")
-    (tmp_path / "part" / "inner.py").write_text("try:\n    from p.two import g\nexcept ImportError:\n    pass\n")
-    assert house.module_imports(tmp_path, "p") == {
+def made_up(folder: Path, files: dict[str, str]) -> house.Package:
+    """A package ``p`` of these files; every folder gets an empty ``__init__.py`` if it has none."""
+    for name, text in files.items():
+        path = folder / "p" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for path in [folder / "p", *(path for path in (folder / "p").rglob("*") if path.is_dir())]:
+        (path / "__init__.py").touch()
+    return house.Package("p", folder / "p")
+
+
+def test_only_imports_that_run_with_the_module_count_for_circles(tmp_path):
+    package = made_up(
+        tmp_path,
+        {
+            "__init__.py": "from p.one import f\n",
+            "one.py": "import p.two\nif TYPE_CHECKING:\n    from p.part import inner\n",
+            "two.py": "import torch\ndef later():\n    from p import one\n    return one.f\n",
+            "part/inner.py": "try:\n    from p.two import g\nexcept ImportError:\n    pass\n",
+        },
+    )
+    assert house.module_imports(package) == {
         "p": {"p.one"},
         "p.one": {"p.two"},
         "p.two": set(),
@@ -118,12 +136,64 @@ def test_imports_of_modules_are_read_from_their_source(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from p.low import f",
+        "from p.low.deep import f",
+        "from p import low",
+        "import p.low",
+        "import p.low.deep as shallow",
+        "from .. import low",
+        "from ..low import f",
+        "from ..low.deep import f",
+        "import p\n\nx = p.low.f",
+        "import p.other\n\nx = p.low.deep.f",
+        "import p as alias\n\nx = alias.low.f",
+        "def later():\n    import p\n    return p.low.f",
+        "from p import f",
+        "import p\n\nx = p.f",
+    ],
+)
+def test_every_form_of_an_import_counts(tmp_path, text):
+    files = {"__init__.py": "if TYPE_CHECKING:\n    from p.low import f\n", "high/module.py": f"{text}\n"}
+    package = made_up(tmp_path, files | {"low/deep.py": "", "other.py": ""})
+    assert "low" in house.imports_between_rooms(package)["high"]
+
+
+def test_relative_imports_inside_a_room_are_none_between_rooms(tmp_path):
+    files = {"high/__init__.py": "from . import module\n", "high/module.py": "from .other import f\nx = f.low\n"}
+    package = made_up(tmp_path, files | {"high/other.py": "from . import low\n", "low.py": "", "high/low.py": ""})
+    assert house.imports_between_rooms(package) == {"high": set(), "low": set()}
+    assert house.module_imports(package)["p.high"] == {"p.high.module"}
+
+
+def test_attributes_of_what_is_no_module_are_no_imports(tmp_path):
+    package = made_up(tmp_path, {"high.py": "p = object()\nx = p.low\n", "low.py": ""})
+    assert house.imports_between_rooms(package) == {"high": set(), "low": set()}
+
+
+def test_a_circle_through_relative_imports_is_found_and_printed_closed(tmp_path):
+    package = made_up(tmp_path, {"a.py": "from . import b\n", "b.py": "from .c import f\n", "c.py": "import p.a\n"})
+    assert house.circles(house.module_imports(package)) == [["p.a", "p.b", "p.c", "p.a"]]
+    wrong = house.faults(house.imports_between_rooms(package), {"a": ("b", "c"), "b": ("c",), "c": ()})
+    assert wrong == ["c imports a", "circle: a -> b -> c -> a"]
+
+
+@pytest.mark.parametrize("text", ["import xprobe_cli.main", "from xprobe_cli import main", "import tests.house"])
+def test_an_import_of_the_command_line_or_of_the_tests_is_a_fault(tmp_path, text):
+    package = made_up(tmp_path, {"a.py": f"def later():\n    {text}\n", "b.py": "import torch\n"})
+    (wrong,) = house.forbidden_imports(package)
+    assert wrong.startswith(f"p.a imports {text.split()[1]}")
+    assert house.forbidden_imports() == []
+
+
 # -- packages and files -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("package", "path"), SOURCES, ids=lambda value: getattr(value, "name", value))
 def test_packages_depend_in_one_direction(package, path):
-    assert imported(path) & OURS <= MAY_IMPORT[package]
+    assert imported(package, path) & OURS <= MAY_IMPORT[package]
 
 
 @pytest.mark.parametrize("path", [path for name, path in SOURCES if name == "xprobe"], ids=lambda path: path.name)
@@ -134,8 +204,8 @@ def test_the_library_neither_prints_nor_exits(path):
         if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr == "exit")
     }
     assert "print" not in called
-    assert "sys" not in imported(path) or "exit" not in called
-    assert "signal" not in imported(path)  # what Ctrl-C does is the caller's
+    assert "sys" not in imported("xprobe", path) or "exit" not in called
+    assert "signal" not in imported("xprobe", path)  # what Ctrl-C does is the caller's
 
 
 @pytest.mark.parametrize("path", [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts], ids=lambda path: path.name)
@@ -181,7 +251,7 @@ def test_help_loads_click_and_no_command():
     assert run(code).splitlines()[-2:] == ["['click', 'xprobe', 'xprobe_cli']", "[]"]
 
 
-def test_public_names_resolve_and_unknown_ones_say_what_there_is():
+def test_public_names_resolve_and_an_unknown_name_is_an_error_that_lists_them():
     for name in xprobe.__all__:
         assert getattr(xprobe, name) is not None
     assert set(dir(xprobe)) == set(xprobe.__all__)
@@ -210,7 +280,7 @@ def test_type_checkers_may_read_every_package(package):
     assert (PACKAGES[package] / "py.typed").is_file()
 
 
-def test_the_source_distribution_names_what_there_is(pyproject):
+def test_the_source_distribution_names_files_that_exist(pyproject):
     for name in pyproject["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]:
         assert (ROOT / name.lstrip("/")).exists(), name
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from typing import Any
 
+from xprobe.arguments import check_device_map, check_instance, check_jobs, check_least, text_names
 from xprobe.errors import UsageError
 
 SETTINGS = {
@@ -22,11 +24,14 @@ SIGNALS = {
     "encoding": "how well a question is told apart from the others on its paragraph, across languages",
 }
 
+# probe -> what it asks; xprobe.probes.registry defines how each one is trained
 BUILT_IN_PROBES = {
     "alignment": "a linear map to what the other languages' states of a question agree on",
     "language": "which language the question is in",
     "correctness": "whether the first answer token will be on top at the last layer",
 }
+
+DEFAULT_PROBES = ("alignment", "language", "correctness")  # trained if nothing else is asked for
 
 PROBES = dict(BUILT_IN_PROBES)  # and those that ``xprobe.probes.register`` adds
 
@@ -35,7 +40,6 @@ PROBES = dict(BUILT_IN_PROBES)  # and those that ``xprobe.probes.register`` adds
 STATES = {"prompt_end": "encoding", "question_mean": "encoding_question"}
 
 MAX_DRAWS = 1_000_000  # of the bootstrap and the permutations: more would only fill the memory
-_KINDS: dict[type, str] = {str: "text", bool: "True or False"}
 
 MAX_SEED = 2**32 - 1  # of scikit-learn's and numpy's generators
 
@@ -74,8 +78,9 @@ class StudyConfig:
     signals : tuple of str, optional
         Which signals to compute. None: readiness, and encoding if rows are kept.
     probes : tuple of str, optional
-        Which probes to train: of ``alignment``, ``language``, ``correctness`` and those of one's own
-        (``xprobe.probes.register``); () for none. None: the first three if rows are kept.
+        Names of the probes to train: built-in ones (``BUILT_IN_PROBES``) and your own (``xprobe.probes.register``); ()
+        for none. None: ``DEFAULT_PROBES`` if rows are kept. ``check_probes`` checks the names when a run begins, not
+        here: the configuration of a run can be read where its probes are not registered.
     template : str
         ``auto`` (chat template if the tokenizer has one), ``chat``, ``plain``, or the path of a template file.
     dtype : str
@@ -84,7 +89,7 @@ class StudyConfig:
     strict : bool
         Make bad records fatal.
     seed, bootstrap, permutations : int
-        Of the intervals and of the phased test.
+        Random seed, bootstrap draws for the intervals, and permutations of the test whether an example has phases.
     store_rows : bool
         Keep captured hidden rows in the shards: encoding and probes need them.
 
@@ -118,22 +123,18 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        defaults = {"signals": ("readiness", "encoding"), "probes": tuple(BUILT_IN_PROBES)}
+        defaults = {"signals": ("readiness", "encoding"), "probes": DEFAULT_PROBES}
         without_rows = {"signals": ("readiness",), "probes": ()}
         for name, value in (defaults if self.store_rows else without_rows).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name in ("settings", "signals", "probes", "languages"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                value = (value,)
             if value is not None:
-                object.__setattr__(self, name, tuple(dict.fromkeys(value)))
+                object.__setattr__(self, name, text_names(name, value))
         _known("setting", self.settings, SETTINGS)
         signals, probes = self.signals or (), self.probes or ()
         _known("signal", signals, SIGNALS)
-        if probes:
-            _known("probe", probes, PROBES)
         if not self.store_rows and ("encoding" in signals or probes):
             what = "signal 'encoding' needs" if "encoding" in signals else "probes need"
             raise UsageError(f"{what} the hidden rows: leave out store_rows=False (--no-rows)")
@@ -142,7 +143,7 @@ class StudyConfig:
         _known("dtype", (self.dtype,), DTYPES)
         check_selection(self.limit, self.paragraphs, self.questions_per_paragraph)
         for name, least in (("bootstrap", 1), ("permutations", 20), ("seed", 0)):
-            _check_least(name, getattr(self, name), least)
+            check_least(name, getattr(self, name), least)
         for name in ("bootstrap", "permutations"):
             if getattr(self, name) > MAX_DRAWS:
                 raise UsageError(f"{name} must be a whole number of at most {MAX_DRAWS}, got {getattr(self, name)}")
@@ -157,6 +158,16 @@ class StudyConfig:
     def from_dict(cls, values: dict[str, Any]) -> StudyConfig:
         """The inverse of ``to_dict``; names that this version does not know are refused."""
         return cls(**_known_values(cls, values))
+
+
+# options of Execution that cannot stand together
+_EXCLUDES = {
+    "device": ("device_map", "tensor_parallel"),
+    "device_map": ("device", "stream", "tensor_parallel"),
+    "stream": ("device_map", "tensor_parallel"),
+    "tensor_parallel": ("device", "device_map", "stream"),
+}
+_TRUST = ("trust_remote_code", "allow_pickle")  # they let a model run any code
 
 
 @dataclass(frozen=True)
@@ -206,9 +217,8 @@ class Execution:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_least("batch_tokens", self.batch_tokens, 1)
-        if self.jobs != -1 and (isinstance(self.jobs, bool) or not isinstance(self.jobs, int) or self.jobs < 1):
-            raise UsageError(f"jobs must be -1 (one per core) or a whole number of at least 1, got {self.jobs!r}")
+        check_least("batch_tokens", self.batch_tokens, 1)
+        check_jobs(self.jobs)
         self._check_devices()
 
     def _check_devices(self) -> None:
@@ -220,16 +230,38 @@ class Execution:
             return
         if isinstance(self.device_map, str):
             _known("device_map", (self.device_map,), DEVICE_MAPS)
-        elif not self.device_map or not all(isinstance(place, int | str) for place in self.device_map.values()):
-            raise UsageError(f"device_map gives each module a device by number or name, got {self.device_map!r}")
-        if isinstance(self.device_map, dict):
+        else:
+            check_device_map(self.device_map)
             object.__setattr__(self, "device_map", dict(self.device_map))
         if self.device != "auto":
             raise UsageError(
                 f"device {self.device!r} and device_map {self.device_map!r} contradict each other: give one"
             )
         if self.stream:
-            raise UsageError("device_map and stream are two ways to run a large model: choose one")
+            raise UsageError("device_map and stream are two strategies for a large model: choose one")
+
+    def resumed_with(self, given: dict[str, Any]) -> Execution:
+        """The options of a resumed run: those of ``given``, the rest from this execution.
+
+        A given option replaces every recorded one that it excludes: ``device``, ``device_map``, ``stream`` and
+        ``tensor_parallel`` partly exclude each other. ``trust_remote_code`` and ``allow_pickle`` are never taken from
+        the record: a run folder may come from somebody else, and both let a model run any code.
+
+        Raises
+        ------
+        UsageError
+            The options of ``given`` contradict each other.
+
+        Examples
+        --------
+        >>> recorded = Execution(device_map="auto", batch_tokens=1024, trust_remote_code=True)
+        >>> resumed = recorded.resumed_with({"device": "cpu"})
+        >>> resumed.device, resumed.device_map, resumed.batch_tokens, resumed.trust_remote_code
+        ('cpu', None, 1024, False)
+        """
+        replaced = {name for option, value in given.items() if value is not False for name in _EXCLUDES.get(option, ())}
+        recorded = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in replaced | set(_TRUST)}
+        return Execution(**{**recorded, **given})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``manifest.json``."""
@@ -241,8 +273,12 @@ class Execution:
         return cls(**_known_values(cls, values))
 
 
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(
+    options: dict[str, Any], renamed: dict[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options by name, in those of ``StudyConfig`` and those of ``Execution``.
+
+    ``renamed``: options that the caller's users know under another name; an error names them so.
 
     Raises
     ------
@@ -257,7 +293,8 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     what, how = ({f.name for f in fields(kind)} for kind in (StudyConfig, Execution))
     unknown = sorted(set(options) - what - how)
     if unknown:
-        raise UsageError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(what | how))}")
+        known = sorted((renamed or {}).get(name, name) for name in what | how)
+        raise UsageError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
     return ({k: v for k, v in options.items() if k in what}, {k: v for k, v in options.items() if k in how})
 
 
@@ -267,13 +304,8 @@ def _check_types(config: Any) -> None:
         value, kind = getattr(config, entry.name), type(entry.default)
         if isinstance(value, Integral) and not isinstance(value, bool | int):
             object.__setattr__(config, entry.name, int(value))
-        if kind in (str, bool) and not isinstance(value, kind):
-            raise UsageError(f"{entry.name} must be {_KINDS[kind]}, got {value!r}")
-
-
-def _check_least(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if kind in (str, bool):
+            check_instance(entry.name, value, kind)
 
 
 def _to_dict(config: Any) -> dict[str, Any]:
@@ -314,6 +346,29 @@ def check_selection(limit: int | None, paragraphs: int | None, questions_per_par
     if limit is not None and others:
         given = " and ".join(f"{name} {bounds[name]}" for name in others)
         raise UsageError(f"limit {limit} contradicts {given}: leave out limit, or leave out {' and '.join(others)}")
+
+
+def check_probes(names: Iterable[str]) -> None:
+    """Checks that probes can be trained in this process.
+
+    Raises
+    ------
+    UsageError
+        Names the first probe that is neither built in nor registered.
+
+    Examples
+    --------
+    >>> check_probes(["language"])
+    >>> check_probes(["syntax"])
+    Traceback (most recent call last):
+    xprobe.errors.UsageError: unknown probe 'syntax'; available: alignment, language, correctness...
+    """
+    for name in names:
+        if name not in PROBES:
+            raise UsageError(
+                f"unknown probe {name!r}; available: {', '.join(PROBES)}. If it is a probe of your own, register it as "
+                "the script did that defines it (xprobe.probes.register)"
+            )
 
 
 def _known(what: str, values: tuple[str, ...], allowed: Any) -> None:

@@ -23,12 +23,20 @@ class ModelError(XprobeError):
     """A model cannot be loaded, or is not something the lens can read."""
 
 
+class ModelCodeError(ModelError, RuntimeError):
+    """A model's own code raised an exception. The message names the class of the model and the exception."""
+
+
 class ParityError(ModelError):
     """The lens at the last layer does not give the model's own logits: every number would be wrong."""
 
 
 class PromptError(XprobeError):
     """A template cannot be used, or a span cannot be found again in the tokens."""
+
+
+class ProbeError(XprobeError):
+    """A function of a probe failed: its labels, its estimator or its metric."""
 
 
 class RunFolderError(XprobeError):

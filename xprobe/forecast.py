@@ -1,7 +1,7 @@
-"""What a run would do, before it does it: groups, tokens, memory, disk and time, from the configurations alone.
+"""Forecast of a run from its configurations: groups, tokens, memory, disk and time.
 
 No weights are read: the model is built without them. What cannot be known without them (whether this model's attention
-lets prompts be packed; how fast the whole of it runs) is estimated and said to be so.
+lets prompts be packed; how fast all of it runs) is estimated.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from xprobe.arguments import check_instance
 from xprobe.capture.plan import Plan, Strategy, count_rows, make_plan, part_tokens, rotary_limit
 from xprobe.capture.products import fast_linear_products
 from xprobe.capture.requests import group_requests
 from xprobe.capture.sharing import carries_state
-from xprobe.config import Execution, StudyConfig
+from xprobe.config import Execution, StudyConfig, check_probes
 from xprobe.errors import DataError
 from xprobe.lenses.reading import ROW_BYTES
 from xprobe.models import loading
@@ -46,7 +47,7 @@ class GroupForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a run. Memory and disk in bytes, time in seconds; ``memory`` and ``disk`` are by what takes them."""
+    """Forecast of a run. ``memory`` and ``disk`` are bytes by purpose, ``seconds`` is the time."""
 
     model: str
     parameters: int
@@ -78,9 +79,12 @@ def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast
     Raises
     ------
     XprobeError
-        As the run itself would, for bad data or an unknown model.
+        As the run itself would, for bad data, or an unknown model or probe.
     """
-    execution = execution or Execution()
+    execution = Execution() if execution is None else execution
+    check_instance("study", study, StudyConfig)
+    check_instance("execution", execution, Execution)
+    check_probes(study.probes or ())
     questions = read_questions(study)
     source = loading.resolve(study.model)
     model_config = loading.load_config(source, execution.trust_remote_code)
@@ -137,7 +141,7 @@ class _Shape:
     n_blocks: int
     width: int
     vocab_size: int
-    widest: int  # of a product's result within a block
+    widest: int  # width of the widest product in a block
     blocks: tuple[torch.nn.Module, ...]
 
     @classmethod
@@ -192,11 +196,11 @@ def _disk(shape: _Shape, plan: Plan, dtype: torch.dtype, study: StudyConfig, str
     rows = count_rows(request for wave in plan.waves for request in wave.requests)
     positions, examples = rows[ANSWER], rows[QUESTION]
     kept = 2 * examples * layers * shape.width * dtype.itemsize if study.store_rows else 0
-    found = {"shards": kept + positions * layers * 20}
+    sizes = {"shards": kept + positions * layers * 20}
     if stream:
-        found["states between blocks"] = max(0, _states(shape, plan, dtype) - SPILL_BYTES)
-        found["rows until the end"] = layers * shape.width * dtype.itemsize * (positions + examples)
-    return found
+        sizes["states between blocks"] = max(0, _states(shape, plan, dtype) - SPILL_BYTES)
+        sizes["rows until the end"] = layers * shape.width * dtype.itemsize * (positions + examples)
+    return sizes
 
 
 def _states(shape: _Shape, plan: Plan, dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xprobe.arguments import folder_path
 from xprobe.errors import RunFolderError, UsageError
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
 from xprobe.runs.manifest import Manifest
@@ -31,7 +32,7 @@ class SettingResult:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Everything that the manifest says of this setting: alpha, boundary, spread, ..., and the same by language."""
+        """All figures of this setting: alpha, boundary, spread, ..., and the same by language."""
         return self.study.manifest.stages["phases"].results["settings"][self.setting]
 
     @property
@@ -94,10 +95,8 @@ class SettingResult:
     def __repr__(self) -> str:
         value = self.alpha["value"]
         alpha = "undefined" if value is None else f"{value:.3f}"
-        return (
-            f"SettingResult({self.setting}: {self.summary['n']} examples, boundary {self.boundary['value']}, "
-            f"alpha {alpha})"
-        )
+        boundary = self.boundary["value"]
+        return f"SettingResult({self.setting}: examples {self.summary['n']}, boundary {boundary}, alpha {alpha})"
 
     def _repr_html_(self) -> str:
         return f"<p><code>{escape(repr(self))}</code></p>{self.stability.to_html(float_format='{:.3f}'.format)}"
@@ -105,7 +104,7 @@ class SettingResult:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """Results of one run. ``study["x-x"]`` gives those of one setting.
+    """Results of one run: a read-only mapping from each setting to its ``SettingResult``.
 
     Attributes
     ----------
@@ -132,13 +131,31 @@ class Study:
         """The settings of this run, in order."""
         return tuple(self.manifest.stages["phases"].results["settings"])
 
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    def __contains__(self, setting: object) -> bool:
+        return setting in self.settings
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.settings)
+
+    def keys(self) -> tuple[str, ...]:
+        """The settings of this run, in order."""
+        return self.settings
+
+    def values(self) -> tuple[SettingResult, ...]:
+        """The results of every setting, in order."""
+        return tuple(SettingResult(self, setting) for setting in self.settings)
+
+    def items(self) -> tuple[tuple[str, SettingResult], ...]:
+        """Pairs of a setting and its results, in order."""
+        return tuple(zip(self.keys(), self.values(), strict=True))
+
     def __getitem__(self, setting: str) -> SettingResult:
         if setting not in self.settings:
             raise UsageError(f"this run holds no setting {setting!r}; it holds {', '.join(self.settings)}")
         return SettingResult(self, setting)
-
-    def __iter__(self) -> Iterator[SettingResult]:
-        return (self[setting] for setting in self.settings)
 
     @property
     def _only(self) -> SettingResult:
@@ -163,12 +180,12 @@ class Study:
         return self._only.stability
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``xprobe run --json`` prints: plain values; None where a figure could not be computed."""
+        """Plain values, as ``xprobe run --json`` prints them. None where a figure could not be computed."""
         manifest = self.manifest
         return {
             "run_dir": str(self.path),
             "model": manifest.model.name,
-            "settings": {one.setting: one.to_dict() for one in self},
+            "settings": {setting: result.to_dict() for setting, result in self.items()},
             "phase_definition": manifest.stages["phases"].results["phase_definition"],
             "parity_error": manifest.stages["states"].results["parity_error"],
             "counts": asdict(manifest.counts),
@@ -177,11 +194,11 @@ class Study:
         }
 
     def __repr__(self) -> str:
-        results = "; ".join(repr(one).removeprefix("SettingResult(").removesuffix(")") for one in self)
+        results = "; ".join(repr(one).removeprefix("SettingResult(").removesuffix(")") for one in self.values())
         return f"Study({str(self.path)!r}: {self.manifest.model.name}; {results})"
 
     def _repr_html_(self) -> str:
-        parts = "".join(one._repr_html_() for one in self)
+        parts = "".join(result._repr_html_() for result in self.values())
         return f"<p><code>{escape(repr(self))}</code></p>{parts}"
 
 
@@ -200,9 +217,13 @@ def load_study(path: str | Path) -> Study:
 
     from xprobe.config import PROBE_COLUMNS
 
-    folder = RunFolder.open(Path(path))
+    folder = RunFolder.open(folder_path("path", path))
     manifest = folder.read_finished()
-    layers, examples, *probes = read_tables(folder, manifest, table_names(manifest))
+    names = table_names(manifest)
+    layers, examples, *probes = read_tables(folder, manifest, names)
+    for stage, entry in manifest.stages.items():
+        for name in set(entry.tables) - set(names):
+            folder.check_table(name, entry.tables[name], stage)
     without = sorted(set(manifest.stages["phases"].results["settings"]) - set(layers["setting"]))
     if without:
         raise RunFolderError(

@@ -6,23 +6,33 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xprobe.config import DEFAULT_MODEL, RECORDS_IN_MEMORY, Execution, StudyConfig, split_options
+from xprobe.arguments import check_callable, check_instance, folder_path, text_names
+from xprobe.config import (
+    DEFAULT_MODEL,
+    DEFAULT_PROBES,
+    RECORDS_IN_MEMORY,
+    Execution,
+    StudyConfig,
+    check_probes,
+    split_options,
+)
 from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
 from xprobe.results import Study, load_study, why_stale
 from xprobe.runs.disk import check_writable
-from xprobe.runs.folder import RunFolder
+from xprobe.runs.folder import SHARDS, RunFolder
 from xprobe.runs.identity import differences
 from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel, Source
-    from xprobe.probes.training import ProbeSettings
+    from xprobe.probes.settings import ProbeSettings
     from xprobe.stages.questions import Questions
 
 
@@ -32,7 +42,7 @@ def run(
     tokenizer: Any = None,
     data: Any = "builtin",
     setting: str | Iterable[str] = "en-x",
-    languages: Iterable[str] | None = None,
+    languages: str | Iterable[str] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Notify | None = None,
@@ -53,7 +63,7 @@ def run(
         dictionaries, a data frame, or a dictionary from language to one of these (docs/data.md).
     setting : str or iterable of str
         ``en-x``, ``x-x`` or both.
-    languages : iterable of str, optional
+    languages : str or iterable of str, optional
         Question languages; all that the data holds if None.
     out : path, optional
         Run folder; a new one under ``runs/`` if None.
@@ -93,10 +103,14 @@ def run(
         raise UsageError("data is None: leave it out for the built-in questions")
     if not isinstance(data, str | os.PathLike):
         records, data = data, RECORDS_IN_MEMORY
-    settings = (setting,) if isinstance(setting, str) else tuple(setting)
-    languages = None if languages is None else tuple([languages] if isinstance(languages, str) else languages)
-    what, how = split_options(options)
-    study = StudyConfig(model=os.fspath(model), data=os.fspath(data), settings=settings, languages=languages, **what)
+    what, how = split_options(options, renamed={"settings": "setting"})
+    study = StudyConfig(
+        model=os.fspath(model),
+        data=os.fspath(data),
+        settings=text_names("setting", setting),
+        languages=None if languages is None else text_names("languages", languages),
+        **what,
+    )
     execution = Execution(**how)
     return run_config(study, execution, out=out, resume=resume, progress=progress, loaded=loaded, records=records)
 
@@ -113,14 +127,24 @@ def run_config(
 ) -> Study:
     """``run`` with configurations made beforehand.
 
-    ``loaded`` (``xprobe.models.in_memory.wrap_model``) and ``records`` stand for what the configuration can only name.
+    ``loaded`` (``xprobe.models.in_memory.wrap_model``) and ``records`` replace the model and the
+    data that the configuration names.
     """
     from xprobe.models.in_memory import check_options, evaluation_mode
 
-    execution = execution or Execution()
+    execution = Execution() if execution is None else execution
+    check_instance("study", study, StudyConfig)
+    check_instance("execution", execution, Execution)
+    check_instance("resume", resume, bool)
+    check_callable("progress", progress)
+    if resume and out is None:
+        raise UsageError("resume needs out: the folder of the run to continue")
+    if not resume:  # a run that is resumed may have trained its probes already
+        check_probes(study.probes or ())
     if loaded is not None:
         check_options(study.dtype, execution)
-    path, notify = Path(out) if out is not None else default_out(study), CallerNotify(progress)
+    path = default_out(study) if out is None else folder_path("out", out)
+    notify = CallerNotify(progress)
     with _locked(path, notify, resume), nullcontext() if loaded is None else evaluation_mode(loaded.model):
         _compute_stages(study, execution, path, notify, resume, loaded, records)
         return load_study(path)
@@ -130,7 +154,7 @@ def _compute_stages(
     study: StudyConfig, execution: Execution, path: Path, notify: CallerNotify, resume: bool,
     loaded: LoadedModel | None, records: Any,
 ) -> None:  # fmt: skip
-    """The stages in order; a finished run is only read, and its tables are written again where they are not its own."""
+    """Computes the stages in order. A finished run is only read; tables that were changed are written again."""
     from xprobe.models.loading import resolve
     from xprobe.stages import phases, probes, states
     from xprobe.stages.questions import read_questions
@@ -143,7 +167,11 @@ def _compute_stages(
     run = Run(RunFolder(path), manifest, execution, notify)
     if finished:
         notify(Note(f"{path} holds the finished run: shown from its files"))
+        unused = _unused_options(execution, manifest)
+        if unused:
+            notify(Note(f"the run is finished, so these options were not used: {', '.join(unused)}"))
     else:
+        probes.check_registered(run)
         states.compute(run, questions, source, loaded)
     stale = why_stale(run.folder) if finished else None
     if stale:
@@ -151,18 +179,35 @@ def _compute_stages(
     if stale or not finished:
         wanted = probes.settings_of(run)
         phases.compute(run)
-        if wanted:
+        if wanted or probes.recorded(run):
             probes.compute(run, wanted)
     run.folder.tidy(run.manifest.groups)
+    unknown = run.folder.unknown_shards(run.manifest.groups)
+    if unknown:
+        names = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
+        notify(Note(f"{path / SHARDS} holds shards that this run does not use, remove them: {names}"))
     if not finished:
         run.manifest.total_seconds = round(time.perf_counter() - started, 3)
     run.manifest.status = "done"
     run.folder.write_manifest(run.manifest)
 
 
+def _unused_options(execution: Execution, manifest: Manifest) -> list[str]:
+    """Options that were chosen for a run that is finished, where they differ from those that it was computed with."""
+    stage = manifest.stages["states"]
+    recorded, default = stage.executions[-1].options if stage.executions else Execution(), Execution()
+    chosen = {field.name: getattr(execution, field.name) for field in fields(Execution)}
+    del chosen["jobs"]  # it is used if tables are written again
+    return [
+        f"{name}={value!r}"
+        for name, value in chosen.items()
+        if value not in (getattr(default, name), getattr(recorded, name))
+    ]
+
+
 def train_probes(
     path: str | Path,
-    probes: Iterable[str] | None = None,
+    probes: str | Iterable[str] | None = None,
     settings: ProbeSettings | None = None,
     progress: Notify | None = None,
 ) -> Study:
@@ -173,8 +218,8 @@ def train_probes(
     path : path
         The run folder. Tables that are missing, or are not the ones that the run wrote, are all written again from the
         shards.
-    probes : iterable of str, optional
-        Of ``xprobe.config.PROBES``; all if None.
+    probes : str or iterable of str, optional
+        Of ``xprobe.config.PROBES``; ``xprobe.config.DEFAULT_PROBES`` if None.
     settings : ProbeSettings, optional
         With the run's own seed if None.
     progress : callable (event), optional
@@ -182,22 +227,26 @@ def train_probes(
     Raises
     ------
     UsageError
-        Not a run folder, no states in it, an unknown probe, or another process is at work there.
+        An argument of the wrong type, not a run folder, no states in it, an unknown probe, or another process is at
+        work there.
+    ProbeError
+        A function of a probe fails: names the probe and the place. The run stays as it was.
     RunFolderError
         The run is not finished, its manifest cannot be used, or shards are not what it wrote.
     """
-    from xprobe.config import PROBES
-    from xprobe.probes.training import ProbeSettings
+    from xprobe.probes.settings import ProbeSettings
     from xprobe.stages import phases
     from xprobe.stages import probes as stage
     from xprobe.stages.run import Run
 
-    names = tuple(PROBES if probes is None else probes)
-    unknown = [name for name in names if name not in PROBES]
-    if unknown or not names:
-        what = f"unknown probe {unknown[0]!r}" if unknown else "no probe given"
-        raise UsageError(f"{what}; available: {', '.join(PROBES)}")
-    folder, notify = RunFolder.open(Path(path)), CallerNotify(progress)
+    names = tuple(DEFAULT_PROBES) if probes is None else text_names("probes", probes)
+    if not names:
+        raise UsageError("no probe given: name at least one, or leave out probes")
+    check_probes(names)
+    if settings is not None:
+        check_instance("settings", settings, ProbeSettings)
+    check_callable("progress", progress)
+    folder, notify = RunFolder.open(folder_path("path", path)), CallerNotify(progress)
     folder.read_finished()  # says what is wrong with the run before anything is locked
     with FolderLock(folder.path) as lock:
         if lock.warning:
@@ -215,9 +264,9 @@ def train_probes(
 
 @contextmanager
 def _locked(path: Path, notify: CallerNotify, resume: bool) -> Iterator[None]:
-    """The folder for this process alone, if a run may begin or go on in it."""
+    """Locks the folder for this process, if a run may begin or be resumed in it."""
     check_writable(path)
-    if not (path / LOCK).exists():  # else who works there is the better answer than what lies there
+    if not (path / LOCK).exists():  # a locked folder is reported as locked, whatever it holds
         RunFolder.check(path, resume=resume)
     with FolderLock(path) as lock:
         if lock.warning:
@@ -229,12 +278,12 @@ def _locked(path: Path, notify: CallerNotify, resume: bool) -> Iterator[None]:
 def _begin(
     study: StudyConfig, questions: Questions, source: Source, in_memory: bool, path: Path, resume: bool
 ) -> tuple[Manifest, bool]:
-    """The manifest to go on with, and whether the run in the folder is finished and all of it still there.
+    """The manifest to continue with, and whether the run in the folder is finished and complete.
 
     Raises
     ------
     UsageError
-        The run in the folder was made of something else: names every difference.
+        The run in the folder has another study, model or data: names every difference.
     """
     from xprobe.models.in_memory import IDENTITY
 
@@ -253,7 +302,7 @@ def _begin(
     before = folder.read_run()
     changed = differences(before, now, folder.read_study())
     if changed:
-        raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another --out")
+        raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another out (--out)")
     if folder.is_finished():
         return before, True
     now.created, now.model.dtype = before.created, before.model.dtype

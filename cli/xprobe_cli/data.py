@@ -11,6 +11,7 @@ from xprobe.errors import XprobeError
 from xprobe.qa.fetch import XQUAD_URL, fetch_xquad
 from xprobe.qa.parallel import XQUAD_LANGUAGES, load_data
 from xprobe_cli.options import Names, common, echo_json, help_without_command
+from xprobe_cli.tables import counted
 
 
 @click.group("data", invoke_without_command=True)
@@ -37,8 +38,11 @@ def list_sets(as_json: bool) -> None:
         echo_json({"sets": sets})
         return
     for entry in sets:
-        held = f"{entry['questions']} questions on {entry['paragraphs']} paragraphs in {' '.join(entry['languages'])}"
-        click.echo(f"{entry['name']:<8}  {entry['missing'] or held}")
+        size = (
+            f"{counted(entry['questions'], 'question')} on {counted(entry['paragraphs'], 'paragraph')} in "
+            f"{' '.join(entry['languages'])}"
+        )
+        click.echo(f"{entry['name']:<8}  {entry['missing'] or size}")
     click.echo(
         "\nYour own folder works as well: xprobe run --data FOLDER. It holds one file per language, "
         "NAME.<lang>.json or\nNAME.<lang>.jsonl, optionally with .gz, in SQuAD v1.1 format or with flat records "
@@ -57,23 +61,23 @@ def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: b
     Files are named NAME.<lang>.json or NAME.<lang>.jsonl, optionally with .gz, and hold SQuAD v1.1 or flat records
     (docs/data.md).
     """
-    found = load_data(data, languages, strict=strict)
+    dataset = load_data(data, languages, strict=strict)
     if as_json:
         echo_json({
             "data": data,
-            "files": list(found.files),
-            "questions": {language: len(records) for language, records in found.records.items()},
-            "problems": [vars(problem) for problem in found.problems],
+            "files": list(dataset.files),
+            "questions": {language: len(records) for language, records in dataset.records.items()},
+            "problems": [vars(problem) for problem in dataset.problems],
         })  # fmt: skip
-        return 1 if found.problems else 0
-    for problem in found.problems:
+        return 1 if dataset.problems else 0
+    for problem in dataset.problems:
         click.echo(str(problem))
-    for language, records in found.records.items():
-        click.echo(f"{language}  {len(records)} usable questions")
-    counted = Counter(problem.reason for problem in found.problems)
-    kinds = "; ".join(f"{n} {reason}" for reason, n in counted.most_common())
-    click.echo(f"{len(found.problems)} problems{': ' + kinds if kinds else ''}")
-    return 1 if found.problems else 0
+    for language, records in dataset.records.items():
+        click.echo(f"{language}  {counted(len(records), 'usable question')}")
+    reasons = Counter(problem.reason for problem in dataset.problems)
+    kinds = "; ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    click.echo(f"{counted(len(dataset.problems), 'problem')}{': ' + kinds if kinds else ''}")
+    return 1 if dataset.problems else 0
 
 
 @command.command("fetch")
@@ -91,7 +95,7 @@ def fetch(name: str, languages: tuple[str, ...], url: str, force: bool, as_json:
     def report(language: str, questions: int) -> None:
         counts[language] = questions
         if not as_json:
-            click.echo(f"{language}  {questions} questions", err=True)
+            click.echo(f"{language}  {counted(questions, 'question')}", err=True)
 
     folder = fetch_xquad(languages, url=url, force=force, report=report)
     if as_json:

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from xprobe_cli.tables import counted
+
 if TYPE_CHECKING:
     from xprobe.forecast import Forecast, GroupForecast
 
 SHOWN = 8  # groups listed before the rest are summed up
 
 
-def forecast_report(found: Forecast) -> str:
+def forecast_report(forecast: Forecast) -> str:
     """Groups, strategy and tokens of a run, and its expected memory, disk and time."""
     from xprobe.capture.plan import STRATEGIES
 
-    saved = 1 - found.tokens_run / found.tokens
+    saved = 1 - forecast.tokens_run / forecast.tokens
     lines = [
-        f"{found.model} · {found.parameters / 1e6:,.0f} M parameters, {found.n_blocks} blocks, width {found.width}, "
-        f"vocabulary {found.vocab_size} · {found.dtype} on {found.device}",
+        f"{forecast.model} · {forecast.parameters / 1e6:,.0f} M parameters, {forecast.n_blocks} blocks, "
+        f"width {forecast.width}, vocabulary {forecast.vocab_size} · {forecast.dtype} on {forecast.device}",
         "",
-        *_groups(found.groups),
+        *_groups(forecast.groups),
         "",
-        f"strategy  {STRATEGIES[found.strategy]} (checked with the weights when the run starts)",
-        f"tokens    {found.tokens:,} in {found.examples:,} examples; {found.tokens_run:,} are run, {saved:.0%} saved, "
-        f"in {found.passes:,} forward passes",
-        *([f"skipped   {found.skipped:,} examples that cannot be used"] if found.skipped else []),
-        f"memory    about {_bytes(sum(found.memory.values()))}: {_parts(found.memory)}",
-        f"disk      about {_bytes(sum(found.disk.values()))}: {_parts(found.disk)}",
-        f"time      about {_time(found.seconds)}, loading and tables apart"
-        + (" (block by block: each block is read once)" if found.stream else ""),
+        f"strategy  {STRATEGIES[forecast.strategy]} (checked with the weights when the run starts)",
+        f"tokens    {forecast.tokens:,} in {counted(forecast.examples, 'example')}; {forecast.tokens_run:,} are run, "
+        f"{saved:.0%} saved, in {forecast.passes:,} forward {'pass' if forecast.passes == 1 else 'passes'}",
+        *([f"skipped   {counted(forecast.skipped, 'example')} that cannot be used"] if forecast.skipped else []),
+        f"memory    about {_bytes(sum(forecast.memory.values()))}: {_parts(forecast.memory)}",
+        f"disk      about {_bytes(sum(forecast.disk.values()))}: {_parts(forecast.disk)}",
+        f"time      about {_time(forecast.seconds)}, loading and tables apart"
+        + (" (block by block: each block is read once)" if forecast.stream else ""),
     ]
     return "\n".join(lines)
 

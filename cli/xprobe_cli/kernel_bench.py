@@ -1,4 +1,4 @@
-"""The kernels' benchmark for the command line: the same measurement, wrong settings as the library's own error."""
+"""The kernels' benchmark for the command line. Wrong settings are a UsageError."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 from xprobe.errors import UsageError, XprobeError
 
 
-def measure(say: Callable[[str], None] | None = None, *, figure: Path | None = None, **settings: Any) -> dict[str, Any]:
+def measure(
+    show: Callable[[str], None] | None = None, *, figure: Path | None = None, **settings: Any
+) -> dict[str, Any]:
     """Measures what ``settings`` ask for (``xprobe_kernels.bench.command.Settings``) and returns it, ready for JSON.
 
-    ``say`` gets the text of each part when it is done. ``figure``, where ``draw`` is to draw afterwards, is checked
-    beforehand.
+    ``show`` gets the text of each part when it is done. ``figure`` is the file that ``draw`` will write; it is
+    checked before the measurement.
 
     Raises
     ------
@@ -28,7 +30,7 @@ def measure(say: Callable[[str], None] | None = None, *, figure: Path | None = N
         chosen.check()
         if figure is not None:
             drawing.check(str(figure), chosen.kernel)
-        return command.measure(chosen, say)
+        return command.measure(chosen, show)
     except command.SettingsError as error:
         raise UsageError(str(error)) from error
 

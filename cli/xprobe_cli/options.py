@@ -26,6 +26,8 @@ class Names(click.ParamType):
         if self.none and value.strip() == "none":
             return ()
         names = tuple(part.strip() for part in value.split(","))
+        if self.none and "none" in names:
+            self.fail(f"{value!r}: 'none' stands alone; leave it out, or leave out the other names", param, ctx)
         if not all(names):
             self.fail(f"{value!r} is not a comma-separated list of names", param, ctx)
         return names

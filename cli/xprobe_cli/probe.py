@@ -7,19 +7,34 @@ from typing import Any
 
 import click
 
-from xprobe.config import MAX_SEED, PROBES
+from xprobe.config import BUILT_IN_PROBES, DEFAULT_PROBES, MAX_SEED, PROBES
 from xprobe_cli.options import common, echo_json
 from xprobe_cli.progress import Progress
 
 
-@click.command("probe")
+def _help() -> str:
+    """The text of `xprobe probe --help`, with one line for each built-in probe."""
+    width = max(map(len, BUILT_IN_PROBES))
+    lines = [f"{name:<{width}}  {description}" for name, description in BUILT_IN_PROBES.items()]
+    return "\n".join([
+        "Train probes on the hidden states in the run folder RUN, without the model.",
+        "",
+        "\b",
+        *lines,
+        "",
+        "Each probe is scored on paragraphs that it was not trained on, and compared with a baseline and a control",
+        "task. Results of a probe that was trained before are replaced.",
+    ])  # fmt: skip
+
+
+@click.command("probe", help=_help())
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--probe",
     "probes",
     multiple=True,
     type=click.Choice(list(PROBES)),
-    help="Probe to train. Repeatable. [default: all]",
+    help=f"Probe to train. Repeatable. [default: {', '.join(DEFAULT_PROBES)}]",
 )
 @click.option(
     "--folds",
@@ -62,17 +77,8 @@ from xprobe_cli.progress import Progress
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device (needs SCIPY_ARRAY_API=1).")
 @common
 def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool, **options: Any) -> None:
-    """Train probes on the hidden states in the run folder RUN, without the model.
-
-    \b
-    alignment    a linear map to what the other languages' states of a question agree on
-    language     which language the question is in
-    correctness  whether the first answer token will be on top at the last layer
-
-    Each probe is scored on paragraphs that it was not trained on, and compared with a baseline and a control task.
-    Results of a probe that was trained before are replaced.
-    """
-    from xprobe.probes.training import ProbeSettings
+    """Runs `xprobe probe`; ``_help`` has the text for users."""
+    from xprobe.probes.settings import ProbeSettings
     from xprobe.runs.folder import RunFolder
     from xprobe.study import train_probes
     from xprobe_cli.probe_tables import probe_report
@@ -86,6 +92,8 @@ def command(run: Path, probes: tuple[str, ...], seed: int | None, as_json: bool,
         echo_json({"run_dir": str(study.path), "probes": _plain(study)})
     else:
         click.echo(probe_report(study))
+    for warning in study.manifest.stages["probes"].warnings:
+        click.echo(f"xprobe: {warning}", err=True)
 
 
 def _plain(study: Any) -> list[dict[str, Any]]:

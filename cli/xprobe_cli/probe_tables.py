@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from xprobe_cli.tables import estimate, number
+from xprobe_cli.tables import counted, estimate, number
 
 if TYPE_CHECKING:
     from xprobe.results import SettingResult, Study
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def probe_report(study: Study) -> str:
     """The scores of every setting, and the path of the run."""
-    parts = [_setting(result) for result in study]
+    parts = [_setting(result) for result in study.values()]
     return "\n\n".join([*parts, f"files     {study.path}"])
 
 
@@ -21,19 +21,22 @@ def _setting(result: SettingResult) -> str:
     rows: list[dict[str, Any]] = [
         {str(name): value for name, value in row.items()} for row in result.probes.reset_index().to_dict("records")
     ]
-    columns = list(dict.fromkeys((r["probe"], r["state"], r["metric"]) for r in rows))
-    wide = [max(len(f"{probe} {metric}"), len(state), 15) for probe, state, metric in columns]
-    tops = "  ".join(f"{f'{p} {m}':>{w}}" for (p, _, m), w in zip(columns, wide, strict=True))
-    states = "  ".join(f"{state:>{w}}" for (_, state, _), w in zip(columns, wide, strict=True))
+    columns = list(dict.fromkeys((row["probe"], row["state"], row["metric"]) for row in rows))
+    widths = [max(len(f"{probe} {metric}"), len(state), 15) for probe, state, metric in columns]
+    titles = (f"{probe} {metric}" for probe, _, metric in columns)
+    names = "  ".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
+    states = "  ".join(f"{state:>{width}}" for (_, state, _), width in zip(columns, widths, strict=True))
     lines = [f"{result.study.manifest.model.name} · {result.setting} · held-out paragraphs: score (control)", ""]
-    lines += [f"{'':>5}  {tops}", f"layer  {states}"]
+    lines += [f"{'':>5}  {names}", f"layer  {states}"]
     lines.append("─" * len(lines[-1]))
-    for layer, some in groupby(sorted(rows, key=lambda r: r["layer"]), key=lambda r: r["layer"]):
-        found = {(r["probe"], r["state"], r["metric"]): r for r in some}
-        cells = (f"{_scores(found.get(column)):>{w}}" for column, w in zip(columns, wide, strict=True))
+    for layer, of_layer in groupby(sorted(rows, key=lambda row: row["layer"]), key=lambda row: row["layer"]):
+        by_column = {(row["probe"], row["state"], row["metric"]): row for row in of_layer}
+        cells = (f"{_scores(by_column.get(column)):>{width}}" for column, width in zip(columns, widths, strict=True))
         lines.append(f"{layer:>5}  {'  '.join(cells)}")
-    return "\n".join([*lines, "", *(_best([r for r in rows if r["probe"] == p and r["state"] == s])
-                                   for p, s, _ in columns)])  # fmt: skip
+    best = [
+        _best([row for row in rows if (row["probe"], row["state"]) == (probe, state)]) for probe, state, _ in columns
+    ]
+    return "\n".join([*lines, "", *best])
 
 
 def _scores(row: dict[str, Any] | None) -> str:
@@ -50,5 +53,6 @@ def _best(rows: list[dict[str, Any]]) -> str:
     interval = estimate({"value": best["score"], "lo": best["lo"], "hi": best["hi"]}, 3)
     return (
         f"{what}: best at layer {best['layer']}, {best['metric']} {interval}, "
-        f"selectivity {number(best['selectivity'], 3)}{baseline}; {best['n']} examples, {best['folds']} folds"
+        f"selectivity {number(best['selectivity'], 3)}{baseline}; {counted(best['n'], 'example')}, "
+        f"{counted(best['folds'], 'fold')}"
     )

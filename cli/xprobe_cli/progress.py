@@ -31,7 +31,7 @@ class Progress:
         self.stage = ""  # of the bar; empty before the first
         self._open = False  # whether the bar may still move
         self._started = self._drawn = 0.0
-        self._had = 0
+        self._done_at_start = 0
         self._shown = 0  # characters that the bar takes on its line
 
     def __call__(self, event: Event) -> None:
@@ -41,7 +41,7 @@ class Progress:
         stage, done, total = event.stage, event.done, event.total
         if stage != self.stage or not self._open:
             self.close()
-            self.stage, self._open, self._started, self._had = stage, True, self._clock(), done
+            self.stage, self._open, self._started, self._done_at_start = stage, True, self._clock(), done
             self._drawn = float("-inf")
         self.done, self.total = done, total
         if self.enabled and (done >= total or self._clock() - self._drawn >= SECONDS_BETWEEN):
@@ -72,7 +72,7 @@ class Progress:
 
     def _pace(self) -> str:
         """Rate and remaining time; empty before the first step of this process."""
-        count, seconds = self.done - self._had, self._clock() - self._started
+        count, seconds = self.done - self._done_at_start, self._clock() - self._started
         if count <= 0 or seconds <= 0:
             return ""
         rate = f"{count / seconds:.1f} per s" if count >= seconds else f"{seconds / count:.1f} s each"

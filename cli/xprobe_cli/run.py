@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from xprobe.config import (
     DEFAULT_MODEL,
+    DEFAULT_PROBES,
     DEVICE_MAPS,
     DTYPES,
     MAX_SEED,
@@ -25,10 +26,12 @@ from xprobe.config import (
 )
 from xprobe.errors import UsageError
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest
 from xprobe_cli.options import Names, common, echo_json
 from xprobe_cli.progress import Progress
-from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
+from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, resume_hint
+from xprobe_cli.tables import counted
 
 
 @click.command("run")
@@ -80,13 +83,14 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     "--probes",
     type=Names(none=True),
     metavar="NAMES|none",
-    help=f"Probes to train, comma-separated: {', '.join(PROBES)}. [default: all]",
+    help=f"Probes to train, comma-separated: {', '.join(PROBES)}. [default: {','.join(DEFAULT_PROBES)}]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: a new one under runs/]")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the run in --out. Options that are not given are those of the run. It keeps all finished shards.",
+    help="Continue the run in --out. Options that are not given are those of the run, except --trust-remote-code and "
+    "--allow-pickle. It keeps all finished shards.",
 )
 @click.option(
     "--template",
@@ -113,7 +117,9 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     type=click.Choice(DEVICE_MAPS),
     help="Spread a model that is too large for one device over all devices (docs/large-models.md).",
 )
-@click.option("--tensor-parallel", is_flag=True, help="Share each layer among the processes that torchrun starts.")
+@click.option(
+    "--tensor-parallel/--no-tensor-parallel", help="Share each layer among the processes that torchrun starts."
+)
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
@@ -144,16 +150,15 @@ from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, how_to_go_on
     help="Keep hidden rows in the shards. Encoding and probes need them.",
 )
 @click.option(
-    "--stream",
-    is_flag=True,
+    "--stream/--no-stream",
     help="For models larger than memory: run all prompts block by block. The weights of each block are read once.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Show groups, saved tokens, and expected memory, disk and time. Run nothing."
 )
 @click.option("--strict", is_flag=True, help="Stop at a bad record instead of leaving it out.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code.")
-@click.option("--allow-pickle", is_flag=True, help="Load weights from pickles. A pickle can run any code.")
+@click.option("--trust-remote-code/--no-trust-remote-code", help="Let the model run its own Python code.")
+@click.option("--allow-pickle/--no-allow-pickle", help="Load weights from pickles. A pickle can run any code.")
 @common
 @click.pass_context
 def command(
@@ -190,8 +195,11 @@ def command(
         with Progress() as progress, Stoppable(progress) as stoppable, tensor_parallel.lead(execution):
             study = run_config(config, execution, out=folder, resume=resume, progress=stoppable)
     except Stopped as stopped:
-        more = ["--json"] if as_json else []
-        click.echo(f"xprobe: interrupted: {how_to_go_on(progress, folder, more)}", err=True)
+        more = [flag for flag, given in (
+            ("--trust-remote-code", execution.trust_remote_code), ("--allow-pickle", execution.allow_pickle),
+            ("--json", as_json),
+        ) if given]  # fmt: skip
+        click.echo(f"xprobe: interrupted: {resume_hint(progress, folder, more)}", err=True)
         return EXIT_CODES[stopped.signal]
     if as_json:
         echo_json(study.to_dict())
@@ -206,17 +214,20 @@ def _show_forecast(config: StudyConfig, execution: Execution, as_json: bool) -> 
     from xprobe.forecast import forecast
     from xprobe_cli.forecasts import forecast_report
 
-    found = forecast(config, execution)
+    result = forecast(config, execution)
     if as_json:
-        echo_json(found.to_dict())
+        echo_json(result.to_dict())
     else:
-        click.echo(forecast_report(found))
+        click.echo(forecast_report(result))
     return 0
 
 
 def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Values of the run in ``out`` for all options that the command line does not give; {} if there is no run."""
+    """Options of the run in ``out``, changed by those that the command line gives; {} if there is no run."""
     if not RunFolder(out).has_manifest():
+        if (out / LOCK).exists():
+            with FolderLock(out):
+                pass  # raises if another process is just starting a run here
         if context.get_parameter_source("model") is ParameterSource.DEFAULT:
             raise UsageError(f"{out} holds no run to resume: to begin one there, name the MODEL")
         return {}
@@ -236,9 +247,10 @@ def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -
             "resume it there, with xprobe.run(..., out=..., resume=True)"
         )
     states = manifest.stages.get("states")
-    execution = states.executions[-1].options if states is not None and states.executions else Execution()
-    before = {**vars(manifest.study), **vars(execution)}  # a run from Python may have set what has no option here
-    return {name: value for name, value in before.items() if name not in given}
+    recorded = states.executions[-1].options if states is not None and states.executions else Execution()
+    _, how = split_options({name: chosen[name] for name in given})
+    study = {name: value for name, value in vars(manifest.study).items() if name not in given}
+    return {**study, **vars(recorded.resumed_with(how))}
 
 
 def warnings(manifest: Manifest) -> list[str]:
@@ -246,5 +258,6 @@ def warnings(manifest: Manifest) -> list[str]:
     lines = [f"xprobe: {warning}" for warning in manifest.warnings]
     for what, items in manifest.left_out.items():
         if items:
-            lines.append(f"xprobe: {len(items)} {what} left out; the first: {items[0]} (all in manifest.json)")
+            left_out = counted(len(items), what.removesuffix("s"))
+            lines.append(f"xprobe: {left_out} left out; the first: {items[0]} (all in manifest.json)")
     return lines

@@ -70,7 +70,7 @@ class Stoppable:
             signal.signal(number, handler)
 
 
-def how_to_go_on(progress: Progress, folder: Path, options: list[str]) -> str:
+def resume_hint(progress: Progress, folder: Path, options: list[str]) -> str:
     """One line: how much is kept, and the command that continues the run."""
     if not (folder / MANIFEST).is_file():
         return "nothing was computed yet; the same command begins again"

@@ -17,13 +17,15 @@ BARS_FROM = 92  # columns of terminal
 def study_report(study: Study) -> str:
     """The table of every setting with its summary lines, and the path of the run."""
     width = shutil.get_terminal_size((100, 24)).columns
-    parts = [_setting_report(result, width) for result in study]
+    parts = [_setting_report(result, width) for result in study.values()]
     return "\n\n".join([*parts, f"files     {study.path}"])
 
 
 def _setting_report(result: SettingResult, width: int) -> str:
     name, summary = result.study.manifest.model.name, result.summary
-    title = f"{name} · {result.setting} · {summary['n']} examples, {summary['paragraphs']} paragraphs"
+    title = (
+        f"{name} · {result.setting} · {counted(summary['n'], 'example')}, {counted(summary['paragraphs'], 'paragraph')}"
+    )
     return "\n".join([title, "", *_layer_lines(result, bars=width >= BARS_FROM), "", *_summary_lines(result)])
 
 
@@ -73,7 +75,7 @@ def _summary_lines(result: SettingResult) -> list[str]:
         f"boundary  {boundary}; {phased}; by language: {languages}",
         *encoding,
         f"stability {alpha}",
-        f"parity    {parity:.1e} nats; {skipped} examples skipped{why}; {bad} bad records",
+        f"parity    {parity:.1e} nats; {counted(skipped, 'example')} skipped{why}; {counted(bad, 'bad record')}",
     ]
 
 
@@ -90,7 +92,7 @@ def _encoding_line(entry: dict[str, Any]) -> str:
     share = entry["phase_order"]["share"]
     certainty = f" ({100 * share:.0f}% of draws)" if share is not None else ""
     languages = [v["phase_order"]["value"] for v in entry["languages"].values()]
-    below = f"so in {sum(v == 1 for v in languages)} of {len(languages)} languages"
+    below = f"below it in {sum(v == 1 for v in languages)} of {counted(len(languages), 'language')}"
     depth = f"layer {estimate(entry['encoding_depth'], 1)}, highest at {estimate(entry['encoding_peak'], 1)}"
     return f"{depth}; {holds}{certainty}, {below}"
 
@@ -98,6 +100,17 @@ def _encoding_line(entry: dict[str, Any]) -> str:
 def estimate(estimate: dict[str, float | None], digits: int) -> str:
     value, lo, hi = (number(estimate[name], digits) for name in ("value", "lo", "hi"))
     return f"{value} [{lo}, {hi}]"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    Examples
+    --------
+    >>> counted(1, "paragraph"), counted(0, "paragraph"), counted(1200, "paragraph")
+    ('1 paragraph', '0 paragraphs', '1,200 paragraphs')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -73,7 +73,7 @@ def test_a_figure_of_nothing_fails_after_the_json_is_safe(capsys, measured, tmp_
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
         (["--kernel", "run"], "not there yet"),
         (["--kernel", "nope"], "kernel must be one of"),
@@ -88,11 +88,11 @@ def test_a_figure_of_nothing_fails_after_the_json_is_safe(capsys, measured, tmp_
         (["--nonsense"], "--nonsense"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_code_2(capsys, arguments, said):
+def test_bad_usage_is_one_line_and_exit_code_2(capsys, arguments, words):
     assert main(["bench", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert said in captured.err
+    assert words in captured.err
     assert captured.err.count("\n") == 1
 
 

@@ -72,7 +72,7 @@ def test_check_reads_lines_and_compressed_files(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "toy.en.jsonl: line 2, id q1: answer is not at answer_start ('b' is not at 0; its text is at 2)" in out
     assert "toy.en.jsonl: line 3: not valid JSON" in out
-    assert "en  1 usable questions\nde  1 usable questions\n2 problems" in out
+    assert "en  1 usable question\nde  1 usable question\n2 problems" in out
     assert main(["data", "check", str(tmp_path / "toy.de.json.gz"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["questions"] == {"de": 1}
 
@@ -87,7 +87,7 @@ def test_help_names_the_layouts(capsys):
     assert "flat records" in capsys.readouterr().out
 
 
-def test_fetch_that_cannot_reach_its_address_says_what_else_to_do(capsys, empty_cache):
+def test_a_fetch_without_connection_names_the_alternatives(capsys, empty_cache):
     assert main(["data", "fetch", "xquad", "--languages", "en", "--url", "http://127.0.0.1:9"]) == 1
     err = capsys.readouterr().err
     assert "http://127.0.0.1:9/xquad.en.json" in err
@@ -103,7 +103,7 @@ def test_doctor_says_what_works(capsys):
         assert f"ok      {name}" in out
 
 
-def test_doctor_names_what_a_missing_piece_would_add(capsys, monkeypatch):
+def test_doctor_says_what_each_missing_package_would_add(capsys, monkeypatch):
     versions = doctor.versions
     monkeypatch.setattr(doctor, "versions", lambda names: {**versions(names), "matplotlib": None})
     assert main(["doctor"]) == 0
@@ -125,7 +125,7 @@ def test_files_with_other_names_and_codes_with_subtags(tmp_path, capsys):
     (folder / "toy.DE.json").write_text("{}")
     assert main(["data", "check", str(folder)]) == 1
     out = capsys.readouterr().out
-    assert "zh-Hans-CN  1 usable questions" in out
+    assert "zh-Hans-CN  1 usable question\n" in out
     assert "toy.DE.json: file: name is not toy.<language>.json" in out
     assert "notes.json" not in out
 

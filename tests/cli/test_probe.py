@@ -1,4 +1,4 @@
-"""`xprobe probe`: trained on a stored run without its model, what others found stays, bad input in one line."""
+"""`xprobe probe` trains on a stored run without its model, keeps other probes, and refuses bad input in one line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from xprobe_cli.main import main
 
 import xprobe
+from xprobe.config import BUILT_IN_PROBES, DEFAULT_PROBES
 from xprobe.runs.lock import FolderLock
 
 SMALL = ["--languages", "en,de,th", "--limit", "9", "--bootstrap", "20"]
@@ -41,7 +42,8 @@ def test_training_again_gives_the_same_files(run, capsys):
     assert after == before
     lines = out.splitlines()
     assert [line.split()[0] for line in lines if line[:5].strip().isdigit()] == ["0", "1", "2", "3", "4"]
-    assert sum("selectivity" in line for line in lines) == 4
+    summaries = [line for line in lines if "selectivity" in line or "cannot be trained" in line]
+    assert len(summaries) == 2 * len(DEFAULT_PROBES)  # one for each state
     assert sum("correctness" in line and "cannot be trained" in line for line in lines) == 2  # it is never right
     assert lines[-1] == f"files     {run}"
 
@@ -124,7 +126,14 @@ def test_training_that_cannot_be_written_leaves_the_run_as_it_was(run, monkeypat
     assert xprobe.load_study(run).manifest.stages["probes"].results["trained"]["language"]["n_components"] == 2
 
 
-def test_two_at_once_are_one_too_many(run, capsys):
+def test_the_help_lists_every_built_in_probe(capsys):
+    assert main(["probe", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for name, description in BUILT_IN_PROBES.items():
+        assert f"{name} {description}" in words
+
+
+def test_a_second_process_is_refused(run, capsys):
     with FolderLock(run):
         assert main(["probe", str(run)]) == 2
     assert "is being written by this process" in capsys.readouterr().err
@@ -134,6 +143,6 @@ def test_the_object_on_stdout_is_json_without_nan(run, capsys):
     assert main(["probe", str(run), "--probe", "correctness", "--json"]) == 0
     out, err = capsys.readouterr()
     rows = json.loads(out, parse_constant=lambda name: pytest.fail(name))["probes"]
-    assert {row["probe"] for row in rows} == {"alignment", "language", "correctness"}
+    assert {row["probe"] for row in rows} == set(DEFAULT_PROBES)
     assert {row["score"] for row in rows if row["probe"] == "correctness"} == {None}
     assert err == ""

@@ -53,7 +53,7 @@ def test_rate_and_time_left_are_those_of_this_process(terminal, clock):
     assert terminal.lines() == [f"forward  [{'#' * 30}]  1000/1000  4.0 per s, took 0:25", ""]
 
 
-def test_slow_work_is_told_in_seconds_each(terminal, clock):
+def test_the_rate_of_slow_work_is_in_seconds_per_step(terminal, clock):
     progress = Progress(terminal, clock)
     progress(Step("forward", 0, 3))
     clock.now += 90
@@ -61,7 +61,7 @@ def test_slow_work_is_told_in_seconds_each(terminal, clock):
     assert terminal.lines()[-1] == f"forward  [{'#' * 10}{'-' * 20}]  1/3  90.0 s each, 3:00 left"
 
 
-def test_a_note_is_a_line_and_the_bar_goes_on_below_it(terminal, clock):
+def test_a_note_is_a_line_above_the_bar(terminal, clock):
     progress = Progress(terminal, clock)
     progress(Stage("loading the model"))
     progress(Step("forward", 0, 10))
@@ -79,7 +79,7 @@ def test_a_note_is_a_line_and_the_bar_goes_on_below_it(terminal, clock):
     assert terminal.lines()[2].endswith("10/10  5.0 per s, took 0:02")
 
 
-def test_a_bar_that_is_left_early_shows_where_it_was(terminal, clock):
+def test_a_bar_that_is_closed_early_shows_the_last_step(terminal, clock):
     with Progress(terminal, clock) as progress:
         progress(Step("forward", 0, 10))
         clock.now += 0.01
@@ -89,14 +89,14 @@ def test_a_bar_that_is_left_early_shows_where_it_was(terminal, clock):
     assert terminal.lines()[-1] == ""
 
 
-def test_a_narrow_terminal_gets_one_line_all_the_same(terminal, clock, monkeypatch):
+def test_a_narrow_terminal_gets_a_bar_of_one_line(terminal, clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     progress = Progress(terminal, clock)
     progress(Step("forward and lens", 1, 1000))
     assert max(len(line) for line in terminal.lines()) < 40
 
 
-def test_where_no_terminal_is_it_is_silent_and_counts_all_the_same(clock):
+def test_without_a_terminal_steps_are_counted_and_nothing_is_printed(clock):
     stream = io.StringIO()
     with Progress(stream, clock) as progress:
         progress(Stage("loading the model"))
@@ -107,8 +107,8 @@ def test_where_no_terminal_is_it_is_silent_and_counts_all_the_same(clock):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(0, "0:00"), (59.6, "1:00"), (750, "12:30"), (11040, "3:04:00"), (90000, "25:00:00"), (270000, "3 d 3 h")],
 )
-def test_durations_are_said_in_the_unit_that_fits(seconds, said):
-    assert duration(seconds) == said
+def test_durations_are_shown_in_the_unit_that_fits(seconds, text):
+    assert duration(seconds) == text

@@ -49,7 +49,7 @@ def test_a_narrow_terminal_gets_the_same_numbers_without_bars(finished, capsys, 
     assert max(len(line) for line in out.splitlines() if line[:5].strip().isdigit()) <= 80
 
 
-def test_json_is_one_object_on_stdout_and_nothing_else(finished, capsys, tiny):
+def test_json_is_the_only_output_on_stdout(finished, capsys, tiny):
     assert main(["run", str(tiny), *SMALL, "--out", str(finished), "--resume", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == xprobe.load_study(finished).to_dict()
@@ -64,7 +64,7 @@ def test_without_out_a_new_folder_is_made_under_runs(tiny, tmp_path, monkeypatch
     assert str(made.relative_to(tmp_path)) in capsys.readouterr().out
 
 
-def test_bad_records_are_mentioned_counted_and_survived(tiny, tmp_path, capsys):
+def test_bad_records_are_left_out_counted_and_reported(tiny, tmp_path, capsys):
     folder = write_set(tmp_path / "data", {"en": [("A b c.", "What?", "b"), ("D e f.", "Which?", "e")]})
     path = folder / "toy.en.json"
     document = json.loads(path.read_text())
@@ -72,8 +72,9 @@ def test_bad_records_are_mentioned_counted_and_survived(tiny, tmp_path, capsys):
     path.write_text(json.dumps(document))
     assert main(["run", str(tiny), "--data", str(folder), "--out", str(tmp_path / "run")]) == 0
     out, err = capsys.readouterr()
-    assert "1 bad records" in out
-    assert "toy.en.json: id q0: answer is not at answer_start" in err
+    assert "1 bad record\n" in out
+    assert "1 example, 1 paragraph\n" in out
+    assert "xprobe: 1 record left out; the first: toy.en.json: id q0: answer is not at answer_start" in err
     assert main(["run", str(tiny), "--data", str(folder), "--out", str(tmp_path / "s"), "--strict"]) == 1
     assert "toy.en.json: id q0" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
@@ -122,6 +123,7 @@ def bad_calls(tmp_path, tiny):
         "unknown signal": ([model, "--signals", "relevance"], 2, "relevance"),
         "encoding without rows": ([model, "--signals", "encoding", "--no-rows"], 2, "--no-rows"),
         "probes without rows": ([model, "--probes", "language", "--no-rows"], 2, "--no-rows"),
+        "no probes and a probe": ([model, "--probes", "none,language"], 2, "'none' stands alone"),
         "unknown probe": ([model, "--probes", "syntax"], 2, "syntax"),
         "limit 0": ([model, "--limit", "0"], 2, "--limit"),
         "limit that is no number": ([model, "--limit", "many"], 2, "many"),
@@ -185,7 +187,7 @@ def test_debug_shows_the_traceback(tmp_path):
         main(["run", "./nowhere/model", "--debug"])
 
 
-def test_a_fault_of_our_own_is_one_line_too(tiny, monkeypatch, capsys):
+def test_an_unexpected_error_is_one_line_too(tiny, monkeypatch, capsys):
     import xprobe.study
 
     monkeypatch.setattr(xprobe.study, "run_config", lambda *_, **__: 1 / 0)
@@ -196,7 +198,7 @@ def test_a_fault_of_our_own_is_one_line_too(tiny, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
-def test_control_c_keeps_what_is_done_and_says_how_to_go_on(tiny, tmp_path):
+def test_control_c_keeps_finished_examples_and_prints_the_command_that_resumes(tiny, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "xprobe_cli", "run", str(tiny), "--out", str(out), "--batch-tokens", "1"]
     process = subprocess.Popen(
@@ -237,19 +239,19 @@ def test_it_runs_as_a_module_and_as_a_script():
             assert result.stdout == f"xprobe, version {xprobe.__version__}\n"
 
 
-def test_resume_takes_the_options_of_the_run_where_none_are_given(finished, capsys):
+def test_resume_takes_options_that_are_not_given_from_the_run(finished, capsys):
     assert main(["run", "--out", str(finished), "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == xprobe.load_study(finished).to_dict()
     assert main(["run", "--out", str(finished), "--resume", "--limit", "3"]) == 2
     assert capsys.readouterr().err == (
-        f"xprobe: error: cannot resume {finished}: limit was 4 and is now 3. Choose another --out\n"
+        f"xprobe: error: cannot resume {finished}: limit was 4 and is now 3. Choose another out (--out)\n"
     )
     assert main(["run", "--out", str(finished), "--resume", "--paragraphs", "2"]) == 2
     assert "limit was 4 and is now None; paragraphs was None and is now 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_without_these_letters_still_gets_the_numbers(finished, encoding):
+def test_a_terminal_without_block_characters_gets_the_numbers(finished, encoding):
     result = subprocess.run(
         [sys.executable, "-m", "xprobe_cli", "run", "--out", str(finished), "--resume"],
         capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "120"}, check=True,
@@ -258,7 +260,7 @@ def test_a_terminal_without_these_letters_still_gets_the_numbers(finished, encod
     assert b"#" in result.stdout
 
 
-def test_a_full_disk_behind_stdout_is_no_fault_of_xprobe():
+def test_a_full_disk_behind_stdout_is_not_reported_as_a_fault_of_xprobe():
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:

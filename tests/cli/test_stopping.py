@@ -32,30 +32,33 @@ def wait_for(condition, seconds=60):
 
 def start(forks, tiny, out, slow):
     """A run whose forward passes take their time, once the first shard is there."""
-    said = out.with_name("said")
-    command = ["run", str(tiny), *OPTIONS, "--batch-tokens", "1", "--out", str(out)]
-    pid = forks.start_command(command, said, slow=[str(out), slow])
+    output = out.with_name("output")
+    command = ["run", str(tiny), *OPTIONS, "--batch-tokens", "1", "--allow-pickle", "--out", str(out)]
+    pid = forks.start_command(command, output, slow=[str(out), slow])
     wait_for(lambda: (out / "shards").is_dir() and any((out / "shards").glob("*.safetensors")))
-    return pid, said
+    return pid, output
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_the_first_signal_stops_where_nothing_is_lost_and_says_what_goes_on(number, code, forks, tiny, tmp_path):
+def test_the_first_signal_stops_at_a_safe_point_and_prints_the_command_that_resumes(
+    number, code, forks, tiny, tmp_path
+):
     out = tmp_path / "a run"
-    pid, said = start(forks, tiny, out, slow=0.05)
+    pid, output = start(forks, tiny, out, slow=0.05)
     os.kill(pid, number)
     ended = forks.wait(pid)
     assert ended == {"code": code, "restored": True}
-    first, last = said.read_text().splitlines()
+    first, last = output.read_text().splitlines()
     assert first == "xprobe: stopping after the current examples; a second signal stops at once"
     kept, total, command = re.fullmatch(
         r"xprobe: interrupted: (\d+) of (\d+) examples are kept; continue with: xprobe (.*)", last
     ).groups()
     assert 0 < int(kept) < int(total) == 24
+    assert "--allow-pickle" in command  # it is not taken from the run folder
     assert not (out / ".lock").exists()
     before = {path.name: path.stat().st_ino for path in (out / "shards").iterdir()}
-    assert forks.wait(forks.start_command(shlex.split(command), said))["code"] == 0
-    assert str(out) in said.read_text()
+    assert forks.wait(forks.start_command(shlex.split(command), output))["code"] == 0
+    assert str(out) in output.read_text()
     assert {name: (out / "shards" / name).stat().st_ino for name in before} == before
     assert len(xprobe.load_study(out).examples) == int(total)
 
@@ -63,16 +66,16 @@ def test_the_first_signal_stops_where_nothing_is_lost_and_says_what_goes_on(numb
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_the_second_signal_does_not_wait(number, code, forks, tiny, tmp_path):
     out = tmp_path / "run"
-    pid, said = start(forks, tiny, out, slow=600)
+    pid, output = start(forks, tiny, out, slow=600)
     os.kill(pid, number)
-    wait_for(lambda: "a second signal stops at once" in said.read_text())
+    wait_for(lambda: "a second signal stops at once" in output.read_text())
     time.sleep(0.2)
     os.kill(pid, 0)  # it still runs
     os.kill(pid, number)
     started = time.monotonic()
     assert forks.wait(pid)["code"] == code
     assert time.monotonic() - started < 10
-    assert f"--out {out} --resume" in said.read_text().splitlines()[-1]
+    assert f"--out {out} --resume" in output.read_text().splitlines()[-1]
     assert not (out / ".lock").exists()
 
 
@@ -86,7 +89,7 @@ def send_after(number, *events):
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_where_nothing_can_be_lost_the_first_signal_does_not_wait(number, code, capfd):
+def test_the_first_signal_does_not_wait_if_nothing_can_be_lost(number, code, capfd):
     with pytest.raises(Stopped) as stopped:
         send_after(number, Stage("loading the model"))
     assert stopping.EXIT_CODES[stopped.value.signal] == code
@@ -95,7 +98,7 @@ def test_where_nothing_can_be_lost_the_first_signal_does_not_wait(number, code, 
     assert capfd.readouterr().err == ""
 
 
-def test_handlers_are_as_before_in_the_end_and_what_others_set_is_left_alone():
+def test_handlers_are_restored_and_those_of_others_are_not_replaced():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Stoppable(Progress()):
         assert signal.getsignal(signal.SIGINT) is not before[0]
@@ -114,7 +117,7 @@ def test_handlers_are_as_before_in_the_end_and_what_others_set_is_left_alone():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_the_library_leaves_signals_alone(tiny, tmp_path):
+def test_the_library_sets_no_signal_handlers(tiny, tmp_path):
     numbers = (signal.SIGINT, signal.SIGTERM)
     before, seen = [signal.getsignal(number) for number in numbers], []
     xprobe.run(
@@ -125,32 +128,32 @@ def test_the_library_leaves_signals_alone(tiny, tmp_path):
     assert all(handlers == before for handlers in seen)
 
 
-def test_the_steps_that_are_safe_to_stop_at_are_those_of_the_run():
+def test_the_safe_points_are_the_steps_of_the_run():
     from xprobe.stages import states
 
     assert stopping.STEP == states.STEP
 
 
-def test_a_run_that_had_not_begun_says_so(tmp_path):
-    line = stopping.how_to_go_on(Progress(), tmp_path / "run", [])
+def test_the_hint_says_if_nothing_was_computed_yet(tmp_path):
+    line = stopping.resume_hint(Progress(), tmp_path / "run", [])
     assert line == "nothing was computed yet; the same command begins again"
     (tmp_path / "manifest.json").write_text("{}")
-    line = stopping.how_to_go_on(Progress(), tmp_path, ["--json"])
+    line = stopping.resume_hint(Progress(), tmp_path, ["--json"])
     assert line == f"what was computed is kept; continue with: {program()} run --out {tmp_path} --resume --json"
 
 
 @pytest.mark.parametrize(
-    ("called", "path", "said"),
+    ("called", "path", "output"),
     [
         ("/venv/bin/xprobe", "", "/venv/bin/xprobe"),
         ("/usr/lib/xprobe_cli/__main__.py", "", f"{sys.executable} -m xprobe_cli"),
         ("/usr/bin/pytest", "", "xprobe"),
     ],
 )
-def test_the_program_is_named_as_it_was_called(called, path, said, monkeypatch):
+def test_the_hint_names_the_program_as_it_was_called(called, path, output, monkeypatch):
     monkeypatch.setattr("sys.argv", [called])
     monkeypatch.setenv("PATH", path)
-    assert program() == said
+    assert program() == output
 
 
 def test_a_configuration_that_cannot_be_read_is_named(tiny, tmp_path, capsys):

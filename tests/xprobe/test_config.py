@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from xprobe.config import DTYPES, SETTINGS, Execution, StudyConfig, split_options
+from xprobe.config import DEFAULT_PROBES, DTYPES, SETTINGS, Execution, StudyConfig, split_options
 from xprobe.errors import UsageError, XprobeError
 
 FULL = StudyConfig(
@@ -98,7 +98,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_makes_no_sense_is_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
+def test_a_wrong_value_is_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         StudyConfig(**options)
     assert isinstance(caught.value, XprobeError)
@@ -114,12 +114,12 @@ def test_what_makes_no_sense_is_refused_by_name_and_value(options: dict[str, Any
         ({"jobs": -2}, "jobs must be .* got -2"),
     ],
 )
-def test_an_execution_that_makes_no_sense_is_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
+def test_a_wrong_value_of_an_execution_is_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Execution(**options)
 
 
-def test_options_are_told_apart_and_unknown_ones_are_named() -> None:
+def test_options_are_split_and_unknown_ones_are_named() -> None:
     assert split_options({"seed": 3, "device": "cpu", "limit": 2}) == ({"seed": 3, "limit": 2}, {"device": "cpu"})
     with pytest.raises(UsageError, match=r"unknown option 'sed'; known: .*seed"):
         split_options({"sed": 3})
@@ -141,7 +141,7 @@ def test_options_are_told_apart_and_unknown_ones_are_named() -> None:
     + [{"dtype": dtype} for dtype in DTYPES],
     ids=str,
 )
-def test_the_least_that_makes_sense_is_accepted(options: dict[str, Any]) -> None:
+def test_the_smallest_values_are_accepted(options: dict[str, Any]) -> None:
     config = StudyConfig(**options)
     assert {name: getattr(config, name) for name in options} == options
 
@@ -183,12 +183,17 @@ def test_every_field_of_the_full_example_differs_from_its_default() -> None:
     assert set(same) == {"device_map", "tensor_parallel", "stream"}  # they exclude a device
 
 
-def test_all_that_can_be_is_computed_unless_asked_otherwise() -> None:
+def test_everything_is_computed_by_default() -> None:
     assert StudyConfig().signals == ("readiness", "encoding")
-    assert StudyConfig().probes == ("alignment", "language", "correctness")
+    assert StudyConfig().probes == DEFAULT_PROBES
     without = StudyConfig(store_rows=False)
     assert (without.signals, without.probes) == (("readiness",), ())
     assert StudyConfig(probes=()).probes == ()
+
+
+def test_probes_that_are_not_known_here_can_be_read() -> None:
+    values = {"probes": ["mine", "language"]}
+    assert StudyConfig.from_dict(values).probes == ("mine", "language")
 
 
 def test_missing_entries_take_their_defaults() -> None:
@@ -206,7 +211,7 @@ def test_entries_are_checked_as_arguments_are() -> None:
         StudyConfig.from_dict({**StudyConfig().to_dict(), "limit": 0})
 
 
-def test_changing_the_plain_values_does_not_reach_back() -> None:
+def test_changing_the_plain_values_does_not_change_the_configuration() -> None:
     config = StudyConfig(languages=("en", "de"))
     config.to_dict()["languages"].append("zh")
     assert config.languages == ("en", "de")

@@ -22,7 +22,7 @@ def test_an_event_is_a_line_of_text(event: Event, text: str) -> None:
     assert str(event) == text
 
 
-def test_events_are_values_that_never_change() -> None:
+def test_events_are_immutable_values() -> None:
     assert Step("probes", 1, 2) == Step("probes", 1, 2)
     assert len({Stage("probes"), Stage("probes"), Note("probes")}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -39,14 +39,14 @@ def test_the_caller_gets_the_events_themselves_in_order() -> None:
     assert notify.error is None
 
 
-def test_without_a_caller_events_go_nowhere() -> None:
+def test_events_without_a_caller_are_dropped() -> None:
     notify = CallerNotify(None)
     notify(Stage("loading the model"))
     assert notify.error is None
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the bar broke"), MemoryError(), KeyboardInterrupt()], ids=repr)
-def test_what_the_caller_raises_comes_through_unchanged_and_is_remembered(error: BaseException) -> None:
+def test_an_error_of_the_caller_is_raised_unchanged_and_kept(error: BaseException) -> None:
     """A run turns errors of the machine into its own; it must know which are the caller's."""
 
     def stopping(_: Event) -> None:

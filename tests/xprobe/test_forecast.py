@@ -20,7 +20,7 @@ def of(model, **options):
     return forecast(StudyConfig(model=str(model), **study), Execution(**execution))
 
 
-def test_it_plans_what_the_run_computes(tiny, tmp_path):
+def test_a_forecast_plans_what_the_run_computes(tiny, tmp_path):
     found = of(tiny, settings=("en-x", "x-x"))
     study = xprobe.run(str(tiny), setting=("en-x", "x-x"), out=tmp_path / "run", **SMALL)
     plan = study.manifest.stages["states"].results["plan"]
@@ -61,7 +61,7 @@ def test_a_smaller_budget_means_more_passes_over_more_tokens(tiny):
     assert small.memory["forward pass"] < large.memory["forward pass"]
 
 
-def test_its_values_are_plain_json(tiny):
+def test_the_values_of_a_forecast_are_plain_json(tiny):
     value = json.loads(json.dumps(of(tiny).to_dict()))
     assert value["seconds"] > 0
     assert sum(group["examples"] for group in value["groups"]) == value["examples"]

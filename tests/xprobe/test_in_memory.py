@@ -54,7 +54,7 @@ def test_the_model_is_left_as_it_was(held, tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_run_of_a_model_in_memory_goes_on_with_the_same_model_only(held, tmp_path):
+def test_a_run_of_a_model_in_memory_is_resumed_only_with_the_same_model(held, tmp_path):
     model, tokenizer = held
     done = xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "run", **FAST)
     again = xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "run", resume=True, **FAST)
@@ -110,7 +110,7 @@ def test_records_in_memory_give_the_numbers_of_their_files(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "words"),
     [
         (3, "got int"),
         (None, "got NoneType"),
@@ -118,8 +118,8 @@ def test_records_in_memory_give_the_numbers_of_their_files(tiny, tmp_path):
         ({"a": 1}, "got dict"),
     ],
 )
-def test_what_is_no_model_is_refused_in_one_line(model, said):
-    with pytest.raises(UsageError, match=said):
+def test_an_object_that_is_no_model_is_refused_in_one_line(model, words):
+    with pytest.raises(UsageError, match=words):
         xprobe.run(model)
 
 

@@ -19,6 +19,7 @@ from xprobe.lenses import reading
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.manifest import StageEntry
 from xprobe.stages import states
 
 FULL = {"setting": ("en-x", "x-x"), "batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6, "bootstrap": 100}
@@ -96,25 +97,34 @@ def test_signals_equal_a_hand_written_logit_lens(study, tiny):
     assert np.allclose(arrays["prompt_end"][place][:-1], wanted, atol=1e-5)
 
 
-def test_a_study_read_back_is_the_study(study):
+def test_a_study_that_is_read_equals_the_one_that_was_computed(study):
     again = xprobe.load_study(study.path)
     assert again.manifest == study.manifest
     assert again.to_dict() == study.to_dict()
     for setting in study.settings:
         pd.testing.assert_frame_equal(again[setting].stability, study[setting].stability)
-        assert f"SettingResult({setting}: 18 examples" in repr(again[setting])
+        assert f"SettingResult({setting}: examples 18, boundary" in repr(again[setting])
         assert "<table" in again[setting]._repr_html_()
     assert "Study(" in repr(again)
     assert again._repr_html_().count("<table") == 2
 
 
-def test_a_run_with_several_settings_is_asked_for_one_of_them(study):
+def test_a_run_with_several_settings_needs_the_name_of_one(study):
     for name in ("alpha", "boundary", "stability"):
         with pytest.raises(UsageError, match=r'holds 2 settings: choose study\["en-x"\] or study\["x-x"\]'):
             getattr(study, name)
     with pytest.raises(UsageError, match="holds no setting 'x-y'; it holds en-x, x-x"):
         study["x-y"]
-    assert [result.setting for result in study] == ["en-x", "x-x"]
+    assert [result.setting for result in study.values()] == ["en-x", "x-x"]
+
+
+def test_a_study_is_a_mapping_from_settings_to_their_results(study):
+    assert "x-x" in study
+    assert "x-y" not in study
+    assert len(study) == 2
+    assert list(study) == list(study.keys()) == ["en-x", "x-x"]
+    assert [setting for setting, result in study.items() if result.setting == setting] == ["en-x", "x-x"]
+    assert dict(study)["x-x"].alpha == study["x-x"].alpha
 
 
 def test_the_json_object_has_the_promised_shape(study):
@@ -139,7 +149,7 @@ def test_the_same_run_gives_the_same_bytes(study, tiny, tmp_path):
     assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]  # times and places
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_resumed_where_it_stopped(study, tiny, tmp_path, monkeypatch):
     calls = []
     real = states.start_reading
 
@@ -163,12 +173,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(study, tiny, tmp_path, monk
     assert [name for name in mine if mine[name] != theirs[name]] == ["manifest.json"]
 
 
-def test_what_the_progress_raises_comes_through_and_what_is_told_is_true(tiny, tmp_path):
-    told = []
+def test_an_error_of_progress_is_raised_unchanged_and_its_counts_are_right(tiny, tmp_path):
+    counts = []
 
     def stopping(event):
         if isinstance(event, Step) and event.stage == "forward and lens":
-            told.append(event.done)
+            counts.append(event.done)
             if event.done:
                 raise RuntimeError("mine")
 
@@ -176,7 +186,7 @@ def test_what_the_progress_raises_comes_through_and_what_is_told_is_true(tiny, t
     with pytest.raises(RuntimeError, match=r"^mine$"):
         xprobe.run(str(tiny), out=out, progress=stopping, **PLAIN)
     shards = [RunFolder(out).read_shard(name)[1] for name in RunFolder(out).finished_shards()]
-    assert told == [0, sum(len(metadata["examples"]) for metadata in shards)]
+    assert counts == [0, sum(len(metadata["examples"]) for metadata in shards)]
 
 
 @pytest.mark.parametrize("status", ["running", "done"])
@@ -199,6 +209,47 @@ def test_resuming_a_finished_run_loads_no_model(study, tiny, tmp_path, monkeypat
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
     second = xprobe.run(str(tiny), out=out, resume=True, **SMALL)
     assert second.to_dict() == first.to_dict()
+
+
+def notes_of_resuming(tiny, out, **options):
+    events = []
+    xprobe.run(str(tiny), out=out, resume=True, progress=events.append, **options)
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+def test_options_that_a_finished_run_cannot_use_are_noted(study, tiny):
+    assert notes_of_resuming(tiny, study.path, **FULL)[1:] == []
+    changed = notes_of_resuming(tiny, study.path, **{**FULL, "batch_tokens": 64, "stream": True})
+    assert changed[1:] == ["the run is finished, so these options were not used: batch_tokens=64, stream=True"]
+
+
+def test_shards_that_belong_to_no_group_are_noted_and_left_alone(tiny, tmp_path):
+    out = tmp_path / "run"
+    xprobe.run(str(tiny), out=out, **SMALL)
+    extra = out / "shards" / "x-x.en.p0.safetensors"
+    extra.write_bytes(b"of another setting")
+    assert notes_of_resuming(tiny, out, **SMALL)[-1] == (
+        f"{out / 'shards'} holds shards that this run does not use, remove them: {extra.name}"
+    )
+    assert extra.exists()
+
+
+@pytest.mark.parametrize("damage", ["edited", "gone"])
+def test_a_table_of_any_stage_is_checked_when_a_run_is_read(damage, tiny, tmp_path):
+    out = tmp_path / "run"
+    xprobe.run(str(tiny), out=out, **SMALL)
+    folder = RunFolder(out)
+    manifest = folder.read_finished()
+    digest = folder.write_table("lengths.parquet", pd.DataFrame({"language": ["en"], "correlation": [0.5]}))
+    manifest.stages["lengths"] = StageEntry(tables={"lengths.parquet": digest})
+    folder.write_manifest(manifest)
+    xprobe.load_study(out)
+    if damage == "edited":
+        folder.write_table("lengths.parquet", pd.DataFrame({"language": ["en"], "correlation": [0.9]}))
+    else:
+        (out / "lengths.parquet").unlink()
+    with pytest.raises(RunFolderError, match=r"lengths.parquet is not the table that the stage 'lengths' of this run"):
+        xprobe.load_study(out)
 
 
 def test_resume_with_another_configuration_names_the_difference(study, tiny, tmp_path):
@@ -260,7 +311,7 @@ def test_a_manifest_that_lacks_entries_is_named(tmp_path):
         xprobe.load_study(tmp_path)
 
 
-def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_path):
+def test_a_folder_with_other_content_is_never_written_to(study, tiny, tmp_path):
     with pytest.raises(UsageError, match="not empty"):
         xprobe.run(str(tiny), out=study.path, **FULL)
     (tmp_path / "notes.txt").write_text("mine")
@@ -269,14 +320,14 @@ def test_a_folder_that_holds_something_is_never_written_into(study, tiny, tmp_pa
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_one_language_has_no_stability_and_says_so(tiny, tmp_path):
+def test_one_language_has_no_stability(tiny, tmp_path):
     study = xprobe.run(str(tiny), out=tmp_path / "run", languages="en", limit=4, probes=())
     assert study.stability["stability"].isna().all()
     assert study.alpha["value"] is None
     assert study.to_dict()["settings"]["en-x"]["layers"][0]["stability"] is None
 
 
-def test_examples_beyond_the_window_are_counted_and_the_rest_goes_on(tmp_path):
+def test_examples_longer_than_the_window_are_counted_and_left_out(tmp_path):
     model = save_tiny_model(tmp_path / "short", window=600)
     study = xprobe.run(str(model), out=tmp_path / "run", setting="x-x", languages=("en", "th"), limit=6, probes=())
     counts = study.manifest.counts
@@ -285,7 +336,7 @@ def test_examples_beyond_the_window_are_counted_and_the_rest_goes_on(tmp_path):
     assert len(study.manifest.left_out["examples"]) == 12 - counts.examples
 
 
-def test_a_window_that_nothing_fits_is_an_error(tmp_path):
+def test_a_window_too_short_for_every_example_is_an_error(tmp_path):
     model = save_tiny_model(tmp_path / "short", window=32)
     with pytest.raises(DataError, match="window"):
         xprobe.run(str(model), out=tmp_path / "run", limit=2)

@@ -1,1 +1,1 @@
-"""Which prompts share a forward pass, and the forward pass that leaves chosen hidden rows in a buffer."""
+"""Forward passes that keep chosen hidden rows of every layer. Prompts share passes where the model allows it."""

@@ -1,9 +1,9 @@
-"""The engine for models in memory: forward passes that leave the requested rows of every layer in buffers."""
+"""The engine for models in memory: forward passes that write the requested rows of every layer into buffers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,19 +24,20 @@ from xprobe.capture.plan import (
 )
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
-from xprobe.capture.requests import Group, Request
+from xprobe.capture.requests import Group, Request, check_groups, check_requests, check_sample
 from xprobe.capture.rows import Receiver, Rows, RowSpace
-from xprobe.capture.runner import RunnerReport, Warnings
-from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement
-from xprobe.capture.tree import grow
+from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
+from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement, short_sample
+from xprobe.capture.tree import make_tree
 from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import model_code_errors
-from xprobe.models.parity import TeacherForced, check_parity, rounding_warning
+from xprobe.models.parity import TeacherForced, check_parity, check_prompts, rounding_warning
 from xprobe.models.passes import Pass, pad
+from xprobe.models.token_limits import TokenLimits
 
-# Packed sequences end at a multiple of it
+# The length of a packed sequence is a multiple of this
 MULTIPLE = 64
 
 
@@ -49,22 +50,31 @@ class Engine:
     anatomy : Anatomy
         Where its blocks and its head are (``xprobe.models.anatomy.inspect``).
     batch_tokens : int
-        Most tokens in one forward pass. Halved when memory runs out; ``report`` gives what fitted.
+        Most tokens in one forward pass. The engine halves it when memory runs out; ``report`` gives the last value.
     notify : callable (message), optional
         Called with each warning. ``report`` lists them all.
 
     Attributes
     ----------
     strategy : str
-        How prompts share a pass: ``tree`` until ``choose_strategy`` finds that the model does not allow it.
+        How prompts share a pass. It is ``tree`` until ``choose_strategy`` finds that the model does not allow it.
     kernel : bool
         Whether packed trees may use the attention kernel.
+    limits : TokenLimits
+        Which token ids a request may have, and how many. The window comes from the model's configuration.
+
+    Raises
+    ------
+    UsageError
+        ``batch_tokens`` is not a whole number of at least 1.
     """
 
     def __init__(
         self, model: Any, anatomy: Anatomy, batch_tokens: int, notify: Callable[[str], None] | None = None
     ) -> None:
-        self.model, self.anatomy, self.batch_tokens = model, anatomy, batch_tokens
+        self.model, self.anatomy = model, anatomy
+        self.batch_tokens = check_batch_tokens(batch_tokens)
+        self.limits = TokenLimits.from_model(model, anatomy)
         self.warn = Warnings(notify)
         self.strategy: Strategy = "tree"
         self.kernel = attention.available(input_device(model))
@@ -74,12 +84,19 @@ class Engine:
         self._space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
 
     def report(self) -> RunnerReport:
-        """How the requests were run, up to now."""
+        """How the engine has run the requests so far."""
         kernel = self.kernel and self.strategy == "tree"
         return RunnerReport(self.strategy, self.batch_tokens, kernel, self.parity_error, tuple(self.warn.messages))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
-        """How this engine would run ``groups``."""
+        """How this engine would run ``groups``.
+
+        Raises
+        ------
+        UsageError
+            A request cannot be run (``check_requests``).
+        """
+        check_groups(groups, self.limits)
         return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
 
     def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
@@ -87,69 +104,84 @@ class Engine:
 
         Raises
         ------
+        UsageError
+            A prompt cannot be run (``xprobe.models.parity.check_prompts``).
         ParityError
             They differ by more than rounding.
         """
+        check_prompts(prompts, self.limits)
         tensor_parallel.send_order("check_parity", prompts, backend)
         self.parity_error = check_parity(self.model, self.anatomy, prompts, backend)
         if warning := rounding_warning(self.parity_error):
             self.warn(warning)
 
     def choose_strategy(self, sample: Sequence[Request]) -> None:
-        """Finds the fastest strategy that gives this model the rows of its own plain runs, and keeps to it.
+        """Finds the fastest strategy that gives the same rows as plain runs of the model, and keeps it.
 
-        ``sample`` (a few requests with a common beginning) is run one by one, then by each strategy, and the rows are
-        compared.
+        A few requests of ``sample``, cut to a bounded length (``xprobe.capture.sharing.short_sample``), are run one by
+        one, then by each strategy, and the rows are compared. The sample should hold requests with a common beginning.
+
+        Raises
+        ------
+        UsageError
+            The sample is empty, or a request in it cannot be run (``check_requests``).
         """
-        requests = list(sample)
-        tensor_parallel.send_order("choose_strategy", requests)
+        check_sample(sample, self.limits)
+        tensor_parallel.send_order("choose_strategy", list(sample))
+        requests = short_sample(sample, self.model.config, self.alone_beyond)
         name = type(self.model).__name__
         budget = max(self.batch_tokens, sum(len(request.ids) for request in requests))
         wanted = self._capture(requests, "plain", 1).copy()
-        longest = max(len(request.ids) for request in requests)
-        noise = self._capture(requests, "plain", len(requests) * longest).copy()
+
+        @cache
+        def noise() -> Rows:
+            longest = max(len(request.ids) for request in requests)
+            return self._capture(requests, "plain", len(requests) * longest).copy()
+
         stateful = carries_state(self.model, self.anatomy.blocks)
         if stateful is not None:
             self.warn(f"{name} cannot share beginnings: {stateful}")
-            return self._use_plain_batches(wanted, noise)
+            return self._use_plain_batches(wanted, noise())
         for strategy, kernel in _candidates(self.kernel):
             self.kernel = kernel
             try:
                 reason = self._why_not(strategy, requests, budget, wanted, noise)
             except CarriesState as error:
                 self.warn(f"{name} cannot share beginnings: {error}")
-                return self._use_plain_batches(wanted, noise)
+                return self._use_plain_batches(wanted, noise())
             if reason is None:
                 self.strategy = strategy
                 return None
             with_kernel = ", and the attention kernel" if self.kernel else ""
             self.warn(f"{name} cannot be run with {STRATEGIES[strategy]}{with_kernel} ({reason})")
-        return self._use_plain_batches(wanted, noise)
+        return self._use_plain_batches(wanted, noise())
 
     def _why_not(
-        self, strategy: Strategy, sample: Sequence[Request], budget: int, wanted: Rows, noise: Rows
+        self, strategy: Strategy, sample: Sequence[Request], budget: int, wanted: Rows, noise: Callable[[], Rows]
     ) -> str | None:
         """Why a strategy does not give the rows ``wanted``; None if it does."""
         try:
             if strategy == "tree":
-                for one in Isolation(self.model, self.anatomy.blocks, self.kernel).passes:
-                    run_pass(self.model, self.anatomy, one)
-            # all in one pass, whatever the budget: requests that run alone do not show whether sharing works
-            reason = self._disagreement(self._capture(sample, strategy, budget), wanted, noise)
-            if reason is None and self._largest_part < min(2, len(sample)):
+                for forward_pass in Isolation(self.model, self.anatomy.blocks, self.kernel).passes:
+                    run_pass(self.model, self.anatomy, forward_pass)
+            # the budget lets all run in one pass: requests that run alone do not show whether sharing works
+            rows = self._capture(sample, strategy, budget)
+            together = self._largest_part
+            reason = self._disagreement(rows.copy(), wanted, noise)
+            if reason is None and together < min(2, len(sample)):
                 reason = "no two prompts of the check could be run together"
             return reason
         except CarriesState:
             raise
         except NotIsolated as error:
             return str(error)
-        except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
+        except Exception as error:  # a model's own code may raise anything on inputs that it does not expect
             if is_out_of_memory(error):
                 raise
             return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
     def _use_plain_batches(self, wanted: Rows, together: Rows) -> None:
-        """Plain batches; one prompt at a time if even these change the rows."""
+        """Chooses plain batches, or one prompt at a time if plain batches change the rows."""
         self.strategy = "plain"
         if (reason := self._disagreement(together, wanted, None)) is None:
             self.warn(f"it is run with {STRATEGIES['plain']}")
@@ -157,26 +189,30 @@ class Engine:
             self.batch_tokens = 1
             self.warn(f"it is run one prompt at a time: its rows depend on the batch ({reason})")
 
-    def _disagreement(self, rows: Rows, wanted: Rows, noise: Rows | None) -> str | None:
-        """In words, how far rows are from those they should equal; None if only by rounding."""
+    def _disagreement(self, rows: Rows, wanted: Rows, noise: Callable[[], Rows] | None) -> str | None:
+        """Names the first layer at which rows differ from ``wanted`` by more than rounding; None if none does."""
         layers = range(self.anatomy.n_layers)
-        return next((r for k in layers if (r := disagreement(rows, wanted, noise, self.anatomy.head, k))), None)
+        reasons = (disagreement(rows, wanted, noise, self.anatomy.head, layer) for layer in layers)
+        return next((reason for reason in reasons if reason), None)
 
     def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
-        """Every wave of ``plan`` that holds a group of ``wanted``, with its rows, which the next wave overwrites."""
+        """Yields every wave of ``plan`` with a group of ``wanted``, and its rows. The next wave overwrites them."""
         self._space.reserve(plan.most_rows)
         for wave in plan.waves:
             if any(group.key in wanted for group in wave.groups):
                 yield wave, self.capture(wave.requests)
 
     def capture(self, requests: Sequence[Request]) -> Rows:
-        """Rows of ``requests``, which the next call overwrites.
+        """Runs ``requests`` and returns their rows. The next call overwrites them.
 
         Raises
         ------
+        UsageError
+            A request cannot be run (``check_requests``).
         RuntimeError, MemoryError
             Memory runs out even for one request at a time, or the model fails.
         """
+        check_requests(requests, self.limits)
         tensor_parallel.send_order("capture", requests)
         return self._capture(requests, self.strategy, self.batch_tokens)
 
@@ -189,11 +225,11 @@ class Engine:
                 self._run(requests, waiting[0], rows, strategy)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or len(waiting[0]) == 1 or tensor_parallel.size() > 1:
-                    raise  # among several processes the others are in the middle of this pass
+                    raise  # with several processes, the others are in the middle of this pass
             else:
                 self._largest_part = max(self._largest_part, len(waiting.pop(0)))
                 continue
-            # outside of the handler: the error's traceback holds the tensors of the pass that failed
+            # after the handler: the error's traceback holds the tensors of the pass that failed
             release_memory()
             self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(requests, waiting[0], strategy)) // 2)
             self.warn(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
@@ -204,7 +240,7 @@ class Engine:
     def _run(self, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy) -> None:
         with torch.inference_mode(), fast_products(self.model), model_code_errors(self.model):
             if self.alone_beyond is not None and len(requests[part[0]].ids) > self.alone_beyond:
-                # dynamic NTK keeps the angles of the longest prompt until a short one comes
+                # dynamic NTK keeps the angles of the longest prompt until a short prompt is run
                 self.model.base_model(
                     input_ids=pad([requests[part[0]].ids[:1]], input_device(self.model)), use_cache=False
                 )
@@ -234,7 +270,7 @@ def _candidates(kernel: bool) -> list[tuple[Strategy, bool]]:
 def make_pass(
     model: Any, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy, kernel: bool = False
 ) -> Pass:
-    """The forward pass over ``part`` of ``requests``, ``tree`` or ``plain``, that leaves its rows in ``into``.
+    """The forward pass over ``part`` of ``requests``, as ``tree`` or ``plain``. It writes its rows into ``into``.
 
     ``kernel``: packed trees may use the attention kernel.
     """
@@ -242,7 +278,7 @@ def make_pass(
     if strategy == "plain":
         ids = pad([requests[i].ids for i in part], device)
         return Pass({"input_ids": ids}, Receiver(requests, part, lambda i, start, stop: [(i, start, stop)], into))
-    tree = grow([requests[i].ids for i in part]).filled(MULTIPLE)
+    tree = make_tree([requests[i].ids for i in part]).padded(MULTIPLE)
     layout = Layout(tree, device, kernel)
     receiver = Receiver(
         requests, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into
@@ -251,7 +287,7 @@ def make_pass(
     return Pass(inputs, receiver, partial(packed_attention, model, layout))
 
 
-def run_pass(model: Any, anatomy: Anatomy, one: Pass) -> None:
-    """One forward pass of the decoder without its head."""
-    with torch.inference_mode(), watch_states(anatomy.blocks, one.receive), one.active():
-        model.base_model(**one.inputs, use_cache=False)
+def run_pass(model: Any, anatomy: Anatomy, forward_pass: Pass) -> None:
+    """Runs one forward pass of the decoder without its head."""
+    with torch.inference_mode(), watch_states(anatomy.blocks, forward_pass.receive), forward_pass.active():
+        model.base_model(**forward_pass.inputs, use_cache=False)

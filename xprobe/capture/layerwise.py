@@ -1,7 +1,7 @@
 """Capture for models larger than memory: all forward passes go through one block before the next block is read.
 
-Rows are kept in a file of the run's folder until the last block has run, since the divergence from the final layer
-needs the final layer; then group after group is read from it. An interrupted run starts its sweep again.
+A file in the run folder keeps the rows until the last block has run: the divergence from the final layer needs the
+final layer. Then the file is read group by group. An interrupted run starts its sweep again.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from xprobe.capture.engine import make_pass
 from xprobe.capture.memory import is_out_of_memory
 from xprobe.capture.plan import STRATEGIES, Plan, Strategy, Wave, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
-from xprobe.capture.requests import Group, Request
+from xprobe.capture.requests import Group, Request, check_groups, check_requests, check_sample
 from xprobe.capture.rows import Rows, RowSpace
-from xprobe.capture.runner import RunnerReport, Warnings
-from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement
+from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
+from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement, short_sample
 from xprobe.capture.tree_attention import NotShareable
 from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError
 from xprobe.models.anatomy import input_device
-from xprobe.models.parity import TeacherForced, compare_with_model, rounding_warning
+from xprobe.models.parity import TeacherForced, check_prompts, compare_with_model, rounding_warning, shorten
 from xprobe.models.passes import Pass, pad
 from xprobe.models.streaming.streamed import StreamedModel, own_logits, sweep
+from xprobe.models.token_limits import TokenLimits
 
 
 class LayerwiseEngine:
     """Runs a model that is larger than memory, block by block. A ``Runner`` (``xprobe.capture.runner``).
 
-    Nothing is computed before ``run``: its one sweep over the blocks serves the parity check, the check of the strategy
-    and all requests.
+    ``run`` makes one sweep over the blocks. It serves the parity check, the check of the strategy and all requests.
+    Nothing is computed before.
 
     Parameters
     ----------
@@ -46,7 +47,7 @@ class LayerwiseEngine:
     batch_tokens : int
         Most tokens in one forward pass.
     folder : path
-        Where rows and spilled hidden states are kept meanwhile.
+        Where rows and spilled hidden states are kept during the run.
     notify : callable (message), optional
         Called with each warning.
     progress : callable (done, total), optional
@@ -61,7 +62,9 @@ class LayerwiseEngine:
         notify: Callable[[str], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.streamed, self.batch_tokens, self.folder = streamed, batch_tokens, folder
+        self.streamed, self.folder = streamed, folder
+        self.batch_tokens = check_batch_tokens(batch_tokens)
+        self.limits = TokenLimits.from_model(streamed.model, streamed.anatomy)
         self.model, self.anatomy = streamed.model, streamed.anatomy
         self.warn = Warnings(notify)
         self.progress = progress
@@ -75,70 +78,87 @@ class LayerwiseEngine:
         self._backend = "auto"
 
     def report(self) -> RunnerReport:
-        """How the requests were run, up to now."""
+        """How the engine has run the requests so far."""
         kernel = self.kernel and self.strategy == "tree"
         return RunnerReport(self.strategy, self.batch_tokens, kernel, self.parity_error, tuple(self.warn.messages))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
-        """How this engine would run ``groups``."""
-        return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
-
-    def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
-        """Keeps ``prompts`` for ``run``: the check needs rows of the last layer, which only a sweep gives."""
-        self._parity_prompts, self._backend = list(prompts), backend
-
-    def choose_strategy(self, sample: Sequence[Request]) -> None:
-        """Keeps ``sample`` for ``run``: the sweep runs it alone and packed, ahead of the rest.
-
-        Where the two differ, the sweep starts again with plain batches. No block is read for the check alone.
-        """
-        self._sample = list(sample)
-
-    def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
-        """Every wave of ``plan`` that holds a group of ``wanted``, with its rows, after one sweep over all of them.
+        """How this engine would run ``groups``.
 
         Raises
         ------
+        UsageError
+            A request cannot be run (``check_requests``).
+        """
+        check_groups(groups, self.limits)
+        return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
+
+    def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
+        """Keeps ``prompts`` for ``run``: the check needs rows of the last layer, and only a sweep gives them."""
+        check_prompts(prompts, self.limits)
+        self._parity_prompts, self._backend = [shorten(prompt) for prompt in prompts], backend
+
+    def choose_strategy(self, sample: Sequence[Request]) -> None:
+        """Keeps a short form of ``sample`` (``short_sample``) for ``run``: the sweep runs it alone and packed.
+
+        Where the two differ, the sweep starts again with plain batches. No block is read for the check alone.
+
+        Raises
+        ------
+        UsageError
+            The sample is empty, or a request in it cannot be run (``check_requests``).
+        """
+        check_sample(sample, self.limits)
+        self._sample = short_sample(sample, self.model.config, self.alone_beyond)
+
+    def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
+        """Makes one sweep, then yields every wave of ``plan`` that holds a group of ``wanted``, with its rows.
+
+        Raises
+        ------
+        UsageError
+            A request cannot be run (``check_requests``).
         ModelError, ParityError, RunFolderError
             The model cannot be run like this, the lens does not fit it, or there is no room for the rows.
         """
         waves = [wave for wave in plan.waves if any(group.key in wanted for group in wave.groups)]
         requests = [request for wave in waves for request in wave.requests]
+        check_requests(requests, self.limits)
         if not requests and not self._parity_prompts:
             return
         space = _MappedSpace(self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.folder)
         rows = space.take(requests)
-        ends = _LastRows(self.model, self.anatomy.n_layers - 1, self._parity_prompts)
+        last_rows = _LastRows(self.model, self.anatomy.n_layers - 1, self._parity_prompts)
         before = self.streamed.checkpoint.bytes_read
         name = type(self.model).__name__
         with fast_products(self.model):
             try:
-                self._sweep(waves, requests, rows, [*self._checks(), *ends.passes])
+                self._sweep(waves, requests, rows, [*self._checks(), *last_rows.passes])
             except NotShareable as reason:
                 self.warn(f"{name} cannot be run with {STRATEGIES[self.strategy]} ({reason})")
                 self.strategy = "plain"
                 try:
-                    self._sweep(waves, requests, rows, [*self._checks(), *ends.passes])
+                    self._sweep(waves, requests, rows, [*self._checks(), *last_rows.passes])
                     self.warn(f"it is run with {STRATEGIES['plain']}")
-                except NotShareable as why:
+                except NotShareable as second_reason:
                     self.batch_tokens = 1
-                    self.warn(f"it is run one prompt at a time: its rows depend on the batch ({why})")
-                    self._sweep(waves, requests, rows, ends.passes)
+                    self.warn(f"it is run one prompt at a time: its rows depend on the batch ({second_reason})")
+                    self._sweep(waves, requests, rows, last_rows.passes)
         self.bytes_read += self.streamed.checkpoint.bytes_read - before
         if self._parity_prompts:
-            self._compare(ends)
+            self._compare_with_model(last_rows)
         start = 0
         for wave in waves:
             stop = start + len(wave.requests)
             yield wave, rows.part(start, stop)
             start = stop
 
-    def _compare(self, ends: _LastRows) -> None:
+    def _compare_with_model(self, last_rows: _LastRows) -> None:
         device = self.anatomy.head.weight.device
-        last = torch.cat(ends.rows).to(device)
+        last = torch.cat(last_rows.rows).to(device)
         targets = torch.tensor([token for prompt in self._parity_prompts for token in prompt.targets])
-        own = own_logits(self.streamed, last)
-        self.parity_error = compare_with_model(self.model, last, own, self.anatomy.head, targets, self._backend)
+        logits = own_logits(self.streamed, last)
+        self.parity_error = compare_with_model(self.model, last, logits, self.anatomy.head, targets, self._backend)
         if warning := rounding_warning(self.parity_error):
             self.warn(warning)
 
@@ -157,18 +177,15 @@ class LayerwiseEngine:
         sweep(self.streamed, passes, folder=self.folder, progress=self.progress)
 
     def _checks(self) -> list[Pass]:
-        """The sample one by one, then together: NotShareable is raised at the first layer where the two differ."""
+        """Passes that run the sample one by one, then together. The first layer that differs raises NotShareable."""
         if not self._sample:
             return []
-        limit = self.alone_beyond
-        sample = [request for request in self._sample if limit is None or len(request.ids) <= limit]
-        if len(sample) < min(2, len(self._sample)):
-            raise NotShareable(f"the check has no two prompts of at most {limit} tokens")
+        sample = self._sample
         shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, input_device(self.model))
         wanted, noise, shared = (RowSpace(*shape).take(sample) for _ in range(3))
-        everyone = range(len(sample))
-        passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in everyone]
-        batch = make_pass(self.model, sample, everyone, noise, "plain")
+        indices = range(len(sample))
+        passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in indices]
+        batch = make_pass(self.model, sample, indices, noise, "plain")
         if self.strategy == "plain":
 
             def compare(layer: int, hidden: Tensor) -> None:
@@ -180,36 +197,36 @@ class LayerwiseEngine:
         stateful = carries_state(self.model, self.anatomy.blocks)
         if stateful is not None:
             raise NotShareable(stateful)
-        packed = make_pass(self.model, sample, everyone, shared, self.strategy, self.kernel)
+        packed = make_pass(self.model, sample, indices, shared, self.strategy, self.kernel)
 
         def receive(layer: int, hidden: Tensor) -> None:
             packed.receive(layer, hidden)
-            if reason := disagreement(shared, wanted, noise, self.anatomy.head, layer):
+            if reason := disagreement(shared, wanted, lambda: noise, self.anatomy.head, layer):
                 raise NotShareable(reason)
 
         isolation = Isolation(self.model, self.anatomy.blocks, self.kernel)
-        alone = [self._guarded(one, one.receive) for one in isolation.passes]
-        return [*alone, *passes, batch, self._guarded(packed, receive)]
+        isolation_passes = [self._guarded(item, item.receive) for item in isolation.passes]
+        return [*isolation_passes, *passes, batch, self._guarded(packed, receive)]
 
     @staticmethod
-    def _guarded(one: Pass, receive: Callable[[int, Tensor], None]) -> Pass:
-        """A pass of the check: whatever fails in it says that the model cannot be run so."""
+    def _guarded(forward_pass: Pass, receive: Callable[[int, Tensor], None]) -> Pass:
+        """A pass of the check. Any failure in it becomes NotShareable: the model cannot be run like this."""
 
         @contextmanager
         def active() -> Iterator[None]:
             try:
-                with one.active():
+                with forward_pass.active():
                     yield
             except NotShareable:
                 raise
             except NotIsolated as error:
                 raise NotShareable(str(error)) from error
-            except Exception as error:  # a model's own code may raise anything when it is fed what it does not know
+            except Exception as error:  # a model's own code may raise anything on inputs that it does not expect
                 if is_out_of_memory(error):
                     raise
                 raise NotShareable(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
 
-        return Pass(one.inputs, receive, active)
+        return Pass(forward_pass.inputs, receive, active)
 
 
 class _LastRows:
@@ -228,7 +245,7 @@ class _LastRows:
 
 
 class _MappedSpace(RowSpace):
-    """Rows in a file that is deleted with the process. Room on the disk is taken at once and cannot run out later."""
+    """Rows in a temporary file. It takes its room on the disk at once, so the disk cannot fill up later."""
 
     def __init__(self, layers: int, width: int, dtype: torch.dtype, folder: Path) -> None:
         super().__init__(layers, width, dtype, torch.device("cpu"))
@@ -247,5 +264,5 @@ class _MappedSpace(RowSpace):
         except OSError as error:
             raise RunFolderError(
                 f"cannot keep {size / 1e9:.1f} GB of hidden rows in {self.folder} ({error.strerror or error}): make "
-                "room, or choose another --out"
+                "room, or use a folder on another disk"
             ) from error

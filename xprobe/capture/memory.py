@@ -1,4 +1,4 @@
-"""When memory runs out: how to tell, and how to get back what can be given back."""
+"""Recognises that memory ran out, and releases memory that is no longer used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device and in whatever words."""
+    """Whether an error means that memory ran out, on any device.
+
+    Examples
+    --------
+    >>> is_out_of_memory(RuntimeError("CUDA out of memory")), is_out_of_memory(RuntimeError("shapes do not match"))
+    (True, False)
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad allocation")
@@ -16,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Gives back what nothing holds any more."""
+    """Releases memory that no object uses any more, on the host and on the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Which requests run together, as plain data.
+"""A plan says which requests run together. It is plain data.
 
 A *group* is the unit that is stored and resumed: requests with a common beginning. A *wave* is one or several groups
 that are computed together. A wave that exceeds the token budget is split into *parts*; a part is one forward pass.
@@ -35,13 +35,13 @@ class Wave:
 
     @cached_property
     def requests(self) -> tuple[Request, ...]:
-        """Those of all groups, group by group."""
+        """The requests of all groups, group by group."""
         return tuple(request for group in self.groups for request in group.requests)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run computes, in order."""
+    """The waves that a run computes, in order. ``make_plan`` makes it."""
 
     strategy: Strategy
     batch_tokens: int
@@ -50,7 +50,7 @@ class Plan:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of all requests: what a forward pass of each one alone would run over."""
+        """Tokens of all requests together: the tokens to run if each request ran alone."""
         return sum(len(request.ids) for wave in self.waves for request in wave.requests)
 
     @cached_property
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def most_rows(self) -> dict[str, int]:
-        """By the name of a read, the rows that the largest wave keeps: what the row buffers must hold."""
+        """For each name of a read, the most rows that a wave keeps. Row buffers need this size."""
         most: dict[str, int] = {}
         for wave in self.waves:
             for name, count in count_rows(wave.requests).items():
@@ -88,7 +88,14 @@ class Plan:
 
 
 def count_rows(requests: Iterable[Request]) -> dict[str, int]:
-    """Rows that ``requests`` keep of each layer, by the name of the read."""
+    """Rows that ``requests`` keep at each layer, by the name of the read.
+
+    Examples
+    --------
+    >>> from xprobe.capture.requests import Each, Mean
+    >>> count_rows([Request((5, 6, 7), {"last": Each((1, 2)), "all": Mean(0, 3)})])
+    {'last': 2, 'all': 1}
+    """
     counts: dict[str, int] = {}
     for request in requests:
         for name, read in request.reads.items():
@@ -97,11 +104,19 @@ def count_rows(requests: Iterable[Request]) -> dict[str, int]:
 
 
 def make_plan(groups: Sequence[Group], batch_tokens: int, strategy: Strategy, alone_beyond: int | None = None) -> Plan:
-    """Neighbouring groups go into one wave while they fit one forward pass of ``batch_tokens`` tokens together.
+    """Puts neighbouring groups into one wave while they fit into one forward pass of ``batch_tokens`` tokens.
 
-    Prompts of more than ``alone_beyond`` tokens get a pass of their own (``rotary_limit``).
+    Prompts of more than ``alone_beyond`` tokens get a pass of their own (``rotary_limit``). The plan depends on its
+    arguments alone, so a resumed run computes each wave as before.
 
-    The plan depends on nothing but its arguments, so that a run that is resumed computes each wave as before.
+    Examples
+    --------
+    >>> from xprobe.capture.requests import Each, group_requests
+    >>> page = tuple(range(10, 40))
+    >>> groups = group_requests([Request((*page, token), {"last": Each((30,))}, "page 1") for token in (5, 6)])
+    >>> plan = make_plan(groups, batch_tokens=100, strategy="tree")
+    >>> plan.tokens, plan.tokens_run, len(plan.waves)
+    (62, 32, 1)
     """
     waves: list[list[Group]] = []
     filled = 0
@@ -117,16 +132,26 @@ def make_plan(groups: Sequence[Group], batch_tokens: int, strategy: Strategy, al
 
 
 def rotary_limit(config: Any) -> int | None:
-    """Length beyond which a model turns *all* positions by other angles (LongRoPE, dynamic NTK); None if it never does.
+    """Length of a prompt beyond which a model rotates *all* positions by other angles; None if it never does.
 
-    The longest prompt of a pass then decides for all: one beyond the limit must not share its pass.
+    Models with LongRoPE or dynamic NTK do so. The longest prompt of a pass decides for all prompts in it, so a prompt
+    beyond the limit must not share its pass.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    >>> rotary_limit(LlamaConfig(max_position_embeddings=2048, rope_parameters=rope))
+    2048
+    >>> rotary_limit(LlamaConfig()) is None
+    True
     """
     text = config.get_text_config(decoder=True)
     found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = [found, *(value for value in found.values() if isinstance(value, dict))]  # some have one per kind of layer
-    usual = getattr(text, "original_max_position_embeddings", None) or getattr(text, "max_position_embeddings", None)
+    kinds = [found, *(value for value in found.values() if isinstance(value, dict))]  # some models: one per layer type
+    default = getattr(text, "original_max_position_embeddings", None) or getattr(text, "max_position_embeddings", None)
     limits = [
-        kind.get("original_max_position_embeddings") or usual
+        kind.get("original_max_position_embeddings") or default
         for kind in kinds
         if kind.get("rope_type") == "longrope" or "dynamic" in str(kind.get("rope_type"))
     ]
@@ -140,11 +165,14 @@ def split(
     strategy: Strategy,
     alone_beyond: int | None = None,
 ) -> list[list[int]]:
-    """Indices ``members`` of ``requests`` in parts of at most ``budget`` tokens each; a part of one may exceed it."""
+    """Splits the indices ``members`` of ``requests`` into parts of at most ``budget`` tokens.
+
+    A part of one request may exceed the budget.
+    """
     limit = float("inf") if alone_beyond is None else alone_beyond
     by_length = sorted(members, key=lambda i: len(requests[i].ids))
     together = [i for i in by_length if len(requests[i].ids) <= limit]
-    # by rising length: a model that grows its angles with the longest prompt so far then grows them for each
+    # by rising length: a model that adapts its angles to the longest prompt so far then does so for each of them
     return [*_split(requests, together, budget, strategy), *([i] for i in by_length[len(together) :])]
 
 
@@ -161,7 +189,7 @@ def _split(requests: Sequence[Request], members: list[int], budget: int, strateg
 
 
 def part_tokens(requests: Sequence[Request], part: Iterable[int], strategy: Strategy) -> int:
-    """Tokens that one forward pass over ``part`` of ``requests`` runs over."""
+    """Number of tokens in one forward pass over ``part`` of ``requests``."""
     members = list(part)
     if strategy == "tree":
         return sum(packed_lengths(sorted(requests[i].ids for i in members)))
@@ -170,7 +198,7 @@ def part_tokens(requests: Sequence[Request], part: Iterable[int], strategy: Stra
 
 
 def prefix_length(requests: Sequence[Request]) -> int:
-    """Length of the common beginning that a cache is worth making for, before any row that is captured; else 0."""
+    """Length of the common beginning before the first captured row; 0 if a cache of it does not pay."""
     first = requests[0].ids
     common = min(common_length(first, request.ids) for request in requests)
     common = min(common, *(request.first_read for request in requests))
@@ -181,10 +209,10 @@ def _split_sorted(requests: Sequence[Request], order: list[int], budget: int) ->
     parts: list[list[int]] = []
     filled = 0
     added = packed_lengths([requests[i].ids for i in order])
-    for i, more in zip(order, added, strict=True):
-        if parts and filled + more <= budget:
+    for i, new_tokens in zip(order, added, strict=True):
+        if parts and filled + new_tokens <= budget:
             parts[-1].append(i)
-            filled += more
+            filled += new_tokens
         else:
             parts.append([i])
             filled = len(requests[i].ids)

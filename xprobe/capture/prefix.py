@@ -1,4 +1,4 @@
-"""The cache of a common beginning, shared by batches without being copied for each or growing with any."""
+"""A key/value cache of a common beginning. Batches share it: it is neither copied nor changed by them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xprobe.models.anatomy import input_device
 
 
 def shared_cache(model: Any, ids: list[int]) -> Any:
-    """Runs the decoder over one beginning and returns its key/value cache, to be given to any number of batches.
+    """Runs the decoder over one beginning and returns its key/value cache, for any number of batches.
 
     Raises
     ------
     NotShareable
-        The model keeps something else than keys and values.
+        The model's cache holds something other than keys and values.
     """
     cache = DynamicCache()
     model.base_model(input_ids=upload(torch.tensor([ids]), input_device(model)), past_key_values=cache, use_cache=True)
@@ -34,7 +34,7 @@ def shared_cache(model: Any, ids: list[int]) -> Any:
 
 
 class _Shared(DynamicLayer):
-    """One layer's keys and values [1, H, P, d]; what a batch adds is seen by that batch alone."""
+    """Keys and values [1, H, P, d] of one layer. Only the batch that adds tokens sees them."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The faster library for a model's fp32 products on the CPU, for the time of a forward pass."""
+"""Computes fp32 linear layers on a CPU with oneDNN where it is faster, during a forward pass."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from xprobe_kernels.precision import onednn_is_faster, onednn_linear
 
 @contextmanager
 def fast_products(model: Any) -> Iterator[None]:
-    """Inside, fp32 linear layers on a CPU where oneDNN is faster are computed by it; elsewhere nothing changes.
+    """Inside, oneDNN computes the fp32 linear layers of ``model`` if it runs on a CPU where oneDNN is faster.
 
-    It holds for this thread only, and not while gradients are recorded.
+    This affects the current thread only, and no products that record gradients.
     """
     with fast_linear_products(model.device.type, model.dtype):
         yield
@@ -24,7 +24,7 @@ def fast_products(model: Any) -> Iterator[None]:
 
 @contextmanager
 def fast_linear_products(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """The same for layers of one dtype on one kind of device."""
+    """``fast_products`` for layers of one dtype on one type of device."""
     if device != "cpu" or dtype != torch.float32 or not onednn_is_faster():
         yield
         return
@@ -34,13 +34,13 @@ def fast_linear_products(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 class _OneDNN(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is F.linear and _plain(*args, **(kwargs or {})):
+        if func is F.linear and _suits_onednn(*args, **(kwargs or {})):
             return _linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _plain(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """oneDNN's entry takes dense fp32 and nothing else; small products are not worth its preparations."""
+def _suits_onednn(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether oneDNN can compute a product and is worth its overhead: dense fp32, and not too few rows."""
     return (
         input.dtype == weight.dtype == torch.float32
         and input.device.type == weight.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""What to run and which rows to keep, as plain data. Capture knows token ids; the caller gives rows their meaning."""
+"""Requests say which token ids to run and which rows to keep. The caller names the rows and knows what they mean."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from xprobe.errors import UsageError
+from xprobe.models.token_limits import TokenLimits, is_whole, show
+
 
 @dataclass(frozen=True)
 class Each:
-    """Keep the row at every one of these positions, in this order.
+    """Keep the row at every one of these positions, in this order. A list or a range becomes a tuple.
 
     Examples
     --------
@@ -19,9 +22,14 @@ class Each:
 
     positions: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.positions, list | range):
+            object.__setattr__(self, "positions", tuple(self.positions))
+
     @property
     def first(self) -> int:
-        return min(self.positions, default=0)
+        """The smallest position."""
+        return min(self.positions)
 
     @property
     def rows(self) -> int:
@@ -44,6 +52,7 @@ class Mean:
 
     @property
     def first(self) -> int:
+        """The first position of the mean."""
         return self.start
 
     @property
@@ -62,11 +71,13 @@ class Request:
     Parameters
     ----------
     ids : tuple of int
-        All tokens that the model is fed.
+        All tokens that the model is fed. A list or a range becomes a tuple.
     reads : mapping of str to Each or Mean
         The rows to keep, by a name of the caller's choice.
     group : str
-        Requests of one group begin alike: they are stored together, and may share a cache.
+        Requests of one group have a common beginning. They are stored together, and may share a cache.
+
+    A request does not know the model. ``Engine`` checks requests before it runs any (``check_requests``).
 
     Examples
     --------
@@ -79,15 +90,25 @@ class Request:
     reads: Mapping[str, Read]
     group: str = ""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.ids, list | range):
+            object.__setattr__(self, "ids", tuple(self.ids))
+
     @cached_property
     def first_read(self) -> int:
-        """The first position whose row is needed."""
+        """The first position whose row is kept."""
         return min(read.first for read in self.reads.values())
 
 
 @dataclass(frozen=True)
 class Group:
-    """Requests that begin alike: the unit that is stored and resumed."""
+    """Requests with a common beginning. A run stores and resumes whole groups.
+
+    Examples
+    --------
+    >>> Group("page 1", (Request((5, 6), {"last": Each((1,))}, "page 1"),)).key
+    'page 1'
+    """
 
     key: str
     requests: tuple[Request, ...]
@@ -108,30 +129,123 @@ def group_requests(requests: Sequence[Request]) -> list[Group]:
     return [Group(key, tuple(members)) for key, members in groups.items()]
 
 
-def check_requests(requests: Sequence[Request]) -> None:
-    """Refuses requests that cannot be captured together.
+def check_requests(requests: Sequence[Request], limits: TokenLimits, names: Sequence[str] | None = None) -> None:
+    """Refuses requests that the model cannot be run over, or that cannot be captured together.
+
+    Parameters
+    ----------
+    limits : TokenLimits
+        Of the model.
+    names : sequence of str, optional
+        What the messages call the requests; ``request 0``, ``request 1``, ... by default.
 
     Raises
     ------
-    ValueError
-        A request has no token, reads nothing, reads a position outside its tokens, or reads other names or kinds of
-        rows than the first one.
+    UsageError
+        A request has no token ids, more than the model's window, or one that the model does not have. Or it reads
+        nothing, reads a position outside its ids or the same position twice, or reads other names or kinds of rows than
+        the first request. The message names the request, the read, the value and what is allowed.
+
+    Examples
+    --------
+    >>> check_requests([Request((5, 6), {"last": Each((2,))})], TokenLimits(vocab_size=160))
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: request 0: read 'last' has the position 2, but positions of its 2 tokens are 0 to 1
     """
-    kinds = {name: type(read) for name, read in requests[0].reads.items()} if requests else {}
-    for number, request in enumerate(requests):
-        if not request.ids or not request.reads:
-            raise ValueError(f"request {number} has {'no reads' if request.ids else 'no tokens'}")
-        if {name: type(read) for name, read in request.reads.items()} != kinds:
-            raise ValueError(
-                f"request {number} reads {_described(request)}, the first request reads {_described(requests[0])}: "
+    names = names or [f"request {index}" for index in range(len(requests))]
+    for name, request in zip(names, requests, strict=True):
+        limits.check(request.ids, name)
+        _check_reads(request, name)
+        if _kinds(request) != _kinds(requests[0]):
+            raise UsageError(
+                f"{name} reads {_describe_reads(request)}, {names[0]} reads {_describe_reads(requests[0])}: "
                 "capture them in two calls"
             )
-        for name, read in request.reads.items():
-            empty = read.stop <= read.start if isinstance(read, Mean) else not read.positions
-            last = read.stop - 1 if isinstance(read, Mean) else max(read.positions, default=0)
-            if empty or read.first < 0 or last >= len(request.ids):
-                raise ValueError(f"request {number} reads {name} at {read}, but has {len(request.ids)} tokens")
 
 
-def _described(request: Request) -> str:
+def check_sample(requests: Sequence[Request], limits: TokenLimits) -> None:
+    """Refuses a sample for ``choose_strategy`` that is empty, or whose requests ``check_requests`` refuses.
+
+    Raises
+    ------
+    UsageError
+        As ``check_requests``.
+
+    Examples
+    --------
+    >>> check_sample([], TokenLimits(vocab_size=160))
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: the sample is empty, give a few requests with a common beginning
+    """
+    if not requests:
+        raise UsageError("the sample is empty, give a few requests with a common beginning")
+    check_requests(requests, limits)
+
+
+def check_groups(groups: Sequence[Group], limits: TokenLimits) -> None:
+    """Refuses groups with requests that ``check_requests`` refuses.
+
+    Raises
+    ------
+    UsageError
+        As ``check_requests``. The message names the group and the request's index in it.
+
+    Examples
+    --------
+    >>> groups = group_requests([Request((5, 999), {"last": Each((1,))}, "page 1")])
+    >>> check_groups(groups, TokenLimits(vocab_size=160))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: request 0 of group 'page 1': ids[1] is 999, but token ids of this model are ...
+    """
+    names = [f"request {index} of group {group.key!r}" for group in groups for index in range(len(group.requests))]
+    check_requests([request for group in groups for request in group.requests], limits, names)
+
+
+def _check_reads(request: Request, name: str) -> None:
+    example = '{"last": Each((len(ids) - 1,))}'
+    if not isinstance(request.reads, Mapping):
+        raise UsageError(f"{name}: reads is {show(request.reads)}, but must be a mapping, for example {example}")
+    if not request.reads:
+        raise UsageError(f"{name}: reads is empty, name at least one row to keep, for example {example}")
+    count = len(request.ids)
+    for key, read in request.reads.items():
+        if isinstance(read, Each):
+            _check_positions(read, count, f"{name}: read {key!r}")
+        elif isinstance(read, Mean):
+            whole = is_whole(read.start) and is_whole(read.stop)
+            if not whole or not 0 <= read.start < read.stop <= count:
+                raise UsageError(
+                    f"{name}: read {key!r} is {show(read)}, but needs whole numbers 0 <= start < stop <= {count} (its "
+                    "number of tokens)"
+                )
+        else:
+            raise UsageError(f"{name}: read {key!r} is {show(read)}, but must be Each(positions) or Mean(start, stop)")
+
+
+def _check_positions(read: Each, count: int, name: str) -> None:
+    if not isinstance(read.positions, tuple):
+        raise UsageError(f"{name} has the positions {show(read.positions)}, but must have a tuple of whole numbers")
+    if not read.positions:
+        raise UsageError(f"{name} has no positions, give at least one")
+    seen: set[int] = set()
+    for position in read.positions:
+        if not is_whole(position):
+            raise UsageError(f"{name} has the position {show(position)}, but positions are whole numbers")
+        if not 0 <= position < count:
+            raise UsageError(
+                f"{name} has the position {position}, but positions of its {count} tokens are 0 to {count - 1}"
+            )
+        if position in seen:
+            raise UsageError(f"{name} has the position {position} twice, give each position once")
+        seen.add(position)
+
+
+def _kinds(request: Request) -> dict[str, type]:
+    return {name: type(read) for name, read in request.reads.items()}
+
+
+def _describe_reads(request: Request) -> str:
     return ", ".join(f"{name} ({type(read).__name__})" for name, read in request.reads.items())

@@ -1,4 +1,4 @@
-"""The rows that are kept of the residual states, and how they get from a forward pass into preallocated buffers."""
+"""The hidden rows that are kept, and how they get from a forward pass into preallocated buffers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from xprobe_kernels import capture
 from xprobe_kernels.capture import check_spans
 from xprobe_kernels.transfer import upload
 
-from xprobe.capture.requests import Each, Mean, Request, check_requests
+from xprobe.capture.requests import Each, Mean, Request
 
-# (request's place in the pass, first, last + 1 position) -> spans (batch, start, stop) in the pass's hidden states
+# (index of the request in the pass, first position, last position + 1) -> spans (batch, start, stop) of hidden states
 Locate = Callable[[int, int, int], list[tuple[int, int, int]]]
 
 
@@ -22,8 +22,8 @@ Locate = Callable[[int, int, int], list[tuple[int, int, int]]]
 class Rows:
     """Hidden rows of N requests, before the final norm, in the model's dtype and on the head's device.
 
-    ``rows[name]`` [L + 1, R, D] holds what the reads called ``name`` keep, one request after the other. Request i owns
-    rows ``offsets[name][i]`` to ``offsets[name][i + 1] - 1`` of the R.
+    ``rows[name]`` [L + 1, R, D] holds the rows of the reads called ``name``, one request after the other. The rows of
+    request i are ``offsets[name][i]`` to ``offsets[name][i + 1] - 1``.
 
     Attributes
     ----------
@@ -44,11 +44,11 @@ class Rows:
         return tensor[:, upload(self.offsets[name][:-1], tensor.device)]
 
     def copy(self) -> Rows:
-        """The same rows in memory of their own, which the next pass does not overwrite."""
+        """A copy in separate memory, which the next pass does not overwrite."""
         return Rows({name: tensor.clone() for name, tensor in self.tensors.items()}, self.offsets)
 
     def part(self, start: int, stop: int) -> Rows:
-        """Rows of requests ``start`` to ``stop - 1`` alone, in the same memory."""
+        """The rows of requests ``start`` to ``stop - 1``, in the same memory."""
         tensors, offsets = {}, {}
         for name, tensor in self.tensors.items():
             own = self.offsets[name][start : stop + 1]
@@ -58,14 +58,14 @@ class Rows:
 
 
 class RowSpace:
-    """Memory for captured rows. It is taken once, used again for each wave, and grows only for a larger one."""
+    """Memory for captured rows. It is allocated once, used for each wave, and grows only for a larger wave."""
 
     def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layers, self.width, self.dtype, self.device = layers, width, dtype, device
         self._memory: dict[str, Tensor] = {}
 
     def reserve(self, counts: Mapping[str, int]) -> None:
-        """Takes memory for so many rows of each name at once."""
+        """Allocates memory for so many rows of each name."""
         for name, count in counts.items():
             numbers = self.layers * self.width * count
             if name not in self._memory or self._memory[name].numel() < numbers:
@@ -75,14 +75,7 @@ class RowSpace:
         return torch.empty(numbers, dtype=self.dtype, device=self.device)
 
     def take(self, requests: Sequence[Request]) -> Rows:
-        """Room for the rows of ``requests``; it overwrites what was taken before.
-
-        Raises
-        ------
-        ValueError
-            The requests cannot be captured together (``check_requests``).
-        """
-        check_requests(requests)
+        """Room for the rows of ``requests``, which passed ``check_requests``. The next call takes the same memory."""
         names = list(requests[0].reads) if requests else []
         offsets = {name: [0, *accumulate(request.reads[name].rows for request in requests)] for name in names}
         self.reserve({name: ends[-1] for name, ends in offsets.items()})
@@ -94,7 +87,7 @@ class RowSpace:
 
 
 class Receiver:
-    """Copies the rows of one pass into their places; called with each layer's states. It waits for no device.
+    """Copies the rows of one pass into buffers. It is called with the states of each layer, and waits for no device.
 
     Parameters
     ----------
@@ -102,9 +95,9 @@ class Receiver:
     part : sequence of int
         The requests that the pass runs over, by index.
     locate : callable
-        Where positions of a request lie in the pass's hidden states.
+        Gives the spans of a request's positions in the hidden states of the pass.
     into : Rows
-        Of all ``requests``.
+        Buffers for all ``requests``.
     """
 
     def __init__(self, requests: Sequence[Request], part: Sequence[int], locate: Locate, into: Rows) -> None:
@@ -128,7 +121,7 @@ class Receiver:
 
 
 class _Spans:
-    """Spans [S, 3] of (batch, start, stop), on each device where a block gives its states."""
+    """Spans [S, 3] of (batch, start, stop), on each device that blocks run on."""
 
     def __init__(self, spans: list[tuple[int, int, int]]) -> None:
         self.host = torch.tensor(spans)
@@ -163,18 +156,18 @@ class _CopyEach:
 class _CopyMean:
     """Averages spans in fp32 (fp64 for fp64 rows), always in the same order.
 
-    A span whose tokens lie in several pieces of the pass is put together from the means of the pieces.
+    If the tokens of a span lie in several pieces of the pass, the means of the pieces are combined.
     """
 
     def __init__(self, reads: list[tuple[int, int, Mean]], locate: Locate, into: Tensor) -> None:
         pieces: list[tuple[int, int, int]] = []
-        owned: list[list[int]] = []  # of each span, the indices of its pieces
+        owned: list[list[int]] = []  # for each span, the indices of its pieces
         targets: list[int] = []
         for place, target, read in reads:
-            found = locate(place, read.start, read.stop)
-            owned.append(list(range(len(pieces), len(pieces) + len(found))))
+            own_pieces = locate(place, read.start, read.stop)
+            owned.append(list(range(len(pieces), len(pieces) + len(own_pieces))))
             targets.append(target)
-            pieces += found
+            pieces += own_pieces
         self.spans, self._into = _Spans(pieces), into
         most = max(map(len, owned))
         table = torch.tensor([own + [own[0]] * (most - len(own)) for own in owned])

@@ -1,4 +1,4 @@
-"""What every way to run a model offers: in memory (``engine``) or block by block (``layerwise``)."""
+"""The interface of the engines: models in memory (``engine``) or block by block (``layerwise``)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any, Protocol
 from xprobe.capture.plan import Plan, Strategy, Wave
 from xprobe.capture.requests import Group, Request
 from xprobe.capture.rows import Rows
+from xprobe.config import Execution
 from xprobe.models.anatomy import Anatomy
 from xprobe.models.parity import TeacherForced
 
 
 @dataclass(frozen=True)
 class RunnerReport:
-    """How the requests were run.
+    """How a runner has run its requests.
 
     Parameters
     ----------
     strategy : str
         One of ``xprobe.capture.plan.STRATEGIES``.
     batch_tokens : int
-        Most tokens in one forward pass, in the end.
+        Most tokens in one forward pass, after any halving.
     attention_kernel : bool
         Whether packed prompts went through the attention kernel.
     parity_error : float, optional
@@ -47,7 +48,7 @@ class Runner(Protocol):
     def anatomy(self) -> Anatomy: ...
 
     def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
-        """Has the lens at the last layer compared with the model's own logits, at once or with the next run.
+        """Compares the lens at the last layer with the model's own logits, at once or during the next run.
 
         Raises
         ------
@@ -56,23 +57,51 @@ class Runner(Protocol):
         """
 
     def choose_strategy(self, sample: Sequence[Request]) -> None:
-        """Has ``sample`` run in several ways, at once or with the next run, to see which give the same rows."""
+        """Runs ``sample`` with several strategies, now or during the next run, and keeps one that gives equal rows."""
 
     def plan(self, groups: Sequence[Group]) -> Plan:
         """How this runner would run ``groups``."""
 
     def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
-        """Every wave of ``plan`` that holds a group of ``wanted``, with its rows, which the next wave overwrites."""
+        """Yields every wave of ``plan`` with a group of ``wanted``, and its rows. The next wave overwrites them."""
 
     def warn(self, message: str) -> None:
         """Adds a warning to the report."""
 
-    def report(self) -> RunnerReport: ...
+    def report(self) -> RunnerReport:
+        """How the runner has run its requests so far."""
+
+
+def check_batch_tokens(batch_tokens: int) -> int:
+    """The same number, if it is one that ``Execution`` allows.
+
+    Raises
+    ------
+    UsageError
+        It is not a whole number of at least 1.
+
+    Examples
+    --------
+    >>> check_batch_tokens(0)
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: batch_tokens must be a whole number of at least 1, got 0
+    """
+    return Execution(batch_tokens=batch_tokens).batch_tokens
 
 
 @dataclass
 class Warnings:
-    """Warnings of one runner: kept for its report, and handed on as they come."""
+    """The warnings of one runner. It keeps them for the report and passes each to ``notify``.
+
+    Examples
+    --------
+    >>> warn = Warnings(notify=print)
+    >>> warn("memory ran out")
+    memory ran out
+    >>> warn.messages
+    ['memory ran out']
+    """
 
     notify: Callable[[str], None] | None = None
     messages: list[str] = field(default_factory=list)

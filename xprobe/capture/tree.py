@@ -1,8 +1,8 @@
-"""Prompts with common beginnings as one packed sequence: every shared token once, nothing padded.
+"""Packs prompts with common beginnings into one sequence: every shared token once, no padding.
 
-The prompts of a pass form a trie over token ids. Its edges, laid one behind another in depth-first order, are the
-*segments* of one packed sequence: a token stands there once, however many prompts go through it. What a token may
-attend to follows from the trie: its own segment up to itself, and the segments above it.
+The prompts of a pass form a trie over token ids. The *segments* of the packed sequence are the edges of the trie, in
+depth-first order. A token that several prompts share occurs once. A token may attend to its own segment up to itself,
+and to the segments above it in the trie.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-# A segment that several others continue costs one more attention call per layer; it must save at least so many tokens
+# A shared segment costs one more attention call per layer, so it must save more tokens than this
 NODE_COST = 8
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens ``start:stop`` of the packed sequence; those of everything below it follow, up to ``end``.
+    """Tokens ``start:stop`` of the packed sequence. The tokens below it in the trie follow, up to ``end``.
 
-    ``depth`` is the position of its first token in the prompts that go through it.
+    ``depth`` is the position of its first token in the prompts.
+
+    Examples
+    --------
+    >>> Segment(start=3, stop=7, end=12, depth=0).length
+    4
     """
 
     start: int
@@ -39,11 +44,19 @@ class Tree:
     Attributes
     ----------
     ids, positions : tuple of int [N]
-        Token ids, and the position of each in its prompts.
+        Token ids, and the position of each token in its prompts.
     segments : tuple of Segment
-        In packed order: each before those that continue it.
+        In packed order: a segment stands before the segments below it.
     paths : tuple of tuple of Segment
-        For every sequence given to ``grow``, the segments that spell it.
+        For every sequence given to ``make_tree``, its segments from beginning to end.
+
+    Examples
+    --------
+    >>> tree = make_tree([(5, 6, 7, 8), (5, 6, 7, 9)], node_cost=1)
+    >>> tree.ids, tree.positions
+    ((5, 6, 7, 8, 9), (0, 1, 2, 3, 3))
+    >>> tree.index(1, 3), tree.pieces(1, 2, 4)
+    (4, [(2, 3), (4, 5)])
     """
 
     ids: tuple[int, ...]
@@ -51,54 +64,75 @@ class Tree:
     segments: tuple[Segment, ...]
     paths: tuple[tuple[Segment, ...], ...]
 
-    def filled(self, multiple: int) -> Tree:
-        """The same with tokens that nobody reads at its end, so that N is a multiple: libraries make code for every N
-        that they meet, and keep it."""
+    def padded(self, multiple: int) -> Tree:
+        """The tree with unread tokens added at its end, so that N is a multiple of ``multiple``.
+
+        Libraries compile and keep code for every N, so few different N save memory.
+        """
         missing = -len(self.ids) % multiple
         if not missing:
             return self
         start, stop = len(self.ids), len(self.ids) + missing
-        filling = Segment(start, stop, stop, 0)
-        nothing = [0] * missing
-        return Tree((*self.ids, *nothing), (*self.positions, *nothing), (*self.segments, filling), self.paths)
+        padding = Segment(start, stop, stop, 0)
+        zeros = [0] * missing
+        return Tree((*self.ids, *zeros), (*self.positions, *zeros), (*self.segments, padding), self.paths)
 
-    def place(self, sequence: int, position: int) -> int:
-        """Where a token of a sequence stands in the packed sequence."""
+    def index(self, sequence: int, position: int) -> int:
+        """Index in the packed sequence of the token at ``position`` of a sequence."""
         for segment in self.paths[sequence]:
             if position < segment.depth + segment.length:
                 return segment.start + position - segment.depth
         raise IndexError(f"sequence {sequence} has no position {position}")
 
     def pieces(self, sequence: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """Packed ranges that positions ``start:stop`` of a sequence are spread over."""
-        found = []
+        """The ranges of the packed sequence that hold the positions ``start:stop`` of a sequence."""
+        ranges = []
         for segment in self.paths[sequence]:
             first, last = max(start, segment.depth), min(stop, segment.depth + segment.length)
             if first < last:
-                found.append((segment.start + first - segment.depth, segment.start + last - segment.depth))
-        return found
+                ranges.append((segment.start + first - segment.depth, segment.start + last - segment.depth))
+        return ranges
 
 
-def grow(sequences: Sequence[Sequence[int]], node_cost: int = NODE_COST) -> Tree:
-    """The packed trie of token sequences; a beginning is shared where that saves more than ``node_cost`` tokens."""
+def make_tree(sequences: Sequence[Sequence[int]], node_cost: int = NODE_COST) -> Tree:
+    """Packs token sequences. A beginning is shared if that saves more than ``node_cost`` tokens.
+
+    Examples
+    --------
+    >>> page = tuple(range(10, 30))
+    >>> make_tree([(*page, 5), (*page, 6)]).ids[-3:]
+    (29, 5, 6)
+    """
     builder = _Builder(sequences, node_cost)
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-    builder.grow(order, 0, ())
+    builder.add(order, 0, ())
     return builder.finished()
 
 
 def packed_lengths(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens each of the *sorted* ``sequences`` adds to a trie of those before it."""
+    """How many tokens each of the *sorted* ``sequences`` adds to the trie of the sequences before it.
+
+    Examples
+    --------
+    >>> packed_lengths([(5, 6, 7), (5, 6, 8), (9,)])
+    [3, 1, 1]
+    """
     lengths: list[int] = []
-    for at, sequence in enumerate(sequences):
-        lengths.append(len(sequence) - (common_length(sequences[at - 1], sequence) if at else 0))
+    for index, sequence in enumerate(sequences):
+        lengths.append(len(sequence) - (common_length(sequences[index - 1], sequence) if index else 0))
     return lengths
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+    """Length of the longest common beginning.
+
+    Examples
+    --------
+    >>> common_length((5, 6, 7), (5, 6, 8, 9))
+    2
+    """
     low, high = 0, min(len(one), len(other))
-    while low < high:  # by halving: slices compare at the speed of C
+    while low < high:  # binary search: comparing slices is fast
         middle = (low + high + 1) // 2
         if one[low:middle] == other[low:middle]:
             low = middle
@@ -113,16 +147,16 @@ class _Builder:
         self.ids: list[int] = []
         self.positions: list[int] = []
         self.segments: list[Segment] = []
-        self.paths: list[tuple[int, ...]] = [()] * len(sequences)  # indices of segments: their ends come later
+        self.paths: list[tuple[int, ...]] = [()] * len(sequences)  # indices of segments, whose ends are set later
 
-    def grow(self, members: list[int], depth: int, above: tuple[int, ...]) -> None:
-        """Lays out ``members``, sorted sequences that agree up to ``depth``, from there on."""
+    def add(self, members: list[int], depth: int, above: tuple[int, ...]) -> None:
+        """Adds the tokens from ``depth`` on of ``members``: sorted sequences that agree before ``depth``."""
         sequences = self.sequences
         first, last = sequences[members[0]], sequences[members[-1]]
         common = common_length(first, last)
         ending = [i for i in members if len(sequences[i]) == common]
-        going_on = members[len(ending) :]  # the sorted order puts a sequence before those that continue it
-        branches = [list(branch) for _, branch in groupby(going_on, key=lambda i: sequences[i][common])]
+        continuing = members[len(ending) :]  # the sorted order puts a sequence before those that continue it
+        branches = [list(branch) for _, branch in groupby(continuing, key=lambda i: sequences[i][common])]
         shares = (common - depth) * (len(branches) + bool(ending) - 1) > self.node_cost
         below = above
         if ending or shares:
@@ -138,7 +172,7 @@ class _Builder:
             if shares:
                 below, depth = here, common
         for branch in branches:
-            self.grow(branch, depth, below)
+            self.add(branch, depth, below)
         if len(below) > len(above):
             own = self.segments[below[-1]]
             self.segments[below[-1]] = Segment(own.start, own.stop, len(self.ids), own.depth)

@@ -1,13 +1,14 @@
-"""Attention over a packed tree, in place of the model's own for the time of a pass.
+"""Attention over a packed tree. It replaces the model's own attention during a pass.
 
-On a GPU one kernel does all of it (``xprobe_kernels.attention``). Elsewhere, and where the kernel does not serve, the
-library's attention does, segment by segment: every segment on itself, then on each segment above it, merged exactly.
+On a GPU, one kernel computes it (``xprobe_kernels.attention``). Elsewhere, and for shapes that the kernel does not
+support, the library's attention computes it segment by segment: every segment on itself, then on each segment above it,
+merged exactly.
 
-Softmax attention over a set of keys can be put together from parts of the set: each part gives its own output and the
-logarithm of its own normaliser, and the whole is their average weighted by the normalisers. So a segment that many
-others continue is attended by all of them in one product without a mask and without copies of its keys, and the model
-runs over the packed sequence as over any other. (The identity is the one behind FlashAttention's tiles and
-cascade inference: https://flashinfer.ai/2024/02/02/cascade-inference.html)
+Softmax attention over a set of keys can be computed from parts of the set. Each part gives an output and the logarithm
+of its normaliser. The result is the average of the outputs, weighted by the normalisers. So all tokens below a shared
+segment attend to it in one product, without a mask and without copies of its keys, and the model runs over the packed
+sequence as over any other. (FlashAttention's tiles and cascade inference use the same identity:
+https://flashinfer.ai/2024/02/02/cascade-inference.html)
 """
 
 from __future__ import annotations
@@ -29,59 +30,62 @@ from xprobe_kernels.transfer import upload
 from xprobe.capture.tree import Segment, Tree
 
 NAME = "xprobe_tree"
-SCORES_BYTES = 64 << 20  # of attention scores at a time, where they have to be written out
-PADDING = 1.25  # segments attend to themselves in batches that hold at most this many times their own tokens
-_HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position"}
+SCORES_BYTES = 64 << 20  # most bytes of attention scores in memory, where no fused attention can be used
+PADDING = 1.25  # a batch of segments has at most this many times the tokens of its segments
+_IGNORED = {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position"}
 
 _ACTIVE: ContextVar[Layout | None] = ContextVar("xprobe_tree", default=None)
 
 
 class NotShareable(Exception):
-    """The model's attention does what packed attention cannot."""
+    """The model's attention needs something that packed attention does not have."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Segments that attend to themselves together. ``places`` [B, T] repeats a segment's last token as padding;
-    ``real`` picks the others out of B * T, ``targets`` says where they belong."""
+    """Segments of similar length, for one call of attention on themselves.
 
-    places: Tensor
+    ``indices`` [B, T] are tokens of the packed sequence, one row per segment, padded with the segment's last token.
+    ``real`` [n] are the indices into B * T that are no padding, and ``targets`` [n] their tokens.
+    """
+
+    indices: Tensor
     real: Tensor
     targets: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A tree made ready for one device; what one kind of attention needs is made when it is first asked for.
+    """A tree prepared for one device. What only one type of attention needs is made at its first use.
 
-    ``kernel``: whether the kernel may be used (``xprobe_kernels.attention``); else the library's, segment by segment.
+    ``kernel``: whether the kernel (``xprobe_kernels.attention``) may be used, or only the library's attention.
     """
 
     tree: Tree
     device: torch.device
     kernel: bool = True
-    calls: list[bool] = field(default_factory=list)  # one for each attention layer that used it
+    calls: list[bool] = field(default_factory=list)  # one entry for each attention layer that used this layout
     _copies: dict[torch.device, Layout] = field(default_factory=dict)
     _reaches: dict[Blocks, Reach] = field(default_factory=dict)
 
     @cached_property
     def positions(self) -> Tensor:
-        """Of the tokens in their own prompts [N], int64."""
+        """Positions of the tokens in their own prompts [N], int64."""
         return upload(torch.tensor(self.tree.positions), self.device)
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
-        """Segments of similar length, to attend to themselves together."""
+        """All segments, in batches of similar length."""
         return tuple(_batch(group, self.device) for group in _similar(self.tree.segments))
 
     @cached_property
     def shared(self) -> tuple[tuple[Segment, int], ...]:
-        """Segments with something below them, and how deep that reaches."""
+        """Segments with tokens below them, each with the largest position of these tokens."""
         below = ((s, self.tree.positions[s.stop : s.end]) for s in self.tree.segments)
         return tuple((segment, max(positions)) for segment, positions in below if positions)
 
     def reach(self, blocks: Blocks) -> Reach:
-        """The same for the kernel."""
+        """The tree in the form that the kernel takes."""
         if blocks not in self._reaches:
             segments = self.tree.segments
             until = np.repeat([s.end for s in segments], [s.length for s in segments])
@@ -89,7 +93,7 @@ class Layout:
         return self._reaches[blocks]
 
     def on(self, device: torch.device) -> Layout:
-        """The same on the device of a block, which need not be that of the first."""
+        """The layout on the device of a block. Blocks may lie on several devices."""
         if device == self.device:
             return self
         return self._copies.setdefault(device, Layout(self.tree, device, self.kernel))
@@ -97,7 +101,7 @@ class Layout:
 
 @contextmanager
 def packed_attention(model: Any, layout: Layout) -> Iterator[None]:
-    """Lets the model's attention layers work on the packed sequence of ``layout``; undone on exit."""
+    """Makes the model's attention layers attend over the tree of ``layout``. The exit undoes it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
@@ -126,15 +130,15 @@ def attend(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention [1, H, N, d] -> [1, N, H, d] in the manner of transformers' attention functions.
+    """Attention [1, H, N, d] -> [1, N, H, d], with the signature of transformers' attention functions.
 
     Raises
     ------
     NotShareable
-        An argument asks for something that is not known here: a mask, a bias, a batch.
+        An argument asks for something that this function does not support: a mask, a bias, a batch.
     """
     layout = _ACTIVE.get()
-    unknown = [k for k, v in others.items() if k not in _HARMLESS and isinstance(v, Tensor)]
+    unknown = [k for k, v in others.items() if k not in _IGNORED and isinstance(v, Tensor)]
     if layout is None or attention_mask is not None or unknown or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise NotShareable(f"attention with {', '.join(unknown) or 'a mask, a batch or a cache'}")
     layout.calls.append(True)
@@ -143,22 +147,22 @@ def attend(
     rule = _Rule(scale, sliding_window or None, softcap or None)
     if layout.kernel and serves(query[0], key[0], value[0]):
         reach = layout.reach(Blocks.choose(query.dtype.itemsize, max(query.shape[-1], value.shape[-1])))
-        found = tree_attention(
+        output = tree_attention(
             query[0], key[0], value[0], reach, scale=scale, window=rule.window, softcap=rule.softcap, sinks=s_aux
         )
-        return found[None], None
+        return output[None], None
     wide = torch.promote_types(query.dtype, torch.float32)
     heads, tokens, width = query.shape[1], query.shape[2], value.shape[-1]
     out = torch.empty(heads, tokens, width, dtype=wide, device=query.device)
     norms = torch.empty(heads, tokens, dtype=wide, device=query.device)  # log of the softmax's denominator
     for batch in layout.batches:
-        q, k, v = (t[0][:, batch.places].transpose(0, 1) for t in (query, key, value))
-        longest = batch.places.shape[1]
+        q, k, v = (t[0][:, batch.indices].transpose(0, 1) for t in (query, key, value))
+        longest = batch.indices.shape[1]
         if rule.plain(longest - 1):
             part, norm = _fused(q, k, v, rule.scale, causal=True)
         else:
-            at = torch.arange(longest, device=query.device)
-            part, norm = rule.explicit(q, k, v, at, at)
+            positions = torch.arange(longest, device=query.device)
+            part, norm = rule.explicit(q, k, v, positions, positions)
         out[:, batch.targets] = part.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
         norms[:, batch.targets] = norm.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
     for segment, deepest in layout.shared:
@@ -171,38 +175,40 @@ def attend(
         weight = torch.sigmoid(norms[:, below] - norm[0])
         out[:, below] = torch.lerp(part[0].to(wide), out[:, below], weight[..., None])
         norms[:, below] = torch.logaddexp(norms[:, below], norm[0].to(wide))
-    if s_aux is not None:  # a sink takes part in the denominator alone
+    if s_aux is not None:  # a sink only adds to the denominator
         out *= torch.sigmoid(norms - s_aux.to(wide)[:, None])[..., None]
     return out.to(query.dtype).transpose(0, 1)[None].contiguous(), None
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """How scores are made of queries and keys."""
+    """How scores are computed from queries and keys."""
 
     scale: float
     window: int | None
     softcap: float | None
 
     def plain(self, distance: int) -> bool:
-        """Whether nothing but the softmax happens to scores of tokens up to ``distance`` apart."""
+        """Whether tokens up to ``distance`` apart need neither soft-cap nor window."""
         return self.softcap is None and (self.window is None or distance < self.window)
 
-    def explicit(self, query: Tensor, key: Tensor, value: Tensor, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of tokens at ``q_at`` on tokens at ``k_at`` or before, and the log of its denominator."""
+    def explicit(
+        self, query: Tensor, key: Tensor, value: Tensor, query_positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of each query on the keys at its position or before, and the log of its denominator."""
         wide = torch.promote_types(query.dtype, torch.float32)
         key, value = (_all_heads(t, query.shape[1]) for t in (key, value))
         outs, norms = [], []
         step = max(1, SCORES_BYTES // (query.shape[0] * query.shape[1] * key.shape[2] * wide.itemsize))
-        for at in range(0, query.shape[2], step):
-            some = slice(at, at + step)
+        for start in range(0, query.shape[2], step):
+            some = slice(start, start + step)
             scores = (query[:, :, some] @ key.transpose(2, 3)).to(wide) * self.scale
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
-            distance = q_at[some, None] - k_at
+            distance = query_positions[some, None] - key_positions
             allowed = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
             scores = scores.masked_fill(~allowed, -torch.inf)
-            norm = scores.logsumexp(-1)  # -inf where a query reaches none of the keys: it takes nothing from them
+            norm = scores.logsumexp(-1)  # -inf for a query that reaches no key: its weights are then 0
             weights = (scores - norm.nan_to_num(neginf=0.0)[..., None]).exp()
             outs.append(weights.to(value.dtype) @ value)
             norms.append(norm)
@@ -210,21 +216,23 @@ class _Rule:
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """The library's attention with the log of its denominator, which torch's public function keeps to itself."""
+    """Torch's fused attention and the log of its denominator, which torch's public function does not return."""
     width = value.shape[-1]
     if width < query.shape[-1]:  # latent attention: values are narrower than keys
         value = F.pad(value, (0, query.shape[-1] - width))
     if query.device.type == "cpu":
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-        return found[0][..., :width], found[1]
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scale
+        )
+        return results[0][..., :width], results[1]
     key, value = (_all_heads(t, query.shape[1]) for t in (key, value))
     if query.dtype.itemsize == 2 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
-        return found[0][..., :width], found[1]
-    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        results = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+        return results[0][..., :width], results[1]
+    results = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, None, True, 0.0, causal, scale=scale
     )
-    return found[0][..., :width], found[1][:, :, : query.shape[2]]  # its rows are padded to a multiple of 32
+    return results[0][..., :width], results[1][:, :, : query.shape[2]]  # its rows are padded to a multiple of 32
 
 
 def _all_heads(shared: Tensor, heads: int) -> Tensor:
@@ -248,9 +256,9 @@ def _similar(segments: tuple[Segment, ...]) -> list[list[Segment]]:
 
 def _batch(segments: list[Segment], device: torch.device) -> Batch:
     longest = segments[0].length
-    at = torch.arange(longest)
+    offsets = torch.arange(longest)
     starts = torch.tensor([s.start for s in segments])[:, None]
     lengths = torch.tensor([s.length for s in segments])[:, None]
-    places = starts + torch.minimum(at, lengths - 1)
-    real = (at < lengths).flatten().nonzero()[:, 0]
-    return Batch(*(upload(part, device) for part in (places, real, places.flatten()[real])))
+    indices = starts + torch.minimum(offsets, lengths - 1)
+    real = (offsets < lengths).flatten().nonzero()[:, 0]
+    return Batch(*(upload(part, device) for part in (indices, real, indices.flatten()[real])))

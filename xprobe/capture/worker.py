@@ -1,4 +1,4 @@
-"""A process of tensor parallelism beside the first: it holds its part of the model and works along."""
+"""The processes of tensor parallelism other than the first: each holds its part of the model and follows orders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from xprobe.models.tensor_parallel import FAILURE_TIMEOUT, OrderChannel, join_pr
 
 
 def follow(execution: Execution) -> int:
-    """For every other process: works along until the first is done, and returns that one's exit code.
+    """Follows the orders of the first process until it is done, and returns the exit code of the first process.
 
     Raises
     ------
     ModelError
-        This process failed and the first did not say that it had, too; names the process and the reason.
+        This process failed, and the first process did not report a failure. Names the process and the reason.
     """
     engine: Engine | None = None
     with join_processes() as channel:
@@ -37,7 +37,7 @@ def follow(execution: Execution) -> int:
 
 
 def _exit_code_of_first(channel: OrderChannel, error: Exception) -> int:
-    """The first process's exit code if it failed too, and has told why; else raises."""
+    """The exit code of the first process if it failed, too, and has reported why. Otherwise raises."""
     with suppress(Exception):
         what, args = channel.receive(FAILURE_TIMEOUT)
         if what == "stop" and args[0]:

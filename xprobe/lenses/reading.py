@@ -1,4 +1,4 @@
-"""The logit lens over captured rows: all layers at all answer positions, as many positions at a time as fit."""
+"""The logit lens over captured rows: all layers and answer positions, in parts that fit into memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xprobe_kernels.transfer import HostCopy
 from xprobe.capture.memory import is_out_of_memory, release_memory
 
 FIELDS = ("logit", "logsumexp", "rank", "entropy", "kl")
-ROW_BYTES = 256 << 20  # of rows that the lens is given at a time
+ROW_BYTES = 256 << 20  # most bytes of rows in one call of the lens
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,22 +32,22 @@ class AnswerReadout:
 
     @property
     def finite(self) -> bool:
-        """Whether every row was a number."""
+        """Whether no row had NaN or infinity."""
         return bool(np.isfinite(self.logsumexp).all())
 
     def part(self, start: int, stop: int) -> AnswerReadout:
-        """Positions ``start:stop`` alone."""
+        """The values of the positions ``start`` to ``stop - 1``."""
         return AnswerReadout(**{name: getattr(self, name)[start:stop] for name in FIELDS})
 
 
 class Reading:
-    """Lens values on their way to main memory. ``start_reading`` starts the work, ``values`` waits for it."""
+    """Lens values that a device computes. ``start_reading`` starts the work, ``values`` waits for it."""
 
     def __init__(self, parts: list[HostCopy], layers: int) -> None:
         self._parts, self._layers = parts, layers
 
     def values(self) -> AnswerReadout:
-        """Waits for the device that computes them."""
+        """Waits for the device and returns the values."""
         parts = [part.wait() for part in self._parts]
         tables = {name: [self._table(part[name]) for part in parts] for name in FIELDS}
         return AnswerReadout(**{name: np.concatenate(pieces) for name, pieces in tables.items()})
@@ -69,15 +69,22 @@ def read_answers(rows: Tensor, targets: Tensor, head: Unembedding, backend: str 
     head : Unembedding
     backend : str
         ``auto`` or one of ``xprobe_kernels.available_backends()``.
+
+    Examples
+    --------
+    >>> head = Unembedding(torch.eye(4), norm="none")
+    >>> rows = torch.tensor([[[0.0, 1.0, 2.0, 3.0]], [[3.0, 2.0, 1.0, 0.0]]])  # two layers, one position
+    >>> read_answers(rows, torch.tensor([3]), head).rank.tolist()
+    [[1, 4]]
     """
     return start_reading(rows, targets, head, backend).values()
 
 
 def start_reading(rows: Tensor, targets: Tensor, head: Unembedding, backend: str = "auto") -> Reading:
-    """Gives a GPU the work of ``read_answers`` and does not wait for it; elsewhere the work is done on return.
+    """Starts the work of ``read_answers``. It does not wait for a GPU; on a CPU the work is done on return.
 
-    Where memory runs out it goes on with half as many positions at a time; what a position gives does not depend on
-    how many there are.
+    If memory runs out, it continues with half as many positions at a time. The values of a position do not depend on
+    this number.
     """
     layers, positions, width = rows.shape
     step = max(1, ROW_BYTES // (layers * width * 4))
@@ -108,7 +115,7 @@ def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str) -> Ho
         targets.to(device).repeat(layers),
         final_rows=final.repeat(layers),
         backend=backend,
-        check=device.type != "cuda",  # it would wait for the device; ids were checked against the head before
+        check=device.type != "cuda",  # the check would wait for the device; the caller has checked the ids
     )
     assert values.kl is not None  # final_rows was given
     fields = {"logit": values.logits[:, 0], "logsumexp": values.logsumexp, "rank": values.rank[:, 0]}

@@ -299,7 +299,8 @@ def why_not_finite(dtype: torch.dtype) -> str:
     """The likely cause of NaN or infinity in a model of this dtype, and the remedy."""
     if dtype.itemsize >= 4:
         return "its weights are damaged, or contain NaN or infinity: fetch the checkpoint again"
-    return f"its weights are damaged, or {str(dtype).removeprefix('torch.')} is too narrow for it: try --dtype float32"
+    name = str(dtype).removeprefix("torch.")
+    return f"its weights are damaged, or {name} is too narrow for it: try dtype='float32' (--dtype float32)"
 
 
 def _check_causal(model: Any, blocks: nn.ModuleList, ids: Tensor, last: Tensor) -> None:

@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xprobe.errors import ModelError, XprobeError
+from xprobe.errors import ModelCodeError, ModelError, XprobeError
 
 NAMES = ("hidden_states", "hidden_state", "last_hidden_state", "hidden", "x", "inputs_embeds")
-
-
-class ModelCodeError(RuntimeError):
-    """A model's own code raised an exception. The message names the class of the model and the exception."""
 
 
 @contextmanager

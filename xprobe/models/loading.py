@@ -195,6 +195,7 @@ def _placement_options(execution: Execution, undo: ExitStack) -> dict[str, Any]:
         return {}
     if importlib.util.find_spec("accelerate") is None:
         raise ModelError("a device map needs the package accelerate: pip install accelerate")
+    _check_device_map(execution.device_map)
     folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="xprobe-offload-", ignore_cleanup_errors=True))
     return {"device_map": execution.device_map, "offload_folder": folder}
 
@@ -289,11 +290,35 @@ def pick_device(name: str) -> str:
             raise RuntimeError("it stores no values")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UsageError(
-            f"device {name!r} cannot be used here: {first_line}. `xprobe doctor` lists what works"
-        ) from error
+        there = _devices()
+        # the message of torch helps only if the device is there
+        reason = f" ({str(error).splitlines()[0]})" if any(name in (one, one.split(":")[0]) for one in there) else ""
+        raise UsageError(f"device {name!r} cannot be used{reason}: this machine has {', '.join(there)}") from error
     return name
+
+
+def _devices() -> list[str]:
+    """Names of the devices that torch sees on this machine."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    return ["cpu", *(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count()))]
+
+
+def _check_device_map(device_map: str | dict[str, int | str]) -> None:
+    """Raises a UsageError if a device map names a device that this machine does not have."""
+    for device in dict.fromkeys(device_map.values() if isinstance(device_map, dict) else ()):
+        if device != "disk":
+            pick_device(device if isinstance(device, str) else f"{_accelerator_type()}:{device}")
+
+
+def _accelerator_type() -> str:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cuda" if accelerator is None else accelerator.type
 
 
 def _check_dtypes(checkpoint: Checkpoint, model_config: Any) -> None:
@@ -320,8 +345,8 @@ def _check_files(source: Source, location: str, allow_pickle: bool, model_config
         raise ModelError(f"{source.name} holds no weights: expected model.safetensors, or its shards and their index")
     elif not allow_pickle:
         raise ModelError(
-            f"{source.name} holds its weights in a pickle ({pickles[0]}), which can run code. --allow-pickle loads it "
-            "anyway"
+            f"{source.name} holds its weights in a pickle ({pickles[0]}), which can run code. allow_pickle=True "
+            "(--allow-pickle) loads it anyway"
         )
 
 

@@ -19,11 +19,11 @@ def explain_error(source: Source, error: Exception) -> str:
     if "Weights only load failed" in reason:
         return f"cannot load {source.name}: its pickle is damaged, or contains other things than tensors"
     if "has no `tp_plan`" in reason:
-        return f"transformers cannot share {source.name} among processes: use --device-map auto, not --tensor-parallel"
+        return f"transformers cannot share {source.name} among processes: use device_map='auto' (--device-map auto)"
     if source.kind == "hub" and re.search(r"no file named \S*(safetensors|\.bin)", reason):
         return (
-            f"{source.name} has no weights in safetensors format on the hub. --allow-pickle loads weights from a "
-            "pickle, which can run code"
+            f"{source.name} has no weights in safetensors format on the hub. allow_pickle=True (--allow-pickle) loads "
+            "weights from a pickle, which can run code"
         )
     if "above report" in reason:
         return (
@@ -45,7 +45,7 @@ def explain_tokenizer_error(source: Source, error: Exception) -> str:
 
 
 def _own_code_message(source: Source) -> str:
-    return f"{source.name} has code of its own, which runs only with --trust-remote-code"
+    return f"{source.name} has code of its own, which runs only with trust_remote_code=True (--trust-remote-code)"
 
 
 def _one_line(error: Exception) -> str:

@@ -8,8 +8,11 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 MAX_CHARACTERS = 400  # of one message
+REMOTE_CODE = "transformers_modules"  # package that transformers makes of a model's own code
+OWN_CODE = "the model's own code"  # as the source of a warning
 
 # Messages that concern no token and no weight. All other messages are collected: an unknown message may explain a wrong
 # number.
@@ -33,7 +36,7 @@ class _Collector(logging.Handler):
         self.collected = collected
 
     def emit(self, record: logging.LogRecord) -> None:
-        _append(self.collected, record.getMessage())
+        _append(self.collected, record.getMessage(), _source_of_logger(record.name))
 
 
 @contextlib.contextmanager
@@ -65,7 +68,7 @@ def quiet(collected: list[str] | None = None) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     with contextlib.ExitStack() as undo:
         undo.callback(transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)
-        for name in ("transformers", "transformers_modules", "huggingface_hub"):  # the second: a model's own code
+        for name in ("transformers", REMOTE_CODE, "huggingface_hub"):
             undo.enter_context(_only_handler(logging.getLogger(name), _Collector(kept)))
         undo.enter_context(contextlib.redirect_stderr(io.StringIO()))  # some readers draw their own progress bars
         caught = undo.enter_context(warnings.catch_warnings(record=True))
@@ -75,7 +78,7 @@ def quiet(collected: list[str] | None = None) -> Iterator[None]:
         finally:
             for warning in caught or []:
                 if not issubclass(warning.category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
-                    _append(kept, str(warning.message))
+                    _append(kept, str(warning.message), _source_of_file(warning.filename))
 
 
 @contextlib.contextmanager
@@ -93,8 +96,24 @@ def _only_handler(logger: logging.Logger, collector: logging.Handler) -> Iterato
         logger.propagate = propagate
 
 
-def _append(collected: list[str], message: str) -> None:
-    """Appends a message as one line, unless it is harmless or there already."""
+def _source_of_logger(name: str) -> str:
+    package = name.split(".")[0]
+    return OWN_CODE if package == REMOTE_CODE else package
+
+
+def _source_of_file(filename: str) -> str:
+    """Who gives a warning: an installed package, the model's own code, or another file."""
+    parts = Path(filename).parts
+    if REMOTE_CODE in parts:
+        return OWN_CODE
+    for folder in ("site-packages", "dist-packages"):
+        if folder in parts[:-1]:
+            return parts[parts.index(folder) + 1].removesuffix(".py")
+    return Path(filename).name
+
+
+def _append(collected: list[str], message: str, source: str) -> None:
+    """Appends a message with its source as one line, unless it is harmless or there already."""
     line = " ".join(_COLOURS.sub("", message).split())[:MAX_CHARACTERS]
-    if line and not HARMLESS.search(line) and (entry := f"transformers: {line}") not in collected:
+    if line and not HARMLESS.search(line) and (entry := f"{source}: {line}") not in collected:
         collected.append(entry)

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from xprobe_kernels import Unembedding, lens, reference
 
-from xprobe.errors import ParityError
+from xprobe.errors import ParityError, UsageError
 from xprobe.models.anatomy import Anatomy, input_device, watch_states, why_not_finite
 from xprobe.models.block_io import extract_logits, model_code_errors
 from xprobe.models.head import MASKED_LOGIT
 from xprobe.models.passes import pad
+from xprobe.models.token_limits import TokenLimits
 
 FLOOR = 1e-3  # nats; the tolerance in fp32
 ROUNDINGS = 4  # the tolerance as a multiple of the rounding error on the same rows
+MOST_TOKENS = 512  # most of a prompt in the check: the head works on single rows, so long prompts show nothing more
 COARSE = 0.5  # nats; a larger rounding error leads to a warning
 
 
@@ -46,6 +48,52 @@ class TeacherForced:
     targets: tuple[int, ...]
 
 
+def check_prompts(prompts: Sequence[TeacherForced], limits: TokenLimits) -> None:
+    """Refuses prompts that the parity check cannot be made on.
+
+    Raises
+    ------
+    UsageError
+        There is no prompt; or a prompt has ids or targets that the model does not have, or more targets than ids. The
+        message names the prompt, the value and what is allowed.
+
+    Examples
+    --------
+    >>> check_prompts([TeacherForced(ids=(5,), targets=(6, 7))], TokenLimits(vocab_size=160))
+    Traceback (most recent call last):
+    ...
+    xprobe.errors.UsageError: prompt 0: it has 2 targets, but only 1 of its ids can predict one
+    """
+    if not prompts:
+        raise UsageError("the parity check has no prompts, give at least one")
+    for index, prompt in enumerate(prompts):
+        limits.check(prompt.ids, f"prompt {index}")
+        limits.check(prompt.targets, f"prompt {index}", "targets")
+        if len(prompt.targets) > len(prompt.ids):
+            raise UsageError(
+                f"prompt {index}: it has {len(prompt.targets)} targets, but only {len(prompt.ids)} of its ids can "
+                "predict one"
+            )
+
+
+def shorten(prompt: TeacherForced) -> TeacherForced:
+    """The prompt of the parity check: of a long one, its first and its last tokens, together ``MOST_TOKENS``.
+
+    The positions where the answer is predicted stay, so a longer answer leaves more tokens.
+
+    Examples
+    --------
+    >>> long = TeacherForced(ids=tuple(range(3000)), targets=(7, 8))
+    >>> len(shorten(long).ids), shorten(long).ids[255:258]
+    (512, (255, 2744, 2745))
+    """
+    if len(prompt.ids) <= MOST_TOKENS:
+        return prompt
+    half = MOST_TOKENS // 2
+    last = max(half, len(prompt.targets))
+    return TeacherForced((*prompt.ids[:half], *prompt.ids[max(half, len(prompt.ids) - last) :]), prompt.targets)
+
+
 def rounding_warning(error: float) -> str | None:
     """A warning if the parity error (in nats) is more than ``COARSE``, else None.
 
@@ -54,18 +102,18 @@ def rounding_warning(error: float) -> str | None:
     >>> rounding_warning(0.01) is None
     True
     >>> rounding_warning(0.8)
-    'rounding changes log-probabilities by up to 0.8 nats: --dtype float32 is finer'
+    "rounding changes log-probabilities by up to 0.8 nats: dtype='float32' (--dtype float32) is finer"
     """
     if error <= COARSE:
         return None
-    return f"rounding changes log-probabilities by up to {error:.2g} nats: --dtype float32 is finer"
+    return f"rounding changes log-probabilities by up to {error:.2g} nats: dtype='float32' (--dtype float32) is finer"
 
 
 def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced], backend: str = "auto") -> float:
     """Compares the lens at the last layer with the model's own log-probabilities.
 
-    The function runs each prompt alone through the full model and compares all answer positions: the whole vocabulary
-    with ``xprobe_kernels.reference``, and the gold tokens with ``backend``.
+    The function runs each prompt alone through the full model, long ones shortened (``shorten``). It compares all
+    answer positions: the whole vocabulary with ``xprobe_kernels.reference``, and the gold tokens with ``backend``.
 
     Parameters
     ----------
@@ -84,6 +132,8 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced],
 
     Raises
     ------
+    UsageError
+        A prompt cannot be run (``check_prompts``).
     ParityError
         The difference is larger than the tolerance. The tolerance is 1e-3 nats, or 4 times the rounding error of norm
         and projection in the model's dtype on the same rows, whichever is larger.
@@ -98,8 +148,9 @@ def check_parity(model: Any, anatomy: Anatomy, prompts: Sequence[TeacherForced],
     >>> error < 1e-3
     True
     """
+    check_prompts(prompts, TokenLimits.from_model(model, anatomy))
     hidden, model_logits = [], []
-    for prompt in prompts:
+    for prompt in map(shorten, prompts):
         rows, logits = _answer_rows(model, anatomy, prompt)
         hidden.append(rows)
         model_logits.append(logits)

@@ -86,11 +86,11 @@ def check_launch(execution: Execution) -> None:
     if size > 1 and not execution.tensor_parallel:
         raise UsageError(
             f"started as one of {size} processes (WORLD_SIZE={size}), each of which would do the same run: add "
-            "--tensor-parallel to share one model among them, or start it once"
+            "tensor_parallel (--tensor-parallel) to share one model among them, or start it once"
         )
     if size == 1 and execution.tensor_parallel:
         raise UsageError(
-            "--tensor-parallel shares a model among processes, and there is only one: start it with "
+            "tensor_parallel (--tensor-parallel) shares a model among processes, and there is only one: start it with "
             "`torchrun --nproc-per-node N -m xprobe_cli run ...`"
         )
 

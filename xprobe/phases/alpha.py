@@ -14,8 +14,7 @@ def krippendorff_alpha(values: Floats, units: NDArray, bootstrap: ClusterBootstr
     """Chance-corrected agreement of ``values`` within ``units``: 1 perfect, 0 chance, below 0 systematic disagreement.
 
     ``alpha = 1 - D_o / D_e`` with squared differences (Krippendorff 2011, "Computing Krippendorff's
-    Alpha-Reliability"). NaN values are missing ratings; units with fewer than two values do not count. NaN if no unit
-    counts or all values are equal.
+    Alpha-Reliability"). NaN values are missing ratings; units with fewer than two values do not count.
 
     Parameters
     ----------
@@ -24,26 +23,45 @@ def krippendorff_alpha(values: Floats, units: NDArray, bootstrap: ClusterBootstr
         The unit (question) that each value rates.
     bootstrap : ClusterBootstrap over the same N, optional
         Gives the interval; units must lie within clusters.
+
+    Returns
+    -------
+    Estimate
+        NaN if no unit counts or all values are equal; the interval is NaN without ``bootstrap``.
+
+    Examples
+    --------
+    Two languages swap the onsets of two questions: less agreement than chance gives.
+
+    >>> onsets, questions = np.array([0.0, 1.0, 1.0, 0.0]), np.array(["a", "a", "b", "b"])
+    >>> krippendorff_alpha(onsets, questions).value
+    -0.5
+
+    They agree on both:
+
+    >>> krippendorff_alpha(np.array([0.0, 0.0, 1.0, 1.0]), questions).value
+    1.0
     """
-    parts, first = _unit_sums(values, units)
-    alpha = float(_alpha(parts.sum(0, keepdims=True))[0])
+    unit_sums, first = _unit_sums(values, units)
+    alpha = float(_alpha(unit_sums.sum(0, keepdims=True))[0])
     if bootstrap is None:
         return Estimate(alpha, float("nan"), float("nan"))
     codes = bootstrap.codes[first]
-    clusters = bootstrap.sums(parts, codes)
-    without = np.where(clusters[:, 0] > 0, _alpha(clusters.sum(0) - clusters), np.nan)
-    columns = _alpha(bootstrap.weights @ clusters)[:, None], np.array([len(np.unique(codes))])
-    lo, hi = bootstrap.interval(*columns, np.array([alpha]), without[:, None])
+    sums = bootstrap.sums(unit_sums, codes)
+    drawn = _alpha(bootstrap.weights @ sums)
+    jackknife = np.where(sums[:, 0] > 0, _alpha(sums.sum(0) - sums), np.nan)
+    n_clusters = np.array([len(np.unique(codes))])
+    lo, hi = bootstrap.interval(drawn[:, None], n_clusters, np.array([alpha]), jackknife[:, None])
     return Estimate(alpha, float(lo[0]), float(hi[0]))
 
 
 def _unit_sums(values: Floats, units: NDArray) -> tuple[Floats, NDArray[np.int64]]:
-    """Per unit (number of values, their sum, sum of squares, within-unit disagreement) and an example of each."""
+    """Per unit (number of values, their sum, sum of squares, within-unit disagreement) and the index of one example."""
     present = np.flatnonzero(~np.isnan(values))
-    _, which, sizes = np.unique(units[present], return_inverse=True, return_counts=True)
-    present = present[sizes[which] >= 2]  # units with one value pair with nothing
+    _, codes, sizes = np.unique(units[present], return_inverse=True, return_counts=True)
+    present = present[sizes[codes] >= 2]  # a unit with one value has no pair
     _, first, codes = np.unique(units[present], return_index=True, return_inverse=True)
-    x = values[present] - (values[present].mean() if len(present) else 0.0)  # centred: fewer digits lost
+    x = values[present] - (values[present].mean() if len(present) else 0.0)  # centred: less rounding
     n = np.bincount(codes, minlength=len(first)).astype(np.float64)
     total = np.bincount(codes, x, minlength=len(first))
     squares = np.bincount(codes, np.square(x), minlength=len(first))

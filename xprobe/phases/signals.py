@@ -51,6 +51,23 @@ def example_signals(values: Readout, offsets: NDArray, vocab_size: int) -> dict[
         Example i owns answer positions ``offsets[i]:offsets[i + 1]``; none may be empty.
     vocab_size : int
         V.
+
+    Returns
+    -------
+    dict of str to float array [N, L + 1]
+        readiness (0 to 1), log_probability (nats), rank (1: on top), entropy (nats), kl (nats).
+
+    Examples
+    --------
+    One answer of two tokens, at two layers:
+
+    >>> from types import SimpleNamespace
+    >>> zeros = np.zeros((2, 2))
+    >>> readout = SimpleNamespace(logit=zeros, logsumexp=zeros + 1, rank=np.array([[256, 1], [1, 1]]), entropy=zeros,
+    ...                           kl=zeros)
+    >>> signals = example_signals(readout, np.array([0, 2]), vocab_size=256)
+    >>> signals["readiness"].tolist(), signals["log_probability"].tolist()
+    ([[0.5, 1.0]], [[-1.0, -1.0]])
     """
     per_token = {
         "readiness": readiness(values.rank, vocab_size),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,55 @@ from xprobe.phases.segmentation import encoding_depths, segment
 from xprobe.phases.stability import agreement_with, in_phase_two, layer_stability
 
 ALL = "all"  # the pooled rows of a table by language
+# the first columns of `stability_table`; the other signals follow
 LEADING = ("phase", "stability", "stability_lo", "stability_hi", "readiness", "encoding", "encoding_selectivity",
            "log_probability", "rank", "entropy", "kl", "phase2")  # fmt: skip
-Signals = dict[str, NDArray[np.float64]]  # name -> [N, L + 1]
+Floats = NDArray[np.float64]
+Signals = dict[str, Floats]  # name -> [N, L + 1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """The examples of one setting, their signals, and the draws of their paragraphs."""
+
+    name: str
+    examples: pd.DataFrame
+    signals: Signals
+    bootstrap: ClusterBootstrap
+
+    @property
+    def languages(self) -> NDArray:
+        return self.examples["language"].to_numpy()
+
+
+def _settings(examples: pd.DataFrame, signals: Signals, draws: int, seed: int) -> Iterator[_Setting]:
+    """The settings in the order of their first examples."""
+    for name, rows in examples.groupby("setting", sort=False).indices.items():
+        members = examples.iloc[rows]
+        bootstrap = ClusterBootstrap(members["paragraph"].to_numpy(), draws, seed)
+        yield _Setting(str(name), members, {key: values[rows] for key, values in signals.items()}, bootstrap)
 
 
 def example_table(frame: pd.DataFrame, signals: Signals, permutations: int, seed: int) -> pd.DataFrame:
-    """Adds onset, sharpness, rise and phased, and the last layer's signals, to one row per example.
+    """Adds onset, sharpness, rise and phased, and the signals at the last layer, to one row per example.
 
-    ``frame`` holds setting, language, question_id, paragraph; rows in the order of the signals' rows.
+    Parameters
+    ----------
+    frame : DataFrame
+        setting, language, question_id, paragraph; rows in the order of the rows of the signals.
+    signals : dict of str to array [N, L + 1]
+        ``readiness`` is split into the phases.
+    permutations, seed : int
+        Of the test whether an example is phased.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"setting": "en-x", "language": ["en", "de"], "question_id": "q", "paragraph": "p"})
+    >>> readiness = np.array([[0.25, 0.25, 0.25, 0.75, 0.75], [0.25, 0.25, 0.75, 0.75, 0.75]])
+    >>> example_table(frame, {"readiness": readiness}, 20, 0)[["language", "onset", "rise", "readiness_last"]]
+      language  onset  rise  readiness_last
+    0       en    3.0   0.5            0.75
+    1       de    2.0   0.5            0.75
     """
     phases = segment(signals["readiness"], permutations, seed)
     last = {f"{name}_last": values[:, -1] for name, values in signals.items()}
@@ -30,27 +72,49 @@ def example_table(frame: pd.DataFrame, signals: Signals, permutations: int, seed
 
 
 def layer_table(examples: pd.DataFrame, signals: Signals, draws: int, seed: int) -> pd.DataFrame:
-    """Columns setting, layer, language, signal, value, lo, hi, n; one setting after the other, layers in depth order.
+    """One row for each setting, layer, language and signal; one setting after the other, layers in depth order.
 
     Signals: stability (S(l), language ``all``), agreement_en (per language), phase2 (share of examples in phase 2),
     the median of rank, and the means of all other signals. Intervals: 95 %, bootstrap over paragraphs.
+
+    Parameters
+    ----------
+    examples : DataFrame of N rows
+        As ``example_table`` gives it.
+    signals : dict of str to array [N, L + 1]
+    draws, seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    DataFrame
+        Columns setting, layer, language, signal, value, lo, hi, n.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"setting": "en-x", "language": ["en", "de"], "question_id": "q", "paragraph": "p"})
+    >>> readiness = np.array([[0.25, 0.25, 0.25, 0.75, 0.75], [0.25, 0.25, 0.75, 0.75, 0.75]])
+    >>> examples = example_table(frame, {"readiness": readiness}, 20, 0)
+    >>> table = layer_table(examples, {"readiness": readiness}, draws=50, seed=0)
+    >>> pooled = table[(table["layer"] == 2) & (table["language"] == "all")]
+    >>> dict(zip(pooled["signal"], pooled["value"].tolist()))
+    {'stability': 0.0, 'phase2': 0.5, 'readiness': 0.5}
     """
     n_layers = signals["readiness"].shape[1]
-    settings = []
-    for setting, rows in examples.groupby("setting", sort=False).indices.items():
-        part, own = examples.iloc[rows], {name: values[rows] for name, values in signals.items()}
-        onset, questions, languages = (part[c].to_numpy() for c in ("onset", "question_id", "language"))
-        bootstrap = ClusterBootstrap(part["paragraph"].to_numpy(), draws, seed)
-        tables = [_block("stability", ALL, layer_stability(onset, questions, n_layers, bootstrap))]
+    tables = []
+    for setting in _settings(examples, signals, draws, seed):
+        bootstrap, languages = setting.bootstrap, setting.languages
+        onset, questions = (setting.examples[column].to_numpy() for column in ("onset", "question_id"))
+        parts = [_block("stability", ALL, layer_stability(onset, questions, n_layers, bootstrap))]
         for language, estimate in agreement_with("en", onset, questions, languages, n_layers, bootstrap).items():
-            tables.append(_block("agreement_en", language, estimate))
-        tables += _means_and_ranks({"phase2": in_phase_two(onset, n_layers), **own}, languages, bootstrap)
-        settings.append(_joined(str(setting), tables))
-    return pd.concat(settings, ignore_index=True)
+            parts.append(_block("agreement_en", language, estimate))
+        parts += _means_and_ranks({"phase2": in_phase_two(onset, n_layers), **setting.signals}, languages, bootstrap)
+        tables.append(_joined(setting.name, parts))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _means_and_ranks(signals: Signals, languages: NDArray, bootstrap: ClusterBootstrap) -> list[pd.DataFrame]:
-    """Of every signal the mean, of rank the median: pooled, and by language."""
+    """The mean of every signal, but the median of rank: pooled, and by language."""
     tables = []
     for language in (ALL, *dict.fromkeys(languages.tolist())):
         members = np.arange(len(languages)) if language == ALL else np.flatnonzero(languages == language)
@@ -60,8 +124,8 @@ def _means_and_ranks(signals: Signals, languages: NDArray, bootstrap: ClusterBoo
                 continue
             medians = [bootstrap.median(column, members) for column in values[members].T]
             known = (~np.isnan(values[members])).sum(0)
-            bounds = ([getattr(m, name) for m in medians] for name in ("value", "lo", "hi"))
-            tables.append(_block(name, language, (*map(np.array, bounds), known)))
+            columns = (np.array([getattr(median, column) for median in medians]) for column in ("value", "lo", "hi"))
+            tables.append(_block(name, language, (*columns, known)))
     return tables
 
 
@@ -74,22 +138,39 @@ def _joined(setting: str, tables: list[pd.DataFrame]) -> pd.DataFrame:
 def replace_signals(
     layers: pd.DataFrame, examples: pd.DataFrame, signals: Signals, draws: int, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Layer and example tables with the rows and columns of ``signals`` anew, everything else as it was."""
-    fresh = []
-    for setting, rows in examples.groupby("setting", sort=False).indices.items():
-        part = examples.iloc[rows]
-        bootstrap = ClusterBootstrap(part["paragraph"].to_numpy(), draws, seed)
-        own = {name: values[rows] for name, values in signals.items()}
-        old = layers[(layers["setting"] == setting) & ~layers["signal"].isin(list(signals))].drop(columns="setting")
-        languages = part["language"].to_numpy()
-        table = _joined(str(setting), [old, *_means_and_ranks(own, languages, bootstrap)])
-        fresh.append(_in_order(table, languages))
+    """Layer and example tables with new rows and columns for ``signals``; everything else stays as it was.
+
+    Parameters
+    ----------
+    layers, examples : DataFrame
+        As ``layer_table`` and ``example_table`` give them.
+    signals : dict of str to array [N, L + 1]
+        New ones, or ones that the tables hold already.
+    draws, seed : int
+        Of the bootstrap.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"setting": "en-x", "language": ["en", "de"], "question_id": "q", "paragraph": "p"})
+    >>> signals = {"readiness": np.array([[0.25, 0.25, 0.25, 0.75, 0.75], [0.25, 0.25, 0.75, 0.75, 0.75]])}
+    >>> examples = example_table(frame, signals, 20, 0)
+    >>> layers = layer_table(examples, signals, draws=50, seed=0)
+    >>> layers, examples = replace_signals(layers, examples, {"new": np.ones((2, 5))}, draws=50, seed=0)
+    >>> layers["signal"].unique().tolist(), examples["new_last"].tolist()
+    (['stability', 'agreement_en', 'phase2', 'readiness', 'new'], [1.0, 1.0])
+    """
+    tables = []
+    for setting in _settings(examples, signals, draws, seed):
+        of_setting = layers[(layers["setting"] == setting.name) & ~layers["signal"].isin(list(signals))]
+        new = _means_and_ranks(setting.signals, setting.languages, setting.bootstrap)
+        table = _joined(setting.name, [of_setting.drop(columns="setting"), *new])
+        tables.append(_in_order(table, setting.languages))
     last = {f"{name}_last": values[:, -1] for name, values in signals.items()}
-    return pd.concat(fresh, ignore_index=True), examples.assign(**last)
+    return pd.concat(tables, ignore_index=True), examples.assign(**last)
 
 
 def _in_order(table: pd.DataFrame, languages: NDArray) -> pd.DataFrame:
-    """Rows of one setting in the order of ``layer_table``: in each layer, all signals of one language together."""
+    """Rows of one setting in the order of ``layer_table``: in a layer, all signals of one language together."""
     order = {name: rank for rank, name in enumerate((ALL, *dict.fromkeys(languages.tolist())))}
     ranks = table["language"].map(order).to_numpy()
     ranks = np.where(table["signal"] == "agreement_en", -1, ranks)
@@ -113,43 +194,66 @@ def _block(signal: str, language: str, estimate: tuple[NDArray, ...]) -> pd.Data
 
 
 def summaries(examples: pd.DataFrame, signals: Signals, n_blocks: int, draws: int, seed: int) -> dict[str, Any]:
-    """Per setting, in plain values: alpha, boundary, spread, phased fraction, encoding depth; the same by language."""
+    """Figures of every setting, in plain values.
+
+    Parameters
+    ----------
+    examples : DataFrame of N rows
+        As ``example_table`` gives it.
+    signals : dict of str to array [N, L + 1]
+        ``encoding`` adds encoding depth, its peak and the phase order.
+    n_blocks : int
+        L: what boundaries are divided by.
+    draws, seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    dict of setting to dict
+        alpha, boundary, relative_boundary, spread, phased_fraction, ..., and all but alpha by language. Figures are
+        {value, lo, hi}, None where they are not defined.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"setting": "en-x", "language": ["en", "de"], "question_id": "q", "paragraph": "p"})
+    >>> readiness = np.array([[0.25, 0.25, 0.25, 0.75, 0.75], [0.25, 0.25, 0.75, 0.75, 0.75]])
+    >>> examples = example_table(frame, {"readiness": readiness}, 20, 0)
+    >>> figures = summaries(examples, {"readiness": readiness}, n_blocks=4, draws=50, seed=0)["en-x"]
+    >>> figures["boundary"], figures["relative_boundary"]["value"]
+    ({'value': 2.5, 'lo': None, 'hi': None}, 0.625)
+    """
     result: dict[str, Any] = {}
-    for setting, rows in examples.groupby("setting", sort=False).indices.items():
-        part, own = examples.iloc[rows], {name: values[rows] for name, values in signals.items()}
-        languages = part["language"].to_numpy()
-        bootstrap = ClusterBootstrap(part["paragraph"].to_numpy(), draws, seed)
-        alpha = krippendorff_alpha(part["onset"].to_numpy(), part["question_id"].to_numpy(), bootstrap)
-        everyone = np.arange(len(part))
-        result[str(setting)] = {
-            "alpha": alpha.to_dict(),
-            **_phases(part, own, n_blocks, bootstrap, everyone),
-            "paragraphs": bootstrap.n_clusters,
+    for setting in _settings(examples, signals, draws, seed):
+        onset, questions = (setting.examples[column].to_numpy() for column in ("onset", "question_id"))
+        languages = setting.languages
+        result[setting.name] = {
+            "alpha": krippendorff_alpha(onset, questions, setting.bootstrap).to_dict(),
+            **_phases(setting, n_blocks, np.arange(len(languages))),
+            "paragraphs": setting.bootstrap.n_clusters,
             "languages": {
-                language: _phases(part, own, n_blocks, bootstrap, np.flatnonzero(languages == language))
+                language: _phases(setting, n_blocks, np.flatnonzero(languages == language))
                 for language in dict.fromkeys(languages.tolist())
             },
         }
     return result
 
 
-def _phases(
-    part: pd.DataFrame, signals: Signals, n_blocks: int, bootstrap: ClusterBootstrap, members: NDArray
-) -> dict[str, Any]:
-    """Boundary and what belongs to it, of the examples ``members``."""
-    onset = part["onset"].to_numpy()[members]
+def _phases(setting: _Setting, n_blocks: int, members: NDArray) -> dict[str, Any]:
+    """The figures of the examples ``members``."""
+    bootstrap, onset = setting.bootstrap, setting.examples["onset"].to_numpy()[members]
     boundary, spread = bootstrap.median(onset, members), bootstrap.spread(onset, members)
-    phased = bootstrap.mean(part["phased"].to_numpy()[members, None].astype(np.float64), members)[:3]
+    is_phased = setting.examples["phased"].to_numpy()[members, None].astype(np.float64)
+    phased = bootstrap.mean(is_phased, members)[:3]
     entry: dict[str, Any] = {
         "boundary": boundary.to_dict(),
         "relative_boundary": _scaled(boundary, n_blocks).to_dict(),
         "spread": _scaled(spread, n_blocks).to_dict(),
-        "phased_fraction": Estimate(*(float(v[0]) for v in phased)).to_dict(),
+        "phased_fraction": Estimate(*(float(column[0]) for column in phased)).to_dict(),
         "without_onset": int(np.isnan(onset).sum()),
         "n": len(members),
     }
-    if "encoding" in signals:
-        entry |= _encoding_phase(signals["encoding"][members], onset, bootstrap, members)
+    if "encoding" in setting.signals:
+        entry |= _encoding_phase(setting.signals["encoding"][members], onset, bootstrap, members)
     return entry
 
 
@@ -162,27 +266,40 @@ def _encoding_phase(
 ) -> dict[str, dict[str, float | None]]:
     """Encoding depth and peak of the mean encoding curve, and whether the depth lies below the median onset.
 
-    ``phase_order``: 1 or 0, with ``share``, the share of draws in which it is 1; None where one of the two is missing.
+    ``phase_order`` is 1 or 0, and ``share`` is the share of draws in which it is 1; both are None where depth or onset
+    is missing.
     """
     mean, drawn, counts = bootstrap.drawn_means(encoding, members)
     depths, peaks = encoding_depths(np.concatenate([mean[None], drawn]))
-    clusters = np.array([int((counts > 0).any(1).sum())])
-    found: dict[str, dict[str, float | None]] = {}
+    n_clusters = np.array([int((counts > 0).any(1).sum())])
+    figures: dict[str, dict[str, float | None]] = {}
     for name, values in (("encoding_depth", depths), ("encoding_peak", peaks)):
-        lo, hi = bootstrap.interval(values[1:, None], clusters)
-        found[name] = Estimate(float(values[0]), float(lo[0]), float(hi[0])).to_dict()
-    tau, taus, _ = bootstrap.drawn_medians(onset, members)
-    both = ~np.isnan(depths[1:] + taus)
-    known = not np.isnan(depths[0] + tau)
-    found["phase_order"] = {
-        "value": float(depths[0] < tau) if known else None,
-        "share": float((depths[1:] < taus)[both].mean()) if known and both.any() and clusters[0] > 1 else None,
+        lo, hi = bootstrap.interval(values[1:, None], n_clusters)
+        figures[name] = Estimate(float(values[0]), float(lo[0]), float(hi[0])).to_dict()
+    boundary, boundaries, _ = bootstrap.drawn_medians(onset, members)
+    known = not np.isnan(depths[0] + boundary)
+    in_draw = ~np.isnan(depths[1:] + boundaries)
+    holds = (depths[1:] < boundaries)[in_draw]
+    figures["phase_order"] = {
+        "value": float(depths[0] < boundary) if known else None,
+        "share": float(holds.mean()) if known and in_draw.any() and n_clusters[0] > 1 else None,
     }
-    return found
+    return figures
 
 
 def stability_table(layers: pd.DataFrame, setting: str) -> pd.DataFrame:
-    """One row per layer: phase, stability with interval, and the pooled value of every signal."""
+    """One row per layer of a setting: phase, stability with interval, and the pooled value of every signal.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"setting": "en-x", "language": ["en", "de"], "question_id": "q", "paragraph": "p"})
+    >>> readiness = np.array([[0.25, 0.25, 0.25, 0.75, 0.75], [0.25, 0.25, 0.75, 0.75, 0.75]])
+    >>> examples = example_table(frame, {"readiness": readiness}, 20, 0)
+    >>> layers = layer_table(examples, {"readiness": readiness}, draws=50, seed=0)
+    >>> table = stability_table(layers, "en-x")
+    >>> table["phase"].tolist(), table["stability"].tolist()
+    ([1, 1, 1, 2, 2], [1.0, 1.0, 0.0, 1.0, 1.0])
+    """
     pooled = layers[(layers["setting"] == setting) & (layers["language"] == ALL)]
     wide = pooled.pivot(index="layer", columns="signal", values="value")
     stability = pooled[pooled["signal"] == "stability"].set_index("layer")
@@ -191,5 +308,5 @@ def stability_table(layers: pd.DataFrame, setting: str) -> pd.DataFrame:
     table["stability"], table["stability_lo"], table["stability_hi"] = (stability[c] for c in ("value", "lo", "hi"))
     for name in wide.columns.drop("stability"):
         table[name] = wide[name]
-    first = [c for c in LEADING if c in table]
-    return table[[*first, *(c for c in table if c not in first)]]
+    leading = [column for column in LEADING if column in table]
+    return table[[*leading, *(column for column in table if column not in leading)]]

@@ -1,4 +1,4 @@
-"""Alignment: a linear map from a question's state in one language to what the other languages agree on."""
+"""Alignment: a linear map from the state of a question in one language to the consensus of the other languages."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from xprobe.probes.components import PrincipalComponents
 class AlignmentProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Ridge map from states to the cross-language consensus: StandardScaler, principal components, Ridge.
 
-    The states are centred per paragraph and language, the consensus is the mean of the other languages' centred states
-    (``xprobe.phases.encoding.Paragraph``). Split by paragraph, or it is told the answers.
+    The states are centred per paragraph and language; the consensus is the mean of the other languages' centred states
+    (``xprobe.phases.encoding.Paragraph``). Keep whole paragraphs out of the training data: the centred states of one
+    paragraph are not independent.
 
     Parameters
     ----------
@@ -31,8 +32,18 @@ class AlignmentProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
     Attributes
     ----------
     pipeline_ : Pipeline
+        StandardScaler, PrincipalComponents, Ridge.
     n_components_ : int
-        Components that were kept.
+        Number of components that were kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> states = np.random.default_rng(0).normal(size=(100, 3))
+    >>> consensus = states @ np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    >>> probe = AlignmentProbe(alpha=1e-6).fit(states[:80], consensus[:80])
+    >>> probe.n_components_, bool(np.allclose(probe.predict(states[80:]), consensus[80:], atol=1e-3))
+    (3, True)
     """
 
     def __init__(self, n_components: int = 128, alpha: float = 0.1, random_state: int | None = None) -> None:
@@ -41,16 +52,16 @@ class AlignmentProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Learns the map from states X [n, d] to consensus y [n, d'] (or [n])."""
+        """Learns the map from states X [n, d] to the consensus y, [n, d'] or [n]."""
         X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, ensure_min_samples=2)
-        front = PrincipalComponents(self.n_components, self.random_state)
-        penalty = Ridge(self.alpha * X.shape[0], solver="svd")
-        self.pipeline_: Pipeline = make_pipeline(StandardScaler(), front, penalty).fit(X, y)
-        self.n_components_ = front.n_components_
+        components = PrincipalComponents(self.n_components, self.random_state)
+        ridge = Ridge(self.alpha * X.shape[0], solver="svd")
+        self.pipeline_: Pipeline = make_pipeline(StandardScaler(), components, ridge).fit(X, y)
+        self.n_components_ = components.n_components_
         return self
 
     def predict(self, X: Any) -> Any:
-        """Predicted consensus [n, d']."""
+        """The predicted consensus, of the shape of y in ``fit``."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False)
         return self.pipeline_.predict(X)

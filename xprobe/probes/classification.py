@@ -11,28 +11,60 @@ from xprobe.probes.components import LanguageCenterer, PrincipalComponents
 
 
 def front(n_components: int = 128, random_state: int | None = None) -> Pipeline:
-    """What the classifying probes begin with: StandardScaler, then at most ``n_components`` principal components."""
+    """The beginning of the classifying probes: StandardScaler, then at most ``n_components`` principal components.
+
+    Examples
+    --------
+    >>> list(front().named_steps)
+    ['standardscaler', 'principalcomponents']
+    """
     return make_pipeline(StandardScaler(), PrincipalComponents(n_components, random_state))
 
 
 def classifier(C: float = 1.0) -> LogisticRegression:
-    """Multinomial logistic regression, the last step of both."""
+    """The last step of the classifying probes: multinomial logistic regression with the inverse penalty C.
+
+    Examples
+    --------
+    >>> classifier(C=0.5).C
+    0.5
+    """
     return LogisticRegression(C=C, max_iter=1000)
 
 
 def language_probe(n_components: int = 128, C: float = 1.0, random_state: int | None = None) -> Pipeline:
-    """Which language is the question in? Fitted on states [n, d] and language names [n]."""
+    """Which language is the question in? Fitted on states [n, d] and language names [n].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> states, languages = np.array([[0.0, 0.1], [0.1, 0.0], [5.0, 0.1], [5.1, 0.0]]), ["en", "en", "th", "th"]
+    >>> language_probe().fit(states, languages).predict([[4.9, 0.0]]).tolist()
+    ['th']
+    """
     return Pipeline([*front(n_components, random_state).steps, ("classifier", classifier(C))])
 
 
 def correctness_probe(n_components: int = 128, C: float = 1.0, random_state: int | None = None) -> Pipeline:
     """Will the first answer token be on top at the last layer? Fitted on states [n, d] and booleans [n].
 
-    Each language's mean is taken out, so that knowing the language is not enough: call ``fit`` and ``predict_proba``
-    with ``languages=`` [n], inside ``sklearn.config_context(enable_metadata_routing=True)``.
+    The mean of each language is subtracted, so that it is not enough to know the language. Call ``fit`` and
+    ``predict_proba`` with ``languages=`` [n], inside ``sklearn.config_context(enable_metadata_routing=True)``.
+
+    Examples
+    --------
+    English states lie far from Thai ones. In both, the answer is right where the second number is large:
+
+    >>> import numpy as np
+    >>> states = np.array([[90.0, 1.0], [90.0, 0.0], [0.0, 1.0], [0.0, 0.0]] * 3)
+    >>> right, languages = np.array([True, False] * 6), np.array(["en", "en", "th", "th"] * 3)
+    >>> with sklearn.config_context(enable_metadata_routing=True):
+    ...     probe = correctness_probe().fit(states, right, languages=languages)
+    ...     probe.predict(states[:4], languages=languages[:4]).tolist()
+    [True, False, True, False]
     """
-    centre = LanguageCenterer()
+    centerer = LanguageCenterer()
     with sklearn.config_context(enable_metadata_routing=True):
-        centre.set_fit_request(languages=True).set_transform_request(languages=True)
+        centerer.set_fit_request(languages=True).set_transform_request(languages=True)
     steps = front(n_components, random_state).steps
-    return Pipeline([*steps, ("languages", centre), ("classifier", classifier(C))])
+    return Pipeline([*steps, ("languages", centerer), ("classifier", classifier(C))])

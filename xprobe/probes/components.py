@@ -1,4 +1,4 @@
-"""What the probes are made of: principal components of at most so many, and centring per language."""
+"""Transformers that the probes are made of: principal components, and centring per language."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 
 class PrincipalComponents(TransformerMixin, BaseEstimator):
-    """``PCA`` of at most ``n_components``: fewer where samples or features are fewer.
+    """``PCA`` with at most ``n_components`` components: fewer where there are fewer samples or features.
 
     Parameters
     ----------
@@ -24,6 +24,12 @@ class PrincipalComponents(TransformerMixin, BaseEstimator):
     ----------
     pca_ : PCA
     n_components_ : int
+        Number of components that were kept.
+
+    Examples
+    --------
+    >>> PrincipalComponents(128).fit_transform(np.random.default_rng(0).normal(size=(6, 40))).shape
+    (6, 5)
     """
 
     def __init__(self, n_components: int = 128, random_state: int | None = None) -> None:
@@ -43,7 +49,7 @@ class PrincipalComponents(TransformerMixin, BaseEstimator):
         X = validate_data(self, X, ensure_min_samples=2)
         self.n_components_ = min(self.n_components, X.shape[0] - 1, X.shape[1])
         pca = PCA(self.n_components_, power_iteration_normalizer="QR", random_state=self.random_state)
-        with np.errstate(invalid="ignore", divide="ignore"):  # states that are all equal have no variance to share
+        with np.errstate(invalid="ignore", divide="ignore"):  # equal states have no variance to divide by
             self.pca_ = pca.fit(X)
         return self
 
@@ -59,20 +65,27 @@ class PrincipalComponents(TransformerMixin, BaseEstimator):
 
 
 class LanguageCenterer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """Takes from each sample the mean of its language, as learned from the training samples.
+    """Subtracts from each sample the mean of its language in the training samples.
 
-    A sample of a language that was not seen in training, or given without ``languages``, is centred by the mean of all.
-    In a pipeline, ``languages`` is routed to it (``sklearn.set_config(enable_metadata_routing=True)``,
-    ``set_fit_request(languages=True)``, ``set_transform_request(languages=True)``).
+    The mean of all training samples is subtracted where a language was not seen in training, and where ``languages`` is
+    not given. A pipeline passes ``languages`` on after ``sklearn.set_config(enable_metadata_routing=True)``,
+    ``set_fit_request(languages=True)`` and ``set_transform_request(languages=True)``.
 
     Attributes
     ----------
     mean_ : array [d]
     means_ : dict of language to array [d]
+
+    Examples
+    --------
+    >>> states, languages = np.array([[1.0], [3.0], [10.0]]), np.array(["en", "en", "th"])
+    >>> centerer = LanguageCenterer().fit(states, languages=languages)
+    >>> centerer.transform(np.array([[4.0], [11.0]]), languages=np.array(["en", "th"])).tolist()
+    [[2.0], [1.0]]
     """
 
     def fit(self, X: Any, y: Any = None, languages: NDArray | None = None) -> Self:
-        """Learns the means of X [n, d]; ``languages`` [n] names each sample's."""
+        """Learns the means of X [n, d]; ``languages`` [n] holds the language of each sample."""
         X = validate_data(self, X, dtype=[np.float64, np.float32])
         self.mean_ = X.mean(axis=0)
         self.means_ = {}
@@ -82,7 +95,7 @@ class LanguageCenterer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any, languages: NDArray | None = None) -> Any:
-        """X minus each sample's mean, [n, d]."""
+        """X minus the means of the samples' languages, [n, d]."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         if languages is None:

@@ -1,27 +1,28 @@
-"""The probes that xprobe knows: one row for each, and a place for those of your own.
+"""The probes that xprobe knows: the built-in ones, and those that you register.
 
-The row of a probe drives everything: what is trained, how it is scored, the table ``probes.parquet``, the help text.
+A ``Probe`` says what is trained, on which labels, and how it is scored. Names and descriptions of the built-in probes
+stand in ``xprobe.config``: the command line shows them without loading scikit-learn.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from xprobe.config import BUILT_IN_PROBES, PROBES
+from xprobe.config import BUILT_IN_PROBES, PROBES, check_probes
 from xprobe.errors import UsageError
 from xprobe.probes.alignment import AlignmentProbe
 from xprobe.probes.classification import correctness_probe, language_probe
 from xprobe.probes.controls import majority
-
-if TYPE_CHECKING:
-    from xprobe.probes.training import ProbeSettings
+from xprobe.probes.failures import naming_probe
+from xprobe.probes.settings import ProbeSettings
 
 
 @dataclass(frozen=True)
@@ -129,28 +130,76 @@ _PROBES: dict[str, Probe] = {
 }
 
 
-def register(new: Probe) -> None:
-    """Adds a probe of one's own: from now on ``probes=`` and ``train_probes`` know its name, in this process.
+def register(probe: Probe) -> None:
+    """Adds a probe of your own. ``xprobe.run(probes=...)`` and ``train_probes`` know its name, in this process.
 
     Raises
     ------
     UsageError
-        The name is taken, or the probe has no labels.
+        The object is no ``Probe``, one of its parts cannot be used, or its name is taken.
+
+    Examples
+    --------
+    >>> register(Probe("language", "a second one", lambda settings: None, lambda examples: examples["language"]))
+    Traceback (most recent call last):
+        ...
+    xprobe.errors.UsageError: a probe 'language' is there already: choose another name, or unregister it first
     """
-    if new.name in _PROBES:
-        raise UsageError(f"a probe {new.name!r} is there already: choose another name, or unregister it first")
-    if new.labels is None:
-        raise UsageError(f"probe {new.name!r} has no labels: give a function from the example table to one per row")
-    _PROBES[new.name] = new
-    PROBES[new.name] = new.description
+    _check(probe)
+    if probe.name in _PROBES:
+        raise UsageError(f"a probe {probe.name!r} is there already: choose another name, or unregister it first")
+    _PROBES[probe.name] = probe
+    PROBES[probe.name] = probe.description
+
+
+def _check(probe: Any) -> None:
+    """Checks that a probe can be registered, but for whether its name is taken."""
+    if not isinstance(probe, Probe):
+        raise UsageError(f"register takes a Probe (xprobe.probes.Probe), got {probe!r}")
+    name = probe.name
+    if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z][\w-]*", name, re.ASCII) or name in ("all", "none"):
+        raise UsageError(
+            f"a probe cannot be called {name!r}: a name begins with a letter and has only letters (a to z), digits, _ "
+            "and -; it is not 'all' or 'none'"
+        )
+    if not isinstance(probe.description, str):
+        raise UsageError(f"probe {name!r}: description must be text, got {probe.description!r}")
+    if not callable(probe.estimator):
+        raise UsageError(
+            f"probe {name!r}: estimator must be a function from ProbeSettings to a new scikit-learn estimator, got "
+            f"{probe.estimator!r}"
+        )
+    if not callable(probe.labels):
+        raise UsageError(
+            f"probe {name!r}: labels must be a function from the example table to one label per row, got "
+            f"{probe.labels!r}"
+        )
+    if not isinstance(probe.metric, Metric):
+        raise UsageError(f"probe {name!r}: metric must be a Metric (xprobe.probes.Metric), got {probe.metric!r}")
 
 
 def unregister(name: str) -> None:
-    """Takes a probe of one's own away again; the built-in ones stay."""
+    """Removes a probe of your own.
+
+    Raises
+    ------
+    UsageError
+        No probe of your own has this name.
+
+    Examples
+    --------
+    >>> unregister("language")
+    Traceback (most recent call last):
+        ...
+    xprobe.errors.UsageError: probe 'language' is built in: it cannot be removed
+    """
     if name in BUILT_IN_PROBES:
-        raise UsageError(f"probe {name!r} is built in and stays")
-    _PROBES.pop(name, None)
-    PROBES.pop(name, None)
+        raise UsageError(f"probe {name!r} is built in: it cannot be removed")
+    if name not in _PROBES:
+        own = ", ".join(known for known in _PROBES if known not in BUILT_IN_PROBES) or "none"
+        raise UsageError(f"no probe {name!r} is registered; registered: {own}")
+    del _PROBES[name]
+    del PROBES[name]
 
 
 def get_probe(name: str) -> Probe:
@@ -159,31 +208,54 @@ def get_probe(name: str) -> Probe:
     Raises
     ------
     UsageError
-        There is none; names those there are.
+        No probe has this name.
 
     Examples
     --------
     >>> get_probe("language").description
     'which language the question is in'
     """
-    if name not in _PROBES:
-        raise UsageError(f"unknown probe {name!r}; available: {', '.join(_PROBES)}")
+    check_probes([name])
     return _PROBES[name]
 
 
-def labels_of(row: Probe, examples: pd.DataFrame) -> NDArray:
-    """The labels of a probe [n].
+def labels_of(probe: Probe, examples: pd.DataFrame) -> NDArray:
+    """The labels of a probe [n], one for each row of ``examples``.
+
+    A Series is aligned with ``examples`` by its index. Anything else is taken in the order of the rows.
 
     Raises
     ------
     UsageError
-        The probe's function gives something else than one label for each row.
+        The labels of the probe are not one for each row.
+    ProbeError
+        The function ``labels`` of the probe fails.
+
+    Examples
+    --------
+    >>> labels_of(get_probe("language"), pd.DataFrame({"language": ["en", "th"]})).tolist()
+    ['en', 'th']
     """
-    assert row.labels is not None
-    labels = np.asarray(row.labels(examples))
+    if probe.labels is None:
+        raise UsageError(f"probe {probe.name!r} has no labels")
+    with naming_probe(probe.name, "labels"):
+        labels = probe.labels(examples)
+        if not isinstance(labels, pd.Series):
+            labels = np.asarray(labels)
+    expected = f"probe {probe.name!r} must give one label for each of {len(examples)} examples"
     if labels.shape != (len(examples),):
-        raise UsageError(
-            f"probe {row.name!r} must give one label for each of {len(examples)} examples, gave an array of shape "
-            f"{labels.shape}"
-        )
+        raise UsageError(f"{expected}, gave an array of shape {labels.shape}")
+    if isinstance(labels, pd.Series):
+        if not labels.index.equals(examples.index):
+            known = labels.index.is_unique and examples.index.is_unique and examples.index.isin(labels.index).all()
+            if not known:
+                raise UsageError(
+                    f"{expected}, gave a Series with another index than the example table: keep the table's index, or "
+                    "give an array in the order of its rows"
+                )
+            labels = labels.loc[examples.index]
+        labels = labels.to_numpy()
+    missing = int(pd.isna(labels).sum())
+    if missing:
+        raise UsageError(f"{expected}, gave none (None or NaN) for {missing}")
     return labels

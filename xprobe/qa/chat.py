@@ -26,7 +26,7 @@ from xprobe.qa.reasoning import (
 )
 
 DATE = "26 Jul 2024"  # the date that every template is given, so that prompts do not change from day to day
-PLAIN = "use --template plain"
+PLAIN = "use template='plain' (--template plain)"
 
 NO_REASONING = "none"
 SWITCHED_OFF = "switched off"

@@ -93,8 +93,8 @@ def _download(address: str, path: Path, language: str) -> None:
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(
-            f"cannot fetch {address} ({reason}): try again, give another --url, "
-            "or copy the files by hand and name their folder with --data"
+            f"cannot fetch {address} ({reason}): try again, give another url (--url), "
+            "or copy the files by hand and give their folder as data (--data)"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

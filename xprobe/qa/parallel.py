@@ -129,7 +129,7 @@ def _check_strictly(problems: Sequence[Problem]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(
-            f"{problems[0]}{more}; correct it, or run without --strict (strict=False) to leave such records out"
+            f"{problems[0]}{more}; correct it, or run without strict=True (--strict) to leave such records out"
         )
 
 
@@ -196,7 +196,9 @@ def xquad_dir() -> Path:
     folder = Path(named).expanduser() if named else cache_dir() / "data" / "xquad"
     if not folder.is_dir() or not _data_files(folder):
         where = f"$XPROBE_XQUAD_DIR is {folder}" if named else f"nothing in {folder}"
-        raise UsageError(f"XQuAD is not here ({where}): run `xprobe data fetch xquad`, or give its folder with --data")
+        raise UsageError(
+            f"XQuAD is not here ({where}): run `xprobe data fetch xquad`, or give its folder as data (--data)"
+        )
     return folder
 
 

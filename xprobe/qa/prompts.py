@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xprobe.errors import ModelError, PromptError
-from xprobe.qa.chat import ChangedMessageError, ChatFormat
+from xprobe.qa.chat import PLAIN, ChangedMessageError, ChatFormat
 from xprobe.qa.encoding import ControlTokenError, Span, Text, Tokens, encode_texts
 from xprobe.qa.records import Example, printable
 from xprobe.qa.templates import Template
@@ -109,7 +109,7 @@ def is_chat(template: Template, tokenizer: Any) -> bool:
     """
     has_one = bool(getattr(tokenizer, "chat_template", None))
     if template.format == "chat" and not has_one:
-        raise PromptError("the tokenizer has no chat template: use --template plain, or auto")
+        raise PromptError("the tokenizer has no chat template: use template='plain' (--template plain), or 'auto'")
     return has_one and template.format != "plain"
 
 
@@ -191,7 +191,7 @@ def build_prompts(
         except ChangedMessageError as error:
             outcomes[index] = Skipped(example, MESSAGE_CHANGED, str(error))
     if not texts:
-        raise PromptError(f"the chat template changes every message, the first is {outcomes[0]}: use --template plain")
+        raise PromptError(f"the chat template changes every message, the first is {outcomes[0]}: {PLAIN}")
 
     for index, result in zip(texts, encode_texts(list(texts.values()), tokenizer, chat=chat is not None), strict=True):
         example = examples[index]

@@ -183,7 +183,8 @@ class Dataset:
             if setting == "en-x" and "en" not in self.records:
                 raise UsageError(
                     f"setting en-x needs English contexts, and {self.name} holds only {', '.join(self.languages)}: "
-                    f"give the English records as well (NAME.en.json in the same folder), or use --setting x-x"
+                    "give the English records as well (NAME.en.json in the same folder), or use setting x-x "
+                    "(--setting x-x)"
                 )
             available = self._available(setting, languages)
             chosen = set(

@@ -1,4 +1,4 @@
-"""What the run folder asks of the disk: errors that name the path, folders and files that outlive a power cut."""
+"""Files and folders of a run: errors name the path, and what is written survives a power cut."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xprobe.errors import RunFolderError, UsageError
 
-# network file systems that sync no folders write names through; a folder that may be written but not read is no error
+# some network file systems cannot sync folders and write names at once; a folder without read permission is no error
 _FOLDERS_SYNC_THEMSELVES = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
@@ -24,10 +24,10 @@ def check_writable(path: Path) -> None:
     if not nearest.is_dir():
         raise UsageError(f"cannot make {path}: {nearest} is {what_is(nearest)}")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunFolderError(f"cannot write {nearest}: permission denied; choose another --out")
+        raise RunFolderError(f"cannot write {nearest}: permission denied; use a folder that you may write to")
 
 
-# what else than a file can lie under a name
+# kinds of paths that are no files
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a link"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -36,9 +36,9 @@ DEAD_LINK = "a link to nothing"
 
 
 def what_is(path: Path, *, follow: bool = True) -> str | None:
-    """What lies under a name, in words; None if nothing does. Opens nothing: a named pipe would not answer.
+    """What a path is, in words; None if it does not exist.
 
-    With ``follow`` a link is what it leads to.
+    It opens nothing, because opening a named pipe would block. ``follow``: describe the target of a link.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -54,11 +54,11 @@ def what_is(path: Path, *, follow: bool = True) -> str | None:
     return next((words for test, words in _KINDS if test(mode)), "a file")
 
 
-REMEDY = "move it away, then go on with --resume"
+REMEDY = "move it away, then try again"
 
 
 def expect(path: Path, *wanted: str, follow: bool = True, remedy: str = REMEDY) -> bool:
-    """Whether ``path`` is there.
+    """Whether ``path`` exists.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def expect(path: Path, *wanted: str, follow: bool = True, remedy: str = REMEDY) 
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder."""
+    """Paths in a folder, sorted."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -86,7 +86,7 @@ def read_file(path: Path) -> bytes:
     Raises
     ------
     RunFolderError
-        Something else lies there, or it cannot be read.
+        It is something else, or cannot be read.
     """
     expect(path)
     try:
@@ -96,29 +96,29 @@ def read_file(path: Path) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> RunFolderError:
-    """The error of the system as one that names the path and says what to do."""
+    """An error of the system as one that names the path and says what to do."""
     advice = "give yourself the right to read it" if error.errno in _FORBIDDEN else "check the disk"
     return RunFolderError(f"cannot read {path}: {error.strerror or error}; {advice}, then try again")
 
 
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _ADVICE = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or choose another --out"),
-    errno.EROFS: "choose another --out",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or use a folder that is"),
+    errno.EROFS: "use a folder on another file system",
     **dict.fromkeys(
         (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO),
-        "move away what stands in the way, or choose another --out",
+        "move away what stands in the way, or use another folder",
     ),
 }
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the errors of the system into one that names the path."""
+    """Turns errors of the system inside the block into one that names the path and says what to do."""
     try:
         yield
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "choose another --out or make room")
+        advice = _ADVICE.get(error.errno or 0, "make room, or use a folder on another disk")
         raise RunFolderError(f"cannot write {error.filename or path}: {error.strerror or error}; {advice}") from error
 
 
@@ -129,12 +129,12 @@ def make_folder(path: Path) -> list[Path]:
         if folder.exists():
             break
         made.append(folder)
-    for left in reversed(range(20)):
+    for attempts_left in reversed(range(20)):
         try:
             path.mkdir(parents=True, exist_ok=True)
             break
-        except FileExistsError:  # a file; or a folder that another process took away again at this moment
-            if not left or path.is_file():
+        except FileExistsError:  # a file; or a folder that another process has just removed
+            if not attempts_left or path.is_file():
                 raise
     for folder in made:
         sync(folder.parent)
@@ -145,7 +145,7 @@ def sync(path: Path) -> None:
     """Waits until the disk has the file, or the names in the folder."""
     is_folder = path.is_dir()
     if is_folder and os.name != "posix":
-        return  # folders cannot be opened there; a renaming is written through
+        return  # Windows cannot open folders, and writes new names at once
     try:
         handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
@@ -183,7 +183,7 @@ def replacing(final: Path) -> Iterator[Path]:
     expect(temporary, follow=False)
     try:
         yield temporary
-        sync(temporary)  # before the renaming: a name must never stand for bytes that the disk does not have
+        sync(temporary)  # first: the name must never refer to bytes that the disk does not have
         temporary.replace(final)
     except BaseException:
         temporary.unlink(missing_ok=True)

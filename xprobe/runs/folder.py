@@ -2,7 +2,7 @@
 
 A run that is stopped at any moment, by SIGKILL or by the power, leaves whole files. Each is written under a temporary
 name, synced to the disk, renamed, and its folder synced; only then is a shard entered in the journal, which is synced
-too. So the journal never knows more than the disk holds, and what it knows has a checksum.
+too. So the disk has every shard in the journal, and the journal has its checksum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from xprobe.config import ROWS_FILE
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs import journal
+from xprobe.runs import journal, manifest_file
 from xprobe.runs.disk import (
     PART,
     REPLACED,
@@ -35,15 +35,19 @@ from xprobe.runs.disk import (
     what_is,
     writing,
 )
-from xprobe.runs.identity import checksum_of, run_key
+from xprobe.runs.identity import run_key
 from xprobe.runs.lock import LOCK
-from xprobe.runs.manifest import FORMAT, Manifest
-from xprobe.runs.schema import finished_complaint, identity_complaint
+from xprobe.runs.manifest import Manifest
+from xprobe.runs.schema import (
+    finished_complaint,
+    identity_complaint,
+    without_broken_extras,
+    without_broken_stages,
+)
 from xprobe.runs.serialization import shard_bytes
 
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
 LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
-_SELF = "sha256"  # entry of the manifest: checksum of all the others
 SHARD = ".safetensors"  # end of a shard's name
 _NAMED = 5  # shards that a message names
 
@@ -59,12 +63,14 @@ class RunFolder:
         """Raises the errors of ``create`` without making anything."""
         kind = what_is(path)
         if kind not in (None, "a folder"):
-            raise UsageError(f"{path} is {kind}: give --out a folder")
+            raise UsageError(f"{path} is {kind}: out (--out) must be a folder")
         filled = holds_other_than(path, {LOCK, PART.format(MANIFEST)}, SHARDS)
         if filled and not resume:
-            raise UsageError(f"{path} is not empty: choose another --out, or --resume the run in it")
+            raise UsageError(
+                f"{path} is not empty: choose another out (--out), or resume the run in it (resume=True, --resume)"
+            )
         if filled and not cls(path).has_manifest():
-            raise UsageError(f"{path} holds no run to resume (no {MANIFEST}): choose another --out")
+            raise UsageError(f"{path} holds no run to resume (no {MANIFEST}): choose another out (--out)")
         cls(path).check_places()
 
     @classmethod
@@ -90,7 +96,7 @@ class RunFolder:
             sync(self.path)
         for folder in (self.path, self.path / SHARDS):
             if not os.access(folder, os.W_OK | os.X_OK):
-                raise RunFolderError(f"cannot write {folder}: permission denied; choose another --out")
+                raise RunFolderError(f"cannot write {folder}: permission denied; use a folder that you may write to")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -107,16 +113,16 @@ class RunFolder:
         RunFolderError
             Something else than a file has the manifest's name.
         """
-        return expect(self.path / MANIFEST, remedy="put the run's own manifest there, or choose another --out")
+        return expect(self.path / MANIFEST, remedy="put the run's own manifest there, or use another folder")
 
     def check_places(self) -> None:
-        """Says what stands where the run keeps a file or the folder of its shards, if it is something else.
+        """Checks that every name that the run needs is free or its own.
 
         Raises
         ------
         RunFolderError
-            Names the path, what it is, and what to do. Links in the place of shards and tables are not followed when
-            they are written, and stand in nobody's way.
+            Names the path, what it is, and what to do. A link with the name of a shard or table is allowed: a new
+            file replaces it.
         """
         if what_is(self.path) is None:
             return
@@ -136,27 +142,7 @@ class RunFolder:
 
     def _read_json(self) -> dict[str, Any]:
         """The manifest as plain values; empty if there is none yet."""
-        path = self.path / MANIFEST
-        if not self.has_manifest():
-            return {}
-        try:
-            manifest = json.loads(read_file(path).decode("utf-8-sig"))
-            if not isinstance(manifest, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as error:
-            raise RunFolderError(
-                f"cannot read {path} ({error}): the run cannot be used; start it in a new folder"
-            ) from error
-        if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
-            environment = manifest.get("environment")
-            writer = environment.get("xprobe") if isinstance(environment, dict) else None
-            version = f"xprobe {writer}, which wrote it" if isinstance(writer, str) else "the version that wrote it"
-            raise RunFolderError(
-                f"{path} is of run format {manifest.get('format')}, this version of xprobe reads format {FORMAT}: "
-                f"read it with {version}, or start the run in a new folder"
-            )
-        manifest.pop(_SELF, None)
-        return manifest
+        return manifest_file.read_values(self.path / MANIFEST) if self.has_manifest() else {}
 
     def read_run(self) -> Manifest:
         """The manifest of a run that was started, with all that says what the run is made of.
@@ -166,14 +152,14 @@ class RunFolder:
         RunFolderError
             An entry is missing or wrong.
         """
-        return Manifest.from_dict(self._read_identity())
+        return Manifest.from_dict(without_broken_stages(self._read_identity()))
 
     def read_study(self) -> dict[str, Any]:
         """The run's ``StudyConfig`` as it was written, with entries that this version may not know."""
         return self._read_identity()["study"]
 
     def _read_identity(self) -> dict[str, Any]:
-        manifest = self._read_json()
+        manifest = without_broken_extras(self._read_json())
         wrong = identity_complaint(manifest)
         if wrong is not None:
             raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; the run cannot be used: start it in a new folder")
@@ -190,7 +176,7 @@ class RunFolder:
         manifest = self._read_identity()
         if manifest["status"] != "done":
             raise RunFolderError(
-                f"the run in {self.path} is not finished ({manifest['status']}): continue it with --resume"
+                f"the run in {self.path} is not finished ({manifest['status']}): {self.resume_command} continues it"
             )
         wrong = finished_complaint(manifest)
         if wrong is not None:
@@ -199,7 +185,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """The command that mends what can be mended, for messages."""
+        """The command that writes everything again that can be written again, for messages."""
         return f"`xprobe run --out {self.path} --resume`"
 
     def is_finished(self) -> bool:
@@ -210,23 +196,16 @@ class RunFolder:
 
     def manifest_is_untouched(self) -> bool:
         """Whether the manifest still has the checksum that it was written with."""
-        try:
-            manifest = json.loads(read_file(self.path / MANIFEST).decode("utf-8-sig"))
-            return manifest.pop(_SELF) == checksum_of(manifest)
-        except (RunFolderError, ValueError, RecursionError, AttributeError, KeyError):
-            return False
+        return manifest_file.is_untouched(self.path / MANIFEST)
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Writes the manifest with its checksum, in one step."""
-        values = json.loads(json.dumps(manifest.to_dict()))  # as readers will see it
-        values[_SELF] = checksum_of(values)
+        """Writes the manifest with its checksums, in one step."""
         self.__dict__.pop("_run_key", None)
-        text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-        self.write_bytes(MANIFEST, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
+        self.write_bytes(MANIFEST, manifest_file.manifest_bytes(manifest))
 
     @cached_property
     def _run_key(self) -> str:
-        """What the shards of this run depend on, in one checksum: journal lines of another run are not believed."""
+        """Checksum of everything that the shards depend on. Journal lines with another key are ignored."""
         return run_key(self._read_json())
 
     def write_bytes(self, name: str, content: bytes) -> None:
@@ -242,7 +221,7 @@ class RunFolder:
     def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any], execution: int = 0) -> None:
         """Stores one context group (numpy arrays or torch tensors) and enters it in the journal with its checksum.
 
-        ``execution``: which of the stage's executions computes it.
+        ``execution``: index of the stage's execution that computes it.
         """
         name = self.shard_name(group)
         content = shard_bytes(tensors, {"group": group, **metadata})
@@ -252,14 +231,14 @@ class RunFolder:
             digest = hashlib.sha256(content).hexdigest()
             line = {"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key,
                     "execution": execution}  # fmt: skip
-            journal.enter(self.path / JOURNAL, line)
+            journal.append(self.path / JOURNAL, line)
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """The journal's last line on each shard of this run."""
         return journal.entries(self.path / JOURNAL, self._run_key)
 
     def finished_shards(self) -> list[str]:
-        """Names of shards that the journal knows and whose bytes still have the checksum entered there, in order."""
+        """Names of shards that still have the checksum in the journal, in its order."""
         known = self._entries()
         return [name for name in known if checksum(self.path / SHARDS / name) == known[name].get("sha256", "")]
 
@@ -274,10 +253,10 @@ class RunFolder:
         return counts
 
     def tidy(self, groups: list[str]) -> None:
-        """Leaves the folder as a run that nobody interrupted leaves it.
+        """Makes an interrupted run's folder equal to that of a run without interruption.
 
-        Removes what a killed process left of files, and rewrites the journal: one line per group, in this order.
-        Only for the process that holds the folder's lock.
+        Removes temporary files of killed processes, and rewrites the journal: one line per group, in this order. Only
+        the process that holds the folder's lock may call it.
         """
         with writing(self.path):
             for folder in (self.path, self.path / SHARDS):
@@ -288,6 +267,11 @@ class RunFolder:
             lines = "".join(json.dumps(known[name]) + "\n" for name in names if name in known).encode()
             if read_file(self.path / JOURNAL) != lines:
                 self.write_bytes(JOURNAL, lines)
+
+    def unknown_shards(self, groups: list[str]) -> list[str]:
+        """Names of shards in the folder that are of none of ``groups``."""
+        known = {self.shard_name(group) for group in groups}
+        return [path.name for path in entries(self.path / SHARDS) if path.suffix == SHARD and path.name not in known]
 
     def holds(self, groups: list[str]) -> bool:
         """Whether every one of ``groups`` has a finished shard."""
@@ -329,11 +313,11 @@ class RunFolder:
     def read_shard(self, name: str, keys: tuple[str, ...] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arrays (only ``keys`` if given; bf16 comes back as float32) and metadata of one shard."""
         with self._opened(name) as handle:
-            found = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
+            tensors = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
             metadata = json.loads(handle.metadata()["xprobe"])
         arrays = {
             key: (t.float() if t.dtype.itemsize == 2 and t.is_floating_point() else t).numpy()
-            for key, t in found.items()
+            for key, t in tensors.items()
         }
         return arrays, metadata
 
@@ -346,19 +330,19 @@ class RunFolder:
             with safe_open(path, framework="pt") as handle:
                 yield handle
         except Exception as error:  # safetensors raises its own error type, OSError, KeyError
-            raise RunFolderError(f"cannot read {path} ({error}): compute it again with --resume") from error
+            raise RunFolderError(f"cannot read {path} ({error}): {self.resume_command} computes it again") from error
 
-    def check_fit(self, entry: str, value: int, there: int) -> None:
-        """Compares an entry of the manifest with the shards.
+    def check_fit(self, entry: str, value: int, stored: int) -> None:
+        """Compares an entry of the manifest with the value in the shards.
 
         Raises
         ------
         RunFolderError
             They differ.
         """
-        if value != there:
+        if value != stored:
             raise RunFolderError(
-                f"{self.path / MANIFEST}: entry {entry} is {value}, the shards hold {there}; "
+                f"{self.path / MANIFEST}: entry {entry} is {value}, the shards hold {stored}; "
                 f"{self.resume_command} writes it again"
             )
 
@@ -382,9 +366,9 @@ class RunFolder:
 
     @contextmanager
     def writing_tables(self, frames: dict[str, Any]) -> Iterator[dict[str, str]]:
-        """Tables by file name, written whole under temporary names; they get their own names when the block ends.
+        """Writes tables, by file name, under temporary names, and renames them when the block ends.
 
-        Gives their checksums by file name. A block that raises, and a disk that is full, leave the old tables.
+        The block gets their checksums by file name. If it raises, or if the disk is full, the old tables stay.
         """
         with writing(self.path), ExitStack() as stack:
             digests: dict[str, str] = {}
@@ -393,6 +377,20 @@ class RunFolder:
                 frame.to_parquet(temporary, index=False)
                 digests[name] = checksum(temporary) or ""
             yield digests
+
+    def check_table(self, name: str, digest: str, stage: str) -> None:
+        """Compares the bytes of a table with the checksum that its stage entered in the manifest.
+
+        Raises
+        ------
+        RunFolderError
+            They differ, or there is no such table.
+        """
+        if checksum(self.path / name) != digest:
+            raise RunFolderError(
+                f"{self.path / name} is not the table that the stage {stage!r} of this run wrote: compute that stage "
+                "again, or put the table back"
+            )
 
     def read_table(self, name: str, digest: str | None = None) -> Any:
         """A table as a data frame.

@@ -1,4 +1,4 @@
-"""Whether a run may go on: what it is made of, compared with what is there now."""
+"""Whether a run may be resumed: its study, model and data compared with the present ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MAY_CHANGE = ("model", "data")  # names, on resume; the bytes of model and data 
 
 
 def differences(before: Manifest, now: Manifest, old: dict[str, Any]) -> list[str]:
-    """What keeps a run from going on, in words; empty if nothing does.
+    """Differences that forbid resuming a run, in words.
 
-    How it is computed (``Execution``) does not matter: a run may go on on another device.
+    How it is computed (``Execution``) does not matter: a run may be resumed on another device.
 
     Parameters
     ----------
@@ -27,13 +27,13 @@ def differences(before: Manifest, now: Manifest, old: dict[str, Any]) -> list[st
     """
     new = now.study.to_dict()
     changed = [name for name in {**new, **old} if name not in MAY_CHANGE and not _same(name, old, new)]
-    found = [_in_words(name, old, new) for name in changed]
-    found += _other_bytes("model", before.model, now.model)
+    reasons = [_describe_change(name, old, new) for name in changed]
+    reasons += _other_bytes("model", before.model, now.model)
     if not {"languages", "settings"} & set(changed):  # the checksum of the data is of the languages read
-        found += _other_bytes("data", before.data, now.data)
+        reasons += _other_bytes("data", before.data, now.data)
     if before.template_sha256 != now.template_sha256:
-        found.append("the wording of the template has changed")
-    return found
+        reasons.append("the wording of the template has changed")
+    return reasons
 
 
 def _other_bytes(what: str, before: Any, now: Any) -> list[str]:
@@ -48,7 +48,7 @@ def _same(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     return name in old and name in new and old[name] == new[name] and type(old[name]) is type(new[name])
 
 
-def _in_words(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+def _describe_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     if name not in new:
         return f"{name} was {old[name]!r}, which this version of xprobe does not know"
     if name not in old:
@@ -57,7 +57,7 @@ def _in_words(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def run_key(values: dict[str, Any]) -> str:
-    """What the shards of a run depend on, in one checksum. Journal lines of another run are not believed.
+    """Checksum of everything that the shards of a run depend on. Journal lines with another key are ignored.
 
     ``values`` is the manifest as it was written: a later version that knows more options gets the same key.
     """

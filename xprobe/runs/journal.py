@@ -10,13 +10,13 @@ from typing import Any
 from xprobe.runs.disk import expect, read_file, sync
 
 
-def enter(path: Path, entry: dict[str, Any]) -> None:
+def append(path: Path, entry: dict[str, Any]) -> None:
     """Appends a line and waits until the disk has it."""
     new = not expect(path)
     with path.open("ab+", buffering=0) as journal:
         if journal.seek(0, os.SEEK_END):
             journal.seek(-1, os.SEEK_END)
-            new_line = b"" if journal.read(1) == b"\n" else b"\n"  # after the last line of a run killed in it
+            new_line = b"" if journal.read(1) == b"\n" else b"\n"  # the process was killed while it wrote the last line
         else:
             new_line = b""
         line = new_line + json.dumps(entry).encode() + b"\n"
@@ -28,12 +28,12 @@ def enter(path: Path, entry: dict[str, Any]) -> None:
 
 
 def entries(path: Path, run: str) -> dict[str, dict[str, Any]]:
-    """The last line on each shard of the run with the key ``run``; lines that are damaged or of another run left out.
+    """The last line on each shard of the run with the key ``run``. Damaged lines and those of other runs are left out.
 
     Raises
     ------
     RunFolderError
-        Something else than a file lies there, or it cannot be read.
+        ``path`` is something else than a file, or cannot be read.
     """
     found: dict[str, dict[str, Any]] = {}
     for line in read_file(path).split(b"\n") if expect(path) else []:

@@ -1,4 +1,4 @@
-"""One process per run folder: a lock that the system takes back when the process ends, however it ends."""
+"""One process per run folder: a lock that the system removes when the process ends, also if it is killed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _guard = threading.Lock()
 class FolderLock:
     """Holds a run folder for one process, as a context manager. Makes the folder where it is missing.
 
-    The lock is ``flock`` on the file ``.lock``: it ends with the process, by whatever cause, and a file that a killed
-    process left keeps nobody out. The file is removed at the end, and so are folders made here that stayed empty.
+    The lock is ``flock`` on the file ``.lock``. It ends with the process, also if the process is killed; the file that
+    is left then locks nothing. On exit the file is removed, and so are folders made here that stayed empty.
     Reading a run needs no lock.
 
     Attributes
     ----------
     warning : str or None
-        What the user should know: the file system has no such locks, so only processes of this machine are noticed.
+        Set if the file system has no such locks: then only processes of this machine are noticed.
 
     Raises
     ------
@@ -60,7 +60,7 @@ class FolderLock:
             try:
                 with _guard:
                     if self._key in _held:
-                        raise UsageError(_taken(self.path, _describe()))
+                        raise UsageError(_busy_message(self.path, _this_process()))
                     _held[self._key] = self._open()
             except BaseException:
                 self._unmake()
@@ -83,13 +83,13 @@ class FolderLock:
                 if _is_named(handle, self.path / LOCK):
                     os.ftruncate(handle, 0)
                     os.lseek(handle, 0, os.SEEK_SET)
-                    os.write(handle, json.dumps(_describe()).encode())
+                    os.write(handle, json.dumps(_this_process()).encode())
                     return handle
             except BaseException:
                 os.close(handle)
                 raise
             os.close(handle)
-        raise UsageError(_taken(self.path, {}))
+        raise UsageError(_busy_message(self.path, {}))
 
     def _take(self, handle: int) -> None:
         before = _read(handle)
@@ -98,13 +98,13 @@ class FolderLock:
                 raise OSError(errno.ENOSYS, "no flock")
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(_taken(self.path, before)) from error
+            raise UsageError(_busy_message(self.path, before)) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
             if _runs_here(before):
                 stale = f". If that process is no xprobe, remove {self.path / LOCK}"
-                raise UsageError(_taken(self.path, before) + stale) from error
+                raise UsageError(_busy_message(self.path, before) + stale) from error
             self.warning = (
                 f"the file system of {self.path} has no locks: nothing keeps a process of another machine out of it"
             )
@@ -113,10 +113,10 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if os.getpid() != self._owner:
-            return  # a fork that leaves the block: the lock is its parent's
+            return  # a fork leaves the block; the lock belongs to its parent
         with _guard:
             handle = _held.pop(self._key)
-            # removed while it is locked: whoever opened it meanwhile sees that it has lost its name, and tries again
+            # removed while locked: a process that has opened it sees that the name is gone, and tries again
             if fcntl is not None and _is_named(handle, self.path / LOCK):
                 (self.path / LOCK).unlink(missing_ok=True)
             os.close(handle)
@@ -132,7 +132,7 @@ class FolderLock:
                 break  # the run is in it
 
 
-def _describe() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": started}
 
@@ -166,28 +166,28 @@ def _runs_here(holder: dict[str, Any]) -> bool:
     return True
 
 
-def _taken(path: Path, holder: dict[str, Any]) -> str:
+def _busy_message(path: Path, holder: dict[str, Any]) -> str:
     if holder.get("pid") == os.getpid() and holder.get("host") == socket.gethostname():
         who = f"this process ({os.getpid()} on {socket.gethostname()})"
     elif "pid" in holder:
         who = f"process {holder['pid']} on {holder.get('host', 'an unknown host')}"
     else:
         who = "another process"
-    return f"{path} is being written by {who}: wait until it ends, stop it, or choose another --out"
+    return f"{path} is being written by {who}: wait until it ends, stop it, or use another folder"
 
 
-_told_forks = False
+_fork_hook_installed = False
 
 
 def _close_in_forks() -> None:
-    """A forked process that outlives this one must not keep the folder locked."""
-    global _told_forks
-    if not _told_forks and hasattr(os, "register_at_fork"):
-        _told_forks = True
-        os.register_at_fork(after_in_child=_forget)
+    """Makes forked processes close their copy of the lock: a fork must not keep the folder locked."""
+    global _fork_hook_installed
+    if not _fork_hook_installed and hasattr(os, "register_at_fork"):
+        _fork_hook_installed = True
+        os.register_at_fork(after_in_child=_release_in_fork)
 
 
-def _forget() -> None:
+def _release_in_fork() -> None:
     global _guard
     _guard = threading.Lock()  # another thread of the parent may have held it
     for handle in _held.values():

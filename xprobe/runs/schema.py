@@ -1,4 +1,4 @@
-"""What a manifest must hold before anything reads it: one table of entries, one form of complaint."""
+"""Rules for the entries of a manifest. They are checked before anything reads it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from xprobe.config import MAX_SEED, Execution, StudyConfig
 from xprobe.errors import XprobeError
+from xprobe.runs.identity import checksum_of
 from xprobe.runs.manifest import Manifest
+
+RESULTS_SHA256 = "results_sha256"  # entry of a stage: checksum of its results; runs of older versions have none
 
 _LARGEST = 2**53  # whole numbers up to here are exact in every JSON reader, and fit an int64
 _SHOWN = 60  # characters of a wrong value in a message
@@ -231,13 +234,14 @@ _IDENTITY: dict[str, Rule] = {
     "data": Entries({"name": TEXT, "files": TEXTS, "files_sha256": TEXT}),
     "template_sha256": TEXT,
 }
-_CARRIED: dict[str, Rule] = {"created": TEXT}
+_EXTRAS: dict[str, Rule] = {
+    "created": TEXT, "selection": Entries({}), "prompt": Entries({}), "total_seconds": SECONDS,
+}  # fmt: skip
+_REWRITTEN = ("states", "phases")  # stages whose entries are written again when a run goes on
 _NEEDED = ("seed", "bootstrap", "permutations", "settings", "store_rows")
 
-# what `--resume` relies on; the rest it can write again
-IDENTITY = Entries(
-    _IDENTITY, {**_CARRIED, "stages": Entries({}, {"states": Entries(_STAGE), "probes": _TRAINED}, Entries(_STAGE))}
-)
+# what resuming relies on; the rest is written again
+IDENTITY = Entries(_IDENTITY, {"stages": Entries({}, {"probes": _TRAINED})})
 FINISHED = Entries(
     {
         **_IDENTITY,
@@ -259,7 +263,6 @@ FINISHED = Entries(
             Entries(_STAGE),
         ),
     },
-    {**_CARRIED, "selection": Entries({}), "prompt": Entries({}), "total_seconds": SECONDS},
 )  # fmt: skip
 
 
@@ -269,7 +272,7 @@ def identity_complaint(manifest: dict[str, Any]) -> str | None:
     if wrong is not None:
         return wrong
     try:
-        Manifest.from_dict(manifest)
+        Manifest.from_dict(without_broken_stages(manifest))
     except (XprobeError, TypeError) as error:
         return f"entry study or stages cannot be used: {error}"
     return None
@@ -281,12 +284,61 @@ def finished_complaint(manifest: dict[str, Any]) -> str | None:
     try:
         if wrong is None and not _all_finite(manifest["stages"]["phases"]["results"]):
             wrong = "entry stages.phases.results must hold finite numbers, holds another"
+        if wrong is None:
+            wrong = _changed_results(manifest["stages"])
+        if wrong is None:
+            Manifest.from_dict(manifest)
+    except (XprobeError, TypeError) as error:
+        return f"entry stages cannot be used: {error}"
     except RecursionError:
         wrong = "entry stages.phases.results is nested too deeply"
     return wrong
 
 
-def _complaint_at_any_depth(manifest: dict[str, Any], rule: Rule) -> str | None:
+def _changed_results(stages: dict[str, Any]) -> str | None:
+    """The first stage whose results are not what its checksum says."""
+    for name, stage in stages.items():
+        if RESULTS_SHA256 in stage and stage[RESULTS_SHA256] != checksum_of(stage["results"]):
+            return f"entry stages.{name}.results was changed after the run wrote it"
+    return None
+
+
+def without_broken_extras(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without wrong entries that nobody needs: stages of other versions, and what ``_EXTRAS`` names."""
+    kept = {
+        name: value
+        for name, value in manifest.items()
+        if name not in _EXTRAS or _complaint_at_any_depth(value, _EXTRAS[name]) is None
+    }
+    if isinstance(kept.get("stages"), dict):
+        own = (*_REWRITTEN, "probes")
+        kept["stages"] = {name: stage for name, stage in kept["stages"].items() if name in own or _is_stage(stage)}
+    return kept
+
+
+def without_broken_stages(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without wrong entries of stages that are computed again anyway when the run goes on."""
+    stages = manifest.get("stages", {})
+    if not isinstance(stages, dict):
+        return manifest
+    return {
+        **manifest,
+        "stages": {name: stage for name, stage in stages.items() if name not in _REWRITTEN or _is_stage(stage)},
+    }
+
+
+def _is_stage(value: Any) -> bool:
+    """Whether a stage can be read from an entry."""
+    if _complaint_at_any_depth(value, Entries(_STAGE)) is not None:
+        return False
+    try:
+        Manifest.from_dict({"stages": {"any": value}})
+    except (XprobeError, TypeError):
+        return False
+    return True
+
+
+def _complaint_at_any_depth(manifest: Any, rule: Rule) -> str | None:
     try:
         return complaint(manifest, rule)
     except RecursionError:  # of writing the wrong value into the message

@@ -1,4 +1,4 @@
-"""Hidden states of a stored run, read back one paragraph or a few layers at a time, never all at once."""
+"""Hidden states of a stored run, read one paragraph or a few layers at a time, never all at once."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class StoredStates:
         Raises
         ------
         UsageError
-            The run kept no states (``--no-rows``).
+            The run kept no states (``store_rows=False``).
         RunFolderError
             The shards cannot be read, or do not fit the manifest.
         """
         if not manifest.study.store_rows:
-            raise UsageError(f"{folder.path} holds no hidden states: run it again without --no-rows")
+            raise UsageError(f"{folder.path} holds no hidden states: run it again without store_rows=False (--no-rows)")
         n_layers, width = manifest.model.n_blocks + 1, manifest.model.width
         for key in manifest.groups[:1]:
             layers_there, width_there = folder.row_shape(folder.shard_name(key), "prompt_end")
@@ -65,18 +65,19 @@ class StoredStates:
     ) -> Iterator[tuple[NDArray[np.int64], range, NDArray[np.float32]]]:
         """Rows, layers and states [n, K, D] of the examples on each paragraph, one setting after the other.
 
-        All layers at once where ``limit`` bytes hold them; else the same rows come several times, some layers each.
+        All layers at once if ``limit`` bytes hold them; otherwise the same rows come several times, with a few layers.
         """
-        together: dict[tuple[str, str], list[tuple[str, NDArray[np.int64]]]] = {}
+        by_paragraph: dict[tuple[str, str], list[tuple[str, NDArray[np.int64]]]] = {}
         for name, rows in self.shards:
             first = self.frame.iloc[rows[0]]
-            together.setdefault((first["setting"], first["paragraph"]), []).append((name, rows))
-        for shards in together.values():
+            by_paragraph.setdefault((first["setting"], first["paragraph"]), []).append((name, rows))
+        for shards in by_paragraph.values():
             rows = np.concatenate([rows for _, rows in shards])
             step = max(1, min(self.n_layers, limit // max(1, len(rows) * self.width * 4)))
             for start in range(0, self.n_layers, step):
-                some = range(start, min(start + step, self.n_layers))
-                yield rows, some, np.concatenate([self.folder.read_layers(name, state, some) for name, _ in shards])
+                layers = range(start, min(start + step, self.n_layers))
+                states = [self.folder.read_layers(name, state, layers) for name, _ in shards]
+                yield rows, layers, np.concatenate(states)
 
     def layers(
         self, state: str, rows: NDArray[np.int64], limit: int = LAYER_BYTES
@@ -86,14 +87,14 @@ class StoredStates:
         Every number is read once; the array is overwritten by the next.
         """
         step = max(1, min(self.n_layers, limit // max(1, len(rows) * self.width * 4)))
-        place = np.full(len(self.frame), -1)
-        place[rows] = np.arange(len(rows))
-        shards = [(name, place[own]) for name, own in self.shards if (place[own] >= 0).any()]
+        position = np.full(len(self.frame), -1)  # in ``rows``, of each row of the table
+        position[rows] = np.arange(len(rows))
+        shards = [(name, position[own]) for name, own in self.shards if (position[own] >= 0).any()]
         buffer = np.empty((step, len(rows), self.width), np.float32)
         for start in range(0, self.n_layers, step):
-            some = range(start, min(start + step, self.n_layers))
-            for name, places in shards:
-                wanted = places >= 0
-                part = self.folder.read_layers(name, state, some)
-                buffer[: len(some), places[wanted]] = part.transpose(1, 0, 2)[:, wanted]
-            yield some, buffer[: len(some)]
+            layers = range(start, min(start + step, self.n_layers))
+            for name, positions in shards:
+                wanted = positions >= 0
+                part = self.folder.read_layers(name, state, layers)
+                buffer[: len(layers), positions[wanted]] = part.transpose(1, 0, 2)[:, wanted]
+            yield layers, buffer[: len(layers)]

@@ -55,14 +55,14 @@ def overlapped(
     except BaseException:
         _finish(writer, futures)
         with suppress(BaseException):  # the first error is the one to raise
-            report()  # so that the last report is true
+            report()  # so that the last report has the right count
         raise
     _finish(writer, futures)
     report()
 
 
 def _finish(writer: ThreadPoolExecutor, futures: list[Future[None]]) -> None:
-    """Waits for what is being written, whatever interrupts: the folder is locked as long as somebody writes to it."""
+    """Waits until everything is written, also if interrupted: the folder must stay locked until then."""
     while True:
         try:
             wait(futures)

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from xprobe.config import PROBES, SETTINGS, STATES
+from xprobe.config import PROBE_COLUMNS, PROBES, SETTINGS, STATES, check_probes
 from xprobe.errors import RunFolderError
-from xprobe.events import Step
+from xprobe.events import Note, Step
 from xprobe.models.loading import pick_device
 from xprobe.phases.tables import replace_signals
-from xprobe.probes.training import ProbeSettings, train
+from xprobe.probes.settings import ProbeSettings
+from xprobe.probes.training import train
 from xprobe.results import read_tables
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE
 from xprobe.runs.states import StoredStates
@@ -32,15 +33,17 @@ Signals = dict[str, NDArray[np.float64]]
 
 
 def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
-    """Trains the probes ``wanted`` anew; what other probes found stays.
+    """Trains the probes ``wanted`` again and keeps the scores of the others.
 
-    Needs the stages "states" and "phases". ``probes.parquet``, and the probed signals in the other tables, are
-    replaced.
+    Needs the stages "states" and "phases". Writes ``probes.parquet``, and the probed signals in the other tables. If
+    ``probes.parquet`` is lost, so are the scores of the others: they leave the manifest, and a warning names them.
 
     Raises
     ------
     UsageError
-        No states are stored, or the device cannot be used.
+        No states are stored, the device cannot be used, or the labels of a probe are not one for each example.
+    ProbeError
+        A function of a probe fails. The folder stays as it was.
     RunFolderError
         Shards are not what this run wrote, or the tables do not fit them.
     """
@@ -55,20 +58,28 @@ def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
             "it again"
         )
     with watch.timed("probes"):
-        scores, signals = _train_all(run, stored, frame["first_token_correct"].to_numpy(bool), wanted)
-    if set(recorded(run)) - set(wanted):
-        (before,) = read_tables(run.folder, run.manifest, (PROBE_TABLE,))
-        scores = _in_order(pd.concat([before[~before["probe"].isin(list(wanted))], scores], ignore_index=True))
+        scores, signals = _train_all(run, stored, wanted)
+    others = {name: entry for name, entry in recorded(run).items() if name not in wanted}
+    kept = _read_scores(run, list(others))
+    warnings = []
+    if kept is None:
+        warnings = [_lost_warning(run, name, entry) for name, entry in others.items()]
+        others = {}
+    elif others:
+        scores = _in_order(pd.concat([kept, scores], ignore_index=True) if len(scores) else kept)
     if signals:
         layers, examples = replace_signals(layers, examples, signals, study.bootstrap, study.seed)
-    trained = {**recorded(run), **{name: settings.to_dict() for name, settings in wanted.items()}}
+    trained = {**others, **{name: settings.to_dict() for name, settings in wanted.items()}}
     trained = {name: trained[name] for name in sorted(trained, key=[*PROBES, *trained].index)}
     with run.folder.writing_tables({LAYERS: layers, EXAMPLES: examples, PROBE_TABLE: scores}) as digests:
         # The manifest goes first: a process that ends before the last table has its name leaves tables that differ
         # from it. Readers refuse them, and the tables can be written again with the settings in the manifest.
         run.manifest.stages[phases.NAME].tables |= {LAYERS: digests[LAYERS], EXAMPLES: digests[EXAMPLES]}
-        run.entry(NAME, watch, tables={PROBE_TABLE: digests[PROBE_TABLE]}, results={"trained": trained})
+        digest = {PROBE_TABLE: digests[PROBE_TABLE]}
+        run.entry(NAME, watch, tables=digest, results={"trained": trained}, warnings=warnings)
         run.folder.write_manifest(run.manifest)
+    for warning in warnings:
+        run.notify(Note(warning))
 
 
 def recorded(run: Run) -> dict[str, dict[str, Any]]:
@@ -77,22 +88,23 @@ def recorded(run: Run) -> dict[str, dict[str, Any]]:
     return {} if stage is None else stage.results["trained"]
 
 
-def settings_of(run: Run) -> dict[str, ProbeSettings]:
-    """The probes that the run has or is to have: those of its configuration, those in its manifest come first.
+def check_registered(run: Run) -> None:
+    """Checks that the probes of the run's configuration can be trained; those that were trained before need not be.
 
     Raises
     ------
-    RunFolderError
-        The manifest names a probe that this version does not know.
+    UsageError
+        Names the first probe that is neither built in nor registered.
+    """
+    check_probes(name for name in run.manifest.study.probes or () if name not in recorded(run))
+
+
+def settings_of(run: Run) -> dict[str, ProbeSettings]:
+    """The settings of all probes of the run that are known in this process.
+
+    These are the probes of its configuration, and those that the manifest names. The manifest's settings come first.
     """
     study, before = run.manifest.study, recorded(run)
-    unknown = [name for name in before if name not in PROBES]
-    if unknown:
-        raise RunFolderError(
-            f"{run.folder.path / MANIFEST}: entry stages.probes names {unknown[0]!r}, which is not registered here: "
-            "register it as the script did that trained it (xprobe.probes.register), or use the version of xprobe that "
-            "knows it"
-        )
     known = [field.name for field in fields(ProbeSettings)]
     wanted = {name: ProbeSettings(seed=study.seed) for name in study.probes or ()}
     for name, entry in before.items():
@@ -100,19 +112,42 @@ def settings_of(run: Run) -> dict[str, ProbeSettings]:
     return {name: replace(wanted[name], jobs=run.execution.jobs) for name in PROBES if name in wanted}
 
 
-def _train_all(
-    run: Run, stored: StoredStates, correct: NDArray[np.bool_], wanted: dict[str, ProbeSettings]
-) -> tuple[pd.DataFrame, Signals]:
+def _read_scores(run: Run, names: list[str]) -> pd.DataFrame | None:
+    """The rows of other probes in the run's table; None if the table is lost."""
+    if not names:
+        return pd.DataFrame(columns=list(PROBE_COLUMNS))
+    try:
+        (table,) = read_tables(run.folder, run.manifest, (PROBE_TABLE,))
+    except RunFolderError:
+        return None
+    return table[table["probe"].isin(names)]
+
+
+def _lost_warning(run: Run, name: str, entry: dict[str, Any]) -> str:
+    """What to do about a probe whose scores are lost and which cannot be trained in this process."""
+    options = ""
+    if entry != ProbeSettings(seed=run.manifest.study.seed).to_dict():  # train_probes would use these
+        usual = ProbeSettings().to_dict()
+        changed = (f"{key}={value!r}" for key, value in entry.items() if key in usual and usual[key] != value)
+        options = f", xprobe.probes.ProbeSettings({', '.join(changed)})"
+    return (
+        f"{PROBE_TABLE} was lost, and probe {name!r} is not registered here: its rows could not be written again. "
+        "Register it as the script did that trained it (xprobe.probes.register), then call "
+        f"xprobe.study.train_probes({str(run.folder.path)!r}, [{name!r}]{options})"
+    )
+
+
+def _train_all(run: Run, stored: StoredStates, wanted: dict[str, ProbeSettings]) -> tuple[pd.DataFrame, Signals]:
     """Scores and signals of all probes ``wanted``; those with the same settings are trained together."""
+    if not wanted:
+        return pd.DataFrame(columns=list(PROBE_COLUMNS)), {}
     tables: list[pd.DataFrame] = []
     signals: Signals = {}
     for settings in dict.fromkeys(wanted.values()):
         if settings.device != "cpu":
             pick_device(settings.device)
         names = tuple(name for name, own in wanted.items() if own == settings)
-        scores, probed = train(
-            stored, correct, names, settings, lambda done, total: run.notify(Step(STEP, done, total))
-        )
+        scores, probed = train(stored, names, settings, lambda done, total: run.notify(Step(STEP, done, total)))
         tables.append(scores)
         signals |= probed
     return _in_order(pd.concat(tables, ignore_index=True)), signals

@@ -46,5 +46,6 @@ class Run:
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise XprobeError(
-                f"the run failed: {reason}. {kept()}; if memory ran out, add --resume and a smaller --batch-tokens"
+                f"the run failed: {reason}. {kept()}; if memory ran out, resume (resume=True, --resume) with a smaller "
+                "batch_tokens (--batch-tokens)"
             ) from error

@@ -35,7 +35,7 @@ def write_wave(
 ) -> Iterator[int]:
     """Writes the groups of a wave whose keys are ``wanted``, one shard each; yields each one's number of examples.
 
-    The others were computed again to give these the same bits.
+    The other groups of the wave were computed only to give these the same bits.
 
     Parameters
     ----------

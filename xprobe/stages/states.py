@@ -98,7 +98,7 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     _compute_missing(run, runner, plan, prompts, watch, len(executions) - 1)
 
     report = runner.report()
-    if report.strategy != plan.strategy:  # a sweep found out that it must change
+    if report.strategy != plan.strategy:  # it changed during the sweep
         entry.results["plan"] = runner.plan(groups).to_dict()
     entry.results["plan"] |= {"batch_tokens": plan.batch_tokens, "attention_kernel": report.attention_kernel}
     entry.results["parity_error"] = report.parity_error
@@ -107,12 +107,12 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     counts = run.folder.shards_by_execution(run.manifest.groups)
     for index, one in enumerate(executions):
         one.shards = counts.get(index, 0)
-    if len(executions) > 1 and not executions[-1].shards:  # it had nothing to compute
+    if len(executions) > 1 and not executions[-1].shards:  # it had no shard to compute
         executions.pop()
 
 
 class PendingWave:
-    """What is kept of a wave, on its way from the device to main memory while the device goes on.
+    """Lens values and rows of one wave, while they are copied to main memory and the device computes the next wave.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ class PendingWave:
         """
         values = self._reading.values()
         if not values.finite:
-            raise RuntimeError("hidden states hold NaN or infinity; try --dtype float32")
+            raise RuntimeError("hidden states hold NaN or infinity; try dtype='float32' (--dtype float32)")
         return values, self._kept.wait()
 
 
@@ -239,7 +239,7 @@ def write_shards(
 def _open(run: Run, source: loading.Source, loaded: LoadedModel | None) -> tuple[Runner, Any]:
     """The runner of the model, whole or block by block, and the model's tokenizer."""
     execution = run.execution
-    dtype = run.manifest.model.dtype or run.manifest.study.dtype  # a run that goes on keeps its dtype
+    dtype = run.manifest.model.dtype or run.manifest.study.dtype  # a resumed run keeps its dtype
     device = execution.device if loaded is None else str(input_device(loaded.model))
     backends = available_backends(loading.pick_device(device))
     if execution.backend not in ("auto", *backends):
@@ -290,7 +290,7 @@ def _describe_model(run: Run, runner: Runner, window: int | None) -> None:
 def _describe_prompts(
     run: Run, questions: Questions, prompts: list[Prompt], skipped: list[Skipped], plan: Plan, tokenizer: Any
 ) -> None:
-    """Enters what is asked, and what was left out and why."""
+    """Enters selection, format of the prompt, counts, and what was left out."""
     manifest, problems = run.manifest, questions.data.problems
     manifest.created = manifest.created or datetime.now(UTC).isoformat(timespec="seconds")
     manifest.selection = questions.selection.to_dict()

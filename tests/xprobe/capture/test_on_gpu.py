@@ -31,7 +31,7 @@ def on_gpu(family: str, dtype: torch.dtype, budget: int = 10_000) -> Engine:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", [name for name in PACKED if name in FAMILIES])
-def test_packed_rows_are_as_near_the_truth_as_a_run_of_each_alone(family, dtype) -> None:
+def test_packed_rows_are_as_accurate_as_single_runs(family, dtype) -> None:
     """The truth is the model in fp64 on the CPU; by the median over rows, as a router of experts may fall otherwise."""
     exact = tiny_model(family, dtype=torch.float64)
     truth = Engine(exact, inspect(exact), 1)
@@ -74,7 +74,7 @@ def test_the_same_waves_give_the_same_bits(dtype) -> None:
         assert all(torch.equal(rows[name], also[name]) for name in rows)
 
 
-def test_nothing_in_the_loop_waits_for_the_gpu() -> None:
+def test_the_loop_does_not_wait_for_the_gpu() -> None:
     engine = on_gpu("llama", torch.bfloat16, 120)
     chosen(engine, SAMPLE)
     plan = engine.plan(group_requests(requests(PROMPTS)))
@@ -105,7 +105,7 @@ def test_lens_values_on_a_gpu_equal_those_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_study_on_a_gpu_equals_that_on_the_cpu_and_can_be_resumed(tiny, tmp_path, stream) -> None:
+def test_a_study_on_a_gpu_equals_one_on_the_cpu_and_can_be_resumed(tiny, tmp_path, stream) -> None:
     some = {"languages": ("en", "de"), "limit": 4, "dtype": "float32", "stream": stream}
     studies = {
         device: xprobe.run(str(tiny), out=tmp_path / device, device=device, **some) for device in ("cuda", "cpu")

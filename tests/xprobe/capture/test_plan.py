@@ -1,4 +1,4 @@
-"""Plans: every prompt computed once, budgets kept, nothing that changes from one making to the next."""
+"""A plan computes every prompt once, keeps the token budget, and is the same each time it is made."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_waves_hold_every_group_once_in_order_within_the_budget(strategy):
     assert len(make_plan(groups, 10_000, strategy).waves) == 1
 
 
-def test_tokens_are_those_fed_to_the_model():
+def test_a_plan_counts_the_tokens_that_the_model_runs_over():
     plan = make_plan(group_requests(REQUESTS), 10_000, "tree")
     assert plan.tokens == sum(len(p.ids) - 1 for p in PROMPTS)
     assert plan.tokens_run == len({p.ids[: i + 1] for p in PROMPTS for i in range(len(p.ids) - 1)})
@@ -46,15 +46,15 @@ def test_tokens_are_those_fed_to_the_model():
     assert plain.saved == 0
 
 
-def test_sharing_runs_over_fewer_tokens_than_a_prefix_cache_and_that_over_fewer_than_plain_batches():
+def test_a_tree_runs_over_fewer_tokens_than_a_prefix_cache_and_a_prefix_cache_than_plain_batches():
     tree, prefix, plain = (make_plan(group_requests(REQUESTS), 400, strategy).tokens_run for strategy in STRATEGIES)
     assert tree < prefix < plain
 
 
 def test_the_order_of_prompts_in_a_group_changes_parts_but_not_tokens():
-    forth = make_plan(group_requests(REQUESTS), 10_000, "tree")
-    back = make_plan(group_requests(REQUESTS[::-1]), 10_000, "tree")
-    assert forth.tokens_run == back.tokens_run
+    forward = make_plan(group_requests(REQUESTS), 10_000, "tree")
+    reverse = make_plan(group_requests(REQUESTS[::-1]), 10_000, "tree")
+    assert forward.tokens_run == reverse.tokens_run
 
 
 def test_a_plan_is_plain_data():
@@ -67,7 +67,7 @@ def test_a_plan_is_plain_data():
     assert examples == max(len(wave.requests) for wave in plan.waves)
 
 
-def test_a_cached_beginning_ends_before_any_row_that_is_kept():
+def test_a_cached_beginning_ends_before_the_first_kept_row():
     alike = requests([prompt(12, 3, 0)] * 3)
     assert prefix_length(alike) in (0, 2)  # their questions start at token 2
     group = group_requests(REQUESTS)[0]

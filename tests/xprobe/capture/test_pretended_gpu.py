@@ -1,4 +1,4 @@
-"""What the engine and the lens do on a GPU, on a pretended one: the same values, and no waiting for the device."""
+"""On a pretended GPU, the engine and the lens give the same values as on a CPU and do not wait for the device."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from xprobe.stages.states import write_shards
 from xprobe.timing import Stopwatch
 
 if torch.cuda.is_available():
-    pytest.skip("a GPU is here: test_on_gpu.py says more", allow_module_level=True)
+    pytest.skip("this machine has a GPU: test_on_gpu.py tests it", allow_module_level=True)
 
 PROMPTS = family_of_prompts(4)
 SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
 
 
-def test_the_pretended_gpu_notices_who_waits(monkeypatch) -> None:
+def test_the_pretended_gpu_counts_calls_that_wait(monkeypatch) -> None:
     with pretended_gpu(monkeypatch) as gpu:
         there = upload(torch.arange(6.0), GPU)
         assert there.device.type == "cuda"
@@ -49,15 +49,15 @@ def test_the_pretended_gpu_notices_who_waits(monkeypatch) -> None:
             assert len(gpu.waits) > number, number
             del gpu.waits[number + 1 :]
         gpu.waits.clear()
-        arrival = HostCopy({"x": there * 2})
-        assert (arrival._tensors["x"] == RUBBISH).all()
+        host_copy = HostCopy({"x": there * 2})
+        assert (host_copy._tensors["x"] == RUBBISH).all()
         assert not gpu.waits
-        assert arrival.wait()["x"].tolist() == [0, 2, 4, 6, 8, 10]
+        assert host_copy.wait()["x"].tolist() == [0, 2, 4, 6, 8, 10]
         assert len(gpu.waits) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gpt2", "olmo2"])
-def test_a_wave_is_computed_without_waiting_and_gives_what_it_gives_elsewhere(family, monkeypatch) -> None:
+def test_a_wave_is_computed_without_waiting_and_equals_that_of_the_cpu(family, monkeypatch) -> None:
     """Whole waves, one after the other in the same memory, as a run computes them."""
     model = tiny_model(family)
     anatomy = inspect(model)
@@ -122,7 +122,7 @@ def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("backend", ["triton", "workspace", "cpu", "cpu-eager", "reference"])
-def test_every_backend_serves_a_gpu(backend, dtype, monkeypatch) -> None:
+def test_every_backend_runs_on_a_gpu(backend, dtype, monkeypatch) -> None:
     """16-bit operands go to a product of the library that only a GPU has."""
     head = replace(inspect(tiny_model("gemma2", dtype=dtype)).head, bias=torch.randn(160).to(dtype))
     rows, lookup, final = torch.randn(12, head.width).to(dtype), torch.arange(12), torch.tensor([10, 11] * 6)
@@ -164,7 +164,7 @@ def test_a_streamed_model_on_a_gpu_gives_the_values_of_the_cpu(monkeypatch, tmp_
             assert torch.allclose(rows[name], also[name], atol=1e-5)
 
 
-def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, tmp_path) -> None:
+def test_the_loop_of_a_run_does_not_wait_and_a_thread_writes_the_shards(monkeypatch, tmp_path) -> None:
     """A wave is written while the next is computed: here each write waits until that has begun."""
     model, begun, done = tiny_model("llama"), [threading.Event() for _ in range(99)], []
     real = states.write_wave
@@ -202,7 +202,7 @@ def test_the_loop_of_a_run_waits_for_nothing_and_writes_beside_it(monkeypatch, t
 
 
 @pytest.mark.parametrize("broken", [1, 2])
-def test_a_loop_that_fails_has_written_what_it_computed_and_told_of_it(broken, monkeypatch, tmp_path) -> None:
+def test_a_loop_that_fails_has_written_and_reported_what_it_computed(broken, monkeypatch, tmp_path) -> None:
     """Whether computing fails or writing: the folder and what was told agree."""
     model = tiny_model("llama")
     with pretended_gpu(monkeypatch):
@@ -229,7 +229,7 @@ def test_a_loop_that_fails_has_written_what_it_computed_and_told_of_it(broken, m
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("xprobe-write")]
 
 
-def test_final_rows_in_main_memory_spare_the_wait(monkeypatch) -> None:
+def test_final_rows_in_main_memory_need_no_wait(monkeypatch) -> None:
     anatomy = inspect(tiny_model("llama"))
     rows, final = torch.randn(6, anatomy.head.width), torch.tensor([4, 5, 4, 5, 4, 5])
     lookup = torch.arange(6)

@@ -1,4 +1,4 @@
-"""The packed tree spells every sequence, shares what is worth it, and attends as each sequence alone would."""
+"""The packed tree holds every sequence, shares long beginnings, and pads little."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.prompts import family_of_prompts
 
-from xprobe.capture.tree import common_length, grow, packed_lengths
+from xprobe.capture.tree import common_length, make_tree, packed_lengths
 from xprobe.capture.tree_attention import Layout
 
 FED = [prompt.ids[:-1] for prompt in family_of_prompts(3, 6)]
@@ -24,24 +24,24 @@ CASES = {
 
 @pytest.mark.parametrize("node_cost", [0, 4, 10**6])
 @pytest.mark.parametrize("sequences", CASES.values(), ids=CASES)
-def test_every_sequence_is_spelled_by_its_path(sequences, node_cost):
-    tree = grow(sequences, node_cost)
+def test_the_path_of_a_sequence_gives_its_tokens_and_positions(sequences, node_cost):
+    tree = make_tree(sequences, node_cost)
     assert len(tree.ids) == len(tree.positions)
     for number, sequence in enumerate(sequences):
-        places = [tree.place(number, at) for at in range(len(sequence))]
-        assert [tree.ids[place] for place in places] == list(sequence)
-        assert [tree.positions[place] for place in places] == list(range(len(sequence)))
+        indices = [tree.index(number, position) for position in range(len(sequence))]
+        assert [tree.ids[index] for index in indices] == list(sequence)
+        assert [tree.positions[index] for index in indices] == list(range(len(sequence)))
         start, stop = len(sequence) // 3, len(sequence)
-        spread = [at for piece in tree.pieces(number, start, stop) for at in range(*piece)]
-        assert spread == places[start:stop]
+        in_pieces = [index for piece in tree.pieces(number, start, stop) for index in range(*piece)]
+        assert in_pieces == indices[start:stop]
         with pytest.raises(IndexError):
-            tree.place(number, len(sequence))
+            tree.index(number, len(sequence))
 
 
 @pytest.mark.parametrize("node_cost", [0, 4])
 @pytest.mark.parametrize("sequences", CASES.values(), ids=CASES)
-def test_a_segment_stands_before_those_that_continue_it_and_reaches_no_others(sequences, node_cost):
-    tree = grow(sequences, node_cost)
+def test_segments_are_nested_and_a_segment_stands_before_the_segments_below_it(sequences, node_cost):
+    tree = make_tree(sequences, node_cost)
     for number in range(len(sequences)):
         path = tree.paths[number]
         for above, below in itertools.pairwise(path):
@@ -53,16 +53,16 @@ def test_a_segment_stands_before_those_that_continue_it_and_reaches_no_others(se
             assert one[1] <= other[0] or other[1] <= one[0] or one[0] <= other[0] <= other[1] <= one[1] or other <= one
 
 
-def test_with_no_price_on_segments_every_token_stands_once():
+def test_every_shared_token_occurs_once_if_segments_cost_nothing():
     for sequences in CASES.values():
-        assert len(grow(sequences, 0).ids) == sum(packed_lengths(sorted(sequences)))
-        assert len(grow(sequences, 0).ids) == len({s[: i + 1] for s in sequences for i in range(len(s))})
+        assert len(make_tree(sequences, 0).ids) == sum(packed_lengths(sorted(sequences)))
+        assert len(make_tree(sequences, 0).ids) == len({s[: i + 1] for s in sequences for i in range(len(s))})
 
 
-def test_a_beginning_too_short_to_pay_is_repeated():
+def test_a_short_beginning_is_repeated_instead_of_shared():
     sequences = [(1, 2, 3, 4), (1, 2, 5, 6)]
-    assert len(grow(sequences, node_cost=2).ids) == 8
-    assert len(grow(sequences, node_cost=1).ids) == 6
+    assert len(make_tree(sequences, node_cost=2).ids) == 8
+    assert len(make_tree(sequences, node_cost=1).ids) == 6
 
 
 def test_common_length_of_random_sequences():
@@ -75,18 +75,18 @@ def test_common_length_of_random_sequences():
         assert common_length(one, other) == wanted
 
 
-def test_batches_of_segments_hold_every_token_once_and_little_padding():
-    tree = grow(FED)
+def test_batches_of_segments_hold_every_token_once_with_little_padding():
+    tree = make_tree(FED)
     layout = Layout(tree, torch.device("cpu"))
     targets = torch.cat([batch.targets for batch in layout.batches])
     assert torch.equal(targets.sort().values, torch.arange(len(tree.ids)))
-    assert sum(batch.places.numel() for batch in layout.batches) <= 1.25 * len(tree.ids)
+    assert sum(batch.indices.numel() for batch in layout.batches) <= 1.25 * len(tree.ids)
 
 
-def test_filling_adds_tokens_at_the_end_that_no_path_goes_through():
-    tree = grow(FED)
-    filled = tree.filled(64)
-    assert len(filled.ids) % 64 == 0
-    assert filled.ids[: len(tree.ids)] == tree.ids
-    assert filled.paths == tree.paths
-    assert filled.filled(64) is filled
+def test_padding_adds_tokens_at_the_end_and_leaves_paths_unchanged():
+    tree = make_tree(FED)
+    padded = tree.padded(64)
+    assert len(padded.ids) % 64 == 0
+    assert padded.ids[: len(tree.ids)] == tree.ids
+    assert padded.paths == tree.paths
+    assert padded.padded(64) is padded

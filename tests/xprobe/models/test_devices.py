@@ -48,6 +48,19 @@ def offloaded(engine: Engine) -> set[str]:
     return {module for module in MODULES if any(name.startswith(module + ".") for name in on_meta)}
 
 
+@pytest.mark.parametrize("device", ["gpu", "tpu9", "cuda:99", "mps:7", "", "meta"])
+def test_a_device_that_this_machine_lacks_is_refused_with_those_it_has(device: str) -> None:
+    with pytest.raises(UsageError, match=rf"^device '{device}' cannot be used.*: this machine has cpu") as caught:
+        loading.pick_device(device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["gpu", 99])
+def test_a_device_map_with_a_device_that_this_machine_lacks_is_refused(device: str | int, folders) -> None:
+    with pytest.raises(UsageError, match=r"cannot be used.*: this machine has cpu"):
+        open_engine(folders["llama"], device_map={"model": "cpu", "lm_head": device})
+
+
 MAPS = {
     "a block on disk": device_map("disk", "layers.2"),
     "first block on disk": device_map("disk", "layers.0"),

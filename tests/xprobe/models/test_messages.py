@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.families import save_tiny_model
 
 from xprobe.errors import ModelError
@@ -86,10 +87,19 @@ def test_quiet_restores_the_loggers_and_prints_nothing(capsys):
             logging.getLogger("transformers.models").warning("`torch_dtype` is deprecated! Use `dtype` instead!")
             warnings.warn("tokens were lost", stacklevel=1)
             warnings.warn("old name", DeprecationWarning, stacklevel=1)
+            logging.getLogger("transformers_modules.odd.modeling_odd").warning("odd layers")
+            warnings.warn_explicit("odd heads", UserWarning, "/cache/transformers_modules/odd/modeling_odd.py", 3)
+            warnings.warn_explicit("no kernels", UserWarning, torch.__file__, 7)
             raise ValueError("x")
 
     with pytest.raises(ValueError, match="x"):
         read()
-    assert collected == ["transformers: the weights are odd", "transformers: tokens were lost"]
+    assert collected == [
+        "transformers: the weights are odd",
+        "the model's own code: odd layers",
+        f"{Path(__file__).name}: tokens were lost",
+        "the model's own code: odd heads",
+        "torch: no kernels",
+    ]
     assert (logger.handlers[:], logger.level, logger.propagate) == before
     assert capsys.readouterr().err == ""

@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_intervals_and_another_gives_others() -> No
     assert (other[1], other[2]) != (same[0][1], same[0][2])
 
 
-def test_one_set_of_draws_serves_every_figure() -> None:
+def test_every_figure_uses_the_same_draws() -> None:
     clusters, values = study(1)
     bootstrap = ClusterBootstrap(clusters, 200, 0)
     first = bootstrap.median(values)
@@ -79,7 +79,7 @@ def test_one_set_of_draws_serves_every_figure() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_value_is_the_plain_mean_or_median_without_gaps(seed: int) -> None:
+def test_the_value_is_the_plain_mean_or_median_without_nan(seed: int) -> None:
     clusters, values = study(seed)
     bootstrap = ClusterBootstrap(clusters, 100, seed)
     value, _, _, n = bootstrap.mean(np.stack([values, values**2], 1))
@@ -88,14 +88,14 @@ def test_the_value_is_the_plain_mean_or_median_without_gaps(seed: int) -> None:
     assert bootstrap.median(values).value == np.nanmedian(values)
 
 
-def test_gaps_are_left_out_column_by_column() -> None:
+def test_nan_is_left_out_column_by_column() -> None:
     values = np.array([[1.0, NAN], [3.0, 4.0], [NAN, 8.0], [5.0, NAN]])
     value, _, _, n = ClusterBootstrap(np.arange(4), 50, 0).mean(values)
     np.testing.assert_allclose(value, [3.0, 6.0])
     assert n.tolist() == [3, 2]
 
 
-def test_a_column_of_gaps_has_no_value_and_spares_its_neighbour() -> None:
+def test_a_column_of_nan_has_no_value_and_changes_no_other_column() -> None:
     values = np.array([[1.0, NAN], [3.0, NAN], [4.0, NAN]])
     value, lo, hi, n = ClusterBootstrap(np.arange(3), 50, 0).mean(values)
     assert np.isnan([value[1], lo[1], hi[1]]).all()
@@ -103,7 +103,7 @@ def test_a_column_of_gaps_has_no_value_and_spares_its_neighbour() -> None:
     assert n.tolist() == [3, 0]
 
 
-def test_the_median_of_gaps_alone_is_nan() -> None:
+def test_the_median_of_nan_alone_is_nan() -> None:
     estimate = ClusterBootstrap(np.arange(3), 50, 0).median(np.full(3, NAN))
     assert np.isnan([estimate.value, estimate.lo, estimate.hi]).all()
 
@@ -140,7 +140,7 @@ def test_the_median_of_an_even_sample_lies_between_its_middle_values() -> None:
     assert estimate == Estimate(5.0, 1.5, 8.5)
 
 
-def test_members_stand_for_the_examples_they_name() -> None:
+def test_members_choose_the_examples() -> None:
     clusters, values = study(3)
     members = np.flatnonzero(np.random.default_rng(3).random(len(values)) < 0.6)
     bootstrap = ClusterBootstrap(clusters, 120, 0)
@@ -202,11 +202,11 @@ def coverage(of_examples: bool, median: bool = False, studies: int = 200) -> flo
 
 
 @pytest.mark.parametrize("median", [False, True], ids=["mean", "median"])
-def test_intervals_hold_the_truth_about_as_often_as_they_say(median: bool) -> None:
+def test_intervals_contain_the_true_value_about_as_often_as_stated(median: bool) -> None:
     assert 0.85 <= coverage(of_examples=False, median=median) <= 0.99
 
 
-def test_drawing_examples_instead_of_paragraphs_would_hold_the_truth_too_rarely() -> None:
+def test_intervals_from_drawn_examples_contain_the_true_value_too_rarely() -> None:
     assert coverage(of_examples=True) < 0.85
 
 

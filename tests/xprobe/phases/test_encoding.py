@@ -35,17 +35,17 @@ def by_hand(states, questions, languages, i):
     def cosine(a, b):
         return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
-    found = {q: cosine(centred(i), c) for q, c in candidates.items()}
-    m = len(found)
+    cosines = {q: cosine(centred(i), c) for q, c in candidates.items()}
+    m = len(cosines)
 
     def encoding(q):
-        rank = 1 + sum(v > found[q] + 1e-9 for k, v in found.items() if k != q)
+        rank = 1 + sum(v > cosines[q] + 1e-9 for k, v in cosines.items() if k != q)
         return 1 - np.log2(rank) / np.log2(m)
 
-    right = found[questions[i]]
-    margin = right - np.mean([v for k, v in found.items() if k != questions[i]])
-    return np.array([encoding(questions[i]), float(right == max(found.values())), margin,
-                     np.mean([encoding(q) for q in found])])  # fmt: skip
+    right = cosines[questions[i]]
+    margin = right - np.mean([v for k, v in cosines.items() if k != questions[i]])
+    return np.array([encoding(questions[i]), float(right == max(cosines.values())), margin,
+                     np.mean([encoding(q) for q in cosines])])  # fmt: skip
 
 
 @pytest.fixture
@@ -61,28 +61,28 @@ def unbalanced():
     return states, questions, languages
 
 
-def test_every_value_is_what_loops_give(unbalanced):
+def test_every_value_is_the_one_that_plain_loops_give(unbalanced):
     states, questions, languages = unbalanced
-    found = paragraph_encoding(states, questions, languages)
+    retrieval = paragraph_encoding(states, questions, languages)
     for i in range(len(states)):
         for layer in range(states.shape[1]):
             wanted = by_hand(states[:, layer], questions, languages, i)
-            values = [getattr(found, name)[i, layer] for name in ("encoding", "top1", "margin", "control")]
+            values = [getattr(retrieval, name)[i, layer] for name in ("encoding", "top1", "margin", "control")]
             assert values == pytest.approx(wanted, abs=1e-12, nan_ok=True)
     th, alone = languages == "th", questions == "q4"
-    assert np.isnan(found.encoding[th | alone]).all()
-    assert np.isfinite(found.encoding[~(th | alone)]).all()
+    assert np.isnan(retrieval.encoding[th | alone]).all()
+    assert np.isfinite(retrieval.encoding[~(th | alone)]).all()
 
 
 def test_states_that_are_all_the_same_tie_in_the_middle():
     """As the last prompt token at layer 0: no question can be told apart, and the control says the same."""
     questions, languages = np.repeat(["a", "b", "c", "d"], 3), np.tile(["en", "de", "zh"], 4)
     states = np.tile(np.random.default_rng(0).normal(size=8).astype(np.float32), (12, 1, 1))
-    found = paragraph_encoding(states, questions, languages)
-    assert np.allclose(found.encoding, 1 - np.log2(2.5) / 2)
-    assert np.allclose(found.control, found.encoding)
-    assert np.allclose(found.top1, 0.25)
-    assert np.allclose(found.margin, 0)
+    retrieval = paragraph_encoding(states, questions, languages)
+    assert np.allclose(retrieval.encoding, 1 - np.log2(2.5) / 2)
+    assert np.allclose(retrieval.control, retrieval.encoding)
+    assert np.allclose(retrieval.top1, 0.25)
+    assert np.allclose(retrieval.margin, 0)
 
 
 def test_a_question_direction_that_languages_share_is_found_through_offsets_of_language_and_paragraph():
@@ -91,27 +91,27 @@ def test_a_question_direction_that_languages_share_is_found_through_offsets_of_l
     direction = {q: generator.normal(size=32) for q in "abcd"}
     offset = {x: 100 * generator.normal(size=32) for x in ("en", "de", "zh")}
     states = np.stack([direction[q] + offset[x] for q, x in zip(questions, languages, strict=True)])[:, None]
-    found = paragraph_encoding(states, questions, languages)
-    assert (found.encoding == 1).all()
-    assert (found.top1 == 1).all()
-    assert np.allclose(found.control, np.mean(1 - np.log2([1, 2, 3, 4]) / 2))
+    retrieval = paragraph_encoding(states, questions, languages)
+    assert (retrieval.encoding == 1).all()
+    assert (retrieval.top1 == 1).all()
+    assert np.allclose(retrieval.control, np.mean(1 - np.log2([1, 2, 3, 4]) / 2))
 
 
 def test_chance_is_the_control_not_zero():
     generator = np.random.default_rng(2)
     questions, languages = np.repeat([f"q{i}" for i in range(4)], 6), np.tile(list("abcdef"), 4)
-    found = [paragraph_encoding(generator.normal(size=(24, 2, 16)), questions, languages) for _ in range(150)]
-    encoding = np.mean([f.encoding.mean() for f in found])
+    retrieval = [paragraph_encoding(generator.normal(size=(24, 2, 16)), questions, languages) for _ in range(150)]
+    encoding = np.mean([f.encoding.mean() for f in retrieval])
     assert encoding == pytest.approx(np.mean(1 - np.log2([1, 2, 3, 4]) / 2), abs=0.02)
-    assert np.mean([f.selectivity.mean() for f in found]) == pytest.approx(0, abs=0.02)
-    assert np.mean([f.margin.mean() for f in found]) == pytest.approx(0, abs=0.02)
+    assert np.mean([f.selectivity.mean() for f in retrieval]) == pytest.approx(0, abs=0.02)
+    assert np.mean([f.margin.mean() for f in retrieval]) == pytest.approx(0, abs=0.02)
 
 
 def test_ties_between_some_candidates_share_their_ranks():
     candidates = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])[:, None]
-    found = retrieve(np.array([[[1.0, 0.1]]]), candidates, np.array([1]))
-    assert found.encoding[0, 0] == pytest.approx(1 - np.log2(1.5) / np.log2(3))
-    assert found.top1[0, 0] == 0.5
+    retrieval = retrieve(np.array([[[1.0, 0.1]]]), candidates, np.array([1]))
+    assert retrieval.encoding[0, 0] == pytest.approx(1 - np.log2(1.5) / np.log2(3))
+    assert retrieval.top1[0, 0] == 0.5
 
 
 def pair_by_pair(cosines, right):
@@ -142,25 +142,24 @@ QUERY = np.array([[[1.0, 0.0]]])
 def test_ranks_and_ties_are_those_of_all_pairs(parts, data):
     cosines = [coarse + 0.45e-9 * fine for coarse, fine in parts]
     right = data.draw(st.integers(0, len(parts) - 1))
-    found = retrieve(QUERY, by_cosine(cosines), np.array([right]))
+    retrieval = retrieve(QUERY, by_cosine(cosines), np.array([right]))
     wanted = pair_by_pair(cosines, right)
-    assert [found.encoding[0, 0], found.control[0, 0], found.top1[0, 0], found.margin[0, 0]] == pytest.approx(
-        wanted, abs=1e-12
-    )
+    values = [getattr(retrieval, name)[0, 0] for name in ("encoding", "control", "top1", "margin")]
+    assert values == pytest.approx(wanted, abs=1e-12)
 
 
-def test_a_chain_of_ties_is_no_tie_of_its_ends():
+def test_the_ends_of_a_chain_of_ties_do_not_tie():
     cosines = [0.0, 0.8e-9, 1.6e-9]  # ranks 2.5, 2, 1.5: each end ties with the middle alone
-    found = [retrieve(QUERY, by_cosine(cosines), np.array([right])) for right in range(3)]
-    assert [f.encoding[0, 0] for f in found] == pytest.approx(1 - np.log2([2.5, 2, 1.5]) / np.log2(3))
-    assert [f.top1[0, 0] for f in found] == [0, 1 / 3, 1 / 2]
-    assert found[0].control[0, 0] == pytest.approx(np.mean(1 - np.log2([2.5, 2, 1.5]) / np.log2(3)))
+    retrieval = [retrieve(QUERY, by_cosine(cosines), np.array([right])) for right in range(3)]
+    assert [f.encoding[0, 0] for f in retrieval] == pytest.approx(1 - np.log2([2.5, 2, 1.5]) / np.log2(3))
+    assert [f.top1[0, 0] for f in retrieval] == [0, 1 / 3, 1 / 2]
+    assert retrieval[0].control[0, 0] == pytest.approx(np.mean(1 - np.log2([2.5, 2, 1.5]) / np.log2(3)))
 
 
 def test_a_cosine_that_is_not_a_number_gives_no_value():
     queries = np.array([[[1.0, 0.0]], [[np.nan, 0.0]]])
-    found = retrieve(queries, by_cosine([0.1, 0.2, 0.3]), np.array([2, 2]))
-    for values in vars(found).values():
+    retrieval = retrieve(queries, by_cosine([0.1, 0.2, 0.3]), np.array([2, 2]))
+    for values in vars(retrieval).values():
         assert np.isfinite(values[0]).all()
         assert np.isnan(values[1]).all()
 
@@ -180,11 +179,13 @@ def test_a_book_with_800_questions_on_one_text_takes_little_memory():
     states = (direction + 0.1 * generator.normal(size=(m, 2, 4, 32))).astype(np.float32)
     states[:, :, 0] = 1  # as the last prompt token at layer 0: all tie
     with PeakMemory() as peak:
-        found = paragraph_encoding(states.reshape(2 * m, 4, 32), np.repeat(np.arange(m), 2), np.tile(["en", "de"], m))
+        retrieval = paragraph_encoding(
+            states.reshape(2 * m, 4, 32), np.repeat(np.arange(m), 2), np.tile(["en", "de"], m)
+        )
     assert peak.growth < 2 * encoding.BLOCK_BYTES
-    assert np.allclose(found.encoding[:, 0], 1 - np.log2((m + 1) / 2) / np.log2(m))
-    assert (found.encoding[:, 1:] == 1).all()
-    assert np.allclose(found.control[:, 1:], np.mean(1 - np.log2(np.arange(1, m + 1)) / np.log2(m)))
+    assert np.allclose(retrieval.encoding[:, 0], 1 - np.log2((m + 1) / 2) / np.log2(m))
+    assert (retrieval.encoding[:, 1:] == 1).all()
+    assert np.allclose(retrieval.control[:, 1:], np.mean(1 - np.log2(np.arange(1, m + 1)) / np.log2(m)))
 
 
 def test_many_layers_are_centred_a_few_at_a_time():
@@ -192,10 +193,10 @@ def test_many_layers_are_centred_a_few_at_a_time():
     states = np.random.default_rng(0).normal(size=(48, 200, 512)).astype(np.float32)
     questions, languages = np.repeat(list("abcd"), 12), np.tile([f"l{i}" for i in range(12)], 4)
     with PeakMemory() as peak:
-        found = paragraph_encoding(states, questions, languages)
+        retrieval = paragraph_encoding(states, questions, languages)
     assert peak.growth < states.size * 8
     last = paragraph_encoding(states[:, -1:], questions, languages)
-    assert np.array_equal(found.encoding[:, -1:], last.encoding)
+    assert np.array_equal(retrieval.encoding[:, -1:], last.encoding)
 
 
 @pytest.mark.parametrize("languages", [["en"] * 4, ["en", "de"] * 2])
@@ -205,9 +206,9 @@ def test_one_language_or_one_question_has_no_value(languages):
         languages = languages[:2]
         questions = questions[:2]
     states = np.random.default_rng(0).normal(size=(len(questions), 2, 5))
-    found = paragraph_encoding(states, questions, np.array(languages))
-    assert np.isnan(found.encoding).all()
-    assert np.isnan(found.control).all()
+    retrieval = paragraph_encoding(states, questions, np.array(languages))
+    assert np.isnan(retrieval.encoding).all()
+    assert np.isnan(retrieval.control).all()
 
 
 def test_encoding_depth_is_where_the_curve_rises_before_its_maximum():

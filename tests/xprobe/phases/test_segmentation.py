@@ -78,7 +78,7 @@ def test_no_split_leaves_less_squared_error(signal: Floats) -> None:
 
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(st.lists(st.integers(-3, 3), min_size=4, max_size=11))
-def test_of_splits_that_are_exactly_equal_the_lowest_wins(values: list[int]) -> None:
+def test_the_lowest_of_equal_splits_wins(values: list[int]) -> None:
     errors = exact_errors(values)
     total = sum((value - Fraction(sum(values), len(values))) ** 2 for value in values)
     assume(min(errors.values()) < total)  # some split explains something
@@ -96,7 +96,7 @@ def test_of_splits_that_are_exactly_equal_the_lowest_wins(values: list[int]) -> 
         [1.72, -0.1, 0.81, 0.81, 0.81, 1.42, 0.2],
     ],
 )
-def test_where_no_split_explains_anything_the_lowest_is_taken_with_sharpness_zero(signal: list[float]) -> None:
+def test_the_lowest_split_is_taken_with_sharpness_zero_where_no_split_explains_anything(signal: list[float]) -> None:
     (onset,), (sharpness,), (rise,) = change_points(np.array([signal]))
     assert onset == MIN_SEGMENT
     assert sharpness == pytest.approx(0.0, abs=1e-12)
@@ -105,8 +105,8 @@ def test_where_no_split_explains_anything_the_lowest_is_taken_with_sharpness_zer
 
 @pytest.mark.parametrize(("layers", "onset"), STEPS)
 def test_an_exact_step_is_found_at_every_possible_layer(layers: int, onset: int) -> None:
-    (found,), (sharpness,), (rise,) = change_points(step(layers, onset)[None])
-    assert found == onset
+    (split,), (sharpness,), (rise,) = change_points(step(layers, onset)[None])
+    assert split == onset
     assert sharpness == pytest.approx(1.0, abs=1e-12)
     assert rise == pytest.approx(0.73 - 0.32, abs=1e-12)
 
@@ -126,7 +126,7 @@ def test_a_constant_signal_has_no_onset(level: float, layers: int) -> None:
 
 
 @pytest.mark.parametrize("hole", [0, 5, 11])
-def test_a_signal_with_a_gap_has_no_onset_and_leaves_its_neighbours_alone(hole: int) -> None:
+def test_a_signal_with_nan_has_no_onset_and_changes_no_other_signal(hole: int) -> None:
     signals = np.random.default_rng(2).normal(size=(3, 12))
     whole = change_points(signals)
     signals[1, hole] = np.nan
@@ -149,7 +149,7 @@ def test_no_signals_give_empty_results() -> None:
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1e-4, 0.0), (1e4, 0.0), (1.0, 100.0), (1.0, -100.0), (0.01, 3.0)])
-def test_scale_and_shift_move_nothing_but_the_rise(scale: float, shift: float) -> None:
+def test_scale_and_shift_change_only_the_rise(scale: float, shift: float) -> None:
     signals = np.random.default_rng(3).normal(size=(100, 20)).cumsum(axis=1)
     plain, moved = segment(signals, seed=5), segment(signals * scale + shift, seed=5)
     np.testing.assert_array_equal(moved.onset, plain.onset)
@@ -199,7 +199,7 @@ def test_a_step_survives_moderate_noise() -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "shuffled steps", "shuffled ramps"])
 def test_signals_without_order_are_phased_as_often_as_the_test_allows(kind: str) -> None:
-    # 5 % expected of 2000, its standard deviation 0.5 %, and all meet the same 200 permutations
+    # 5 % expected of 2000, its standard deviation 0.5 %, and all have the same 200 permutations
     generator = np.random.default_rng(7)
     signals = generator.normal(size=(2000, 21))
     if kind == "shuffled steps":
@@ -210,7 +210,7 @@ def test_signals_without_order_are_phased_as_often_as_the_test_allows(kind: str)
     assert fraction == pytest.approx(0.05, abs=0.02)
 
 
-def test_the_sharpness_of_noise_beats_its_own_permutations_one_time_in_twenty() -> None:
+def test_noise_is_sharper_than_its_permutations_one_time_in_twenty() -> None:
     noise = np.random.default_rng(8).normal(size=(2000, 21))
     rising, falling = segment(noise, seed=1).phased, segment(-noise, seed=1).phased
     assert not (rising & falling).any()
@@ -225,7 +225,7 @@ def test_a_step_that_chance_repeats_too_often_is_not_phased() -> None:
     assert not segment(signals, permutations=1000).phased.any()
 
 
-def test_the_same_seed_gives_the_same_verdicts() -> None:
+def test_the_same_seed_gives_the_same_results() -> None:
     signals = np.random.default_rng(10).normal(size=(300, 15)).cumsum(axis=1)
     first, second = segment(signals, seed=3), segment(signals, seed=3)
     for name in ("onset", "sharpness", "rise", "phased"):
@@ -233,7 +233,7 @@ def test_the_same_seed_gives_the_same_verdicts() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_the_size_of_chunks_changes_no_verdict(chunk: int) -> None:
+def test_the_size_of_chunks_changes_no_result(chunk: int) -> None:
     signals = np.random.default_rng(11).normal(size=(300, 14))
     signals[[3, 100]] = [[np.nan], [1.0]]
     expected = segment(signals, permutations=50, seed=2)

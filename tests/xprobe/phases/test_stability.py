@@ -39,7 +39,7 @@ def test_phase_two_starts_at_the_onset() -> None:
     np.testing.assert_array_equal(in_phase_two(np.array([2.0]), 5), [[0, 0, 1, 1, 1]])
 
 
-def test_a_missing_onset_leaves_the_phase_open_at_every_layer() -> None:
+def test_an_example_without_onset_has_no_phase_at_any_layer() -> None:
     phase = in_phase_two(np.array([NAN, 3.0]), 4)
     assert np.isnan(phase[0]).all()
     np.testing.assert_array_equal(phase[1], [0, 0, 0, 1])
@@ -69,7 +69,7 @@ def test_languages_split_in_half_agree_as_two_random_halves_do(n: int) -> None:
     np.testing.assert_allclose(values[[0, 1, 2, 6, 7, 8]], 1.0)
 
 
-def test_one_dissenter_of_n_costs_two_in_n() -> None:
+def test_one_of_n_languages_in_the_other_phase_lowers_agreement_by_two_in_n() -> None:
     (values,) = agreement({"q": [2.0, 2.0, 2.0, 2.0, 4.0]})
     np.testing.assert_allclose(values, [1, 1, 0.6, 0.6, 1, 1, 1, 1, 1])
 
@@ -188,10 +188,10 @@ def test_agreement_with_english_is_the_share_of_shared_questions_in_the_same_pha
     onset, questions, paragraphs, languages = random_study(seed, languages=5)
     result = agreement_with("en", onset, questions, languages, LAYERS, ClusterBootstrap(paragraphs, 100, 0))
     assert set(result) == {"de", "zh", "th", "ar"}
-    found = {(q, x): o for q, x, o in zip(questions, languages, onset, strict=True) if not np.isnan(o)}
+    onsets = {(q, x): o for q, x, o in zip(questions, languages, onset, strict=True) if not np.isnan(o)}
     for language, (value, _, _, n) in result.items():
-        shared = [q for q in np.unique(questions) if (q, "en") in found and (q, language) in found]
-        same = [[(l >= found[q, "en"]) == (l >= found[q, language]) for l in range(LAYERS)] for q in shared]  # noqa: E741
+        shared = [q for q in np.unique(questions) if (q, "en") in onsets and (q, language) in onsets]
+        same = [[(l >= onsets[q, "en"]) == (l >= onsets[q, language]) for l in range(LAYERS)] for q in shared]  # noqa: E741
         np.testing.assert_allclose(value, np.mean(same, axis=0), atol=1e-12)
         assert n.tolist() == [len(shared)] * LAYERS
 

@@ -154,9 +154,9 @@ def test_intervals_come_from_drawing_the_paragraphs_of_the_setting(
 ) -> None:
     part = examples[examples["setting"] == setting]
     weights = ClusterBootstrap(part["paragraph"].to_numpy(), DRAWS, SEED).weights
-    mine = part[(part["language"] == language) | (language == ALL)]
-    readiness = frame_and_signals[1]["readiness"][mine.index, 6]
-    paragraphs = mine["paragraph"].to_numpy()
+    members = part[(part["language"] == language) | (language == ALL)]
+    readiness = frame_and_signals[1]["readiness"][members.index, 6]
+    paragraphs = members["paragraph"].to_numpy()
     drawn = []
     for counts in weights.astype(int):
         rows = [np.flatnonzero(paragraphs == f"p{at}") for at, times in enumerate(counts) for _ in range(times)]
@@ -242,14 +242,14 @@ def test_summaries_hold_what_the_examples_give(
         assert (entry["n"], entry["paragraphs"]) == (len(part), 4)
         assert list(entry["languages"]) == list(LANGUAGES)
         for language, values in entry["languages"].items():
-            mine = part[part["language"] == language]
-            assert values["boundary"]["value"] == mine["onset"].median()
+            members = part[part["language"] == language]
+            assert values["boundary"]["value"] == members["onset"].median()
             assert values["spread"]["value"] == pytest.approx(
-                (mine["onset"] - mine["onset"].median()).abs().median() / (LAYERS - 1)
+                (members["onset"] - members["onset"].median()).abs().median() / (LAYERS - 1)
             )
-            assert values["phased_fraction"]["value"] == pytest.approx(mine["phased"].mean())
-            assert values["without_onset"] == mine["onset"].isna().sum()
-            assert values["n"] == len(mine)
+            assert values["phased_fraction"]["value"] == pytest.approx(members["phased"].mean())
+            assert values["without_onset"] == members["onset"].isna().sum()
+            assert values["n"] == len(members)
 
 
 def test_summaries_are_plain_values(examples: pd.DataFrame, frame_and_signals: tuple[pd.DataFrame, Signals]) -> None:

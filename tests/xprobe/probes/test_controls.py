@@ -1,4 +1,4 @@
-"""Folds, shuffles and intervals that a sceptical reader can believe."""
+"""Folds keep paragraphs apart, shuffles stay within groups, and intervals allow for shared training data."""
 
 from __future__ import annotations
 

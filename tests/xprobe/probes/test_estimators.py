@@ -1,4 +1,4 @@
-"""The probes' pieces are scikit-learn estimators: they pass its checks, and do what their names say."""
+"""The parts of the probes pass the checks of scikit-learn for estimators, and compute what their names promise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
 
-def test_components_are_those_of_pca_and_no_more_than_there_can_be():
+def test_components_are_those_of_pca_and_as_many_as_the_data_allow():
     ours = PrincipalComponents(4).fit(X)
     assert np.allclose(ours.transform(X), PCA(4).fit_transform(X))
     assert PrincipalComponents(128).fit(X).n_components_ == 9
@@ -61,7 +61,7 @@ def test_the_alignment_probe_is_scaler_components_and_ridge_written_by_hand():
     assert np.allclose(probe.predict(X[40:]), ridge.predict(pca.transform(scaler.transform(X[40:]))))
 
 
-def test_the_correctness_probe_cannot_use_what_the_language_alone_tells():
+def test_the_correctness_probe_gains_nothing_from_the_language():
     """Languages lie far apart and differ in their rate of right answers: without centring that is all there is."""
     generator = np.random.default_rng(3)
     languages = np.array(["en", "th"] * 200)
@@ -77,7 +77,7 @@ def test_the_correctness_probe_cannot_use_what_the_language_alone_tells():
     assert plain.score(states[200:], right[200:]) > 0.8
 
 
-def test_the_segmenter_is_the_function_in_scikit_learns_manner():
+def test_the_segmenter_gives_the_results_of_the_function():
     curves = np.where(np.arange(12) < 5, 0.2, 0.9) + GENERATOR.normal(scale=0.01, size=(7, 12))
     curves[3, 2] = np.nan
     segmenter = PhaseSegmenter(permutations=50, random_state=4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xprobe.errors import RunFolderError, UsageError
-from xprobe.runs.disk import check_writable, checksum, make_folder, sync
+from xprobe.runs.disk import check_writable, checksum, make_folder, sync, writing
 from xprobe.runs.folder import RunFolder
 
 
@@ -28,9 +28,9 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     locked.mkdir()
     locked.chmod(0o500)
     try:
-        with pytest.raises(RunFolderError, match="permission denied; choose another --out"):
+        with pytest.raises(RunFolderError, match="permission denied; use a folder that you may write to"):
             check_writable(locked / "run")
-        with pytest.raises(RunFolderError, match=r"cannot write .* choose another --out"):
+        with pytest.raises(RunFolderError, match=r"cannot write .* use a folder"):
             RunFolder.create(locked / "run")
     finally:
         locked.chmod(0o700)
@@ -50,7 +50,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_the_name_of_every_folder_made_is_on_the_disk(tmp_path: Path, synced: list[str]) -> None:
+def test_the_name_of_every_new_folder_is_synced(tmp_path: Path, synced: list[str]) -> None:
     out = tmp_path / "a" / "b"
     assert make_folder(out) == [out, out.parent]
     assert sorted(synced) == [str(tmp_path), str(out.parent)]
@@ -65,7 +65,7 @@ def fail_to_sync(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_file_systems_that_sync_no_folders_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_to_sync(monkeypatch, errno.EINVAL)
     sync(tmp_path)
     (tmp_path / "file").write_text("x")
@@ -73,9 +73,7 @@ def test_file_systems_that_sync_no_folders_are_no_error(tmp_path: Path, monkeypa
         sync(tmp_path / "file")
 
 
-def test_a_disk_that_does_not_take_the_bytes_is_an_error_and_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_sync_is_an_error_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder.create(tmp_path / "run")
     folder.write_bytes("report.html", b"old")
     fail_to_sync(monkeypatch, errno.EIO)
@@ -86,6 +84,14 @@ def test_a_disk_that_does_not_take_the_bytes_is_an_error_and_leaves_the_old_file
     ]
 
 
-def test_what_cannot_be_read_has_no_checksum(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_has_no_checksum(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / ("x" * 5000), tmp_path / "a\0b"):
         assert checksum(path) is None
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOSPC])
+def test_advice_on_a_folder_that_cannot_be_written_fits_every_command(number: int, tmp_path: Path) -> None:
+    words = rf"^cannot write {tmp_path}: {os.strerror(number)}; \w+"
+    with pytest.raises(RunFolderError, match=words) as caught, writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert "--" not in str(caught.value)

@@ -32,10 +32,10 @@ def in_a_fork(work: Any) -> str:
     pid = os.fork()
     if pid == 0:
         try:
-            said = str(work())
+            messages = str(work())
         except UsageError as error:
-            said = f"refused: {error}"
-        os.write(writing, said.encode())
+            messages = f"refused: {error}"
+        os.write(writing, messages.encode())
         os._exit(0)
     os.close(writing)
     os.waitpid(pid, 0)
@@ -48,7 +48,7 @@ def take(path: Path) -> str:
         return "taken"
 
 
-def test_the_lock_makes_the_folder_and_leaves_nothing_of_its_own(tmp_path: Path) -> None:
+def test_the_lock_makes_the_folder_and_removes_its_own_files(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
     with FolderLock(out):
         assert [path.name for path in out.iterdir()] == [LOCK]
@@ -57,7 +57,7 @@ def test_the_lock_makes_the_folder_and_leaves_nothing_of_its_own(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_that_were_there_or_hold_something_now_stay(tmp_path: Path) -> None:
+def test_older_folders_and_folders_with_content_stay(tmp_path: Path) -> None:
     with FolderLock(tmp_path):
         pass
     assert tmp_path.is_dir()
@@ -66,25 +66,25 @@ def test_folders_that_were_there_or_hold_something_now_stay(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["file"]
 
 
-def test_another_process_is_refused_and_told_by_whom_and_what_to_do(tmp_path: Path) -> None:
+def test_another_process_is_refused_with_the_name_of_the_holder_and_advice(tmp_path: Path) -> None:
     with FolderLock(tmp_path):
         refused = in_a_fork(lambda: take(tmp_path))
         assert refused == (
             f"refused: {tmp_path} is being written by process {os.getpid()} on {socket.gethostname()}: "
-            "wait until it ends, stop it, or choose another --out"
+            "wait until it ends, stop it, or use another folder"
         )
         assert (tmp_path / LOCK).exists()
     assert in_a_fork(lambda: take(tmp_path)) == "taken"
 
 
 def test_the_same_process_and_its_threads_are_refused_too(tmp_path: Path) -> None:
-    said = []
+    messages = []
 
     def other() -> None:
         try:
-            said.append(take(tmp_path / "." / "run"))
+            messages.append(take(tmp_path / "." / "run"))
         except UsageError as error:
-            said.append(str(error))
+            messages.append(str(error))
 
     with FolderLock(tmp_path / "run"):
         with pytest.raises(UsageError, match="is being written by this process"):
@@ -93,12 +93,12 @@ def test_the_same_process_and_its_threads_are_refused_too(tmp_path: Path) -> Non
         thread.start()
         thread.join()
         assert (tmp_path / "run" / LOCK).exists()
-    assert len(said) == 1
-    assert "this process" in said[0]
+    assert len(messages) == 1
+    assert "this process" in messages[0]
     assert take(tmp_path / "run") == "taken"
 
 
-def test_a_fork_neither_keeps_the_lock_nor_gives_it_back(tmp_path: Path) -> None:
+def test_a_fork_neither_keeps_nor_releases_the_lock(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     with FolderLock(tmp_path):
         pid = os.fork()
@@ -119,7 +119,7 @@ def test_a_fork_neither_keeps_the_lock_nor_gives_it_back(tmp_path: Path) -> None
         assert "refused" in in_a_fork(lambda: take(tmp_path))
 
 
-def test_a_killed_process_leaves_a_file_that_keeps_nobody_out(tmp_path: Path) -> None:
+def test_the_lock_file_of_a_killed_process_locks_nothing(tmp_path: Path) -> None:
     code = (
         "import os, sys, signal; from pathlib import Path; from xprobe.runs.lock import FolderLock\n"
         "with FolderLock(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
@@ -156,7 +156,7 @@ def test_a_fork_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path: 
 
 
 @pytest.mark.parametrize("content", [b"", b'{"pid": 12', b"[]", b"\xff\xfe", b'{"pid": "many", "host": 3}'])
-def test_what_lies_in_the_file_does_not_decide(content: bytes, tmp_path: Path) -> None:
+def test_the_content_of_the_lock_file_does_not_lock(content: bytes, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_bytes(content)
     assert take(tmp_path) == "taken"
     (tmp_path / LOCK).write_bytes(content)
@@ -166,7 +166,7 @@ def test_what_lies_in_the_file_does_not_decide(content: bytes, tmp_path: Path) -
             take(tmp_path)
 
 
-def test_of_many_processes_at_once_never_two_hold_it(tmp_path: Path) -> None:
+def test_only_one_of_many_processes_holds_the_lock_at_a_time(tmp_path: Path) -> None:
     """Each adds 1 to a counter, reading and writing it apart: two at once would lose one."""
     out, counter, each = tmp_path / "run", tmp_path / "counter", 50
     counter.write_text("0")
@@ -218,7 +218,7 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_flock")
-def test_without_locks_it_says_so_and_still_notices_processes_of_this_machine(tmp_path: Path) -> None:
+def test_a_file_system_without_locks_gives_a_warning_and_processes_of_this_machine_are_noticed(tmp_path: Path) -> None:
     with FolderLock(tmp_path) as held:
         assert held.warning is not None
         assert f"the file system of {tmp_path} has no locks" in held.warning
@@ -234,17 +234,17 @@ def test_without_locks_it_says_so_and_still_notices_processes_of_this_machine(tm
 
 
 @pytest.mark.usefixtures("without_flock")
-def test_a_run_without_locks_says_so_and_goes_on(tiny: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_run_without_locks_warns_and_continues(tiny: Path, tmp_path: Path) -> None:
+    messages: list[str] = []
     xprobe.run(
         str(tiny),
         out=tmp_path / "run",
         languages="en",
         limit=1,
         probes=(),
-        progress=lambda event: said.append(str(event)),
+        progress=lambda event: messages.append(str(event)),
     )
-    assert "has no locks" in said[0]
+    assert "has no locks" in messages[0]
 
 
 def test_reading_needs_no_lock_and_writing_needs_it(tiny: Path, tmp_path: Path) -> None:
@@ -258,13 +258,13 @@ def test_reading_needs_no_lock_and_writing_needs_it(tiny: Path, tmp_path: Path) 
                 xprobe.run(str(tiny), out=out, resume=resume, languages="en", limit=1, probes=())
 
 
-def test_a_run_that_fails_gives_the_folder_back(tiny: Path, tmp_path: Path) -> None:
+def test_a_failed_run_releases_the_folder(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         xprobe.run(str(tiny), out=tmp_path / "a" / "run", languages="xx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_something_else_is_refused_without_a_trace(tiny: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused_and_not_changed(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     before = tmp_path.stat().st_mtime_ns
     for resume in (False, True):

@@ -138,7 +138,7 @@ def test_manifests_share_no_entries() -> None:
     ],
     ids=["shards", "options", "device", "environment"],
 )
-def test_parts_are_computed_alike_whatever_they_wrote(change: dict[str, Any], same: bool) -> None:
+def test_executions_are_compared_without_their_number_of_shards(change: dict[str, Any], same: bool) -> None:
     part = STATES.executions[0]
     assert part.same_as(replace(part, **change)) is same
 
@@ -154,7 +154,7 @@ def test_the_folder_counts_the_shards_of_each_execution(folder: RunFolder) -> No
     assert folder.shards_by_execution(groups[3:]) == {0: 1}
 
 
-def test_a_journal_line_without_its_execution_counts_for_none(folder: RunFolder) -> None:
+def test_a_journal_line_without_an_execution_is_counted_for_no_execution(folder: RunFolder) -> None:
     folder.write_manifest(Manifest())
     folder.write_shard("en-x/en/p0", {"a": np.zeros(2)}, {})
     line = json.loads((folder.path / JOURNAL).read_text())
@@ -167,7 +167,7 @@ def test_a_journal_line_without_its_execution_counts_for_none(folder: RunFolder)
 # -- entries of another version -------------------------------------------------------------------------------------
 
 
-def test_unknown_entries_are_kept_and_the_checksum_is_none_of_them(folder: RunFolder) -> None:
+def test_unknown_entries_are_kept_but_not_the_checksum(folder: RunFolder) -> None:
     folder.write_manifest(FULL)
     read = folder.read_run()
     assert read.other == {"wavelets": {"n": [1, 2]}}
@@ -181,7 +181,7 @@ def test_unknown_entries_are_kept_and_the_checksum_is_none_of_them(folder: RunFo
     [("model",), ("data",), ("counts",), ("stages", "states"), ("stages", "states", "executions", 0)],
     ids=lambda place: str(place[-1]),
 )
-def test_unknown_entries_inside_the_others_are_passed_over(place: tuple[Any, ...]) -> None:
+def test_unknown_entries_inside_known_ones_are_ignored(place: tuple[Any, ...]) -> None:
     values = json.loads(json.dumps(FULL.to_dict()))
     holder = values
     for key in place:
@@ -190,7 +190,7 @@ def test_unknown_entries_inside_the_others_are_passed_over(place: tuple[Any, ...
     assert Manifest.from_dict(values) == FULL
 
 
-def test_an_option_of_execution_that_this_version_does_not_know_is_passed_over() -> None:
+def test_an_unknown_option_of_an_execution_is_ignored() -> None:
     values = json.loads(json.dumps(FULL.to_dict()))
     values["stages"]["states"]["executions"][1]["options"] |= {"warp": 9}
     assert Manifest.from_dict(values).stages["states"].executions[1].options == SPREAD
@@ -221,7 +221,7 @@ def test_a_study_of_another_version_is_written_as_it_was_read_and_its_shards_sta
     assert again.finished_shards() == [name]
 
 
-def test_what_is_changed_in_a_study_that_was_read_is_written(folder: RunFolder) -> None:
+def test_changes_of_a_study_that_was_read_are_written(folder: RunFolder) -> None:
     values = json.loads(json.dumps(FULL.to_dict()))
     values["study"] |= {"wavelets": 3}
     read = Manifest.from_dict(values)
@@ -273,7 +273,7 @@ def test_commands_refuse_a_run_of_format_1_in_one_line_and_leave_it_alone(
 
 
 @pytest.mark.parametrize("environment", [None, [], {}, {"xprobe": None}, {"xprobe": 1}], ids=str)
-def test_a_version_that_the_manifest_does_not_name_is_not_invented(environment: Any, folder: RunFolder) -> None:
+def test_a_manifest_without_its_version_is_refused_without_naming_one(environment: Any, folder: RunFolder) -> None:
     (folder.path / MANIFEST).write_text(json.dumps({**FORMAT_1, "environment": environment}))
     with pytest.raises(RunFolderError, match="read it with the version that wrote it, or start"):
         folder.read_run()

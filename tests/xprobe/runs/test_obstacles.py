@@ -66,7 +66,7 @@ def put(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", WORDS)
 @pytest.mark.parametrize("name", [MANIFEST, JOURNAL, LAYERS, SHARD, SHARDS, ".lock", *PARTS])
-def test_what_stands_in_the_way_is_named_and_left_alone(
+def test_an_obstacle_is_named_and_not_changed(
     name: str, kind: str, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if (name, kind) == (SHARDS, "folder"):
@@ -82,7 +82,7 @@ def test_what_stands_in_the_way_is_named_and_left_alone(
     assert code == 1
     assert err.count("\n") == 1
     assert re.search(
-        rf"{re.escape(str(out / name))} is {WORDS[kind]}, not a f\w+: (move it away, then go on with|put)", err
+        rf"{re.escape(str(out / name))} is {WORDS[kind]}, not a f\w+: (move it away, then try again|put)", err
     )
     assert os.path.lexists(out / name)
     if kind == "folder":
@@ -90,7 +90,7 @@ def test_what_stands_in_the_way_is_named_and_left_alone(
 
 
 @pytest.mark.parametrize("name", [JOURNAL, LAYERS, SHARD, SHARDS, ".lock"])
-def test_after_it_is_moved_away_the_run_goes_on(name: str, out: Path, finished: Path) -> None:
+def test_a_run_is_resumed_after_the_obstacle_is_moved_away(name: str, out: Path, finished: Path) -> None:
     put(out / name, "pipe")
     assert main(["run", "--out", str(out), "--resume"]) == 1
     (out / name).unlink()
@@ -101,7 +101,7 @@ def test_after_it_is_moved_away_the_run_goes_on(name: str, out: Path, finished: 
 
 @pytest.mark.parametrize("kind", WORDS)
 @pytest.mark.parametrize("name", [MANIFEST, LAYERS])
-def test_reading_names_it_too(name: str, kind: str, finished: Path, tmp_path: Path) -> None:
+def test_reading_a_run_names_the_obstacle(name: str, kind: str, finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "run")
     put(out / name, kind)
     with pytest.raises(RunFolderError, match=rf"{re.escape(str(out / name))} is {WORDS[kind]}, not a file"):
@@ -110,7 +110,7 @@ def test_reading_names_it_too(name: str, kind: str, finished: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", WORDS)
 @pytest.mark.parametrize("name", [JOURNAL, SHARD, ".lock"])
-def test_probes_are_not_trained_past_it(
+def test_training_probes_names_the_obstacle(
     name: str, kind: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "run")
@@ -119,19 +119,19 @@ def test_probes_are_not_trained_past_it(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert (out / name).name in err
-    assert "--resume" in err
+    assert re.search("move it away, then try again|--resume", err)
 
 
 @pytest.mark.parametrize("name", [".lock", ".manifest.json.part"])
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_a_new_run_is_not_begun_past_it(name: str, kind: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_new_run_names_the_obstacle(name: str, kind: str, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     put(tmp_path / "run" / name, kind)
     with pytest.raises(XprobeError, match=rf"{name} is {WORDS[kind]}, not a file"):
         xprobe.run(str(tiny), out=tmp_path / "run", languages=("en",), limit=1)
 
 
-def test_an_out_that_is_a_pipe_is_called_one(tiny: Path, tmp_path: Path) -> None:
+def test_a_pipe_as_out_is_refused_as_a_pipe(tiny: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "run")
     with pytest.raises(UsageError, match="is a named pipe"):
         xprobe.run(str(tiny), out=tmp_path / "run", languages=("en",), limit=1)

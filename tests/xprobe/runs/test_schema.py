@@ -95,7 +95,7 @@ ALL = pytest.param(WRONG, marks=pytest.mark.slow, id="every value")
 
 
 @pytest.mark.parametrize("values", [pytest.param((MISSING, None), id="two values"), ALL])
-def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
+def test_any_wrong_entry_is_either_not_needed_or_named(
     values: tuple[Any, ...], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (out / MANIFEST).read_text()
@@ -136,7 +136,7 @@ def test_whatever_is_wrong_in_a_manifest_a_study_is_read_or_the_entry_is_named(
 
 
 @pytest.mark.parametrize("command", ["probe", "resume"])
-def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
+def test_no_wrong_entry_is_reported_as_a_fault_of_xprobe(
     command: str, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Probes are not trained, and no model is loaded: this is about what is read before."""
@@ -192,7 +192,7 @@ def test_whatever_is_wrong_in_a_manifest_no_command_calls_it_a_fault_of_its_own(
         ((*STATES, "seconds", "load"), -1, "states.seconds.load must be a number of at least 0, is -1"),
         ((*STATES, "results", "parity_error"), None, "parity_error must be a number of at least 0, is null"),
         ((*OPTIONS_USED, "batch_tokens"), "x", "executions[0].options.batch_tokens must be a whole number, is "),
-        ((*OPTIONS_USED, "batch_tokens"), 0, "entry study or stages cannot be used: batch_tokens must be "),
+        ((*OPTIONS_USED, "batch_tokens"), 0, "entry stages cannot be used: batch_tokens must be "),
         ((*OPTIONS_USED, "device_map"), [1], "options.device_map must be text or an object or null, is [1]"),
         (("status",), "over", 'entry status must be "running" or "done", is "over"'),
         (("template_sha256",), 5, "entry template_sha256 must be text, is 5"),
@@ -209,7 +209,9 @@ def test_the_entry_is_named_with_what_it_must_be_and_what_it_is(
             use(out)
 
 
-def test_what_a_run_is_made_of_cannot_be_mended_and_the_rest_can(out: Path, tiny: Path, finished: Path) -> None:
+def test_resuming_writes_wrong_entries_again_except_those_that_identify_the_run(
+    out: Path, tiny: Path, finished: Path
+) -> None:
     text = (out / MANIFEST).read_text()
     spoil(out, text, ("study", "seed"), "six")
     with pytest.raises(RunFolderError, match=r"study.seed .*start it in a new folder"):
@@ -231,18 +233,71 @@ def test_entries_that_this_version_does_not_know_are_no_error(out: Path) -> None
     assert xprobe.load_study(out).manifest.other["note"] == "half a pair: \ud800"
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ((*SETTINGS, "en-x", "alpha", "value"), "phases"),
+        ((*SETTINGS, "en-x", "boundary", "lo"), "phases"),
+        ((*STATES, "results", "parity_error"), "states"),
+        ((*TRAINED, "language", "folds"), "probes"),
+    ],
+    ids=["alpha", "boundary", "parity", "folds"],
+)
+def test_a_figure_that_was_edited_by_hand_is_never_shown(place: Place, name: str, out: Path, tiny: Path) -> None:
+    figures = xprobe.load_study(out).to_dict()
+    spoil(out, (out / MANIFEST).read_text(), place, 7)
+    words = f"entry stages.{name}.results was changed after the run wrote it; `xprobe run --out {out} --resume` writes"
+    for use in (xprobe.load_study, train_probes):
+        with pytest.raises(RunFolderError, match=re.escape(words)):
+            use(out)
+    resumed = xprobe.run(str(tiny), out=out, resume=True, **OPTIONS)
+    assert resumed.to_dict()["settings"].keys() == figures["settings"].keys()
+    if name == "phases":
+        assert resumed.to_dict()["settings"] == figures["settings"]
+
+
+def test_a_run_without_checksums_of_its_results_is_read(out: Path) -> None:
+    manifest = json.loads((out / MANIFEST).read_text())
+    for stage in manifest["stages"].values():
+        del stage["results_sha256"]
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    assert xprobe.load_study(out)["en-x"].alpha == manifest["stages"]["phases"]["results"]["settings"]["en-x"]["alpha"]
+
+
+@pytest.mark.parametrize("value", [None, 5, {"x": 5}], ids=str)
+@pytest.mark.parametrize("place", [("created",), ("total_seconds",), ("selection",), ("prompt",), ("stages", "later")])
+def test_a_wrong_entry_that_nobody_needs_keeps_no_run_from_being_read(place: Place, value: Any, out: Path) -> None:
+    before = xprobe.load_study(out).to_dict()["settings"]
+    spoil(out, (out / MANIFEST).read_text(), place, value)
+    assert xprobe.load_study(out).to_dict()["settings"] == before
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(STATES, 5), ((*STATES, "warnings"), 5), ((*OPTIONS_USED, "batch_tokens"), 0), (("stages", "phases"), [])],
+    ids=["states", "warnings", "batch tokens", "phases"],
+)
+def test_a_wrong_entry_of_a_stage_is_written_again_when_the_run_is_resumed(
+    place: Place, value: Any, out: Path, tiny: Path
+) -> None:
+    before = xprobe.load_study(out).to_dict()["settings"]
+    spoil(out, (out / MANIFEST).read_text(), place, value)
+    with pytest.raises(RunFolderError, match=re.escape(f"`xprobe run --out {out} --resume` writes it again")):
+        xprobe.load_study(out)
+    assert xprobe.run(str(tiny), out=out, resume=True, **OPTIONS).to_dict()["settings"] == before
+
+
 def test_a_setting_that_the_tables_do_not_hold_is_named(out: Path) -> None:
     manifest = json.loads((out / MANIFEST).read_text())
     found = manifest["stages"]["phases"]["results"]["settings"]
     found["y-y"] = found.pop("x-x")
+    del manifest["stages"]["phases"]["results_sha256"]
     (out / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(RunFolderError, match=r"results names y-y, which layers.parquet does not hold"):
         xprobe.load_study(out)
 
 
-def test_what_only_python_can_choose_is_as_before_when_a_run_goes_on(
-    out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resuming_keeps_options_that_only_python_has(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The number of permutations has no option."""
     assert main(["run", "--out", str(out), "--resume"]) == 0
     assert xprobe.load_study(out).manifest.study.permutations == OPTIONS["permutations"]

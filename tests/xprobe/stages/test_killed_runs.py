@@ -108,17 +108,19 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("what", "which"), MOMENTS, ids=[f"{what} {which}" for what, which in MOMENTS])
-def test_killed_before_a_step_it_goes_on(what: str, which: int, forks: Forks, whole: Whole, tmp_path: Path) -> None:
+def test_a_run_killed_before_a_step_can_be_resumed(
+    what: str, which: int, forks: Forks, whole: Whole, tmp_path: Path
+) -> None:
     kill_and_resume(forks, whole, tmp_path / "run", of(whole.steps, what, which))
 
 
 @pytest.mark.parametrize("name", [".manifest.json.part", SHARD, "journal.jsonl", ".layers.parquet.part"])
-def test_killed_in_the_middle_of_a_write_it_goes_on(name: str, forks: Forks, whole: Whole, tmp_path: Path) -> None:
+def test_a_run_killed_during_a_write_can_be_resumed(name: str, forks: Forks, whole: Whole, tmp_path: Path) -> None:
     kill_and_resume(forks, whole, tmp_path / "run", of(whole.steps, f"open {name}", 0), half=True)
 
 
 @pytest.mark.slow
-def test_killed_before_any_step_it_goes_on(forks: Forks, whole: Whole, tmp_path: Path) -> None:
+def test_a_run_killed_before_any_step_can_be_resumed(forks: Forks, whole: Whole, tmp_path: Path) -> None:
     for at in range(1, len(whole.steps) + 1):
         kill_and_resume(forks, whole, tmp_path / str(at), at)
 
@@ -143,18 +145,18 @@ def kill_at_random(forks: Forks, whole: Whole, folder: Path, kills: int, seed: i
     return done
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_files(forks: Forks, whole: Whole, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_ends_with_the_same_files(forks: Forks, whole: Whole, tmp_path: Path) -> None:
     assert kill_at_random(forks, whole, tmp_path, kills=25, seed=0) >= 1
 
 
 @pytest.mark.slow
-def test_killed_at_very_many_random_moments_it_ends_with_the_same_files(
+def test_a_run_killed_at_very_many_random_moments_ends_with_the_same_files(
     forks: Forks, whole: Whole, tmp_path: Path
 ) -> None:
     assert kill_at_random(forks, whole, tmp_path, kills=100, seed=1) >= 1
 
 
-def test_every_name_is_given_to_bytes_that_the_disk_has(whole: Whole) -> None:
+def test_files_are_synced_before_they_are_renamed(whole: Whole) -> None:
     """What a power cut would leave: synced, then renamed, then the folder synced, and only then in the journal."""
     steps = whole.steps
     for at, step in enumerate(steps):
@@ -180,13 +182,13 @@ def test_a_second_process_is_refused_while_the_first_one_runs(forks: Forks, whol
     assert refused["code"] == 1
     assert f"{out} is being written by process {first} on " in refused["error"]
     assert "UsageError" in refused["error"]
-    assert "stop it, or choose another --out" in refused["error"]
+    assert "stop it, or use another folder" in refused["error"]
     os.kill(first, signal.SIGCONT)
     assert forks.wait(first)["code"] == 0
     assert files(out) == whole.files
 
 
-def test_the_lock_of_a_killed_process_keeps_nobody_out(forks: Forks, whole: Whole, tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_blocks_no_other(forks: Forks, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "run"
     forks.run(out, at=of(whole.steps, f"rename {SHARD}", 0))
     assert (out / LOCK).exists()

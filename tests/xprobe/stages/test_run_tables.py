@@ -14,7 +14,7 @@ from support.runs import raw_manifest, steady
 
 import xprobe
 from xprobe.errors import RunFolderError
-from xprobe.probes.training import ProbeSettings
+from xprobe.probes.settings import ProbeSettings
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, SHARDS, RunFolder
 from xprobe.stages import states
 from xprobe.study import train_probes
@@ -151,7 +151,7 @@ def test_probes_trained_again_one_by_one_give_the_tables_of_the_run(out: Path, f
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
-def test_a_process_that_ends_while_probes_are_stored_leaves_a_run_that_can_be_mended(
+def test_a_process_killed_while_it_stores_probes_leaves_a_run_that_can_be_repaired(
     renamed: int, out: Path, probed: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The manifest has its name, and of the tables the first ``renamed``."""

@@ -21,7 +21,9 @@ from xprobe.phases.encoding import Retrieval, paragraph_encoding
 from xprobe.phases.segmentation import encoding_depths, segment
 from xprobe.phases.tables import ALL, example_table, layer_table, summaries
 from xprobe.probes.registry import get_probe
-from xprobe.probes.training import ProbeSettings, Task, train_layer
+from xprobe.probes.settings import ProbeSettings
+from xprobe.probes.tasks import Task
+from xprobe.probes.training import train_layer
 
 NAN = float("nan")
 EXACT, MODERATE = Design(), Design(noise=0.15)  # a third of the step from low to high

@@ -23,7 +23,7 @@ def signals(study):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "mixtral", "opt", "falcon"])
-def test_it_equals_the_study_in_memory(family, tmp_path):
+def test_a_streamed_study_equals_the_study_in_memory(family, tmp_path):
     model = save_tiny_model(tmp_path / "model", family)
     whole = xprobe.run(str(model), setting=("en-x", "x-x"), out=tmp_path / "whole", **SMALL)
     streamed = xprobe.run(str(model), setting=("en-x", "x-x"), out=tmp_path / "streamed", stream=True, **SMALL)
@@ -48,11 +48,11 @@ def test_every_byte_of_the_checkpoint_is_read_once(tiny, tmp_path, monkeypatch):
     assert streamed.nbytes == pytest.approx(size, rel=0.05)  # the file has a header besides
 
 
-def test_a_model_that_cannot_be_packed_is_streamed_plainly_and_it_is_said(tmp_path):
-    said = []
+def test_a_model_that_cannot_be_packed_is_streamed_plainly_with_a_warning(tmp_path):
+    events = []
     model = save_tiny_model(tmp_path / "model", "bloom")
-    study = xprobe.run(str(model), out=tmp_path / "run", stream=True, progress=said.append, **SMALL)
-    assert any("cannot be run with prompts packed as a tree" in str(event) for event in said)
+    study = xprobe.run(str(model), out=tmp_path / "run", stream=True, progress=events.append, **SMALL)
+    assert any("cannot be run with prompts packed as a tree" in str(event) for event in events)
     assert chosen_strategy(study) == "plain"
 
 
@@ -84,7 +84,7 @@ def test_a_sweep_that_was_stopped_before_its_end_begins_again(tiny, tmp_path):
     assert not list(again.path.glob(".rows-*"))
 
 
-def test_no_room_for_the_rows_is_said_before_the_sweep(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_sweep(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
