@@ -229,8 +229,7 @@ def write_shards(
     def write(piece: tuple[Wave, PendingWave], kept: Callable[[int], None]) -> None:
         wave, read = piece
         values, rows = read.wait()
-        for count in write_wave(folder, wave, prompts_of(wave), wanted, read.offsets, values, rows, watch, execution):
-            kept(count)
+        write_wave(folder, wave, prompts_of(wave), wanted, read.offsets, values, rows, watch, execution, kept)
 
     (overlapped if device.type == "cuda" else in_turn)(pending(), write, written)
     watch.collect()
