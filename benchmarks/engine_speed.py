@@ -131,7 +131,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
-    engine = Engine(model, anatomy, Execution.batch_tokens)
+    engine = Engine(model, anatomy, Execution().tokens_on("cpu"))
     engine.choose_strategy([study_request(prompt) for prompt in prompts[:3]])
     plan = engine.plan(group_requests([study_request(prompt) for prompt in prompts]))
     waves = waves_of(plan, prompts)
@@ -175,7 +175,7 @@ def peak(name: str, arguments: argparse.Namespace) -> None:
     model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     if name == "xprobe":
-        engine = Engine(model, anatomy, Execution.batch_tokens)
+        engine = Engine(model, anatomy, Execution().tokens_on("cpu"))
         plan = engine.plan(group_requests([study_request(prompt) for prompt in prompts]))
         for wave in waves_of(plan, prompts)[:3]:
             with_xprobe(engine, wave)

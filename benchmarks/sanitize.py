@@ -26,7 +26,7 @@ from xprobe_kernels.request import MIB, LensRequest
 Case = tuple[str, bool, Callable[[], float]]  # name, whether it launches only our own kernels, error over its bound
 DESCRIBED = Config(64, 64, 64, 4, 3, descriptors=True)
 DEVICE, SHORT = "cuda", torch.bfloat16
-HALVED = Config(64, 64, 32, 4, 3, halves=2)
+HALVED = Config(64, 64, 32, 4, 3, parts=2)
 
 
 def inputs(
@@ -76,10 +76,10 @@ def lens_error(
     if config is None:
         found = vars(lens(gpu_hidden, gpu_head, gpu_lookup, **options))
     else:
-        from xprobe_kernels import triton_lens
+        from xprobe_kernels import triton_readout
 
         request = LensRequest(gpu_hidden, gpu_head, gpu_lookup, top_k, finals, workspace_bytes=MIB)
-        found = triton_lens.readout(request, config, splits)
+        found = triton_readout.readout(request, config, splits)
     worst = 0.0
     for name, bound in (("logits", 1e-2), ("logsumexp", 1e-2), ("entropy", 2e-2), ("top_logits", 1e-2), ("kl", 2e-2)):
         if getattr(truth, name) is not None:
@@ -148,7 +148,7 @@ def cases() -> Iterator[Case]:
     yield lens_case("lens, one row, one split", 1, 64, 300, config=HALVED, splits=1)
     yield lens_case("lens, descriptors", 70, 192, 1000, config=DESCRIBED, splits=3)
     yield lens_case("lens, descriptors, width that no block divides", 70, 200, 1000, config=DESCRIBED, splits=5)
-    yield lens_case("lens, halves, flat", 70, 200, 1000, config=Config(64, 64, 32, 4, 3, halves=2, flat=True))
+    yield lens_case("lens, halves, flat", 70, 200, 1000, config=Config(64, 64, 32, 4, 3, parts=2, flat=True))
     yield lens_case("lens, fp32", 19, 100, 700, dtype=torch.float32, top_k=32)
     yield lens_case("lens, KL", 19, 128, 700, own=False, kl=True)
     yield lens_case("workspace", 37, 200, 1031, own=False, backend="workspace", lookups=3, kl=True, **everything)

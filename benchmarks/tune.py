@@ -102,7 +102,7 @@ def promise(config: Config) -> float:
     """A sorting key; smaller is more promising. Large tiles, tensor descriptors and deep pipelines come first."""
     shapes = [(128, 256, 8, 2), (128, 128, 8, 1), (256, 128, 8, 2), (128, 256, 8, 1), (64, 256, 8, 1), (128, 64, 4, 1),
               (64, 128, 4, 1), (64, 256, 4, 1), (128, 64, 8, 1), (128, 128, 4, 1), (64, 64, 4, 1)]  # fmt: skip
-    shape = (config.block_m, config.block_n, config.warps, config.halves)
+    shape = (config.block_m, config.block_n, config.warps, config.parts)
     rank = float(shapes.index(shape)) if shape in shapes else 12.0
     rank += {(64, 4): 0, (64, 3): 1, (128, 2): 2, (128, 3): 2, (32, 4): 8}.get((config.block_k, config.stages), 4)
     return rank + (0 if config.descriptors else 1) + (1 if config.flat else 0)

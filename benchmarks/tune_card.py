@@ -38,7 +38,7 @@ from tune import (
     trials_for,
     write,
 )
-from xprobe_kernels import triton_lens, workspace
+from xprobe_kernels import triton_lens, triton_readout, workspace
 from xprobe_kernels.bench import baselines
 from xprobe_kernels.bench.accuracy import truth
 from xprobe_kernels.bench.environment import environment
@@ -142,7 +142,7 @@ class CudaCard:
             except BrokenProcessPool:  # a candidate killed its compiler: compile in this process from now on
                 self.pool, self.futures = None, {}
         with watching(launch=True) as watched, poisoned():
-            found = self._read(triton_lens.readout, trial.config, trial.splits)
+            found = self._read(triton_readout.readout, trial.config, trial.splits)
             torch.cuda.synchronize()
         built = watched.built
         trial.about |= {"registers": getattr(built, "n_regs", None), "spills": getattr(built, "n_spills", None)}
@@ -178,7 +178,7 @@ class CudaCard:
         self._graph(PRODUCT, lambda copy: torch.mm(*products[copy], out=self.out))
         for trial in trials:
             self._graph(
-                trial.name, lambda copy, t=trial: self._read(triton_lens.readout, t.config, t.splits, copy=copy)
+                trial.name, lambda copy, t=trial: self._read(triton_readout.readout, t.config, t.splits, copy=copy)
             )
         return {name: self._seconds(name) for name in (PRODUCT, *(trial.name for trial in trials))}
 

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "results": ("phases", "runs", "config", "arguments", "errors"),
     "doctor": ("models", "qa", "runs", "cache", "config", "errors"),
     "lenses": ("capture", "config", "errors"),
-    "capture": ("models", "config", "errors"),
+    "capture": ("models", "config", "arguments", "errors"),
     "models": ("cache", "config", "errors"),
     "qa": ("cache", "config", "errors"),
     "probes": ("phases", "timing", "config", "arguments", "errors"),

@@ -14,6 +14,7 @@ SETTINGS = {
     "en-x": "context and answer in English, question in each language",
     "x-x": "context, question and answer in each language",
 }
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # by device type; measured in docs/capture.md
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TEMPLATES = ("auto", "chat", "plain")
@@ -183,8 +184,8 @@ class Execution:
         ``balanced``, ``balanced_low_0``, ``sequential``), or a device for each module by name. Replaces ``device``.
     tensor_parallel : bool
         Share every layer among the processes that torchrun started.
-    batch_tokens : int
-        Most tokens in one forward pass.
+    batch_tokens : int, optional
+        Most tokens in one forward pass. None: 4096, on a CUDA device 16384.
     backend : str
         Lens backend: ``auto``, or one that ``xprobe doctor`` lists.
     stream : bool
@@ -208,7 +209,7 @@ class Execution:
     device: str = "auto"
     device_map: str | dict[str, int | str] | None = field(default=None, hash=False)
     tensor_parallel: bool = False
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     backend: str = "auto"
     stream: bool = False
     jobs: int = -1
@@ -217,9 +218,20 @@ class Execution:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        check_least("batch_tokens", self.batch_tokens, 1)
+        if self.batch_tokens is not None:
+            check_least("batch_tokens", self.batch_tokens, 1)
         check_jobs(self.jobs)
         self._check_devices()
+
+    def tokens_on(self, device: str) -> int:
+        """Most tokens in one forward pass on this torch device.
+
+        Examples
+        --------
+        >>> Execution().tokens_on("cpu"), Execution().tokens_on("cuda:1"), Execution(batch_tokens=100).tokens_on("cuda")
+        (4096, 16384, 100)
+        """
+        return self.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
 
     def _check_devices(self) -> None:
         if self.tensor_parallel and (self.device_map is not None or self.stream or self.device != "auto"):

@@ -100,7 +100,7 @@ def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast
     if (execution.stream and strategy == "prefix") or carries_state(model, shape.blocks) is not None:
         strategy = "plain"
     groups = group_requests([study_request(prompt) for prompt in prompts])
-    plan = make_plan(groups, execution.batch_tokens, strategy, rotary_limit(model_config))
+    plan = make_plan(groups, execution.tokens_on(device), strategy, rotary_limit(model_config))
     return Forecast(
         model=source.name,
         parameters=shape.parameters,

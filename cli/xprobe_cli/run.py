@@ -123,9 +123,7 @@ from xprobe_cli.tables import counted
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
-    default=Execution.batch_tokens,
-    show_default=True,
-    help="Most tokens in one forward pass. Choose less if memory runs out.",
+    help="Most tokens in one forward pass. Choose less if memory runs out. [default: 4096, on a GPU 16384]",
 )
 @click.option("--backend", default="auto", show_default=True, help="Lens backend; `xprobe doctor` lists them.")
 @click.option(

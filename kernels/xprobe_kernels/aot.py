@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from xprobe_kernels.attention import Blocks
-from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, PLAIN, Config
+from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, MAX_BLOCK_ROWS, PLAIN, Config
 
 TARGETS = {  # backend, architecture, threads per warp
     "sm_80": ("cuda", 80, 32),
@@ -30,7 +30,7 @@ TARGETS = {  # backend, architecture, threads per warp
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-PRODUCTS = ("lens_kernel", "tree_attention_kernel")
+PRODUCTS = ("lens_kernel", "tiles_kernel", "tree_attention_kernel")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 # names of the matrix instructions in each target's assembly, best first
 MATRIX = {"ptx": ("wgmma.mma_async", "tcgen05.mma", "mma.sync"), "amdgcn": ("v_mfma",)}
@@ -72,18 +72,23 @@ def lens_variant(
     config: Config,
     dtype: str,
     *,
-    top_k: int = 5,
+    top_k: int = 0,
     lookups: int = 1,
-    full: bool = True,
+    bias: bool = False,
+    cap: int = 0,
+    kl: int = 0,
     tf32: bool = False,
     even: bool = True,
 ) -> Variant:
-    """The fused pass; ``full``: with bias and soft-cap."""
+    """The fused pass. ``top_k``: logits that the programs carry along; ``bias``: with bias and scale; ``cap``: see
+    ``cap_kind``; ``kl``: 1 for a pass over final rows, 2 for one over rows that are compared with them."""
     block = f"{config.block_m}x{config.block_n}x{config.block_k}"
     flags = [name for name in ("descriptors", "flat") if getattr(config, name)]
-    flags += ["halves"] if config.halves == 2 else []
-    flags += ["plain"] if not full else []
-    flags += [f"top {top_k}"] if top_k != 5 else []
+    flags += [{2: "halves", 4: "quarters"}[config.parts]] if config.parts > 1 else []
+    flags += ["bias"] if bias else []
+    flags += [["", "soft-cap", "large soft-cap"][cap]] if cap else []
+    flags += [["", "keep", "compare"][kl]] if kl else []
+    flags += [f"top {top_k}"] if top_k else []
     flags += ["tf32"] if tf32 else []
     flags += [] if even else ["any width"]
     label = " ".join([dtype, block, f"{config.warps} warps", f"{config.stages} stages", *flags])
@@ -94,21 +99,39 @@ def lens_variant(
     types = {
         "normed": rows, "weight": weight, "weight_stride": "i64:16", "bias_ptr": f"*{dtype}", "tokens_ptr": "*i64",
         "thresholds_ptr": "*fp32", "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
-        "count": "i32", "vocabulary": "i32", "width": "i32:16", "splits": "i32", "group": "i32",
-        "scale": "fp32", "cap": "fp32",
+        "maxima_ptr": "*fp32", "maxima": "i32",
+        "weights_ptr": "*fp32", "peaks_ptr": "*fp32", "masses_ptr": "*fp32", "final_of_ptr": "*i64",
+        "final_logsumexp_ptr": "*fp32", "count": "i32", "vocabulary": "i32", "width": "i32:16", "splits": "i32",
+        "group": "i32", "scale": "fp32", "cap": "fp32",
     }  # fmt: skip
     if not even:
         types |= {"width": "i32", "weight_stride": "i64"}
     constants: dict[str, Any] = {"lookups": 1} if lookups == 1 else {}  # Triton compiles an argument of 1 in
     types |= {} if lookups == 1 else {"lookups": "i32"}
     constants |= {
-        "HAS_BIAS": full, "HAS_CAP": full, "LOOKUPS": lookups, "K": top_k,
+        "HAS_BIAS": bias, "HAS_SCALE": bias, "CAP": cap, "LOOKUPS": lookups, "K": top_k, "KL": kl,
         "PLACES": 1 << (max(top_k, 1) - 1).bit_length(), "PRECISION": "tf32" if tf32 else "ieee",
         "EVEN": even,
-        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "HALVES": config.halves,
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "PARTS": config.parts,
         "DESCRIPTORS": config.descriptors, "FLAT": config.flat,
     }  # fmt: skip
     return Variant("lens_kernel", label, types, constants, config.warps, config.stages)
+
+
+def tiles_variant(config: Config, dtype: str, *, top_k: int = 5) -> Variant:
+    """The second look at the tiles that hold the k largest logits, after a pass with ``config``."""
+    rows = min(config.block_m, MAX_BLOCK_ROWS)
+    label = f"{dtype} {rows}x{config.block_n}x{config.block_k} {config.warps} warps top {top_k}"
+    types = {
+        "normed_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "weight_stride": "i64:16", "bias_ptr": f"*{dtype}",
+        "order_ptr": "*i64", "starts_ptr": "*i64", "programs_ptr": "*i64", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
+        "count": "i32", "vocabulary": "i32", "width": "i32:16", "tiles": "i32", "scale": "fp32",
+    }  # fmt: skip
+    constants = {
+        "HAS_BIAS": True, "HAS_SCALE": True, "K": top_k, "PRECISION": "ieee", "EVEN": True, "BM": rows,
+        "BN": config.block_n, "BK": config.block_k, "BT": 1024,
+    }  # fmt: skip
+    return Variant("tiles_kernel", label, types, constants, config.warps, min(config.stages, 3))
 
 
 def small_variants() -> Iterator[Variant]:
@@ -128,22 +151,29 @@ def small_variants() -> Iterator[Variant]:
         "merge_kernel", "top 5 of 264 parts",
         {
             "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32", "tokens_ptr": "*i64",
-            "finite_ptr": "*i8", "cap": "fp32", "splits": "i32", "count": "i32", "lookups": "i32",
-            "logsumexp_ptr": "*fp32", "entropy_ptr": "*fp32", "rank_ptr": "*i64", "out_ptr": "*fp32",
-            "out_ids_ptr": "*i64",
+            "finite_ptr": "*i8", "cap": "fp32", "splits": "i32", "lists": "i32", "count": "i32", "lookups": "i32",
+            "logsumexp_ptr": "*fp32", "entropy_ptr": "*fp32", "cross_ptr": "*fp32", "rank_ptr": "*i64",
+            "out_ptr": "*fp32", "out_ids_ptr": "*i64",
         },
-        {"HAS_CAP": True, "K": 5, "BS": 512, "BC": 2048}, 8,
+        {"HAS_CAP": True, "COMPARED": True, "K": 5, "BS": 512, "BC": 2048}, 8,
+    )  # fmt: skip
+    yield Variant(
+        "select_kernel", "top 5 of 1024 tiles",
+        {"maxima_ptr": "*fp32", "chosen_ptr": "*i32", "count": "i32", "tiles": "i32"}, {"J": 5, "BT": 1024}, 4,
     )  # fmt: skip
     yield Variant(
         "row_kernel", "top 5",
         {
             "products_ptr": "*fp32", "stride": "i32:16", "bias_ptr": "*bf16", "tokens_ptr": "*i64",
             "thresholds_ptr": "*fp32",
-            "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32", "first_row": "i32",
+            "sums_ptr": "*fp32", "above_ptr": "*i32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
+            "weights_ptr": "*fp32", "peaks_ptr": "*fp32", "masses_ptr": "*fp32", "final_of_ptr": "*i64",
+            "final_logsumexp_ptr": "*fp32", "first_row": "i32",
             "count": "i32", "first_token": "i32", "tokens": "i32", "vocabulary": "i32", "scale": "fp32",
             "cap": "fp32",
         },
-        {"part": 1, "lookups": 1, "HAS_BIAS": True, "HAS_CAP": True, "LOOKUPS": 1, "K": 5, "PLACES": 8, "BN": 4096}, 8,
+        {"part": 1, "lookups": 1, "HAS_BIAS": True, "HAS_SCALE": True, "CAP": 1, "LOOKUPS": 1, "K": 5, "PLACES": 8,
+         "KL": 2, "BN": 4096}, 8,
     )  # fmt: skip
 
     yield Variant(
@@ -180,13 +210,19 @@ def attention_variant(dtype: str, width: int, *, full: bool = False) -> Variant:
 def variants(target: str, every: bool = False) -> Iterator[Variant]:
     """What runs on ``target``: its configurations for many and few rows. ``every``: also the candidates for tuning."""
     for dtype in ("bf16", "fp32"):
-        for config in dict.fromkeys(CONFIGS[target, ITEMSIZE[dtype]]):
+        many, few = CONFIGS[target, ITEMSIZE[dtype]]
+        for config in dict.fromkeys((many, few)):
             yield lens_variant(config, dtype)
             if dtype == "bf16":
-                yield lens_variant(config, dtype, full=False, top_k=0)
-                yield lens_variant(config, dtype, top_k=32, lookups=4)
+                yield lens_variant(config, dtype, bias=True, lookups=4)
+                yield lens_variant(config.for_work(capped=True, compared=False), dtype, cap=1)
+                for kl in (1, 2):
+                    yield lens_variant(config.for_work(capped=False, compared=True), dtype, kl=kl)
+                yield tiles_variant(config, dtype)
             if dtype == "fp32":
                 yield lens_variant(config, dtype, tf32=True)
+        yield lens_variant(few, dtype, top_k=5)
+    yield lens_variant(few, "bf16", top_k=32, bias=True, cap=2, lookups=4)
     yield lens_variant(PLAIN, "bf16", even=False)
     yield from small_variants()
     for width in (64, 128, 256):
@@ -227,9 +263,9 @@ def compile_for(variant: Variant, target: str) -> Report:
 
 
 def _kernel(name: str) -> Any:
-    from xprobe_kernels import triton_attention, triton_capture, triton_lens, triton_rows, workspace
+    from xprobe_kernels import triton_attention, triton_capture, triton_lens, triton_rows, triton_top, workspace
 
-    for module in (triton_lens, triton_rows, triton_capture, triton_attention, workspace):
+    for module in (triton_lens, triton_top, triton_rows, triton_capture, triton_attention, workspace):
         if hasattr(module, name):
             return getattr(module, name)
     raise KeyError(name)

@@ -46,9 +46,10 @@ class Config:
     warps: int
     stages: int  # software pipelining depth
     resident: int = 1  # programs that share a multiprocessor
-    halves: int = 1  # 2: the tile is read in two halves of its columns
+    parts: int = 1  # 2 or 4: a tile is read in halves or quarters of its columns, with fewer registers
     descriptors: bool = False  # loads through tensor descriptors (TMA on Hopper and later)
     flat: bool = False  # one loop over tiles and steps, so that loads are pipelined across tiles
+    carries_top: bool = False  # carries the k largest logits along; otherwise triton_top.py finds them afterwards
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipelined operands."""
@@ -76,6 +77,12 @@ class Config:
             block //= 2
         return self if block == self.block_m else replace(self, block_m=block, warps=min(self.warps, 4))
 
+    def for_work(self, *, capped: bool, compared: bool) -> Config:
+        """The configuration with smaller parts of a tile, where a soft-cap or KL needs the registers."""
+        if self.accumulators() <= 64:
+            return self
+        return replace(self, parts=max(self.parts, 4 if compared else 2 if capped else 1))
+
 
 # (architecture, bytes per operand) -> (many rows, few rows). fp32 at "ieee" runs without matrix units.
 MANY, FEW = 0, 1
@@ -83,10 +90,10 @@ CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
     ("sm_80", 2): (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 4)),
     # reasoned, not measured: smaller tiles would need more bandwidth than the second-level cache has (docs/kernels.md)
     ("sm_90", 2): (
-        Config(256, 128, 64, 8, 3, halves=2, descriptors=True),
-        Config(128, 256, 64, 8, 4, halves=2, descriptors=True),
+        Config(128, 256, 64, 8, 3, descriptors=True),
+        Config(128, 256, 64, 8, 4, parts=2, descriptors=True),
     ),
-    ("sm_100", 2): (Config(128, 128, 64, 8, 4, halves=2), Config(128, 64, 128, 8, 3)),
+    ("sm_100", 2): (Config(128, 128, 64, 8, 4, parts=2), Config(128, 64, 128, 8, 3)),
     ("gfx942", 2): (Config(128, 64, 64, 8, 2), Config(64, 64, 64, 4, 2)),
     ("sm_80", 4): (Config(64, 64, 32, 8, 3), Config(32, 64, 32, 4, 3)),
     ("sm_90", 4): (Config(64, 64, 32, 8, 3), Config(32, 64, 32, 4, 3)),
@@ -97,6 +104,7 @@ CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
 }
 SAFE = Config(32, 64, 32, 4, 2)  # fits everywhere
 PLAIN = Config(64, 64, 32, 4, 2)  # for rows that tensor descriptors cannot describe; spills on no architecture
+MAX_BLOCK_ROWS = 64  # rows of a program that looks at a tile once more (triton_top.py)
 FEW_ROWS = 256  # up to this many rows the pass is bound by reading the weights
 
 
@@ -108,7 +116,8 @@ def choose(architecture: str, dtype: torch.dtype, rows: int) -> Config:
     limits, itemsize = limits_of(architecture), dtype.itemsize
     for name in _older(architecture):
         if (name, itemsize) in CONFIGS:
-            config = CONFIGS[name, itemsize][FEW if rows <= FEW_ROWS else MANY].for_rows(rows)
+            few = rows <= FEW_ROWS
+            config = replace(CONFIGS[name, itemsize][FEW if few else MANY].for_rows(rows), carries_top=few)
             if config.fits(limits, itemsize):
                 return config
     return SAFE.for_rows(rows)
@@ -159,7 +168,7 @@ def choose_splits(row_tiles: int, tiles: int, slots: int, row_tile_bytes: int = 
 def candidates(architecture: str, itemsize: int) -> list[Config]:
     """All configurations worth measuring on ``architecture``: the combinations that fit."""
     limits = limits_of(architecture)
-    shapes = [  # block_m, block_n, warps, resident, halves
+    shapes = [  # block_m, block_n, warps, resident, parts
         (128, 128, 8, 1, 1), (128, 128, 4, 1, 1), (128, 256, 8, 1, 1), (128, 256, 8, 1, 2), (256, 128, 8, 1, 1),
         (256, 128, 8, 1, 2), (64, 256, 4, 1, 1), (64, 256, 8, 1, 1), (64, 128, 4, 2, 1), (128, 64, 4, 2, 1),
         (128, 64, 8, 1, 1), (64, 64, 4, 2, 1),
@@ -169,9 +178,9 @@ def candidates(architecture: str, itemsize: int) -> list[Config]:
         options = [{"descriptors": True}, {"descriptors": True, "flat": True}, *options]
     configs = []
     for loading in options:
-        for m, n, warps, resident, halves in shapes:
+        for m, n, warps, resident, parts in shapes:
             for block_k, stages in ((64, 4), (64, 3), (32, 4), (128, 3), (128, 2)):
-                config = Config(m, n, block_k, warps, stages, resident, halves, **loading)
+                config = Config(m, n, block_k, warps, stages, resident, parts, **loading)
                 if config.fits(limits, itemsize):
                     configs.append(config)
     return configs

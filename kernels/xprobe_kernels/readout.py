@@ -22,7 +22,7 @@ MAX_TOP_K = 32
 
 # name -> (module and function, device types). "auto" takes the first backend that serves the device and the dtypes.
 BACKENDS = {
-    "triton": ("triton_lens:readout", ("cuda",)),
+    "triton": ("triton_readout:readout", ("cuda",)),
     "workspace": ("workspace:readout", ("cuda",)),
     "cpu": ("cpu:readout", ("cpu", "cuda")),
     "cpu-eager": ("cpu:readout_eager", ("cpu", "cuda")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -35,3 +35,7 @@ class LensRequest:
     def lookups(self) -> int:
         """A."""
         return self.lookup.shape[1]
+
+    def of_rows(self, part: slice | Tensor) -> LensRequest:
+        """The same request for some of the rows, by slice or index, without KL, for which rows need each other."""
+        return replace(self, hidden=self.hidden[part], lookup=self.lookup[part], final_rows=None)

@@ -1,8 +1,15 @@
 """How the Triton kernels read a tile of logits while it is in registers, and what they carry to the next tile.
 
-``State`` holds, per row and in fp32: the running maximum m, the sums of e^(z-m) and of e^(z-m) * (z-m), the number of
-tokens above the threshold of each looked-up token, and the k largest logits. All sums are relative to m, so an offset
-common to all logits costs no digits.
+``State`` holds, per row and in fp32: the running maximum m, the sums of e^(z-m) and of e^(z-m) * (z-m), and the number
+of tokens above the threshold of each looked-up token. All sums are relative to m, so an offset common to all logits
+costs no digits. A soft-cap bounds the logits, so m is then the cap itself and needs no search.
+
+KL(final layer || row) needs the softmax weights of the final row beside the logits of the row. The pass over the final
+rows keeps its weights (``KEEP``), and the pass over the other rows multiplies its logits by them (``COMPARE``). That is
+one more multiplication for each logit and no second product. Only the final rows have weights in memory.
+
+The k largest logits are carried along by passes over few rows only (``keep_largest``). A pass over many rows writes the
+largest logit of each tile, and triton_top.py finds the k largest afterwards.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +20,21 @@ import triton.language as tl
 INFINITY = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # replaces the -inf of a real token; -inf marks an empty place
 NO_ID = tl.constexpr(2147483647)
+BOUNDED_CAP = 40.0  # up to this soft-cap, e^(z - cap) is a normal fp32 number for every capped logit z
+NO_CAP, SMALL_CAP, LARGE_CAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NO_KL, KEEP, COMPARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+def cap_kind(cap: float | None) -> int:
+    """How the kernels treat a soft-cap: no cap, one that bounds the sums by itself, or one that is too large for it."""
+    if cap is None:
+        return NO_CAP.value
+    return (SMALL_CAP if cap <= BOUNDED_CAP else LARGE_CAP).value
+
+
+def kl_kind(kept: Any, final_of: Any) -> int:
+    """What a pass does for KL: nothing, keep the weights of final rows, or compare rows with them."""
+    return (NO_KL if kept is None else KEEP if final_of is None else COMPARE).value
 
 
 class State(NamedTuple):
@@ -24,6 +46,8 @@ class State(NamedTuple):
     above: Any  # [BM, LOOKUPS] int32: tokens above the threshold of each looked-up token
     top: Any  # [BM, PLACES] the largest logits before the soft-cap, in no order
     top_ids: Any  # [BM, PLACES] int32: their tokens
+    mass: Any  # [BM] sum of p over the tokens so far, where p is the distribution of the final row
+    expected: Any  # [BM] sum of p * (z-m) over the tokens so far
 
 
 class Lookups(NamedTuple):
@@ -34,33 +58,82 @@ class Lookups(NamedTuple):
     count: Any  # A
 
 
+class Finals(NamedTuple):
+    """The P final rows, of which the pass keeps the softmax weights or reads them.
+
+    A part is what ``fold`` reads at a time: a tile, or the half or quarter of one.
+    """
+
+    weights: Any  # pointer to [P, columns]: e^(z-m), where m is the running maximum at that part
+    columns: Any  # width of all tiles together
+    peaks: Any  # pointer to [P, parts]: m
+    masses: Any  # pointer to [P, parts]: sum of the part's weights
+    parts: Any  # number of parts
+    rows: Any  # [BM] int32: which of the P rows to write or read; P * columns is below 2^31
+    logsumexp: Any  # [BM] of these rows, where they are read
+    valid: Any  # [BM] whether the program's rows are inside R
+
+
+@triton.jit
+def tanh_near_zero(x):
+    """tanh(x) for \\|x\\| <= 1, within 1.5 units in the last place of fp32.
+
+    x * P(x^2): Chebyshev interpolation of tanh(sqrt(u)) / sqrt(u) at 8 points of 0 <= u <= 1, whose error is below
+    5e-9.
+    """
+    u = x * x
+    p = 2.2786476629097665e-3 - 3.523280937567492e-4 * u
+    p = -7.912485056356281e-3 + u * p
+    p = 2.146141015373372e-2 + u * p
+    p = -5.386970672436877e-2 + u * p
+    p = 1.3332139305170107e-1 + u * p
+    p = -3.3333277378133375e-1 + u * p
+    p = 9.999999956422981e-1 + u * p
+    return x * p
+
+
 @triton.jit
 def softcapped(z, cap):
-    """cap * tanh(z / cap) through exp. Near 0 the exponential form cancels, so the Taylor series is used there."""
+    """cap * tanh(z / cap). Beyond \\|z\\| = cap through exp, which cancels near 0; there by a polynomial."""
     x = z / cap
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return cap * tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp(2 * x) + 1))
+    return cap * tl.where(tl.abs(x) <= 1, tanh_near_zero(x), 1 - 2 / (tl.exp(2 * x) + 1))
 
 
 @triton.jit
-def scaled(product, columns, bias_ptr, vocabulary, scale, HAS_BIAS: tl.constexpr):
+def softcapped_tile(z, cap):
+    """``softcapped`` of a whole tile. Few tiles hold a logit beyond the cap; the other ones need no exponential."""
+    x = z * (1 / cap)
+    if tl.max(tl.max(tl.abs(x), 1), 0) <= 1:  # noqa: SIM108, Triton takes both branches of an expression
+        shown = cap * tanh_near_zero(x)
+    else:
+        shown = softcapped(z, cap)
+    return shown
+
+
+@triton.jit
+def scaled(product, columns, bias_ptr, vocabulary, scale, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
     """Adds bias and scale to a product: raw logits [BM, BN], as ``Unembedding.bias_and_scale``."""
     if HAS_BIAS:
         product += tl.load(bias_ptr + tl.minimum(columns, vocabulary - 1)).to(tl.float32)[None, :]
-    return product * scale
+    if HAS_SCALE:
+        product = product * scale
+    return product
 
 
 @triton.jit
 def start(
     vocabulary,
+    cap,
     BM: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,  # power of 2 that is at least A
     K: tl.constexpr,
     PLACES: tl.constexpr,  # power of 2 that is at least K
 ):
     """The state before the first tile."""
     peak = tl.full([BM], -INFINITY, tl.float32)
+    if CAP == SMALL_CAP:
+        peak = tl.zeros([BM], tl.float32) + cap
     total = tl.zeros([BM], tl.float32)
     moment = tl.zeros([BM], tl.float32)
     above = tl.zeros([BM, LOOKUPS], tl.int32)
@@ -68,7 +141,21 @@ def start(
     # places past K hold +inf, so that nothing ever replaces them; each place has its own id
     top = tl.zeros([BM, PLACES], tl.float32) + tl.where(places < K, -INFINITY, INFINITY)[None, :]
     top_ids = tl.zeros([BM, PLACES], tl.int32) + (vocabulary + places)[None, :]
-    return State(peak, total, moment, above, top, top_ids)
+    zeros = tl.zeros([BM], tl.float32)
+    return State(peak, total, moment, above, top, top_ids, zeros, zeros)
+
+
+@triton.jit
+def finals_of(
+    rows, valid, weights_ptr, columns, peaks_ptr, masses_ptr, parts, final_of_ptr, logsumexp_ptr, KL: tl.constexpr
+):
+    """The final rows of a program's rows, where there is something to keep or to compare with."""
+    final = rows.to(tl.int32)
+    logsumexp = tl.zeros(rows.shape, tl.float32)
+    if KL == COMPARE:
+        final = tl.load(final_of_ptr + rows).to(tl.int32)
+        logsumexp = tl.load(logsumexp_ptr + final)
+    return Finals(weights_ptr, columns, peaks_ptr, masses_ptr, parts, final, logsumexp, valid)
 
 
 @triton.jit
@@ -78,53 +165,91 @@ def fold(
     rows,  # [BM] row indices, int64, inside R
     state,
     lookups,
-    vocabulary,  # V
+    finals,
+    part,  # index of these columns among all parts
+    end,  # the first token id that is not to be read: V, or less
     cap,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
     K: tl.constexpr,
+    KL: tl.constexpr,
 ):
-    """The state after one more tile."""
-    inside = columns < vocabulary
+    """The state after one more tile, and the largest raw logit of the tile [BM]."""
+    inside = (columns < end)[None, :]
+    ragged = tl.max(columns, 0) >= end  # the tile reaches past the end, as only the last one does
+    if ragged:
+        z = tl.where(inside, z, -INFINITY)
     above = state.above
     for a in range(lookups.count):
         threshold = tl.load(lookups.thresholds + rows * lookups.count + a)
         token = tl.load(lookups.tokens + rows * lookups.count + a).to(tl.int32)
-        larger = (z > threshold[:, None]) & (columns[None, :] != token[:, None]) & inside[None, :]
+        larger = (z > threshold[:, None]) & (columns[None, :] != token[:, None])
         count = tl.sum(larger.to(tl.int32), 1)
         above += tl.where(tl.arange(0, LOOKUPS)[None, :] == a, count[:, None], 0)
 
+    largest = tl.max(z, 1)
     shown = z
-    if HAS_CAP:
-        shown = softcapped(z, cap)
-    shown = tl.where(inside[None, :], shown, -INFINITY)
-    highest = tl.maximum(state.peak, tl.max(shown, 1))
-    shift = tl.where(highest == -INFINITY, 0.0, highest)  # keeps the sums at zero while all logits of a row are -inf
-    seen = state.peak != -INFINITY
-    move = tl.where(seen, state.peak - shift, 0.0)
-    rescale = tl.where(seen, tl.exp(move), 0.0)
-    shown = shown - shift[:, None]
+    if CAP != NO_CAP:
+        shown = softcapped_tile(z, cap)
+        if ragged:
+            shown = tl.where(inside, shown, -INFINITY)
+    peak = state.peak
+    total = state.total
+    moment = state.moment
+    expected = state.expected
+    mass = state.mass
+    if CAP == SMALL_CAP:
+        shown = shown - cap
+    else:
+        peak = tl.maximum(peak, largest if CAP == NO_CAP else tl.max(shown, 1))
+        shift = tl.where(peak == -INFINITY, 0.0, peak)  # keeps the sums at zero while all logits of a row are -inf
+        seen = state.peak != -INFINITY
+        move = tl.where(seen, state.peak - shift, 0.0)
+        rescale = tl.where(seen, tl.exp(move), 0.0)
+        moment = rescale * (moment + move * total)
+        total = rescale * total
+        expected += move * mass
+        shown = shown - shift[:, None]
+    shown = tl.maximum(shown, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # no 0 * -inf below
     weights = tl.exp(shown)
-    moment = rescale * (state.moment + move * state.total) + tl.sum(weights * tl.where(weights > 0, shown, 0.0), 1)
-    total = rescale * state.total + tl.sum(weights, 1)
+    here = tl.sum(weights, 1)
+    moment += tl.sum(weights * shown, 1)
+    total += here
+    if KL == KEEP:
+        places = (finals.rows * finals.columns)[:, None] + columns[None, :]
+        tl.store(finals.weights + places, weights, mask=finals.valid[:, None])
+        tl.store(finals.peaks + finals.rows * finals.parts + part, peak, mask=finals.valid)
+        tl.store(finals.masses + finals.rows * finals.parts + part, here, mask=finals.valid)
+    if KL == COMPARE:
+        weights = tl.load(finals.weights + (finals.rows * finals.columns)[:, None] + columns[None, :])
+        factor = tl.exp(tl.load(finals.peaks + finals.rows * finals.parts + part) - finals.logsumexp)
+        expected += factor * tl.sum(weights * shown, 1)
+        mass += factor * tl.load(finals.masses + finals.rows * finals.parts + part)
 
     top = state.top
     top_ids = state.top_ids
     if K > 0:
-        left = tl.where(inside[None, :], tl.maximum(z, LOWEST), -INFINITY)
+        top, top_ids = keep_largest(z, columns, inside, top, top_ids)
+    return State(peak, total, moment, above, top, top_ids, mass, expected), largest
+
+
+@triton.jit
+def keep_largest(z, columns, inside, top, top_ids):
+    """Puts the tile's logits among the k largest so far. Ids rise from tile to tile, so a later token takes a place
+    only with a strictly larger logit."""
+    left = tl.where(inside, tl.maximum(z, LOWEST), -INFINITY)
+    best = tl.max(left, 1)
+    worst = tl.min(top, 1)
+    while tl.max((best > worst).to(tl.int32), 0) > 0:
+        winner = tl.min(tl.where(left == best[:, None], columns[None, :], NO_ID), 1)
+        out = tl.max(tl.where(top == worst[:, None], top_ids, -1), 1)
+        place = (top_ids == out[:, None]) & (best > worst)[:, None]
+        top = tl.where(place, best[:, None], top)
+        top_ids = tl.where(place, winner[:, None], top_ids)
+        left = tl.where(columns[None, :] == winner[:, None], -INFINITY, left)
         best = tl.max(left, 1)
         worst = tl.min(top, 1)
-        # ids rise from tile to tile, so a later token takes a place only with a strictly larger logit
-        while tl.max((best > worst).to(tl.int32), 0) > 0:
-            winner = tl.min(tl.where(left == best[:, None], columns[None, :], NO_ID), 1)
-            out = tl.max(tl.where(top == worst[:, None], top_ids, -1), 1)
-            place = (top_ids == out[:, None]) & (best > worst)[:, None]
-            top = tl.where(place, best[:, None], top)
-            top_ids = tl.where(place, winner[:, None], top_ids)
-            left = tl.where(columns[None, :] == winner[:, None], -INFINITY, left)
-            best = tl.max(left, 1)
-            worst = tl.min(top, 1)
-    return State(highest, total, moment, above, top, top_ids)
+    return top, top_ids
 
 
 @triton.jit
@@ -134,7 +259,7 @@ def store(
     count,  # R
     part,  # index of this split of the vocabulary
     lookups,  # A
-    sums_ptr,  # [S, 3, R]
+    sums_ptr,  # [S, 5, R]
     above_ptr,  # [S, R, A]
     top_ptr,
     top_ids_ptr,  # [S, R, K]
@@ -145,10 +270,12 @@ def store(
     """Writes the state of one split."""
     valid = rows < count
     part = tl.cast(part, tl.int64)  # Triton compiles an argument of 1 in as a plain number
-    base = sums_ptr + part * 3 * count + rows
+    base = sums_ptr + part * 5 * count + rows
     tl.store(base, state.peak, mask=valid)
     tl.store(base + count, state.total, mask=valid)
     tl.store(base + 2 * count, state.moment, mask=valid)
+    tl.store(base + 3 * count, state.mass, mask=valid)
+    tl.store(base + 4 * count, state.expected, mask=valid)
     index = part * count + rows
     a = tl.arange(0, LOOKUPS)
     mask = valid[:, None] & (a < lookups)[None, :]

@@ -7,6 +7,7 @@ order (triton_rows.py), without locks or atomics, so a repeated run gives the sa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,8 +18,18 @@ from torch import Tensor
 
 from xprobe_kernels.configs import PLAIN, Config, choose, choose_splits, limits_of
 from xprobe_kernels.request import LensRequest
-from xprobe_kernels.triton_fold import Lookups, fold, scaled, start, store
-from xprobe_kernels.triton_rows import Partials, Prepared, dense, finish, prepare
+from xprobe_kernels.triton_fold import (
+    INFINITY,
+    Lookups,
+    cap_kind,
+    finals_of,
+    fold,
+    kl_kind,
+    scaled,
+    start,
+    store,
+)
+from xprobe_kernels.triton_rows import Kept, Partials, Prepared, operand_dtype, unchanged
 
 
 @triton.jit
@@ -56,38 +67,56 @@ def operands(
 
 
 @triton.jit
+def halved(z):
+    """The left and the right half of the columns of [BM, BN]."""
+    return z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def fold_tile(
     z,  # [BM, BN] product
     tile,
     rows,
     state,
     lookups,
+    finals,
     bias_ptr,
     vocabulary,
     scale,
     cap,
     HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
     K: tl.constexpr,
+    KL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    HALVES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Reads a tile. HALVES == 2: the left half of its columns, then the right one, with half of the registers."""
-    columns = tile * BN + tl.arange(0, BN // HALVES)
-    if HALVES == 2:
-        z, right = z.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-    z = scaled(z, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-    state = fold(z, columns, rows, state, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K)
-    if HALVES == 2:
-        columns += BN // 2
-        z = scaled(right, columns, bias_ptr, vocabulary, scale, HAS_BIAS)
-        state = fold(z, columns, rows, state, lookups, vocabulary, cap, HAS_CAP, LOOKUPS, K)
-    return state
+    """The state after a tile, and the largest logit of the tile [BM].
+
+    PARTS == 2 or 4: reads halves or quarters of the columns one after the other, with fewer registers.
+    """
+    columns = tile * BN + tl.arange(0, BN // PARTS)
+    pieces = (z,)
+    if PARTS == 2:
+        pieces = halved(z)
+    if PARTS == 4:
+        left, right = halved(z)
+        pieces = halved(left) + halved(right)
+    largest = tl.full([BM], -INFINITY, tl.float32)
+    for i in tl.static_range(PARTS):
+        part = scaled(pieces[i], columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
+        state, top = fold(
+            part, columns, rows, state, lookups, finals, tile * PARTS + i, vocabulary, cap, CAP, LOOKUPS, K, KL
+        )
+        largest = tl.maximum(largest, top)
+        columns += BN // PARTS
+    return state, largest
 
 
-@triton.jit(do_not_specialize=["count", "splits", "group"])
+@triton.jit(do_not_specialize=["count", "splits", "group", "maxima"])
 def lens_kernel(
     normed,  # [R, D], contiguous: a pointer, or a descriptor of [BM, BK] blocks
     weight,  # [V, D], rows weight_stride apart: a pointer, or a descriptor of [BN, BK] blocks
@@ -99,6 +128,13 @@ def lens_kernel(
     above_ptr,  # [S, R, A]
     top_ptr,
     top_ids_ptr,  # [S, R, K]
+    maxima_ptr,  # [R, tiles]
+    maxima,  # whether the largest logit of each tile is written: 0 or 1, so that it compiles to the same code
+    weights_ptr,  # [P, columns]: see Finals
+    peaks_ptr,
+    masses_ptr,  # [P, parts]
+    final_of_ptr,  # [R] int64: the final row of each row
+    final_logsumexp_ptr,  # [P]
     count,  # R
     vocabulary,  # V
     width,  # D
@@ -108,16 +144,18 @@ def lens_kernel(
     scale,
     cap,
     HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    CAP: tl.constexpr,
     LOOKUPS: tl.constexpr,
-    K: tl.constexpr,
+    K: tl.constexpr,  # how many of the largest logits the programs carry along
     PLACES: tl.constexpr,
+    KL: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,  # BK divides D
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    HALVES: tl.constexpr,
+    PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FLAT: tl.constexpr,
 ):
@@ -135,7 +173,13 @@ def lens_kernel(
     offsets = row_tile * BM + tl.arange(0, BM)
     rows = tl.minimum(offsets, count - 1).to(tl.int64)
     lookups_of_rows = Lookups(tokens_ptr, thresholds_ptr, lookups)
-    state = start(vocabulary, BM, LOOKUPS, K, PLACES)
+    state = start(vocabulary, cap, BM, CAP, LOOKUPS, K, PLACES)
+    finals_of_rows = finals_of(
+        rows, offsets < count, weights_ptr, tiles * BN, peaks_ptr, masses_ptr, tiles * PARTS,
+        final_of_ptr, final_logsumexp_ptr, KL,
+    )  # fmt: skip
+    kept = (offsets < count) & (maxima > 0)
+    maxima_of_rows = maxima_ptr + rows * tiles
     if FLAT:  # one loop over tiles and steps: loads of the next tile run while this one is folded
         steps = tl.cdiv(width, BK)
         z = tl.zeros([BM, BN], tl.float32)
@@ -148,10 +192,11 @@ def lens_kernel(
             )  # fmt: skip
             z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
             if column + BK >= width:
-                state = fold_tile(
-                    z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
-                    HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
+                state, largest = fold_tile(
+                    z, tile, rows, state, lookups_of_rows, finals_of_rows, bias_ptr, vocabulary, scale, cap,
+                    HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, KL, BM, BN, PARTS,
                 )  # fmt: skip
+                tl.store(maxima_of_rows + tile, largest, mask=kept)
                 z = tl.zeros([BM, BN], tl.float32)
     else:
         for tile in range(first, last):
@@ -162,58 +207,68 @@ def lens_kernel(
                     EVEN, BM, BN, BK, DESCRIPTORS,
                 )  # fmt: skip
                 z = tl.dot(a, b.to(a.dtype).T, z, input_precision=PRECISION)
-            state = fold_tile(
-                z, tile, rows, state, lookups_of_rows, bias_ptr, vocabulary, scale, cap,
-                HAS_BIAS, HAS_CAP, LOOKUPS, K, BM, BN, HALVES,
+            state, largest = fold_tile(
+                z, tile, rows, state, lookups_of_rows, finals_of_rows, bias_ptr, vocabulary, scale, cap,
+                HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, KL, BM, BN, PARTS,
             )  # fmt: skip
+            tl.store(maxima_of_rows + tile, largest, mask=kept)
     store(
         state, offsets.to(tl.int64), count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K,
         PLACES,
     )  # fmt: skip
 
 
-def readout(request: LensRequest, config: Config | None = None, splits: int | None = None) -> dict[str, Any]:
-    """The fields of ``Readout``. Tuning passes ``config`` and ``splits``; without them the launch is chosen."""
-    request = dense(request)
-    prepared = prepare(request)
-    return finish(request, prepared, launch(request, prepared, config, splits))
+def configuration(request: LensRequest) -> Config:
+    """The launch configuration for a ``dense`` request."""
+    hidden, head, rows = request.hidden, request.head, request.rows
+    dtype = operand_dtype(hidden, head)
+    config = choose(device_limits(hidden.device)[0], dtype, rows)
+    aligned = _describable(hidden) if unchanged(request) else head.width * dtype.itemsize % 16 == 0
+    if config.descriptors and not (aligned and _describable(head.weight) and head.weight.dtype == dtype):
+        config = replace(PLAIN.for_rows(rows), carries_top=config.carries_top)
+    return config.for_work(capped=head.softcap is not None, compared=request.final_rows is not None)
 
 
 def launch(
-    request: LensRequest, prepared: Prepared, config: Config | None = None, splits: int | None = None
-) -> Partials:
-    """Runs the pass over the prepared rows of a ``dense`` request."""
+    request: LensRequest, prepared: Prepared, config: Config, splits: int | None = None,
+    kept: Kept | None = None, final_of: Tensor | None = None,
+) -> Partials:  # fmt: skip
+    """Runs the pass over the prepared rows of a ``dense`` request.
+
+    With ``kept``, the rows are final ones, whose weights it keeps; with ``final_of`` [R] too, they are compared with
+    what it holds.
+    """
     head, lookup, normed = request.head, request.lookup, prepared.normed
     weight, (rows, width) = head.weight, normed.shape
     architecture, processors = device_limits(normed.device)
-    describable = _describable(normed) and _describable(weight) and normed.dtype == weight.dtype
-    if config is None:
-        config = choose(architecture, normed.dtype, rows)
-        if config.descriptors and not describable:
-            config = PLAIN.for_rows(rows)
     row_tiles, tiles = triton.cdiv(rows, config.block_m), triton.cdiv(head.vocab_size, config.block_n)
     slots = processors * config.resident
     if splits is None:
         row_bytes = config.block_m * width * normed.itemsize
         splits = choose_splits(row_tiles, tiles, slots, row_bytes, limits_of(architecture).level2)
-    partials = Partials.empty(splits, request)
+    carried = request.top_k if config.carries_top else 0
+    maxima = tiles if request.top_k and not carried else 0
+    partials = Partials.empty(splits, request, carried, maxima)
     if not rows:
         return partials
     operands: tuple[Any, Any] = (normed, weight)
-    described = config.descriptors and describable
+    described = config.descriptors and all(map(_describable, operands)) and normed.dtype == weight.dtype
     if described:
         operands = _descriptors(normed, weight, config)
     lens_kernel[(row_tiles * splits,)](
         *operands, weight.stride(0), head.bias, lookup, prepared.thresholds,
-        partials.sums, partials.above, partials.top, partials.top_ids,
+        partials.sums, partials.above, partials.top, partials.top_ids, partials.maxima, int(maxima > 0),
+        *((None,) * 3 if kept is None else (kept.weights, kept.peaks, kept.masses)),
+        final_of, None if final_of is None or kept is None else kept.logsumexp,
         rows, head.vocab_size, width, request.lookups, splits,
         max(1, min(slots // splits, row_tiles)), float(head.scale), float(head.softcap or 0.0),
-        HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
-        LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=request.top_k,
-        PLACES=triton.next_power_of_2(max(request.top_k, 1)),
+        HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, CAP=cap_kind(head.softcap),
+        LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=carried,
+        PLACES=triton.next_power_of_2(max(carried, 1)),
+        KL=kl_kind(kept, final_of),
         PRECISION=request.precision if normed.dtype == torch.float32 else "ieee",
         EVEN=width % config.block_k == 0,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k, HALVES=config.halves,
+        BM=config.block_m, BN=config.block_n, BK=config.block_k, PARTS=config.parts,
         DESCRIPTORS=described, FLAT=config.flat,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xprobe_kernels import divergence
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.ties import TIE_ROUNDINGS
 from xprobe_kernels.triton_fold import INFINITY, LOWEST, NO_ID, softcapped
@@ -112,34 +111,37 @@ def prepare_kernel(
         tl.store(logits_ptr + r * lookups + a, tl.where(known, z, float("nan")))
 
 
-@triton.jit(do_not_specialize=["splits", "count"])
+@triton.jit(do_not_specialize=["splits", "lists", "count"])
 def merge_kernel(
-    sums_ptr,  # [S, 3, R]
+    sums_ptr,  # [S, 5, R]
     above_ptr,  # [S, R, A] int32
     top_ptr,
-    top_ids_ptr,  # [S, R, K]
+    top_ids_ptr,  # [lists, R, K]
     tokens_ptr,  # [R, A]
     finite_ptr,  # [R] int8
     cap,
     splits,  # S
+    lists,  # of candidates for the K largest logits
     count,  # R
     lookups,  # A
     logsumexp_ptr,
-    entropy_ptr,  # [R]
+    entropy_ptr,
+    cross_ptr,  # [R]
     rank_ptr,  # [R, A] int64
     out_ptr,
     out_ids_ptr,  # [R, K]
     HAS_CAP: tl.constexpr,
+    COMPARED: tl.constexpr,  # whether the rows were compared with their final rows
     K: tl.constexpr,
     BS: tl.constexpr,  # power of 2 that is at least S
-    BC: tl.constexpr,  # power of 2 that is at least S * K
+    BC: tl.constexpr,  # power of 2 that is at least lists * K
 ):
     """Merges the splits of one row in fixed order. A row that is not finite gives NaN, rank 0 and id -1."""
     r = tl.program_id(0).to(tl.int64)
     finite = tl.load(finite_ptr + r) > 0
     s = tl.arange(0, BS).to(tl.int64)
     mask = s < splits
-    base = sums_ptr + s * 3 * count + r
+    base = sums_ptr + s * 5 * count + r
     peak = tl.load(base, mask=mask, other=-INFINITY)
     total = tl.load(base + count, mask=mask, other=0.0)
     moment = tl.load(base + 2 * count, mask=mask, other=0.0)
@@ -149,6 +151,11 @@ def merge_kernel(
     rescale = tl.where(peak == -INFINITY, 0.0, tl.exp(move))
     moment = tl.sum(rescale * (moment + move * total), 0)
     total = tl.sum(rescale * total, 0)
+    if COMPARED:  # cross-entropy of the row under the distribution of its final row
+        mass = tl.load(base + 3 * count, mask=mask, other=0.0)
+        expected = tl.load(base + 4 * count, mask=mask, other=0.0)
+        expected = tl.sum(expected + move * mass, 0) / tl.sum(mass, 0)
+        tl.store(cross_ptr + r, tl.where(finite, tl.log(total) - expected, float("nan")))
     tl.store(logsumexp_ptr + r, tl.where(finite, highest + tl.log(total), float("nan")))
     entropy = tl.log(total) - moment / total
     entropy = tl.where(entropy < 0, 0.0, entropy)  # tl.maximum(entropy, 0) would hide NaN
@@ -161,7 +168,7 @@ def merge_kernel(
 
     if K > 0:
         c = tl.arange(0, BC).to(tl.int64)
-        held = c < splits * K
+        held = c < lists * K
         place = ((c // K) * count + r) * K + c % K
         values = tl.load(top_ptr + place, mask=held, other=-INFINITY)
         ids = tl.load(top_ids_ptr + place, mask=held, other=NO_ID)
@@ -190,29 +197,57 @@ class Prepared:
 class Partials:
     """The state of each split of the vocabulary after the pass; ``merge`` combines them."""
 
-    sums: Tensor  # [S, 3, R]: maximum, sum, moment
+    sums: Tensor  # [S, 5, R]: the numbers of ``triton_fold.State`` that each row has one of
     above: Tensor  # [S, R, A] int32
-    top: Tensor  # [S, R, K]
-    top_ids: Tensor  # [S, R, K] int32
+    top: Tensor  # [lists, R, K]: candidates for the K largest logits, in one list for each split, or from triton_top.py
+    top_ids: Tensor  # [lists, R, K] int32
+    maxima: Tensor  # [R, tiles]: the largest logit of each tile; without tiles if nobody needs it
 
     @staticmethod
-    def empty(splits: int, request: LensRequest) -> Partials:
-        rows, lookups, top_k = request.rows, request.lookups, request.top_k
+    def empty(splits: int, request: LensRequest, top_k: int, tiles: int = 0) -> Partials:
+        rows, lookups = request.rows, request.lookups
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=request.hidden.device)
 
         return Partials(
-            new(splits, 3, rows),
+            new(splits, 5, rows),
             new(splits, rows, lookups, dtype=torch.int32),
             new(splits, rows, top_k),
             new(splits, rows, top_k, dtype=torch.int32),
+            new(rows, tiles),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a pass over P final rows keeps for the rows that are compared with them (``triton_fold.Finals``)."""
+
+    weights: Tensor  # [P, columns]
+    peaks: Tensor  # [P, parts]
+    masses: Tensor  # [P, parts]
+    logsumexp: Tensor  # [P], filled after the pass
+    entropy: Tensor  # [P], likewise
+
+    @staticmethod
+    def empty(finals: int, tiles: int, tile: int, parts: int, device: torch.device) -> Kept:
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        each = (finals, tiles * parts)
+        return Kept(new(finals, tiles * tile), new(*each), new(*each), new(finals), new(finals))
 
 
 def operand_dtype(hidden: Tensor, head: Unembedding) -> torch.dtype:
     """The dtype of the product's operands: the wider one of rows and weight."""
     return torch.promote_types(hidden.dtype, head.weight.dtype)
+
+
+def unchanged(request: LensRequest) -> bool:
+    """Whether the pass takes the rows as they are: they need neither norm nor cast."""
+    hidden, head = request.hidden, request.head
+    plain = head.norm == "none" and head.gamma is None and head.beta is None
+    return plain and hidden.dtype == operand_dtype(hidden, head) and hidden.is_contiguous()
 
 
 def dense(request: LensRequest) -> LensRequest:
@@ -239,11 +274,9 @@ def prepare(request: LensRequest) -> Prepared:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
-    dtype = operand_dtype(hidden, head)
-    plain = head.norm == "none" and head.gamma is None and head.beta is None
-    unchanged = plain and hidden.dtype == dtype and hidden.is_contiguous()
+    as_they_are = unchanged(request)
     prepared = Prepared(
-        normed=hidden if unchanged else new(rows, width, dtype=dtype),
+        normed=hidden if as_they_are else new(rows, width, dtype=operand_dtype(hidden, head)),
         finite=new(rows, dtype=torch.int8),
         logits=new(*lookup.shape),
         thresholds=new(*lookup.shape),
@@ -256,32 +289,34 @@ def prepare(request: LensRequest) -> Prepared:
             lookup, lookup.shape[1], prepared.normed, prepared.finite, prepared.logits, prepared.thresholds,
             width, head.vocab_size,
             NORM=NORMS[head.norm], GAMMA=head.gamma is not None, BETA=head.beta is not None,
-            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, STORE=not unchanged, BD=block,
+            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, STORE=not as_they_are, BD=block,
             num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return prepared
 
 
-def merge(request: LensRequest, prepared: Prepared, partials: Partials) -> dict[str, Any]:
-    """The fields of ``Readout`` except ``kl``."""
+def merge(
+    request: LensRequest, prepared: Prepared, partials: Partials, compared: bool = False
+) -> tuple[dict[str, Any], Tensor]:
+    """The fields of ``Readout`` except ``kl``, and the cross-entropy of rows that were compared with final ones [R]."""
     rows, lookup, top_k, device = request.rows, request.lookup, request.top_k, request.lookup.device
-    splits = len(partials.sums)
-    logsumexp, entropy = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
+    splits, lists = len(partials.sums), len(partials.top)
+    logsumexp, entropy, cross = torch.empty(3, rows, dtype=torch.float32, device=device).unbind(0)
     rank = torch.empty_like(lookup)
     top = torch.empty(rows, top_k, dtype=torch.float32, device=device)
     top_ids = torch.empty(rows, top_k, dtype=torch.int64, device=device)
     if rows:
         # rounded up, because Triton compiles the kernel anew for each size
         places = max(triton.next_power_of_2(splits), 64)
-        candidates = places * triton.next_power_of_2(top_k) if top_k else 1
+        candidates = max(triton.next_power_of_2(lists), 64) * triton.next_power_of_2(top_k) if top_k else 1
         merge_kernel[(rows,)](
             partials.sums, partials.above, partials.top, partials.top_ids, lookup, prepared.finite,
             float(request.head.softcap or 0.0),
-            splits, rows, request.lookups, logsumexp, entropy, rank, top, top_ids,
-            HAS_CAP=request.head.softcap is not None, K=top_k, BS=places, BC=candidates,
+            splits, lists, rows, request.lookups, logsumexp, entropy, cross, rank, top, top_ids,
+            HAS_CAP=request.head.softcap is not None, COMPARED=compared, K=top_k, BS=places, BC=candidates,
             num_warps=min(max(candidates // 256, 1), 8),
         )  # fmt: skip
-    return {
+    fields = {
         "logits": prepared.logits,
         "logsumexp": logsumexp,
         "rank": rank,
@@ -289,12 +324,4 @@ def merge(request: LensRequest, prepared: Prepared, partials: Partials) -> dict[
         "top_ids": top_ids if top_k else None,
         "top_logits": top if top_k else None,
     }
-
-
-def finish(request: LensRequest, prepared: Prepared, partials: Partials) -> dict[str, Any]:
-    """All fields of ``Readout`` from the partial results of the pass."""
-    fields = merge(request, prepared, partials)
-    kl = None
-    if request.final_rows is not None:
-        kl = divergence.kl(request, prepared.normed, prepared.finite.bool(), fields["logsumexp"])
-    return fields | {"kl": kl}
+    return fields, cross

@@ -16,6 +16,7 @@ class Forks:
     def __init__(self, model: Path) -> None:
         self.options = {"model": str(model), "setting": ["en-x", "x-x"], "languages": ["en", "de"], "limit": 6}
         self.options |= {"bootstrap": 20, "permutations": 20, "probes": ["language"]}
+        self.options |= {"batch_tokens": 1400}  # waves of one group and of several
         self._process = subprocess.Popen(
             [sys.executable, "-m", "forks.server", str(model)],
             stdin=subprocess.PIPE,

@@ -30,7 +30,9 @@ class Driver:
     def get_active_torch_device(self): return torch.device("cpu")
 
 triton.runtime.driver.set_active(Driver())
-from xprobe_kernels import Unembedding, triton_attention, triton_capture, triton_lens, triton_rows, workspace
+from xprobe_kernels import (
+    Unembedding, triton_attention, triton_capture, triton_lens, triton_readout, triton_rows, triton_top, workspace,
+)
 from xprobe_kernels.attention import Blocks, Reach
 from xprobe_kernels.request import LensRequest
 
@@ -47,9 +49,10 @@ class Compiled:
 for module, name in (
     (triton_attention, "tree_attention_kernel"), (triton_capture, "capture_kernel"), (triton_lens, "lens_kernel"),
     (triton_rows, "prepare_kernel"), (triton_rows, "merge_kernel"), (workspace, "row_kernel"),
+    (triton_top, "select_kernel"), (triton_top, "tiles_kernel"),
 ):
     setattr(module, name, Compiled(getattr(module, name)))
-triton_lens.device_limits = lambda device: ("sm_90", 132)
+triton_lens.device_limits = triton_readout.device_limits = lambda device: ("sm_90", 132)
 cpu = torch.device("cpu")
 
 for dtype, width, vocabulary, lookups, options in (
@@ -58,9 +61,11 @@ for dtype, width, vocabulary, lookups, options in (
     (torch.float32, 33, 517, 3, {"norm": "layer", "bias": torch.zeros(517), "scale": 0.5}),
 ):
     head = Unembedding(torch.randn(vocabulary, width).to(dtype), **options)
-    for rows in (1, 37):
+    for rows in (1, 37, 300):  # few rows and many
         hidden, lookup = torch.randn(rows, width).to(dtype), torch.zeros(rows, lookups, dtype=torch.int64)
-        triton_lens.readout(LensRequest(hidden, head, lookup, top_k=5))
+        triton_readout.readout(LensRequest(hidden, head, lookup, top_k=5))
+        final_rows = torch.full((rows,), rows - 1)
+        triton_readout.readout(LensRequest(hidden, head, lookup, final_rows=final_rows))
         workspace.readout(LensRequest(hidden, head, lookup, workspace_bytes=1 << 20))
     hidden, spans = torch.randn(2, 9, width).to(dtype), torch.tensor([[0, 1, 2], [1, 2, 7]])
     triton_capture.capture_rows(hidden, spans, torch.empty(2, width, dtype=dtype), head)
@@ -94,5 +99,6 @@ def test_every_kernel_passes_what_a_launch_checks_and_compiles(tmp_path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert set(found) == {
-        *("lens_kernel", "prepare_kernel", "merge_kernel", "row_kernel", "capture_kernel", "tree_attention_kernel")
+        *("lens_kernel", "prepare_kernel", "merge_kernel", "select_kernel", "tiles_kernel", "row_kernel"),
+        *("capture_kernel", "tree_attention_kernel"),
     }

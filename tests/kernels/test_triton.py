@@ -15,7 +15,7 @@ from xprobe_kernels import Readout, Unembedding, capture, lens
 
 pytest.importorskip("triton")
 
-from xprobe_kernels import configs, triton_lens, triton_rows
+from xprobe_kernels import configs, triton_lens, triton_readout, triton_rows
 from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, Config, choose, choose_splits
 from xprobe_kernels.request import LensRequest
 
@@ -31,13 +31,15 @@ def moved(case: Case) -> Case:
     return replace(case, hidden=hidden, head=replace(case.head, **head), lookup=lookup, final_rows=final_rows)
 
 
-def launched(case: Case, config: Config, splits: int | None, precision: str = "ieee") -> Readout:
+def launched(
+    case: Case, config: Config, splits: int | None, precision: str = "ieee", workspace_bytes: int = 1 << 20
+) -> Readout:
     """The kernel with a launch of the test's own choice."""
     there = moved(case)
     request = LensRequest(
-        there.hidden, there.head, there.lookup, case.top_k, there.final_rows, precision, workspace_bytes=1 << 20
+        there.hidden, there.head, there.lookup, case.top_k, there.final_rows, precision, workspace_bytes
     )
-    fields = triton_lens.readout(request, config, splits)
+    fields = triton_readout.readout(request, config, splits)
     here: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in fields.items()}
     return Readout(**here, backend="triton", precision=precision)
 
@@ -64,12 +66,13 @@ def test_any_number_of_parts_merges_to_the_same_readout(splits) -> None:
     "config",
     [
         SMALL,
-        replace(SMALL, halves=2),
+        replace(SMALL, parts=2),
+        replace(SMALL, parts=4, carries_top=True),
         replace(SMALL, block_m=64, block_n=128, block_k=64),
         replace(SMALL, descriptors=True),
-        replace(SMALL, descriptors=True, halves=2, block_n=128),
+        replace(SMALL, descriptors=True, parts=2, block_n=128),
         replace(SMALL, flat=True),
-        replace(SMALL, flat=True, descriptors=True, halves=2),
+        replace(SMALL, flat=True, descriptors=True, parts=2),
     ],
     ids=str,
 )
@@ -112,6 +115,64 @@ def kernel_cases(draw: st.DrawFn) -> tuple[Case, int]:
 def test_the_rule_holds_for_any_shape_option_and_number_of_parts(drawn) -> None:
     case, splits = drawn
     assert_right(case, launched(case, SMALL, splits))
+
+
+@pytest.mark.parametrize("final_rows", [list(range(11, -1, -1)), [7, 0] * 6, [3] * 5 + [11] * 7, [11, 9] * 6], ids=str)
+@pytest.mark.parametrize("finals", [1, 2, 100])
+def test_kl_is_right_however_many_final_rows_fit_in_the_workspace(final_rows, finals) -> None:
+    case = replace(random_case(torch.float32, 12, 33, 200), final_rows=torch.tensor(final_rows))
+    columns = 4 * 64  # the vocabulary in tiles
+    assert_right(case, launched(case, SMALL, 2, workspace_bytes=4 * columns * finals))
+
+
+def test_many_rows_are_read_in_blocks_and_give_the_same(monkeypatch) -> None:
+    case = random_case(torch.float16, 75, 24, 300, gamma=True, softcap=20.0, top_k=7)
+    whole = launched(case, SMALL, 2)
+    monkeypatch.setattr(triton_readout, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(triton_readout, "SMALLEST_BLOCK", 20)
+    sizes = []
+    prepare = triton_rows.prepare
+
+    def counted(request: LensRequest) -> triton_rows.Prepared:
+        sizes.append(request.rows)
+        return prepare(request)
+
+    monkeypatch.setattr(triton_readout, "prepare", counted)
+    blocks = launched(case, SMALL, 2)
+    assert sizes == [25, 16, 16, 16, 16, 10]  # the final rows, then all that are compared with another row
+    assert_right(case, blocks)
+    for name, value in vars(whole).items():
+        assert not isinstance(value, torch.Tensor) or value.equal(getattr(blocks, name)), name
+
+
+def test_the_largest_logits_of_one_tile_and_of_many_are_found() -> None:
+    """The k largest logits lie in one tile, in k tiles, or are equal on both sides of the end of a tile."""
+    weight, bias = torch.zeros(640, 4), torch.zeros(640)
+    weight[128:134, 0] = torch.arange(6, 0, -1.0)
+    weight[torch.arange(6) * 100 + 30, 1] = torch.arange(1, 7.0)
+    weight[[63, 64, 127, 128, 600, 639], 2] = 5.0
+    case = Case(
+        torch.eye(4), Unembedding(weight, norm="none", bias=bias), torch.zeros(4, 1, dtype=torch.int64),
+        torch.arange(4), 6,
+    )  # fmt: skip
+    readout = launched(case, SMALL, 2)
+    assert readout.top_ids is not None
+    assert readout.top_ids.tolist() == [
+        [128, 129, 130, 131, 132, 133],
+        [530, 430, 330, 230, 130, 30],
+        [63, 64, 127, 128, 600, 639],
+        [0, 1, 2, 3, 4, 5],
+    ]
+    assert_right(case, readout)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_asking_for_the_largest_logits_of_many_rows_changes_no_other_bit(backend) -> None:
+    case = random_case(torch.float32, 300, 8, 700, top_k=3)
+    full, bare = case.read(backend, final_rows=None), case.read(backend, top_k=0, final_rows=None)
+    for name in ("logits", "logsumexp", "rank", "entropy"):
+        assert getattr(full, name).equal(getattr(bare, name)), name
+    assert_top(Truth(case), backend, full, 3)
 
 
 def test_equal_logits_in_different_parts_list_the_lowest_id_first() -> None:
@@ -186,7 +247,8 @@ def test_weights_beyond_two_billion_numbers_are_found(backend) -> None:
     assert float((found.logits.cpu() - expected.logits).abs().max()) < 1e-2
 
 
-def test_partial_results_are_all_written_and_nothing_past_them(monkeypatch) -> None:
+@pytest.mark.parametrize("carries_top", [False, True])
+def test_partial_results_are_all_written_and_nothing_past_them(monkeypatch, carries_top) -> None:
     """Buffers start poisoned and lie between sentinels."""
     made: list[torch.Tensor] = []
 
@@ -197,19 +259,20 @@ def test_partial_results_are_all_written_and_nothing_past_them(monkeypatch) -> N
         made.append(flat)
         return flat[64:-64].view(shape)
 
-    def empty(splits: int, request: LensRequest) -> triton_rows.Partials:
-        kept, counts = (splits, request.rows, request.top_k), (splits, request.rows, request.lookups)
+    def empty(splits: int, request: LensRequest, top_k: int, tiles: int = 0) -> triton_rows.Partials:
+        kept, counts = (splits, request.rows, top_k), (splits, request.rows, request.lookups)
         return triton_rows.Partials(
-            poisoned((splits, 3, request.rows), torch.float32),
+            poisoned((splits, 5, request.rows), torch.float32),
             poisoned(counts, torch.int32),
             poisoned(kept, torch.float32),
             poisoned(kept, torch.int32),
+            poisoned((request.rows, tiles), torch.float32),
         )
 
     monkeypatch.setattr(triton_rows.Partials, "empty", staticmethod(empty))
     case = random_case(torch.float32, 19, 33, 700, lookups=3, top_k=5)
-    assert_right(case, launched(case, SMALL, 3))
-    assert len(made) == 4
+    assert_right(case, launched(case, replace(SMALL, carries_top=carries_top), 3))
+    assert len(made) == 2 * 5  # for the final rows and for the other ones
     for flat in made:
         assert bool((flat[:64] == -5).all() & (flat[-64:] == -5).all())
         inner = flat[64:-64]

@@ -164,7 +164,7 @@ def test_few_rows_shrink_the_tiles_before_they_are_measured() -> None:
 
 
 def test_what_is_to_be_pasted_is_an_entry_of_configs() -> None:
-    many = Trial(Config(128, 256, 64, 8, 4, halves=2, descriptors=True), share=0.9, launches=50)
+    many = Trial(Config(128, 256, 64, 8, 4, parts=2, descriptors=True), share=0.9, launches=50)
     few = Trial(Config(64, 64, 128, 4, 3, resident=2, flat=True), share=1.2, launches=50)
     entry = tune.paste("sm_90", 2, {0: many, 1: few}, "NVIDIA H200", "2026-11-23T10:00:00")
     assert eval(f"{{{entry}}}", {"Config": Config}) == {("sm_90", 2): (many.config, few.config)}

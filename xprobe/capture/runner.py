@@ -6,10 +6,10 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from xprobe.arguments import check_least
 from xprobe.capture.plan import Plan, Strategy, Wave
 from xprobe.capture.requests import Group, Request
 from xprobe.capture.rows import Rows
-from xprobe.config import Execution
 from xprobe.models.anatomy import Anatomy
 from xprobe.models.parity import TeacherForced
 
@@ -73,7 +73,7 @@ class Runner(Protocol):
 
 
 def check_batch_tokens(batch_tokens: int) -> int:
-    """The same number, if it is one that ``Execution`` allows.
+    """The same number, if it is a whole number of at least 1.
 
     Raises
     ------
@@ -87,7 +87,8 @@ def check_batch_tokens(batch_tokens: int) -> int:
     ...
     xprobe.errors.UsageError: batch_tokens must be a whole number of at least 1, got 0
     """
-    return Execution(batch_tokens=batch_tokens).batch_tokens
+    check_least("batch_tokens", batch_tokens, 1)
+    return batch_tokens
 
 
 @dataclass

@@ -8,7 +8,7 @@ from xprobe.capture.engine import Engine
 from xprobe.config import Execution
 from xprobe.errors import ModelError, XprobeError
 from xprobe.models import loading
-from xprobe.models.anatomy import inspect
+from xprobe.models.anatomy import input_device, inspect
 from xprobe.models.tensor_parallel import FAILURE_TIMEOUT, OrderChannel, join_processes
 
 
@@ -29,7 +29,7 @@ def follow(execution: Execution) -> int:
                     return int(args[0])
                 if what == "open":
                     model = loading.load(args[0], execution, dtype=args[1]).model
-                    engine = Engine(model, inspect(model), execution.batch_tokens)
+                    engine = Engine(model, inspect(model), execution.tokens_on(str(input_device(model))))
                 else:
                     getattr(engine, what)(*args)
             except Exception as error:

@@ -173,10 +173,11 @@ PART = ".{}.part"  # temporary name of a file that is being written
 
 
 @contextmanager
-def replacing(final: Path) -> Iterator[Path]:
+def replacing(final: Path, *, sync_folder: bool = True) -> Iterator[Path]:
     """A temporary name to write to. When the block ends, the file is synced and takes the name ``final``.
 
-    Readers see the old content or the new, never a part. A block that raises leaves the old file.
+    Readers see the old content or the new, never a part. A block that raises leaves the old file. With
+    ``sync_folder=False`` the caller syncs the folder, once for several files.
     """
     temporary = final.with_name(PART.format(final.name))
     expect(final, *REPLACED, follow=False)
@@ -188,7 +189,8 @@ def replacing(final: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(final.parent)
+    if sync_folder:
+        sync(final.parent)
 
 
 def holds_other_than(path: Path, names: set[str], folder: str) -> bool:

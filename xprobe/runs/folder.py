@@ -1,8 +1,8 @@
 """The run folder: manifest, journal, checksummed shards, tables. docs/run-folder.md describes it for readers.
 
 A run that is stopped at any moment, by SIGKILL or by the power, leaves whole files. Each is written under a temporary
-name, synced to the disk, renamed, and its folder synced; only then is a shard entered in the journal, which is synced
-too. So the disk has every shard in the journal, and the journal has its checksum.
+name, synced to the disk, renamed, and its folder synced. Only then are the shards of a wave entered in the journal,
+which is synced too. So the disk has every shard in the journal, and the journal has its checksum.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +44,7 @@ from xprobe.runs.schema import (
     without_broken_extras,
     without_broken_stages,
 )
-from xprobe.runs.serialization import shard_bytes
+from xprobe.runs.serialization import UNFINISHED, Shard, ShardFile, write_files
 
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
 LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
@@ -219,19 +219,28 @@ class RunFolder:
         return group.replace("/", ".") + SHARD
 
     def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any], execution: int = 0) -> None:
-        """Stores one context group (numpy arrays or torch tensors) and enters it in the journal with its checksum.
+        """Stores one context group (numpy arrays or torch tensors); see ``write_shards``."""
+        self.write_shards([Shard(group, tensors, metadata)], execution)
 
-        ``execution``: index of the stage's execution that computes it.
+    def write_shards(
+        self, shards: Sequence[Shard], execution: int = 0, stored: Callable[[list[Shard]], None] = lambda shards: None
+    ) -> None:
+        """Stores context groups side by side, and enters them in the journal with their checksums.
+
+        A shard counts from its line in the journal on. The lines follow in one write, once the disk has all files. If a
+        file cannot be written, the other ones are entered all the same, and the error is raised then. ``stored`` is
+        called with the shards that were entered. ``execution`` is the index of the execution that computed them.
         """
-        name = self.shard_name(group)
-        content = shard_bytes(tensors, {"group": group, **metadata})
+        places = [self.path / SHARDS / self.shard_name(shard.group) for shard in shards]
         with writing(self.path):
-            with replacing(self.path / SHARDS / name) as temporary:
-                temporary.write_bytes(content)
-            digest = hashlib.sha256(content).hexdigest()
-            line = {"shard": name, "sha256": digest, "bytes": len(content), "run": self._run_key,
-                    "execution": execution}  # fmt: skip
-            journal.append(self.path / JOURNAL, line)
+            files, errors = write_files(shards, places)
+            if files:
+                sync(self.path / SHARDS)
+                run = {"run": self._run_key, "execution": execution}
+                journal.append(self.path / JOURNAL, [entry | run for entry in files.values()])
+                stored(list(files))
+            if errors:
+                raise errors[0]
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """The journal's last line on each shard of this run."""
@@ -259,8 +268,8 @@ class RunFolder:
         the process that holds the folder's lock may call it.
         """
         with writing(self.path):
-            for folder in (self.path, self.path / SHARDS):
-                for part in [*folder.glob(PART.format("*")), *folder.glob(f"{ROWS_FILE}*")]:
+            for pattern in (PART.format("*"), f"{ROWS_FILE}*", *UNFINISHED):
+                for part in [*self.path.glob(pattern), *(self.path / SHARDS).glob(pattern)]:
                     part.unlink()
             known = self._entries()
             names = [self.shard_name(group) for group in groups]
@@ -312,23 +321,15 @@ class RunFolder:
 
     def read_shard(self, name: str, keys: tuple[str, ...] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arrays (only ``keys`` if given; bf16 comes back as float32) and metadata of one shard."""
-        with self._opened(name) as handle:
-            tensors = {key: handle.get_tensor(key) for key in (keys or handle.keys())}
-            metadata = json.loads(handle.metadata()["xprobe"])
-        arrays = {
-            key: (t.float() if t.dtype.itemsize == 2 and t.is_floating_point() else t).numpy()
-            for key, t in tensors.items()
-        }
-        return arrays, metadata
+        with self._opened(name) as shard:
+            return shard.read(keys)
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
-        from safetensors import safe_open
-
+    def _opened(self, name: str) -> Iterator[ShardFile]:
         path = self.path / SHARDS / name
         try:
-            with safe_open(path, framework="pt") as handle:
-                yield handle
+            with ShardFile.opened(path) as shard:
+                yield shard
         except Exception as error:  # safetensors raises its own error type, OSError, KeyError
             raise RunFolderError(f"cannot read {path} ({error}): {self.resume_command} computes it again") from error
 
@@ -348,13 +349,13 @@ class RunFolder:
 
     def row_shape(self, name: str, key: str) -> tuple[int, ...]:
         """Shape of one example in an array of a shard."""
-        with self._opened(name) as handle:
-            return tuple(handle.get_slice(key).get_shape()[1:])
+        with self._opened(name) as shard:
+            return shard.row_shape(key)
 
     def read_layers(self, name: str, key: str, layers: range) -> Any:
         """Layers of one array [N, K, D] of a shard as float32 [N, len(layers), D]; nothing else of it is read."""
-        with self._opened(name) as handle:
-            return handle.get_slice(key)[:, layers.start : layers.stop].float().numpy()
+        with self._opened(name) as shard:
+            return shard.layers(key, layers)
 
     # -- tables ----------------------------------------------------------------------------------------------
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from xprobe.runs.disk import expect, read_file, sync
 
 
-def append(path: Path, entry: dict[str, Any]) -> None:
-    """Appends a line and waits until the disk has it."""
+def append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Appends a line for each entry, and waits once until the disk has them."""
     new = not expect(path)
     with path.open("ab+", buffering=0) as journal:
         if journal.seek(0, os.SEEK_END):
@@ -19,9 +20,9 @@ def append(path: Path, entry: dict[str, Any]) -> None:
             new_line = b"" if journal.read(1) == b"\n" else b"\n"  # the process was killed while it wrote the last line
         else:
             new_line = b""
-        line = new_line + json.dumps(entry).encode() + b"\n"
-        while line:
-            line = line[os.write(journal.fileno(), line) :]
+        lines = new_line + b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        while lines:
+            lines = lines[os.write(journal.fileno(), lines) :]
         os.fsync(journal.fileno())
     if new:
         sync(path.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from xprobe.lenses.reading import FIELDS, AnswerReadout
 from xprobe.phases.signals import example_signals
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.manifest import Manifest
+from xprobe.runs.serialization import Shard
 from xprobe.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def write_wave(
     rows: dict[str, Tensor],
     watch: Stopwatch,
     execution: int = 0,
-) -> Iterator[int]:
-    """Writes the groups of a wave whose keys are ``wanted``, one shard each; yields each one's number of examples.
+    kept: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes the groups of a wave whose keys are ``wanted``, one shard each.
 
     The other groups of the wave were computed only to give these the same bits.
 
@@ -49,7 +51,10 @@ def write_wave(
         Gets the seconds of "write".
     execution : int
         Index of the stage's execution, for the journal.
+    kept : callable (count), optional
+        Called with the number of examples whose shards the run folder has now, also if writing others fails.
     """
+    shards: list[Shard] = []
     start = 0
     for group in wave.groups:
         stop = start + len(group.requests)
@@ -61,10 +66,13 @@ def write_wave(
             tensors |= {"offsets": own - first, "targets": rows["targets"][first:last]}
             tensors |= {name: rows[name][:, start:stop].transpose(0, 1) for name in rows if name != "targets"}
             examples = [_describe(prompt) for prompt in prompts[start:stop]]
-            with watch.timed("write"):
-                folder.write_shard(group.key, tensors, {"examples": examples}, execution)
-            yield stop - start
+            shards.append(Shard(group.key, tensors, {"examples": examples}))
         start = stop
+    if shards:
+        with watch.timed("write"):
+            folder.write_shards(
+                shards, execution, lambda stored: kept(sum(len(shard.metadata["examples"]) for shard in stored))
+            )
 
 
 def read_signals(folder: RunFolder, manifest: Manifest) -> tuple[pd.DataFrame, dict[str, NDArray]]:

@@ -229,8 +229,7 @@ def write_shards(
     def write(piece: tuple[Wave, PendingWave], kept: Callable[[int], None]) -> None:
         wave, read = piece
         values, rows = read.wait()
-        for count in write_wave(folder, wave, prompts_of(wave), wanted, read.offsets, values, rows, watch, execution):
-            kept(count)
+        write_wave(folder, wave, prompts_of(wave), wanted, read.offsets, values, rows, watch, execution, kept)
 
     (overlapped if device.type == "cuda" else in_turn)(pending(), write, written)
     watch.collect()
@@ -257,13 +256,14 @@ def _open(run: Run, source: loading.Source, loaded: LoadedModel | None) -> tuple
         )
         tokenizer = loading.load_tokenizer(source, trust, warnings)
         runner = LayerwiseEngine(
-            streamed, execution.batch_tokens, run.folder.path, warn,
+            streamed, execution.tokens_on(loading.pick_device(device)), run.folder.path, warn,
             lambda done, total: run.notify(Step("blocks", done, total)),
         )  # fmt: skip
     else:
         loaded = loaded or loading.load(source, execution, dtype=dtype, warnings=warnings)
         tokenizer = loaded.tokenizer
-        runner = Engine(loaded.model, inspect(loaded.model), execution.batch_tokens, warn)
+        tokens = execution.tokens_on(str(input_device(loaded.model)))
+        runner = Engine(loaded.model, inspect(loaded.model), tokens, warn)
     for message in warnings:
         runner.warn(message)
     return runner, tokenizer

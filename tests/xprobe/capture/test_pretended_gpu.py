@@ -105,13 +105,10 @@ def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
             keys = {group.key for wave in plan.waves for group in wave.groups}
             folders[place].write_manifest(Manifest())
             found = [(wave, pending(wave, rows, PROMPTS, anatomy.head)) for wave, rows in engine.run(plan, keys)]
-            written = [
-                count
-                for wave, one in found
-                for count in write_wave(
-                    folders[place], wave, of_wave(wave, PROMPTS), keys, one.offsets, *one.wait(), Stopwatch()
-                )
-            ]
+            written: list[int] = []
+            for wave, one in found:
+                parts = (wave, of_wave(wave, PROMPTS), keys, one.offsets, *one.wait(), Stopwatch())
+                write_wave(folders[place], *parts, kept=written.append)
             assert sum(written) == len(PROMPTS)
     for name in folders["cpu"].finished_shards():
         (ours, described), (theirs, also) = (folders[place].read_shard(name) for place in ("gpu", "cpu"))
@@ -212,7 +209,7 @@ def test_a_loop_that_fails_has_written_and_reported_what_it_computed(broken, mon
         keys = {group.key for wave in plan.waves for group in wave.groups}
         folder, told, calls = RunFolder.create(tmp_path / "run"), [], []
         folder.write_manifest(Manifest())
-        owner, name = (engine, "capture") if broken == 1 else (folder, "write_shard")
+        owner, name = (engine, "capture") if broken == 1 else (folder, "write_shards")
         real = getattr(owner, name)
 
         def failing(*args, **options):

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from xprobe.config import Execution, StudyConfig
 from xprobe.errors import RunFolderError, UsageError
@@ -189,7 +190,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(folder: RunFolder) -> None
         folder.write_table(LAYERS, Unwritable(OSError(28, "No space left on device")))
 
 
-@pytest.mark.parametrize("step", ["write_bytes", "replace"])
+@pytest.mark.parametrize("step", ["write", "replace"])
 def test_failed_writes_leave_no_temporary_file_and_no_journal_line(
     step: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,13 +198,18 @@ def test_failed_writes_leave_no_temporary_file_and_no_journal_line(
     (name,) = [fill(folder)[0]]
     before = {file: (folder.path / file).read_bytes() for file in everything(folder.path)}
 
+    def fail_to_write(_: Any, path: Path, *__: Any) -> None:
+        path.open("wb").write(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
     def fail(self: Path, *_: Any) -> None:
-        if step == "write_bytes":
-            with self.open("wb") as handle:
-                handle.write(b"half")
+        if step == "write":
+            self.open("wb").write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, step, fail)
+    if step == "write":
+        monkeypatch.setattr("safetensors.torch.save_file", fail_to_write)
+    monkeypatch.setattr(Path, "write_bytes" if step == "write" else step, fail)
     with pytest.raises(RunFolderError):
         folder.write_manifest(Manifest(status="done"))
     with pytest.raises(RunFolderError):

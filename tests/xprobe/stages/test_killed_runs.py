@@ -72,8 +72,10 @@ def kill_and_resume(forks: Forks, whole: Whole, out: Path, at: int, half: bool =
     assert ended["code"] == -(signal.SIGXFSZ if half else signal.SIGKILL), ended
     check_what_is_there(out, whole)
     kept = len(RunFolder(out).finished_shards())
-    begun = sum(step.startswith(f"open {SHARDS}/") and step.endswith(".part") for step in before)
-    assert begun // 2 - 1 <= kept  # each is opened to write and to sync: the group in hand at most is lost
+    entered = max((at for at, step in enumerate(before, 1) if step == f"sync {JOURNAL}"), default=0)
+    assert kept >= sum(
+        step.startswith(f"rename {SHARDS}/") for step in before[:entered]
+    )  # the wave in hand may be lost
     resumed = forks.run(out)
     assert resumed["code"] == 0, resumed
     written = sum(step.startswith(f"rename {SHARDS}/") for step in resumed["steps"])
@@ -95,9 +97,9 @@ MOMENTS = [
     (f"open {SHARD}", 0),
     (f"sync {SHARD}", 0),
     (f"rename {SHARD}", 0),
-    ("sync shards", 2),
+    ("sync shards", 1),
     ("half of a write to journal.jsonl", 0),
-    ("half of a write to journal.jsonl", 2),
+    ("half of a write to journal.jsonl", 1),
     ("sync journal.jsonl", -1),
     ("rename .examples.parquet.part", 0),
     ("open .layers.parquet.part", 0),
@@ -162,12 +164,17 @@ def test_files_are_synced_before_they_are_renamed(whole: Whole) -> None:
     for at, step in enumerate(steps):
         if step.startswith("rename "):
             part = step.removeprefix("rename ")
-            assert steps[at - 1] == f"sync {part}"
-            assert steps[at + 1] == f"sync {os.path.dirname(part) or '.'}"
+            assert f"sync {part}" in steps[:at]
+            synced = steps.index(f"sync {os.path.dirname(part) or '.'}", at)
+            between = steps[at + 1 : synced]  # other shards of the wave, which are written side by side
+            assert all(step.split()[1].startswith(f"{SHARDS}/.") for step in between)
         if step.startswith(f"rename {SHARDS}/"):
-            assert steps[at + 2 : at + 5] == [
+            assert steps[synced + 1 : synced + 4] == [
                 f"open {JOURNAL}", f"half of a write to {JOURNAL}", f"sync {JOURNAL}",
             ]  # fmt: skip
+    sizes = [part.count(f"rename {SHARDS}/") for part in "\n".join(steps).split(f"sync {JOURNAL}")]
+    assert max(sizes) > 1  # a wave with several shards
+    assert sum(size > 0 for size in sizes) > 1
     first = steps.index(f"sync {JOURNAL}")
     assert steps[first + 1] == "sync ."  # the name of a new journal
 
