@@ -26,8 +26,8 @@ MORE_TESTS = {
 }
 # pytest -k, of the tests in all these files
 CHOSEN = (
-    "lengths or length_of_the_answer or everything_is_computed_by_default or same_files or json_without_nan or help_lists or tsv or "
-    "exponential or (cpu-double and (norm or one))"
+    "lengths or length_of_the_answer or everything_is_computed_by_default or same_files or json_without_nan or "
+    "help_lists or tsv or exponential or (cpu-double and (norm or one))"
 )
 
 
