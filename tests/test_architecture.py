@@ -19,10 +19,10 @@ HOPS = 3  # from file to file
 
 
 def paths() -> dict[str, list[str]]:
-    """The numbered functions under each heading of "Find your way"."""
+    """The functions under each heading of "Find your way", in order."""
     sections = re.split(r"^### (.+)$", PAGE, flags=re.MULTILINE)[1:]
     return {
-        heading: re.findall(r"^\d+\. `([\w.]+)`", section, re.MULTILINE)
+        heading: re.findall(r"`(xprobe[\w.]*\.\w+)`", section.partition("\n[")[0])
         for heading, section in zip(sections[::2], sections[1::2], strict=True)
     }
 
@@ -54,8 +54,11 @@ def test_a_path_leads_from_function_to_function_in_few_hops(heading):
     assert len(names) > 2
     for name, following in pairwise(names):
         assert mentions(name, following), f"{name} does not call {following}"
-    files = [inspect.getsourcefile(resolve(name)[1]) for name in names]
-    assert len(dict.fromkeys(files)) - 1 <= HOPS
+    files = dict.fromkeys(inspect.getsourcefile(resolve(name)[1]) for name in names)
+    assert len(files) - 1 <= HOPS
+    section = PAGE.partition(f"### {heading}")[2].partition("\n\n#")[0].partition("\n[")[0]
+    numbered = dict(re.findall(r"^- File (\d), `([\w./]+)`", section, re.MULTILINE))
+    assert [ROOT / numbered[str(number)] for number in range(len(files))] == [Path(str(file)) for file in files]
 
 
 def test_the_paths_begin_and_end_at_the_documented_functions():

@@ -179,6 +179,23 @@ class Study:
         """``stability`` of the run's only setting."""
         return self._only.stability
 
+    def table(self, name: str) -> pd.DataFrame:
+        """A table that a stage wrote, by file name: also that of a stage of your own.
+
+        Raises
+        ------
+        UsageError
+            No stage of this run wrote such a table.
+        RunFolderError
+            The file is not there, or is not the one that the stage wrote.
+        """
+        written = {table: stage for stage, entry in self.manifest.stages.items() for table in entry.tables}
+        if name not in written:
+            raise UsageError(f"no stage of this run wrote {name!r}; there are: {', '.join(written)}")
+        folder, stage = RunFolder(self.path), written[name]
+        folder.check_table(name, self.manifest.stages[stage].tables[name], stage)
+        return folder.read_table(name)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as ``xprobe run --json`` prints them. None where a figure could not be computed."""
         manifest = self.manifest
@@ -221,9 +238,6 @@ def load_study(path: str | Path) -> Study:
     manifest = folder.read_finished()
     names = table_names(manifest)
     layers, examples, *probes = read_tables(folder, manifest, names)
-    for stage, entry in manifest.stages.items():
-        for name in set(entry.tables) - set(names):
-            folder.check_table(name, entry.tables[name], stage)
     without = sorted(set(manifest.stages["phases"].results["settings"]) - set(layers["setting"]))
     if without:
         raise RunFolderError(

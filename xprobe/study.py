@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel, Source
     from xprobe.probes.settings import ProbeSettings
     from xprobe.stages.questions import Questions
+    from xprobe.stages.run import Run
 
 
 def run(
@@ -165,6 +166,8 @@ def _compute_stages(
     source = resolve(study.model) if loaded is None else loaded.source
     manifest, finished = _begin(study, questions, source, loaded is not None, path, resume)
     run = Run(RunFolder(path), manifest, execution, notify)
+    if not finished:
+        _forget_later_stages(run)
     if finished:
         notify(Note(f"{path} holds the finished run: shown from its files"))
         unused = _unused_options(execution, manifest)
@@ -190,6 +193,16 @@ def _compute_stages(
         run.manifest.total_seconds = round(time.perf_counter() - started, 3)
     run.manifest.status = "done"
     run.folder.write_manifest(run.manifest)
+
+
+def _forget_later_stages(run: Run) -> None:
+    """Removes what other stages made of the shards that are now computed again: tables and entries."""
+    for name in [name for name in run.manifest.stages if name not in ("states", "probes")]:
+        entry = run.manifest.stages.pop(name)
+        if name != "phases":  # which is computed next
+            for table in entry.tables:
+                (run.folder.path / table).unlink(missing_ok=True)
+            run.notify(Note(f"the stage {name!r} was computed from shards that are gone: compute it again"))
 
 
 def _unused_options(execution: Execution, manifest: Manifest) -> list[str]:
@@ -306,7 +319,7 @@ def _begin(
     if folder.is_finished():
         return before, True
     now.created, now.model.dtype = before.created, before.model.dtype
-    now.stages = {name: before.stages[name] for name in ("states", "probes") if name in before.stages}
+    now.stages = dict(before.stages)
     return now, False
 
 

@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.lens_cases import random_case
-from support.lens_truth import GPU, STATISTICS, Case, Truth, assert_ranks, assert_statistic, assert_top
-from xprobe_kernels import Readout, Unembedding, capture, lens
+from support.lens_truth import Case
+from support.triton_launches import DEVICE, SMALL, assert_right, launched, moved
+from xprobe_kernels import Unembedding, capture, lens
 
 pytest.importorskip("triton")
 
-from xprobe_kernels import configs, triton_lens, triton_readout, triton_rows
-from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, Config, choose, choose_splits
+from xprobe_kernels import configs, triton_lens, triton_rows
+from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, choose, choose_splits
 from xprobe_kernels.request import LensRequest
 
-DEVICE = "cuda" if GPU else "cpu"
-SMALL = Config(16, 64, 16, 4, 2)  # several tiles of rows, of the vocabulary and of the width in a small case
 each_kernel = pytest.mark.parametrize("backend", ["triton", "workspace"])
-
-
-def moved(case: Case) -> Case:
-    head = {name: value.to(DEVICE) for name, value in vars(case.head).items() if isinstance(value, torch.Tensor)}
-    parts = (case.hidden, case.lookup, case.final_rows)
-    hidden, lookup, final_rows = (part.to(DEVICE) for part in parts)
-    return replace(case, hidden=hidden, head=replace(case.head, **head), lookup=lookup, final_rows=final_rows)
-
-
-def launched(
-    case: Case, config: Config, splits: int | None, precision: str = "ieee", workspace_bytes: int = 1 << 20
-) -> Readout:
-    """The kernel with a launch of the test's own choice."""
-    there = moved(case)
-    request = LensRequest(
-        there.hidden, there.head, there.lookup, case.top_k, there.final_rows, precision, workspace_bytes
-    )
-    fields = triton_readout.readout(request, config, splits)
-    here: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in fields.items()}
-    return Readout(**here, backend="triton", precision=precision)
-
-
-def assert_right(case: Case, readout: Readout) -> None:
-    truth = Truth(case)
-    for name in STATISTICS:
-        assert_statistic(truth, "triton", readout, name)
-    assert_ranks(truth, "triton", readout)
-    if case.top_k:
-        assert_top(truth, "triton", readout, case.top_k)
 
 
 # -- tiles and parts -------------------------------------------------------------------------------------
@@ -115,77 +84,6 @@ def kernel_cases(draw: st.DrawFn) -> tuple[Case, int]:
 def test_the_rule_holds_for_any_shape_option_and_number_of_parts(drawn) -> None:
     case, splits = drawn
     assert_right(case, launched(case, SMALL, splits))
-
-
-@pytest.mark.parametrize("final_rows", [list(range(11, -1, -1)), [7, 0] * 6, [3] * 5 + [11] * 7, [11, 9] * 6], ids=str)
-@pytest.mark.parametrize("finals", [1, 2, 100])
-def test_kl_is_right_however_many_final_rows_fit_in_the_workspace(final_rows, finals) -> None:
-    case = replace(random_case(torch.float32, 12, 33, 200), final_rows=torch.tensor(final_rows))
-    columns = 4 * 64  # the vocabulary in tiles
-    assert_right(case, launched(case, SMALL, 2, workspace_bytes=4 * columns * finals))
-
-
-def test_many_rows_are_read_in_blocks_and_give_the_same(monkeypatch) -> None:
-    case = random_case(torch.float16, 75, 24, 300, gamma=True, softcap=20.0, top_k=7)
-    whole = launched(case, SMALL, 2)
-    monkeypatch.setattr(triton_readout, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(triton_readout, "SMALLEST_BLOCK", 20)
-    sizes = []
-    prepare = triton_rows.prepare
-
-    def counted(request: LensRequest) -> triton_rows.Prepared:
-        sizes.append(request.rows)
-        return prepare(request)
-
-    monkeypatch.setattr(triton_readout, "prepare", counted)
-    blocks = launched(case, SMALL, 2)
-    assert sizes == [25, 16, 16, 16, 16, 10]  # the final rows, then all that are compared with another row
-    assert_right(case, blocks)
-    for name, value in vars(whole).items():
-        assert not isinstance(value, torch.Tensor) or value.equal(getattr(blocks, name)), name
-
-
-def test_the_largest_logits_of_one_tile_and_of_many_are_found() -> None:
-    """The k largest logits lie in one tile, in k tiles, or are equal on both sides of the end of a tile."""
-    weight, bias = torch.zeros(640, 4), torch.zeros(640)
-    weight[128:134, 0] = torch.arange(6, 0, -1.0)
-    weight[torch.arange(6) * 100 + 30, 1] = torch.arange(1, 7.0)
-    weight[[63, 64, 127, 128, 600, 639], 2] = 5.0
-    case = Case(
-        torch.eye(4), Unembedding(weight, norm="none", bias=bias), torch.zeros(4, 1, dtype=torch.int64),
-        torch.arange(4), 6,
-    )  # fmt: skip
-    readout = launched(case, SMALL, 2)
-    assert readout.top_ids is not None
-    assert readout.top_ids.tolist() == [
-        [128, 129, 130, 131, 132, 133],
-        [530, 430, 330, 230, 130, 30],
-        [63, 64, 127, 128, 600, 639],
-        [0, 1, 2, 3, 4, 5],
-    ]
-    assert_right(case, readout)
-
-
-@pytest.mark.parametrize("backend", ["triton"])
-def test_asking_for_the_largest_logits_of_many_rows_changes_no_other_bit(backend) -> None:
-    case = random_case(torch.float32, 300, 8, 700, top_k=3)
-    full, bare = case.read(backend, final_rows=None), case.read(backend, top_k=0, final_rows=None)
-    for name in ("logits", "logsumexp", "rank", "entropy"):
-        assert getattr(full, name).equal(getattr(bare, name)), name
-    assert_top(Truth(case), backend, full, 3)
-
-
-def test_equal_logits_in_different_parts_list_the_lowest_id_first() -> None:
-    hidden, weight = torch.zeros(3, 4), torch.zeros(500, 4)
-    bias = torch.zeros(500)
-    bias[[499, 130, 7, 260]] = 1.0
-    case = Case(
-        hidden, Unembedding(weight, norm="none", bias=bias), torch.tensor([[130], [7], [3]]), torch.arange(3), 6
-    )
-    readout = launched(case, SMALL, 4)
-    assert readout.top_ids is not None
-    assert readout.top_ids.tolist() == [[7, 130, 260, 499, 0, 1]] * 3
-    assert readout.rank.flatten().tolist() == [1, 1, 5]
 
 
 def test_the_token_itself_never_counts_though_its_own_logit_exceeds_the_threshold() -> None:

@@ -19,7 +19,6 @@ from xprobe.lenses import reading
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
 from xprobe.runs.folder import RunFolder
-from xprobe.runs.manifest import StageEntry
 from xprobe.stages import states
 
 FULL = {"setting": ("en-x", "x-x"), "batch_tokens": 500, "languages": ("en", "th", "zh"), "limit": 6, "bootstrap": 100}
@@ -232,24 +231,6 @@ def test_shards_that_belong_to_no_group_are_noted_and_left_alone(tiny, tmp_path)
         f"{out / 'shards'} holds shards that this run does not use, remove them: {extra.name}"
     )
     assert extra.exists()
-
-
-@pytest.mark.parametrize("damage", ["edited", "gone"])
-def test_a_table_of_any_stage_is_checked_when_a_run_is_read(damage, tiny, tmp_path):
-    out = tmp_path / "run"
-    xprobe.run(str(tiny), out=out, **SMALL)
-    folder = RunFolder(out)
-    manifest = folder.read_finished()
-    digest = folder.write_table("lengths.parquet", pd.DataFrame({"language": ["en"], "correlation": [0.5]}))
-    manifest.stages["lengths"] = StageEntry(tables={"lengths.parquet": digest})
-    folder.write_manifest(manifest)
-    xprobe.load_study(out)
-    if damage == "edited":
-        folder.write_table("lengths.parquet", pd.DataFrame({"language": ["en"], "correlation": [0.9]}))
-    else:
-        (out / "lengths.parquet").unlink()
-    with pytest.raises(RunFolderError, match=r"lengths.parquet is not the table that the stage 'lengths' of this run"):
-        xprobe.load_study(out)
 
 
 def test_resume_with_another_configuration_names_the_difference(study, tiny, tmp_path):

@@ -387,11 +387,10 @@ class RunFolder:
         RunFolderError
             They differ, or there is no such table.
         """
-        if checksum(self.path / name) != digest:
-            raise RunFolderError(
-                f"{self.path / name} is not the table that the stage {stage!r} of this run wrote: compute that stage "
-                "again, or put the table back"
-            )
+        found = checksum(self.path / name)
+        if found != digest:
+            what = "is not there" if found is None else f"is not the table that the stage {stage!r} of this run wrote"
+            raise RunFolderError(f"{self.path / name} {what}: compute that stage again, or put the table back")
 
     def read_table(self, name: str, digest: str | None = None) -> Any:
         """A table as a data frame.

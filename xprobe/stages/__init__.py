@@ -6,7 +6,7 @@ it can be computed alone, later, and again. ``xprobe.study`` calls them in order
 
 from __future__ import annotations
 
-# name -> what it needs, and what it adds
+# name -> the stages that it needs, and what it adds. A stage that is not here cannot enter itself in a manifest
 STAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "states": ((), "forward passes and the lens: shards"),
     "phases": (("states",), "signals, retrieval onsets, stability: layers.parquet, examples.parquet"),

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from xprobe.config import Execution
-from xprobe.errors import XprobeError
+from xprobe.errors import UsageError, XprobeError
 from xprobe.events import CallerNotify
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.manifest import ExecutionEntry, Manifest, StageEntry
 from xprobe.runs.provenance import environment
+from xprobe.stages import STAGES
 from xprobe.timing import Stopwatch
 
 
@@ -30,7 +31,20 @@ class Run:
     notify: CallerNotify
 
     def entry(self, stage: str, watch: Stopwatch, device: str = "cpu", **parts: Any) -> StageEntry:
-        """The manifest's entry of a stage that this execution has computed."""
+        """Enters a stage in the manifest, as computed by this execution.
+
+        Raises
+        ------
+        UsageError
+            ``xprobe.stages.STAGES`` does not know the stage, or the run lacks one that it needs.
+        """
+        if stage not in STAGES:
+            raise UsageError(
+                f"unknown stage {stage!r}: enter it in xprobe.stages.STAGES, with the stages that it needs"
+            )
+        missing = [name for name in STAGES[stage][0] if name not in self.manifest.stages]
+        if missing:
+            raise UsageError(f"the stage {stage!r} needs the stage {missing[0]!r}, which {self.folder.path} lacks")
         execution = ExecutionEntry(self.execution, device, environment())
         seconds = {name: round(value, 3) for name, value in watch.seconds.items()}
         self.manifest.stages[stage] = StageEntry(**{"executions": [execution], "seconds": seconds, **parts})
