@@ -94,7 +94,7 @@ def first(out: Any) -> torch.Tensor:
 
 def with_xprobe(engine: Engine, prompts: Sequence[Prompt]) -> torch.Tensor:
     """Log-probabilities [L + 1, P] of prompts. Rank, entropy and divergence are computed with them."""
-    rows = engine.capture([study_request(prompt) for prompt in prompts])["answer"]
+    rows = engine.capture_wave([study_request(prompt) for prompt in prompts])["answer"]
     targets = torch.tensor([token for prompt in prompts for token in prompt.targets])
     values = read_answers(rows, targets, engine.anatomy.head)
     return torch.from_numpy(values.logit - values.logsumexp).T

@@ -217,7 +217,7 @@ class Bench:
 
     def log_probabilities(self, engine: Engine, prompts: list[Prompt]) -> torch.Tensor:
         """Log-probabilities [L + 1, P] of the gold tokens, by the engine."""
-        rows = engine.capture([study_request(prompt) for prompt in prompts])["answer"]
+        rows = engine.capture_wave([study_request(prompt) for prompt in prompts])["answer"]
         layers, positions, width = rows.shape
         targets = torch.tensor([token for prompt in prompts for token in prompt.targets], device=rows.device)
         head = self.anatomy.head

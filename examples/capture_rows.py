@@ -15,7 +15,6 @@ texts = ["The boat is red.", "The boat is new.", "Das Boot ist rot."]
 prompts = [tuple(loaded.tokenizer(text).input_ids) for text in texts]
 # you choose the names: "last" is the row of the last token, "mean" the mean over all tokens
 requests = [Request(ids, {"last": Each((len(ids) - 1,)), "mean": Mean(0, len(ids))}) for ids in prompts]
-engine.choose_strategy(requests)  # the fastest strategy that gives the same rows as plain runs of the model
-rows = engine.capture(requests)
+rows = engine.capture(requests)  # by the fastest strategy that gives the same rows as plain runs of the model
 print("strategy:", engine.strategy)
 print("last:", tuple(rows["last"].shape), " mean:", tuple(rows["mean"].shape), " [layers, prompts, width]")

@@ -268,6 +268,7 @@ def train_probes(
         wanted = dict.fromkeys(names, settings or ProbeSettings(seed=run.manifest.study.seed))
         stale = why_stale(folder)
         if stale:
+            folder.check_untouched()
             notify(Note(f"all tables are written again from the shards ({stale})"))
             wanted = {**stage.settings_of(run), **wanted}
             phases.compute(run)

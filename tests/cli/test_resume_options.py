@@ -119,3 +119,18 @@ def test_a_folder_where_another_run_is_starting_is_reported_as_busy(
     with FolderLock(out):
         assert main(["run", "--out", str(out), "--resume"]) == 2
     assert "is being written by this process" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_from_another_working_directory(tmp_path: Path, monkeypatch, capsys) -> None:
+    save_tiny_model(tmp_path / "here" / "m")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["run", "m", *SMALL, "--out", "run"]) == 0
+    without_last_shard(tmp_path / "here" / "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["run", "--out", "../here/run", "--resume"]) == 0
+    without_last_shard(tmp_path / "here" / "run")
+    (tmp_path / "here" / "m").rename(tmp_path / "here" / "moved")
+    capsys.readouterr()
+    assert main(["run", "--out", "../here/run", "--resume"]) == 2
+    assert "lies neither at m nor at" in capsys.readouterr().err

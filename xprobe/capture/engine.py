@@ -57,7 +57,8 @@ class Engine:
     Attributes
     ----------
     strategy : str
-        How prompts share a pass. It is ``tree`` until ``choose_strategy`` finds that the model does not allow it.
+        How prompts share a pass. ``choose_strategy`` finds one that the model allows; ``capture`` calls it where nobody
+        has. Before ``run`` it must be called, or a strategy set that is known to be right.
     kernel : bool
         Whether packed trees may use the attention kernel.
     limits : TokenLimits
@@ -76,12 +77,21 @@ class Engine:
         self.batch_tokens = check_batch_tokens(batch_tokens)
         self.limits = TokenLimits.from_model(model, anatomy)
         self.warn = Warnings(notify)
-        self.strategy: Strategy = "tree"
+        self._strategy: Strategy | None = None  # until it is chosen
         self.kernel = attention.available(input_device(model))
         self.alone_beyond = rotary_limit(model.config)
         self.parity_error: float | None = None
         self._largest_part = 0  # most requests in one pass of the last capture
         self._space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
+
+    @property
+    def strategy(self) -> Strategy:
+        """How prompts share a pass; ``tree`` until a strategy is chosen."""
+        return self._strategy or "tree"
+
+    @strategy.setter
+    def strategy(self, strategy: Strategy) -> None:
+        self._strategy = strategy
 
     def report(self) -> RunnerReport:
         """How the engine has run the requests so far."""
@@ -200,10 +210,32 @@ class Engine:
         self._space.reserve(plan.most_rows)
         for wave in plan.waves:
             if any(group.key in wanted for group in wave.groups):
-                yield wave, self.capture(wave.requests)
+                yield wave, self.capture_wave(wave.requests)
 
     def capture(self, requests: Sequence[Request]) -> Rows:
-        """Runs ``requests`` and returns their rows. The next call overwrites them.
+        """Runs ``requests`` and returns their rows.
+
+        Where no strategy was chosen yet, it is chosen first, by a check on a few of these requests. A request that is
+        alone is run as it is.
+
+        Raises
+        ------
+        UsageError
+            A request cannot be run (``check_requests``).
+        RuntimeError, MemoryError
+            Memory runs out even for one request at a time, or the model fails.
+        """
+        strategy = self._strategy
+        if strategy is None and len(requests) > 1:
+            self.choose_strategy(requests)
+        elif strategy is None:
+            strategy = "plain"
+        return self.capture_wave(requests, strategy).copy()
+
+    def capture_wave(self, requests: Sequence[Request], strategy: Strategy | None = None) -> Rows:
+        """Like ``capture``, into memory of the engine: the next call overwrites the rows.
+
+        ``strategy``: in place of the engine's own, which is not checked here.
 
         Raises
         ------
@@ -213,8 +245,8 @@ class Engine:
             Memory runs out even for one request at a time, or the model fails.
         """
         check_requests(requests, self.limits)
-        tensor_parallel.send_order("capture", requests)
-        return self._capture(requests, self.strategy, self.batch_tokens)
+        tensor_parallel.send_order("capture_wave", requests, strategy)
+        return self._capture(requests, strategy or self.strategy, self.batch_tokens)
 
     def _capture(self, requests: Sequence[Request], strategy: Strategy, budget: int) -> Rows:
         rows = self._space.take(requests)

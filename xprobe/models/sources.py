@@ -22,6 +22,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 FINGERPRINTED = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".py"}
 
 
+MIB = 1 << 20
+WHOLE_BYTES = 64 * MIB  # files up to this size are covered whole by a fingerprint
+SAMPLE_BYTES = 64 << 10  # of each MiB of larger ones
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from.
@@ -48,8 +53,9 @@ class Source:
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the model's files.
 
-        Of each file in a folder it covers the name, the size, and the first and last MiB. A GGUF file is covered whole.
-        For a model on the hub it covers only the id.
+        Of each file in a folder it covers name and size, and the content: all of it up to 64 MiB, of a larger file
+        64 KiB at every MiB, and the last MiB. A changed weight matrix is seen, a single changed number may not be. A
+        GGUF file is covered whole. For a model on the hub it covers only the id.
         """
         if self.kind == "hub":
             return hashlib.sha256(self.location.encode()).hexdigest()
@@ -58,11 +64,17 @@ class Source:
             return gguf.checksum(path)
         digest = hashlib.sha256()
         for file in sorted(p for p in path.iterdir() if p.suffix in FINGERPRINTED and p.is_file()):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as handle:
-                digest.update(handle.read(1 << 20))
-                handle.seek(max(file.stat().st_size - (1 << 20), 0))
-                digest.update(handle.read(1 << 20))
+                if size <= WHOLE_BYTES:
+                    digest.update(handle.read())
+                    continue
+                for start in range(0, size, MIB):
+                    handle.seek(start)
+                    digest.update(handle.read(SAMPLE_BYTES))
+                handle.seek(size - MIB)
+                digest.update(handle.read())
         return digest.hexdigest()
 
 

@@ -239,7 +239,7 @@ def labels_of(probe: Probe, examples: pd.DataFrame) -> NDArray:
     if probe.labels is None:
         raise UsageError(f"probe {probe.name!r} has no labels")
     with naming_probe(probe.name, "labels"):
-        labels = probe.labels(examples)
+        labels = probe.labels(examples.copy())  # a function may change its table; the other probes need it as it is
         if not isinstance(labels, pd.Series):
             labels = np.asarray(labels)
     expected = f"probe {probe.name!r} must give one label for each of {len(examples)} examples"

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ class RunFolder:
     @property
     def resume_command(self) -> str:
         """The command that writes everything again that can be written again, for messages."""
-        return f"`xprobe run --out {self.path} --resume`"
+        return f"`xprobe run --out {shlex.quote(str(self.path))} --resume`"
 
     def is_finished(self) -> bool:
         """Whether nothing has to be computed: the manifest is as it was written, and every shard is there."""
@@ -197,6 +198,10 @@ class RunFolder:
     def manifest_is_untouched(self) -> bool:
         """Whether the manifest still has the checksum that it was written with."""
         return manifest_file.is_untouched(self.path / MANIFEST)
+
+    def check_untouched(self) -> None:
+        """Refuses a manifest that was changed: written again, the change would look like xprobe's own."""
+        manifest_file.check_untouched(self.path / MANIFEST, self.resume_command)
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Writes the manifest with its checksums, in one step."""
@@ -380,13 +385,7 @@ class RunFolder:
             yield digests
 
     def check_table(self, name: str, digest: str, stage: str) -> None:
-        """Compares the bytes of a table with the checksum that its stage entered in the manifest.
-
-        Raises
-        ------
-        RunFolderError
-            They differ, or there is no such table.
-        """
+        """Refuses a table that is not the one whose checksum its stage entered in the manifest, and a missing one."""
         found = checksum(self.path / name)
         if found != digest:
             what = "is not there" if found is None else f"is not the table that the stage {stage!r} of this run wrote"

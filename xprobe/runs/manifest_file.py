@@ -68,5 +68,14 @@ def is_untouched(path: Path) -> bool:
         return False
 
 
+def check_untouched(path: Path, resume_command: str) -> None:
+    """Raises a RunFolderError if the manifest was changed after xprobe wrote it."""
+    if not is_untouched(path):
+        raise RunFolderError(
+            f"{path} was changed after xprobe wrote it: put the old one back, or let {resume_command} compute its "
+            "entries again"
+        )
+
+
 def _parsed(path: Path) -> Any:
     return json.loads(read_file(path).decode("utf-8-sig"))

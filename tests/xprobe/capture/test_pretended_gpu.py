@@ -179,13 +179,13 @@ def test_the_loop_of_a_run_does_not_wait_and_a_thread_writes_the_shards(monkeypa
         keys = {group.key for wave in plan.waves for group in wave.groups}
         folder, watch, told = RunFolder.create(tmp_path / "run"), Stopwatch(), []
         folder.write_manifest(Manifest())
-        number, take = iter(range(99)), engine.capture
+        number, take = iter(range(99)), engine.capture_wave
 
         def capture(prompts):
             begun[next(number)].set()
             return take(prompts)
 
-        monkeypatch.setattr(engine, "capture", capture)
+        monkeypatch.setattr(engine, "capture_wave", capture)
         monkeypatch.setattr(watch, "collect", lambda: None)  # after the loop it may wait
         gpu.waits.clear()
         begun[len(plan.waves)].set()  # the last wave has no next one
@@ -209,7 +209,7 @@ def test_a_loop_that_fails_has_written_and_reported_what_it_computed(broken, mon
         keys = {group.key for wave in plan.waves for group in wave.groups}
         folder, told, calls = RunFolder.create(tmp_path / "run"), [], []
         folder.write_manifest(Manifest())
-        owner, name = (engine, "capture") if broken == 1 else (folder, "write_shards")
+        owner, name = (engine, "capture_wave") if broken == 1 else (folder, "write_shards")
         real = getattr(owner, name)
 
         def failing(*args, **options):

@@ -374,3 +374,14 @@ def test_a_wrong_entry_of_config_json_gives_an_error_of_one_line_or_none(folder,
     assert not any("\n" in line for line in errors.values())
     assert errors["hidden_size"] != ""
     assert errors["bos_token_id"] == "" or value is not None
+
+
+def test_a_change_in_the_middle_of_a_large_file_changes_the_fingerprint(folder) -> None:
+    large = folder / "model-00002-of-00002.safetensors"
+    with large.open("wb") as handle:
+        handle.truncate(70 << 20)
+    before = loading.resolve(str(folder)).fingerprint()
+    with large.open("r+b") as handle:
+        handle.seek(40 << 20)
+        handle.write(b"\1" * (2 << 20))  # as large as a small weight matrix
+    assert loading.resolve(str(folder)).fingerprint() != before

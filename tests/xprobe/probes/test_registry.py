@@ -355,3 +355,17 @@ def test_a_series_with_another_index_is_refused(index):
 def test_labels_that_are_not_one_for_each_example_are_refused(labels, message):
     with pytest.raises(UsageError, match=f"probe 'script' must give one label for each of 4 examples, gave {message}"):
         labels_of(with_labels(labels), EXAMPLES)
+
+
+def test_a_labels_function_that_changes_its_table_changes_nothing_for_other_probes() -> None:
+    examples = pd.DataFrame({"language": ["en", "th"], "answer_tokens": [2, 1]})
+    before = examples.copy()
+
+    def labels(table: pd.DataFrame) -> pd.Series:
+        table["language"] = "xx"
+        table.sort_values("answer_tokens", inplace=True)
+        return table["answer_tokens"] > 1
+
+    probe = Probe("mine", "whether the answer is long", lambda settings: GaussianNB(), labels)
+    assert labels_of(probe, examples).tolist() == [True, False]
+    pd.testing.assert_frame_equal(examples, before)
