@@ -250,10 +250,8 @@ def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -
     study = {name: value for name, value in vars(manifest.study).items() if name not in given}
     if "model" in study and manifest.model.kind in ("folder", "gguf") and not Path(study["model"]).exists():
         if not Path(manifest.model.location).exists():
-            raise UsageError(
-                f"the model of the run in {out} lies neither at {study['model']} nor at {manifest.model.location}: "
-                "name the MODEL"
-            )
+            places = " or ".join(dict.fromkeys((study["model"], manifest.model.location)))
+            raise UsageError(f"no model lies at {places}, where the run in {out} had it: name the MODEL")
         study["model"] = manifest.model.location  # the run began in another working directory
     return {**study, **vars(recorded.resumed_with(how))}
 

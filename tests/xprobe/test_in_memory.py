@@ -180,3 +180,19 @@ def test_experts_in_fp64_are_put_back(tmp_path):
     study = xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "run", **FAST)
     assert parity(study) < 1e-6  # the readout keeps single precision
     assert model.config._experts_implementation == before
+
+
+def test_hooks_of_the_caller_are_warned_of_and_are_part_of_the_identity(held, tmp_path):
+    model, tokenizer = held
+
+    def steer(module, args, output):
+        return output
+
+    handle = model.model.layers[1].register_forward_hook(steer)
+    study = xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "run", **FAST)
+    (warning,) = [text for text in study.manifest.warnings if "hooks" in text]
+    assert "model.layers.1: " in warning
+    assert "steer" in warning
+    handle.remove()
+    with pytest.raises(UsageError, match="cannot resume"):
+        xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "run", resume=True, **FAST)

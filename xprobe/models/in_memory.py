@@ -21,7 +21,8 @@ from xprobe.models.messages import quiet
 from xprobe.models.sources import Source
 
 SAMPLE = 256  # number of values of each tensor in the fingerprint
-IDENTITY = f"configuration, tokenizer, and of every tensor name, shape, dtype and up to {SAMPLE} values"
+IDENTITY = f"configuration, tokenizer, names of hooks, and of every tensor name, shape, dtype and up to {SAMPLE} values"
+_LIBRARIES = ("transformers.", "accelerate.", "torch.")  # hooks of these belong to the model
 _IGNORED = (
     "_name_or_path",
     "transformers_version",
@@ -164,10 +165,31 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     tokenizer_text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     digest.update(tokenizer_text.encode())
     digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
+    digest.update("".join(hooks(model)).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(_sample(value))
     return digest.hexdigest()
+
+
+def hooks(model: Any) -> list[str]:
+    """The caller's forward hooks and pre-hooks on a model: module and name of the function, in order.
+
+    Examples
+    --------
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> def steer(module, args, output): ...
+    >>> handle = layer.register_forward_hook(steer)
+    >>> hooks(torch.nn.Sequential(layer))
+    ['0: steer']
+    """
+    found = []
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            function = getattr(hook, "func", hook)
+            if not str(getattr(function, "__module__", "")).startswith(_LIBRARIES):
+                found.append(f"{name}: {getattr(function, '__qualname__', type(function).__name__)}")
+    return found
 
 
 def _sample(value: Tensor) -> bytes:

@@ -24,7 +24,7 @@ from xprobe.capture.runner import Runner
 from xprobe.errors import DataError, ModelError, UsageError
 from xprobe.events import Note, Stage, Step
 from xprobe.lenses.reading import AnswerReadout, start_reading
-from xprobe.models import loading
+from xprobe.models import in_memory, loading
 from xprobe.models.anatomy import input_device, inspect
 from xprobe.models.loading import LoadedModel
 from xprobe.models.streaming import streamed as streaming
@@ -260,6 +260,10 @@ def _open(run: Run, source: loading.Source, loaded: LoadedModel | None) -> tuple
             lambda done, total: run.notify(Step("blocks", done, total)),
         )  # fmt: skip
     else:
+        if loaded is not None and (found := in_memory.hooks(loaded.model)):
+            warnings.append(
+                f"the model has hooks, which are part of what is measured and cannot be recorded: {', '.join(found)}"
+            )
         loaded = loaded or loading.load(source, execution, dtype=dtype, warnings=warnings)
         tokenizer = loaded.tokenizer
         tokens = execution.tokens_on(str(input_device(loaded.model)))
