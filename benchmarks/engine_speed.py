@@ -116,7 +116,9 @@ def waves_of(plan: Plan, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
 
 def load(dtype: str, setting: str, questions: int) -> tuple[Any, Anatomy, list[Prompt]]:
     loaded = loading.load(loading.resolve("smollm2-135m"), dtype=dtype)
-    examples = load_data("xquad").examples((setting,), None, questions)
+    examples = load_data("xquad").examples((setting,), None, None)
+    first = set(list(dict.fromkeys(example.question_id for example in examples))[:questions])  # whole paragraphs first
+    examples = [example for example in examples if example.question_id in first]
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     return loaded.model, inspect(loaded.model), prompts
 
