@@ -33,6 +33,8 @@ __all__ = ["Execution", "Study", "StudyConfig", "XprobeError", "__version__", "l
 
 
 def __getattr__(name: str) -> Any:
+    if name == "probes":  # xprobe.probes.register is for users, so the module needs no import of its own
+        return import_module("xprobe.probes")
     if name not in _HOME:
         raise AttributeError(f"module 'xprobe' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(_HOME[name]), name)

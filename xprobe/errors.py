@@ -15,6 +15,12 @@ class UsageError(XprobeError, ValueError):
     exit_code = 2
 
 
+class UnknownSettingError(UsageError, KeyError):
+    """A run does not hold the setting that was asked for; also a KeyError, because a ``Study`` is a mapping."""
+
+    __str__ = Exception.__str__  # KeyError would put the message in quotes
+
+
 class DataError(XprobeError):
     """A dataset cannot be read, or holds nothing to work on."""
 

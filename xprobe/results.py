@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.arguments import folder_path
-from xprobe.errors import RunFolderError, UsageError
+from xprobe.errors import RunFolderError, UnknownSettingError, UsageError
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
 from xprobe.runs.manifest import Manifest
 
@@ -104,7 +104,7 @@ class SettingResult:
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Study(Mapping[str, SettingResult]):
     """Results of one run: a read-only mapping from each setting to its ``SettingResult``.
 
     Attributes
@@ -132,30 +132,17 @@ class Study:
         """The settings of this run, in order."""
         return tuple(self.manifest.stages["phases"].results["settings"])
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a mapping would compare data frames
+
     def __len__(self) -> int:
         return len(self.settings)
-
-    def __contains__(self, setting: object) -> bool:
-        return setting in self.settings
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.settings)
 
-    def keys(self) -> tuple[str, ...]:
-        """The settings of this run, in order."""
-        return self.settings
-
-    def values(self) -> tuple[SettingResult, ...]:
-        """The results of every setting, in order."""
-        return tuple(SettingResult(self, setting) for setting in self.settings)
-
-    def items(self) -> tuple[tuple[str, SettingResult], ...]:
-        """Pairs of a setting and its results, in order."""
-        return tuple(zip(self.keys(), self.values(), strict=True))
-
     def __getitem__(self, setting: str) -> SettingResult:
         if setting not in self.settings:
-            raise UsageError(f"this run holds no setting {setting!r}; it holds {', '.join(self.settings)}")
+            raise UnknownSettingError(f"this run holds no setting {setting!r}; it holds {', '.join(self.settings)}")
         return SettingResult(self, setting)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,6 +32,18 @@ class Names(click.ParamType):
         if not all(names):
             self.fail(f"{value!r} is not a comma-separated list of names", param, ctx)
         return names
+
+
+class Folder(click.Path):
+    """A path, as ``click.Path``, but not the empty text, which would stand for the working directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value) == "":
+            self.fail("is empty: name a folder", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def echo_json(value: Any) -> None:

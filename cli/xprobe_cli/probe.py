@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from xprobe.config import BUILT_IN_PROBES, DEFAULT_PROBES, MAX_SEED, PROBES
-from xprobe_cli.options import common, echo_json
+from xprobe_cli.options import Folder, common, echo_json
 from xprobe_cli.progress import Progress
 
 
@@ -28,7 +28,7 @@ def _help() -> str:
 
 
 @click.command("probe", help=_help())
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=Folder())
 @click.option(
     "--probe",
     "probes",

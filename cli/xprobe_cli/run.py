@@ -28,7 +28,7 @@ from xprobe.errors import UsageError
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest
-from xprobe_cli.options import Names, common, echo_json
+from xprobe_cli.options import Folder, Names, common, echo_json
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, resume_hint
 from xprobe_cli.tables import counted
@@ -85,7 +85,7 @@ from xprobe_cli.tables import counted
     metavar="NAMES|none",
     help=f"Probes to train, comma-separated: {', '.join(PROBES)}. [default: {','.join(DEFAULT_PROBES)}]",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: a new one under runs/]")
+@click.option("--out", type=Folder(), help="Run folder. [default: a new one under runs/]")
 @click.option(
     "--resume",
     is_flag=True,

@@ -134,3 +134,8 @@ def test_a_run_is_resumed_from_another_working_directory(tmp_path: Path, monkeyp
     capsys.readouterr()
     assert main(["run", "--out", "../here/run", "--resume"]) == 2
     assert f"no model lies at {tmp_path / 'here' / 'm'}, where the run in ../here/run had it" in capsys.readouterr().err
+
+
+def test_an_empty_name_is_no_folder(tiny: Path, capsys) -> None:
+    assert main(["run", str(tiny), *SMALL, "--out", ""]) == 2
+    assert "is empty: name a folder" in capsys.readouterr().err

@@ -122,6 +122,11 @@ def test_a_study_is_a_mapping_from_settings_to_their_results(study):
     assert "x-y" not in study
     assert len(study) == 2
     assert list(study) == list(study.keys()) == ["en-x", "x-x"]
+    assert study.get("fr-x") is None
+    with pytest.raises(KeyError, match=r"^this run holds no setting 'fr-x'; it holds en-x, x-x$"):
+        study["fr-x"]
+    assert study == study
+    assert study in {study}
     assert [setting for setting, result in study.items() if result.setting == setting] == ["en-x", "x-x"]
     assert dict(study)["x-x"].alpha == study["x-x"].alpha
 

@@ -72,6 +72,8 @@ def with_default_attention(model_config: Any, warnings: list[str] | None = None)
 def window(config: Any) -> int | None:
     """Longest input in tokens, from the configuration. None if the model has no limit (as with ALiBi).
 
+    A configuration may carry an entry that its family does not read, so the smallest of them counts.
+
     Examples
     --------
     >>> from transformers import BloomConfig, LlamaConfig
@@ -81,11 +83,9 @@ def window(config: Any) -> int | None:
     True
     """
     text = config.get_text_config(decoder=True)
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+    values = [getattr(text, name, None) for name in names]
+    return min((value for value in values if isinstance(value, int) and value > 0), default=None)
 
 
 def check_decoder(config: Any, name: str) -> None:

@@ -83,6 +83,11 @@ def load_template(name: str) -> Template:
         raise UsageError(f"template file {path}: format must be one of {', '.join(FORMATS)}, got {kind!r}")
     prompt = _table(path, "prompt", values.get("prompt"))
     for language, text in prompt.items():
+        if other := [name for name in re.findall(r"\{(\w+)\}", text) if name not in ("context", "question")]:
+            raise UsageError(
+                f"template file {path}: prompt ({language}) holds {{{other[0]}}}, which nothing replaces; "
+                "it may hold {context} and {question}"
+            )
         if re.findall(r"\{(context|question)\}", text) != ["context", "question"]:
             raise UsageError(
                 f"template file {path}: prompt ({language}) must hold {{context}} and then {{question}}, each once"

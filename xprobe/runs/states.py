@@ -24,7 +24,7 @@ class StoredStates:
     ----------
     folder : RunFolder
     frame : DataFrame
-        One row per example, shard after shard (``xprobe.stages.states.read_signals``).
+        One row per example, shard after shard (``xprobe.stages.shards.read_signals`` gives them).
     n_layers, width : int
         L + 1 and D.
     """

@@ -385,3 +385,11 @@ def test_a_change_in_the_middle_of_a_large_file_changes_the_fingerprint(folder) 
         handle.seek(40 << 20)
         handle.write(b"\1" * (2 << 20))  # as large as a small weight matrix
     assert loading.resolve(str(folder)).fingerprint() != before
+
+
+def test_the_smallest_window_of_a_configuration_counts() -> None:
+    from transformers import MptConfig
+
+    config = MptConfig(max_seq_len=64)
+    config.max_position_embeddings = 4096  # an entry that the family does not read
+    assert loading.window(config) == 64

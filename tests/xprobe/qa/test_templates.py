@@ -70,3 +70,10 @@ def test_a_file_that_is_no_template_is_refused_by_name(tmp_path, content, messag
 def test_a_missing_file_is_named():
     with pytest.raises(UsageError, match=r"nowhere\.toml"):
         load_template("nowhere.toml")
+
+
+def test_a_placeholder_that_nothing_replaces_is_named(tmp_path):
+    path = tmp_path / "t.toml"
+    path.write_text('prompt = "{context} {question} {answer}"\n')
+    with pytest.raises(UsageError, match=r"prompt \(en\) holds \{answer\}, which nothing replaces"):
+        load_template(str(path))
