@@ -16,7 +16,8 @@ ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_id
 rows = []  # the hidden row [D] at the last token, before the final norm, of layers 0 to L
 with torch.no_grad(), watch_states(anatomy.blocks, lambda layer, hidden: rows.append(hidden[0, -1])):
     loaded.model(ids)
-paris = loaded.tokenizer(" Paris", add_special_tokens=False).input_ids[0]
+paris = loaded.tokenizer(" Paris", add_special_tokens=False).input_ids[0]  # its first token, if it has several
+word = loaded.tokenizer.decode([paris])
 values = lens(torch.stack(rows), anatomy.head, torch.full((len(rows),), paris, device=ids.device), top_k=1)
 for layer, (top, rank) in enumerate(zip(values.top_ids[:, 0].tolist(), values.rank[:, 0].tolist(), strict=True)):
-    print(f"layer {layer:>2}  top token {loaded.tokenizer.decode([top])!r:<16} rank of ' Paris' {rank}")
+    print(f"layer {layer:>2}  top token {loaded.tokenizer.decode([top])!r:<16} rank of {word!r} {rank}")

@@ -9,6 +9,8 @@ import pandas as pd
 if len(sys.argv) != 2:
     sys.exit("usage: python examples/read_run_folder.py RUN_FOLDER")
 run = Path(sys.argv[1])
+if not (run / "manifest.json").is_file():
+    sys.exit(f"{run} is no run folder: it holds no manifest.json")
 manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
 layers = pd.read_parquet(run / "layers.parquet")  # setting, layer, language, signal, value, lo, hi, n
 examples = pd.read_parquet(run / "examples.parquet")  # one row per question, language and setting

@@ -168,17 +168,19 @@ def _compute_stages(
     run = Run(RunFolder(path), manifest, execution, notify)
     if not finished:
         _forget_later_stages(run)
+    stale = why_stale(run.folder) if finished else None
     if finished:
-        notify(Note(f"{path} holds the finished run: shown from its files"))
+        if not stale:
+            notify(Note(f"{path} holds the finished run: shown from its files"))
         unused = _unused_options(execution, manifest)
         if unused:
             notify(Note(f"the run is finished, so these options were not used: {', '.join(unused)}"))
     else:
         probes.check_registered(run)
         states.compute(run, questions, source, loaded)
-    stale = why_stale(run.folder) if finished else None
     if stale:
-        notify(Note(f"tables are written again from the shards: {stale}"))
+        reason = stale.partition(": `")[0]  # without the command, which is this one
+        notify(Note(f"the run is finished, and its tables are written again from the shards: {reason}"))
     if stale or not finished:
         wanted = probes.settings_of(run)
         phases.compute(run)
