@@ -292,9 +292,9 @@ def test_the_row_buffer_is_allocated_once(small):
     model, anatomy = small
     engine = Engine(model, anatomy, 10_000)
     engine._space.reserve({"answer": sum(len(item.targets) for item in PROMPTS), "question": len(PROMPTS)})
-    place = engine.capture(requests(PROMPTS))["answer"].data_ptr()
+    place = engine.capture_wave(requests(PROMPTS))["answer"].data_ptr()
     for some in (PROMPTS[:3], PROMPTS[2:], PROMPTS):
-        assert engine.capture(requests(some))["answer"].data_ptr() == place
+        assert engine.capture_wave(requests(some))["answer"].data_ptr() == place
 
 
 def test_part_gives_the_rows_of_some_requests(small):
