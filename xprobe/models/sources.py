@@ -13,13 +13,11 @@ from typing import Any
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import gguf
 from xprobe.models.completeness import MERGE
+from xprobe.models.folder_checksum import folder_checksum
 from xprobe.models.messages import quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 ADAPTER_CONFIG = "adapter_config.json"
-
-# suffixes of weights, configuration, tokenizers, and a model's own code
-FINGERPRINTED = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".py"}
 
 
 @dataclass(frozen=True)
@@ -48,22 +46,13 @@ class Source:
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the model's files.
 
-        Of each file in a folder it covers the name, the size, and the first and last MiB. A GGUF file is covered whole.
-        For a model on the hub it covers only the id.
+        A GGUF file is covered whole; of a folder, what ``xprobe.models.folder_checksum.folder_checksum`` says. For a
+        model on the hub it covers only the id.
         """
         if self.kind == "hub":
             return hashlib.sha256(self.location.encode()).hexdigest()
         path = Path(self.location)
-        if self.kind == "gguf":
-            return gguf.checksum(path)
-        digest = hashlib.sha256()
-        for file in sorted(p for p in path.iterdir() if p.suffix in FINGERPRINTED and p.is_file()):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as handle:
-                digest.update(handle.read(1 << 20))
-                handle.seek(max(file.stat().st_size - (1 << 20), 0))
-                digest.update(handle.read(1 << 20))
-        return digest.hexdigest()
+        return gguf.checksum(path) if self.kind == "gguf" else folder_checksum(path)
 
 
 def resolve(name: str) -> Source:
