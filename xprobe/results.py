@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -217,11 +216,6 @@ def load_study(path: str | Path) -> Study:
     RunFolderError
         The run is not finished, an entry of its manifest is missing or wrong, or a table is not the one that this run
         wrote.
-
-    Warns
-    -----
-    UserWarning
-        ``manifest.json`` was changed after xprobe wrote it. Results and tables have checksums of their own.
     """
     import pandas as pd
 
@@ -229,12 +223,6 @@ def load_study(path: str | Path) -> Study:
 
     folder = RunFolder.open(folder_path("path", path))
     manifest = folder.read_finished()
-    if not folder.manifest_is_untouched():
-        warnings.warn(
-            f"{folder.path / MANIFEST} was changed after xprobe wrote it: what it says of model, data and options is "
-            "not checked",
-            stacklevel=2,
-        )
     names = table_names(manifest)
     layers, examples, *probes = read_tables(folder, manifest, names)
     without = sorted(set(manifest.stages["phases"].results["settings"]) - set(layers["setting"]))

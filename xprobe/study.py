@@ -28,7 +28,7 @@ from xprobe.runs.disk import check_writable
 from xprobe.runs.folder import SHARDS, RunFolder
 from xprobe.runs.identity import differences
 from xprobe.runs.lock import LOCK, FolderLock
-from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
+from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry, StageEntry
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel, Source
@@ -270,7 +270,6 @@ def train_probes(
         wanted = dict.fromkeys(names, settings or ProbeSettings(seed=run.manifest.study.seed))
         stale = why_stale(folder)
         if stale:
-            folder.check_untouched()
             notify(Note(f"all tables are written again from the shards ({stale})"))
             wanted = {**stage.settings_of(run), **wanted}
             phases.compute(run)
@@ -300,6 +299,8 @@ def _begin(
     ------
     UsageError
         The run in the folder has another study, model or data: names every difference.
+    RunFolderError
+        The manifest was changed, and does not fit the shards.
     """
     from xprobe.models.in_memory import IDENTITY
 
@@ -321,8 +322,19 @@ def _begin(
         raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another out (--out)")
     if folder.is_finished():
         return before, True
-    now.created, now.model.dtype = before.created, before.model.dtype
-    now.stages = dict(before.stages)
+    folder.check_key()
+    now.model.dtype = before.model.dtype
+    stages = {name: entry for name, entry in before.stages.items() if name in ("states", "probes")}
+    if folder.manifest_is_untouched():
+        now.created, now.stages = before.created, stages
+    else:  # only what can be verified is written again, with a new checksum
+        folder.check_dtype(before.model.dtype)
+        untouched = folder.untouched_stages()
+        now.stages = {name: entry for name, entry in stages.items() if name in untouched}
+        if "probes" in stages.keys() - untouched:  # the probes are trained again, so their settings are enough
+            now.stages["probes"] = StageEntry(results=stages["probes"].results)
+    later = {name: entry for name, entry in before.stages.items() if name not in stages}
+    now.stages |= later  # until _forget_later_stages has removed what they wrote
     return now, False
 
 

@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from xprobe.events import Event
+from xprobe.runs.commands import resume_command
 from xprobe.runs.folder import MANIFEST
 from xprobe_cli.progress import Progress
 
@@ -76,7 +77,7 @@ def resume_hint(progress: Progress, folder: Path, options: list[str]) -> str:
         return "nothing was computed yet; the same command begins again"
     counted = progress.stage == STEP and progress.done < progress.total
     kept = f"{progress.done} of {progress.total} examples are kept" if counted else "what was computed is kept"
-    return f"{kept}; continue with: {program()} {shlex.join(['run', '--out', str(folder), '--resume', *options])}"
+    return f"{kept}; continue with: {resume_command(folder, options, program())}"
 
 
 def program() -> str:

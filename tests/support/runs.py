@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from xprobe.runs.folder import MANIFEST
+from xprobe.runs.identity import checksum_of
 from xprobe.runs.manifest import Manifest
+from xprobe.runs.schema import STAGE_SHA256
 
 CHANGING = ("created", "total_seconds", "sha256")
 
 
 def steady(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest without what differs between two runs of the same: times, and the checksum that covers them."""
-    stages = {name: without(stage, "seconds") for name, stage in manifest.get("stages", {}).items()}
+    """A manifest without what differs between two runs of the same: times, and the checksums that cover them."""
+    stages = {name: without(stage, "seconds", STAGE_SHA256) for name, stage in manifest.get("stages", {}).items()}
     return without({**manifest, "stages": stages}, *CHANGING)
 
 
@@ -25,6 +27,12 @@ def without(values: Any, *names: str) -> Any:
 def raw_manifest(out: Path) -> dict[str, Any]:
     """The manifest as plain values, as it lies on the disk."""
     return json.loads((out / MANIFEST).read_text())
+
+
+def write_signed(out: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest with a checksum that fits it, as another version of xprobe would."""
+    values = without(manifest, "sha256")
+    (out / MANIFEST).write_text(json.dumps({**values, "sha256": checksum_of(values)}))
 
 
 def contents(out: Path) -> dict[str, Any]:

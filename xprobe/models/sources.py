@@ -13,18 +13,11 @@ from typing import Any
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import gguf
 from xprobe.models.completeness import MERGE
+from xprobe.models.folder_checksum import folder_checksum
 from xprobe.models.messages import quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 ADAPTER_CONFIG = "adapter_config.json"
-
-# suffixes of weights, configuration, tokenizers, and a model's own code
-FINGERPRINTED = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".py"}
-
-
-MIB = 1 << 20
-WHOLE_BYTES = 64 * MIB  # files up to this size are covered whole by a fingerprint
-SAMPLE_BYTES = 64 << 10  # of each MiB of larger ones
 
 
 @dataclass(frozen=True)
@@ -53,29 +46,13 @@ class Source:
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the model's files.
 
-        Of each file in a folder it covers name and size, and the content: all of it up to 64 MiB, of a larger file
-        64 KiB at every MiB, and the last MiB. A changed weight matrix is seen, a single changed number may not be. A
-        GGUF file is covered whole. For a model on the hub it covers only the id.
+        A GGUF file is covered whole; of a folder, what ``xprobe.models.folder_checksum.folder_checksum`` says. For a
+        model on the hub it covers only the id.
         """
         if self.kind == "hub":
             return hashlib.sha256(self.location.encode()).hexdigest()
         path = Path(self.location)
-        if self.kind == "gguf":
-            return gguf.checksum(path)
-        digest = hashlib.sha256()
-        for file in sorted(p for p in path.iterdir() if p.suffix in FINGERPRINTED and p.is_file()):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
-            with file.open("rb") as handle:
-                if size <= WHOLE_BYTES:
-                    digest.update(handle.read())
-                    continue
-                for start in range(0, size, MIB):
-                    handle.seek(start)
-                    digest.update(handle.read(SAMPLE_BYTES))
-                handle.seek(size - MIB)
-                digest.update(handle.read())
-        return digest.hexdigest()
+        return gguf.checksum(path) if self.kind == "gguf" else folder_checksum(path)
 
 
 def resolve(name: str) -> Source:

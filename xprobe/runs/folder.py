@@ -7,13 +7,11 @@ which is synced too. So the disk has every shard in the journal, and the journal
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,18 +44,18 @@ from xprobe.runs.schema import (
     without_broken_stages,
 )
 from xprobe.runs.serialization import UNFINISHED, Shard, ShardFile, write_files
+from xprobe.runs.tables import RunTables
 
 MANIFEST, JOURNAL, SHARDS = "manifest.json", "journal.jsonl", "shards"
 LAYERS, EXAMPLES, PROBE_TABLE = "layers.parquet", "examples.parquet", "probes.parquet"
 SHARD = ".safetensors"  # end of a shard's name
+PUT_BACK = "put the old manifest back, or start the run in a new folder"
 _NAMED = 5  # shards that a message names
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunFolder(RunTables):
     """A folder that holds one run."""
-
-    path: Path
 
     @classmethod
     def check(cls, path: Path, *, resume: bool = False) -> None:
@@ -180,14 +178,34 @@ class RunFolder:
                 f"the run in {self.path} is not finished ({manifest['status']}): {self.resume_command} continues it"
             )
         wrong = finished_complaint(manifest)
+        if wrong is not None and wrong.startswith("entry study"):
+            raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; the run cannot be used: {PUT_BACK}")
         if wrong is not None:
             raise RunFolderError(f"{self.path / MANIFEST}: {wrong}; {self.resume_command} writes it again")
+        if not self.manifest_is_untouched():
+            raise RunFolderError(
+                f"{self.path / MANIFEST} was changed after xprobe wrote it. Put the old manifest back; or "
+                f"{self.resume_command} compares it with model, data and shards, and writes it again"
+            )
         return Manifest.from_dict(manifest)
 
-    @property
-    def resume_command(self) -> str:
-        """The command that writes everything again that can be written again, for messages."""
-        return f"`xprobe run --out {shlex.quote(str(self.path))} --resume`"
+    def check_key(self) -> None:
+        """Checks that the journal names the run of the manifest, if it names any.
+
+        Raises
+        ------
+        RunFolderError
+            What identifies the run was changed after it wrote its shards.
+        """
+        if journal.runs(self.path / JOURNAL) - {self._run_key} and not self._entries():
+            raise RunFolderError(
+                f"{self.path / MANIFEST} was changed after the run wrote its shards: they are of another study, model "
+                f"or data. {PUT_BACK.capitalize()}"
+            )
+
+    def untouched_stages(self) -> set[str]:
+        """Names of the stages whose entries are as they were written."""
+        return manifest_file.untouched_stages(self._read_json())
 
     def is_finished(self) -> bool:
         """Whether nothing has to be computed: the manifest is as it was written, and every shard is there."""
@@ -198,10 +216,6 @@ class RunFolder:
     def manifest_is_untouched(self) -> bool:
         """Whether the manifest still has the checksum that it was written with."""
         return manifest_file.is_untouched(self.path / MANIFEST)
-
-    def check_untouched(self) -> None:
-        """Refuses a manifest that was changed: written again, the change would look like xprobe's own."""
-        manifest_file.check_untouched(self.path / MANIFEST, self.resume_command)
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Writes the manifest with its checksums, in one step."""
@@ -223,18 +237,18 @@ class RunFolder:
     def shard_name(self, group: str) -> str:
         return group.replace("/", ".") + SHARD
 
-    def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any], execution: int = 0) -> None:
+    def write_shard(self, group: str, tensors: dict[str, Any], metadata: dict[str, Any], execution: str = "") -> None:
         """Stores one context group (numpy arrays or torch tensors); see ``write_shards``."""
         self.write_shards([Shard(group, tensors, metadata)], execution)
 
     def write_shards(
-        self, shards: Sequence[Shard], execution: int = 0, stored: Callable[[list[Shard]], None] = lambda shards: None
+        self, shards: Sequence[Shard], execution: str = "", stored: Callable[[list[Shard]], None] = lambda shards: None
     ) -> None:
         """Stores context groups side by side, and enters them in the journal with their checksums.
 
         A shard counts from its line in the journal on. The lines follow in one write, once the disk has all files. If a
         file cannot be written, the other ones are entered all the same, and the error is raised then. ``stored`` is
-        called with the shards that were entered. ``execution`` is the index of the execution that computed them.
+        called with the shards that were entered. ``execution`` is the key of the execution that computed them.
         """
         places = [self.path / SHARDS / self.shard_name(shard.group) for shard in shards]
         with writing(self.path):
@@ -256,15 +270,11 @@ class RunFolder:
         known = self._entries()
         return [name for name in known if checksum(self.path / SHARDS / name) == known[name].get("sha256", "")]
 
-    def shards_by_execution(self, groups: list[str]) -> dict[int, int]:
-        """How many of the shards of ``groups`` each execution wrote."""
+    def shards_by_execution(self, groups: list[str]) -> Counter[str]:
+        """How many of the shards of ``groups`` each execution wrote, by its key."""
         known = self._entries()
-        counts: dict[int, int] = {}
-        for name in map(self.shard_name, groups):
-            index = known.get(name, {}).get("execution")
-            if isinstance(index, int):
-                counts[index] = counts.get(index, 0) + 1
-        return counts
+        keys = (known.get(name, {}).get("execution") for name in map(self.shard_name, groups))
+        return Counter(key for key in keys if isinstance(key, str))
 
     def tidy(self, groups: list[str]) -> None:
         """Makes an interrupted run's folder equal to that of a run without interruption.
@@ -308,7 +318,7 @@ class RunFolder:
             if not self.manifest_is_untouched():
                 raise RunFolderError(
                     f"{self.path / MANIFEST} was changed after xprobe wrote it, so these shards are not known to be "
-                    f"its own: {names}. Put the old manifest back, or start the run in a new folder"
+                    f"its own: {names}. {PUT_BACK.capitalize()}"
                 )
             raise RunFolderError(
                 f"{names} in {place} {what} that this run wrote: {self.resume_command} computes {again} again"
@@ -352,6 +362,23 @@ class RunFolder:
                 f"{self.resume_command} writes it again"
             )
 
+    def check_dtype(self, dtype: str) -> None:
+        """Compares the model's dtype in the manifest with that of the hidden rows in the shards, if there are any.
+
+        Raises
+        ------
+        RunFolderError
+            They differ.
+        """
+        for name in self.finished_shards()[:1]:
+            with self._opened(name) as shard:
+                stored = shard.dtype("prompt_end")
+            if stored not in (None, dtype):
+                raise RunFolderError(
+                    f"{self.path / MANIFEST}: entry model.dtype is {dtype!r}, the shards hold {stored}. "
+                    f"{PUT_BACK.capitalize()}"
+                )
+
     def row_shape(self, name: str, key: str) -> tuple[int, ...]:
         """Shape of one example in an array of a shard."""
         with self._opened(name) as shard:
@@ -361,57 +388,3 @@ class RunFolder:
         """Layers of one array [N, K, D] of a shard as float32 [N, len(layers), D]; nothing else of it is read."""
         with self._opened(name) as shard:
             return shard.layers(key, layers)
-
-    # -- tables ----------------------------------------------------------------------------------------------
-
-    def write_table(self, name: str, frame: Any) -> str:
-        """Writes one table; its checksum."""
-        with self.writing_tables({name: frame}) as digests:
-            pass
-        return digests[name]
-
-    @contextmanager
-    def writing_tables(self, frames: dict[str, Any]) -> Iterator[dict[str, str]]:
-        """Writes tables, by file name, under temporary names, and renames them when the block ends.
-
-        The block gets their checksums by file name. If it raises, or if the disk is full, the old tables stay.
-        """
-        with writing(self.path), ExitStack() as stack:
-            digests: dict[str, str] = {}
-            for name, frame in frames.items():
-                temporary = stack.enter_context(replacing(self.path / name))
-                frame.to_parquet(temporary, index=False)
-                digests[name] = checksum(temporary) or ""
-            yield digests
-
-    def check_table(self, name: str, digest: str, stage: str) -> None:
-        """Refuses a table that is not the one whose checksum its stage entered in the manifest, and a missing one."""
-        found = checksum(self.path / name)
-        if found != digest:
-            what = "is not there" if found is None else f"is not the table that the stage {stage!r} of this run wrote"
-            raise RunFolderError(f"{self.path / name} {what}: compute that stage again, or put the table back")
-
-    def read_table(self, name: str, digest: str | None = None) -> Any:
-        """A table as a data frame.
-
-        Raises
-        ------
-        RunFolderError
-            It is not there, cannot be read, or has another checksum than ``digest``.
-        """
-        import pandas as pd
-
-        path = self.path / name
-        if not expect(path):
-            raise RunFolderError(f"{self.path} holds no {name}: {self.resume_command} writes it from the shards")
-        content = read_file(path)
-        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
-            raise RunFolderError(
-                f"{path} is not the table that this run wrote: {self.resume_command} writes it again from the shards"
-            )
-        try:
-            return pd.read_parquet(io.BytesIO(content))
-        except (OSError, ValueError) as error:
-            raise RunFolderError(
-                f"cannot read {path} ({error}): {self.resume_command} writes it again from the shards"
-            ) from error

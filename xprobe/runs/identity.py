@@ -52,7 +52,10 @@ def _describe_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> str
     if name not in new:
         return f"{name} was {old[name]!r}, which this version of xprobe does not know"
     if name not in old:
-        return f"{name} is now {new[name]!r} and was not known to the version that began the run"
+        return (
+            f"{name} is now {new[name]!r} and is missing in the manifest (it was removed, or the version that began "
+            "the run did not know it)"
+        )
     return f"{name} was {old[name]!r} and is now {new[name]!r}"
 
 
@@ -71,6 +74,11 @@ def run_key(values: dict[str, Any]) -> str:
             "template": values.get("template_sha256"),
         }
     )
+
+
+def execution_key(options: dict[str, Any], device: str, environment: dict[str, Any]) -> str:
+    """The name of an execution in the journal: equal for equal options, device and environment."""
+    return checksum_of({"options": options, "device": device, "environment": environment})[:16]
 
 
 def checksum_of(values: dict[str, Any]) -> str:

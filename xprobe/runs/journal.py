@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ def append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
         sync(path.parent)
 
 
+def runs(path: Path) -> set[str]:
+    """Keys of the runs that the journal has lines of."""
+    return {entry["run"] for entry in _lines(path) if isinstance(entry.get("run"), str)}
+
+
 def entries(path: Path, run: str) -> dict[str, dict[str, Any]]:
     """The last line on each shard of the run with the key ``run``. Damaged lines and those of other runs are left out.
 
@@ -36,12 +41,15 @@ def entries(path: Path, run: str) -> dict[str, dict[str, Any]]:
     RunFolderError
         ``path`` is something else than a file, or cannot be read.
     """
-    found: dict[str, dict[str, Any]] = {}
+    return {entry["shard"]: entry for entry in _lines(path) if entry.get("run") == run}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines on a shard that are whole."""
     for line in read_file(path).split(b"\n") if expect(path) else []:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue  # cut off where a run was killed while writing it
-        if isinstance(entry, dict) and isinstance(entry.get("shard"), str) and entry.get("run") == run:
-            found[entry["shard"]] = entry
-    return found
+        if isinstance(entry, dict) and isinstance(entry.get("shard"), str):
+            yield entry

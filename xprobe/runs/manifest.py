@@ -49,17 +49,25 @@ class DataEntry:
 class ExecutionEntry:
     """How one part of a stage was computed: options, the device they led to, and the versions at work.
 
-    ``shards`` counts what this part wrote, where the stage writes shards.
+    Attributes
+    ----------
+    key : str
+        Checksum of options, device and environment; lines of the journal name it.
+    shards : int
+        How many shards this part wrote, where the stage writes shards.
+    strategy : str
+        How this part shared the beginnings of prompts, where the stage runs the model.
+    warnings : list of str
+        What this part warned of, where the stage runs the model.
     """
 
     options: Execution = field(default_factory=Execution)
     device: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
     shards: int = 0
-
-    def same_as(self, other: ExecutionEntry) -> bool:
-        """Whether two parts were computed alike, whatever they wrote."""
-        return (self.options, self.device, self.environment) == (other.options, other.device, other.environment)
+    strategy: str = ""
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -10,16 +10,17 @@ from xprobe.errors import RunFolderError
 from xprobe.runs.disk import read_file
 from xprobe.runs.identity import checksum_of
 from xprobe.runs.manifest import FORMAT, Manifest
-from xprobe.runs.schema import RESULTS_SHA256
+from xprobe.runs.schema import RESULTS_SHA256, STAGE_SHA256, stage_is_untouched
 
 _SELF = "sha256"  # entry of the manifest: checksum of all the others
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Content of the file: the entries, a checksum of each stage's results, and a checksum of everything."""
+    """Content of the file: the entries, checksums of each stage and of its results, and a checksum of everything."""
     values = json.loads(json.dumps(manifest.to_dict()))  # as readers will see it
     for stage in values["stages"].values():
         stage[RESULTS_SHA256] = checksum_of(stage["results"])
+        stage[STAGE_SHA256] = checksum_of(stage)
     values[_SELF] = checksum_of(values)
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace")  # half a surrogate pair, as JSON writes it
@@ -68,13 +69,10 @@ def is_untouched(path: Path) -> bool:
         return False
 
 
-def check_untouched(path: Path, resume_command: str) -> None:
-    """Raises a RunFolderError if the manifest was changed after xprobe wrote it."""
-    if not is_untouched(path):
-        raise RunFolderError(
-            f"{path} was changed after xprobe wrote it: put the old one back, or let {resume_command} compute its "
-            "entries again"
-        )
+def untouched_stages(values: dict[str, Any]) -> set[str]:
+    """Names of the stages in a manifest whose entries still have the checksums that they were written with."""
+    stages = values.get("stages")
+    return {name for name, stage in stages.items() if stage_is_untouched(stage)} if isinstance(stages, dict) else set()
 
 
 def _parsed(path: Path) -> Any:

@@ -13,7 +13,8 @@ from xprobe.errors import XprobeError
 from xprobe.runs.identity import checksum_of
 from xprobe.runs.manifest import Manifest
 
-RESULTS_SHA256 = "results_sha256"  # entry of a stage: checksum of its results; runs of older versions have none
+RESULTS_SHA256 = "results_sha256"  # entry of a stage: checksum of its results
+STAGE_SHA256 = "stage_sha256"  # entry of a stage: checksum of all its other entries
 
 _LARGEST = 2**53  # whole numbers up to here are exact in every JSON reader, and fit an int64
 _SHOWN = 60  # characters of a wrong value in a message
@@ -213,7 +214,7 @@ _PROBE = Entries({
 _STUDY = _field_rules(StudyConfig)
 _EXECUTION = Entries({
     "options": Entries({}, _field_rules(Execution)), "device": TEXT, "environment": Entries({}), "shards": COUNT,
-})  # fmt: skip
+}, {"key": TEXT, "strategy": TEXT, "warnings": TEXTS})  # fmt: skip
 _STAGE: dict[str, Rule] = {
     "executions": Items(_EXECUTION), "seconds": Every(SECONDS), "warnings": TEXTS, "tables": Every(DIGEST),
     "results": Entries({}),
@@ -301,6 +302,14 @@ def _changed_results(stages: dict[str, Any]) -> str | None:
         if RESULTS_SHA256 in stage and stage[RESULTS_SHA256] != checksum_of(stage["results"]):
             return f"entry stages.{name}.results was changed after the run wrote it"
     return None
+
+
+def stage_is_untouched(stage: Any) -> bool:
+    """Whether the entry of a stage still has the checksum that it was written with."""
+    if not isinstance(stage, dict):
+        return False
+    others = {name: value for name, value in stage.items() if name != STAGE_SHA256}
+    return stage.get(STAGE_SHA256) == checksum_of(others)
 
 
 def without_broken_extras(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,12 @@ class ShardFile:
         """Shape of one example in an array."""
         return tuple(self._handle.get_slice(key).get_shape()[1:])
 
+    def dtype(self, key: str) -> str | None:
+        """Name of an array's dtype as torch writes it; None if there is no such array."""
+        if key not in self._handle.keys():  # noqa: SIM118 - the handle is no mapping
+            return None
+        return str(self._handle.get_slice(key)[:0].dtype).removeprefix("torch.")
+
     def layers(self, key: str, layers: range) -> Any:
         """Layers of an array [N, K, D] as float32 [N, len(layers), D]; nothing else of it is read."""
         return self._handle.get_slice(key)[:, layers.start : layers.stop].float().numpy()

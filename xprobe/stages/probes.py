@@ -57,7 +57,6 @@ def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
             f"{run.folder.path / MANIFEST}: entry groups does not fit {EXAMPLES}; {run.folder.resume_command} writes "
             "it again"
         )
-    run.folder.check_untouched()
     with watch.timed("probes"):
         scores, signals = _train_all(run, stored, wanted)
     others = {name: entry for name, entry in recorded(run).items() if name not in wanted}

@@ -11,6 +11,7 @@ from xprobe.config import Execution
 from xprobe.errors import UsageError, XprobeError
 from xprobe.events import CallerNotify
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.identity import execution_key
 from xprobe.runs.manifest import ExecutionEntry, Manifest, StageEntry
 from xprobe.runs.provenance import environment
 from xprobe.stages import STAGES
@@ -45,10 +46,16 @@ class Run:
         missing = [name for name in STAGES[stage][0] if name not in self.manifest.stages]
         if missing:
             raise UsageError(f"the stage {stage!r} needs the stage {missing[0]!r}, which {self.folder.path} lacks")
-        execution = ExecutionEntry(self.execution, device, environment())
+        execution = self.execution_entry(device)
         seconds = {name: round(value, 3) for name, value in watch.seconds.items()}
         self.manifest.stages[stage] = StageEntry(**{"executions": [execution], "seconds": seconds, **parts})
         return self.manifest.stages[stage]
+
+    def execution_entry(self, device: str = "cpu") -> ExecutionEntry:
+        """How this process computes a stage."""
+        versions = environment()
+        key = execution_key(self.execution.to_dict(), device, versions)
+        return ExecutionEntry(self.execution, device, versions, key)
 
     @contextmanager
     def failing(self, kept: Callable[[], str]) -> Iterator[None]:

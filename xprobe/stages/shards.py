@@ -32,7 +32,7 @@ def write_wave(
     values: AnswerReadout,
     rows: dict[str, Tensor],
     watch: Stopwatch,
-    execution: int = 0,
+    execution: str = "",
     kept: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Writes the groups of a wave whose keys are ``wanted``, one shard each.
@@ -49,8 +49,8 @@ def write_wave(
         As ``xprobe.stages.states.PendingWave.wait`` gives them.
     watch : Stopwatch
         Gets the seconds of "write".
-    execution : int
-        Index of the stage's execution, for the journal.
+    execution : str
+        Key of the stage's execution, for the journal.
     kept : callable (count), optional
         Called with the number of examples whose shards the run folder has now, also if writing others fails.
     """

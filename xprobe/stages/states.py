@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +22,7 @@ from xprobe.capture.plan import Plan, Wave
 from xprobe.capture.requests import group_requests
 from xprobe.capture.rows import Rows
 from xprobe.capture.runner import Runner
-from xprobe.errors import DataError, ModelError, UsageError
+from xprobe.errors import DataError, ModelError, UsageError, XprobeError
 from xprobe.events import Note, Stage, Step
 from xprobe.lenses.reading import AnswerReadout, start_reading
 from xprobe.models import in_memory, loading
@@ -30,8 +31,7 @@ from xprobe.models.loading import LoadedModel
 from xprobe.models.streaming import streamed as streaming
 from xprobe.qa.prompts import Prompt, Skipped, build_prompts, describe_format
 from xprobe.runs.folder import RunFolder
-from xprobe.runs.manifest import Counts, ExecutionEntry, StageEntry
-from xprobe.runs.provenance import environment
+from xprobe.runs.manifest import Counts, StageEntry
 from xprobe.stages.overlap import in_turn, overlapped
 from xprobe.stages.questions import Questions
 from xprobe.stages.requests import ANSWER, QUESTION, strategy_sample, study_request, teacher_forced
@@ -85,30 +85,32 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
 
     _describe_model(run, runner, window)
     _describe_prompts(run, questions, prompts, skipped, plan, tokenizer)
-    execution = ExecutionEntry(run.execution, str(input_device(runner.model)), environment())
-    executions = before.executions
-    if not executions or not executions[-1].same_as(execution):
-        executions = [*executions, execution]
-    entry = StageEntry(executions, results={"plan": plan.to_dict(), "parity_error": runner.report().parity_error})
+    execution = run.execution_entry(str(input_device(runner.model)))
+    same = next((one for one in before.executions if one.key == execution.key), None)
+    execution = same or execution
+    entry = StageEntry([*(one for one in before.executions if one is not same), execution])
+    entry.results = {"plan": plan.to_dict(), "parity_error": runner.report().parity_error}
+    _describe_execution(entry, runner)
     run.manifest.stages[NAME] = entry
     run.manifest.status = "running"
     run.folder.make()
     run.folder.write_manifest(run.manifest)
 
-    _compute_missing(run, runner, plan, prompts, watch, len(executions) - 1)
-
+    try:
+        _compute_missing(run, runner, plan, prompts, watch, execution.key)
+    except BaseException:
+        _describe_execution(entry, runner)
+        with suppress(XprobeError):  # the first error says what is wrong
+            run.folder.write_manifest(run.manifest)
+        raise
+    _describe_execution(entry, runner)
     report = runner.report()
     if report.strategy != plan.strategy:  # it changed during the sweep
         entry.results["plan"] = runner.plan(groups).to_dict()
     entry.results["plan"] |= {"batch_tokens": plan.batch_tokens, "attention_kernel": report.attention_kernel}
     entry.results["parity_error"] = report.parity_error
-    entry.warnings = list(report.warnings)
     entry.seconds = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
-    counts = run.folder.shards_by_execution(run.manifest.groups)
-    for index, one in enumerate(executions):
-        one.shards = counts.get(index, 0)
-    if len(executions) > 1 and not executions[-1].shards:  # it had no shard to compute
-        executions.pop()
+    _count_shards(run, entry)
 
 
 class PendingWave:
@@ -153,7 +155,7 @@ class PendingWave:
 
 
 def _compute_missing(
-    run: Run, runner: Runner, plan: Plan, prompts: Sequence[Prompt], watch: Stopwatch, execution: int
+    run: Run, runner: Runner, plan: Plan, prompts: Sequence[Prompt], watch: Stopwatch, execution: str
 ) -> None:
     """Computes the groups that have no shard yet, and reports how many examples are done."""
     by_group: dict[str, list[Prompt]] = {}
@@ -187,7 +189,7 @@ def write_shards(
     *,
     backend: str = "auto",
     store_rows: bool = True,
-    execution: int = 0,
+    execution: str = "",
 ) -> None:
     """Computes every wave of ``plan`` that holds a group of ``wanted``, and writes those groups' shards.
 
@@ -201,8 +203,8 @@ def write_shards(
         By group key, the prompts of the group's requests, in their order.
     written : callable (count)
         Called from the caller's thread with the number of examples written since the last call.
-    execution : int
-        Index of the stage's execution, for the journal.
+    execution : str
+        Key of the stage's execution, for the journal.
 
     Raises
     ------
@@ -289,6 +291,26 @@ def _describe_model(run: Run, runner: Runner, window: int | None) -> None:
     entry.dtype = str(runner.model.dtype).removeprefix("torch.")
     entry.window, entry.modules = window, dict(runner.anatomy.names)
     entry.head_sha256, entry.scale, entry.softcap = head.fingerprint(), head.scale, head.softcap
+
+
+def _describe_execution(entry: StageEntry, runner: Runner) -> None:
+    """Enters strategy and warnings of the last execution, and the warnings of all."""
+    execution, report = entry.executions[-1], runner.report()
+    execution.strategy = report.strategy
+    execution.warnings = list(dict.fromkeys([*execution.warnings, *report.warnings]))
+    entry.warnings = list(dict.fromkeys(warning for one in entry.executions for warning in one.warnings))
+
+
+def _count_shards(run: Run, entry: StageEntry) -> None:
+    """Enters how many shards each execution wrote; of those that wrote none, only the last can stay."""
+    counts, groups = run.folder.shards_by_execution(run.manifest.groups), run.manifest.groups
+    for one in entry.executions:
+        one.shards = counts[one.key]
+    entry.executions = [one for one in entry.executions if one.shards] or entry.executions[-1:]
+    unknown = len(groups) - sum(one.shards for one in entry.executions)
+    if unknown:
+        entry.warnings.append(f"the manifest does not say which execution wrote {unknown} of {len(groups)} shards")
+        run.notify(Note(entry.warnings[-1]))
 
 
 def _describe_prompts(

@@ -119,7 +119,7 @@ def test_open_takes_only_a_folder_with_a_manifest(folder: RunFolder) -> None:
 
 
 def test_a_manifest_comes_back_as_it_was_written(folder: RunFolder) -> None:
-    entry = StageEntry([ExecutionEntry(Execution(device="cpu"), "cpu", {}, 3)], {"load": 1.25})
+    entry = StageEntry([ExecutionEntry(Execution(device="cpu"), "cpu", {}, "a1", 3)], {"load": 1.25})
     manifest = Manifest(stages={"states": entry}, other={"note": "Köln 塔"})
     folder.write_manifest(manifest)
     assert folder.read_run() == manifest

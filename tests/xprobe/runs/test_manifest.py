@@ -16,6 +16,7 @@ import xprobe
 from xprobe.config import Execution, StudyConfig
 from xprobe.errors import RunFolderError
 from xprobe.runs.folder import JOURNAL, MANIFEST, RunFolder
+from xprobe.runs.identity import execution_key
 from xprobe.runs.manifest import FORMAT, Counts, DataEntry, ExecutionEntry, Manifest, ModelEntry, StageEntry
 from xprobe.study import train_probes
 
@@ -23,8 +24,8 @@ GPU = Execution(device="cuda:0", batch_tokens=8192)
 SPREAD = Execution(device_map={"model.layers.0": 0, "lm_head": "disk"})
 STATES = StageEntry(
     [
-        ExecutionEntry(GPU, "cuda:0", {"xprobe": "0.2.0"}, 3),
-        ExecutionEntry(SPREAD, "cuda:0", {"xprobe": "0.2.1"}, 2),
+        ExecutionEntry(GPU, "cuda:0", {"xprobe": "0.2.0"}, "a1", 3, "tree", ["a smaller batch"]),
+        ExecutionEntry(SPREAD, "cuda:0", {"xprobe": "0.2.1"}, "b2", 2),
     ],
     {"load": 1.5, "forward": 12.25},
     ["a smaller batch"],
@@ -128,30 +129,27 @@ def test_manifests_share_no_entries() -> None:
 # -- executions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [
-        ({"shards": 9}, True),
-        ({"options": Execution(device="cuda:0", batch_tokens=4096)}, False),
-        ({"device": "cpu"}, False),
-        ({"environment": {"xprobe": "0.2.1"}}, False),
-    ],
-    ids=["shards", "options", "device", "environment"],
-)
-def test_executions_are_compared_without_their_number_of_shards(change: dict[str, Any], same: bool) -> None:
-    part = STATES.executions[0]
-    assert part.same_as(replace(part, **change)) is same
+def test_an_execution_is_named_after_its_options_its_device_and_its_versions() -> None:
+    options = Execution().to_dict()
+    name = execution_key(options, "cpu", {"xprobe": "0.2.0"})
+    assert name == execution_key(Execution().to_dict(), "cpu", {"xprobe": "0.2.0"})
+    others = [
+        execution_key(Execution(batch_tokens=100).to_dict(), "cpu", {"xprobe": "0.2.0"}),
+        execution_key(options, "cuda:0", {"xprobe": "0.2.0"}),
+        execution_key(options, "cpu", {"xprobe": "0.2.1"}),
+    ]
+    assert len({name, *others}) == 4
 
 
 def test_the_folder_counts_the_shards_of_each_execution(folder: RunFolder) -> None:
     groups = [f"en-x/en/p{number}" for number in range(5)]
     folder.write_manifest(Manifest(groups=groups))
-    for group, execution in zip(groups[:4], (0, 0, 2, 0), strict=True):
+    for group, execution in zip(groups[:4], ("a", "a", "b", "a"), strict=True):
         folder.write_shard(group, {"a": np.zeros(2)}, {}, execution)
-    assert folder.shards_by_execution(groups) == {0: 3, 2: 1}
-    folder.write_shard(groups[0], {"a": np.ones(2)}, {}, 2)  # computed again: it is of the last one that wrote it
-    assert folder.shards_by_execution(groups) == {0: 2, 2: 2}
-    assert folder.shards_by_execution(groups[3:]) == {0: 1}
+    assert folder.shards_by_execution(groups) == {"a": 3, "b": 1}
+    folder.write_shard(groups[0], {"a": np.ones(2)}, {}, "b")  # computed again: it is of the last one that wrote it
+    assert folder.shards_by_execution(groups) == {"a": 2, "b": 2}
+    assert folder.shards_by_execution(groups[3:]) == {"a": 1}
 
 
 def test_a_journal_line_without_an_execution_is_counted_for_no_execution(folder: RunFolder) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from support.runs import write_signed
 from xprobe_cli.main import main
 from xprobe_cli.probe_tables import probe_report
 from xprobe_cli.run import warnings
@@ -59,8 +60,8 @@ def places(value: Any, inside: Place = ()) -> Iterator[Place]:
         yield from places(value[0], (*inside, 0))
 
 
-def spoil(out: Path, text: str, place: Place, value: Any) -> None:
-    """Writes a manifest with one wrong entry."""
+def spoil(out: Path, text: str, place: Place, value: Any, *, signed: bool = False) -> None:
+    """Writes a manifest with one wrong entry; ``signed``: with a checksum that fits it."""
     manifest = json.loads(text)
     holder = manifest
     for key in place[:-1]:
@@ -69,7 +70,10 @@ def spoil(out: Path, text: str, place: Place, value: Any) -> None:
         del holder[place[-1]]
     else:
         holder[place[-1]] = value
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    if signed:
+        write_signed(out, manifest)
+    else:
+        (out / MANIFEST).write_text(json.dumps(manifest))
 
 
 def read_everything(out: Path) -> None:
@@ -115,7 +119,7 @@ def test_any_wrong_entry_is_either_not_needed_or_named(
         if "x-x" in place and values != WRONG:
             continue  # as the other setting
         for value in values[:1] if UNREAD & set(map(str, place)) and len(place) > 1 else values:
-            spoil(out, text, place, value)
+            spoil(out, text, place, value, signed=True)
             try:
                 read_everything(out)
                 read += 1
@@ -191,7 +195,7 @@ def test_no_wrong_entry_is_reported_as_a_fault_of_xprobe(
         (("stages", "states", "warnings"), 5, "entry stages.states.warnings must be a list of texts, is 5"),
         ((*STATES, "seconds", "load"), -1, "states.seconds.load must be a number of at least 0, is -1"),
         ((*STATES, "results", "parity_error"), None, "parity_error must be a number of at least 0, is null"),
-        ((*OPTIONS_USED, "batch_tokens"), "x", "executions[0].options.batch_tokens must be a whole number, is "),
+        ((*OPTIONS_USED, "batch_tokens"), "x", "options.batch_tokens must be a whole number or null, is "),
         ((*OPTIONS_USED, "batch_tokens"), 0, "entry stages cannot be used: batch_tokens must be "),
         ((*OPTIONS_USED, "device_map"), [1], "options.device_map must be text or an object or null, is [1]"),
         (("status",), "over", 'entry status must be "running" or "done", is "over"'),
@@ -227,7 +231,7 @@ def test_entries_that_this_version_does_not_know_are_no_error(out: Path) -> None
     manifest = json.loads((out / MANIFEST).read_text())
     manifest |= {"wavelets": {"n": [1]}, "note": "half a pair: \ud800"}
     manifest["model"]["colour"] = None
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    write_signed(out, manifest)
     xprobe.load_study(out)
     train_probes(out, ("language",))
     assert xprobe.load_study(out).manifest.other["note"] == "half a pair: \ud800"
@@ -260,7 +264,7 @@ def test_a_run_without_checksums_of_its_results_is_read(out: Path) -> None:
     manifest = json.loads((out / MANIFEST).read_text())
     for stage in manifest["stages"].values():
         del stage["results_sha256"]
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    write_signed(out, manifest)
     assert xprobe.load_study(out)["en-x"].alpha == manifest["stages"]["phases"]["results"]["settings"]["en-x"]["alpha"]
 
 
@@ -268,7 +272,7 @@ def test_a_run_without_checksums_of_its_results_is_read(out: Path) -> None:
 @pytest.mark.parametrize("place", [("created",), ("total_seconds",), ("selection",), ("prompt",), ("stages", "later")])
 def test_a_wrong_entry_that_nobody_needs_keeps_no_run_from_being_read(place: Place, value: Any, out: Path) -> None:
     before = xprobe.load_study(out).to_dict()["settings"]
-    spoil(out, (out / MANIFEST).read_text(), place, value)
+    spoil(out, (out / MANIFEST).read_text(), place, value, signed=True)
     assert xprobe.load_study(out).to_dict()["settings"] == before
 
 
@@ -292,7 +296,7 @@ def test_a_setting_that_the_tables_do_not_hold_is_named(out: Path) -> None:
     found = manifest["stages"]["phases"]["results"]["settings"]
     found["y-y"] = found.pop("x-x")
     del manifest["stages"]["phases"]["results_sha256"]
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    write_signed(out, manifest)
     with pytest.raises(RunFolderError, match=r"results names y-y, which layers.parquet does not hold"):
         xprobe.load_study(out)
 

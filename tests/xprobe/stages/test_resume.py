@@ -215,7 +215,7 @@ def test_an_option_that_only_one_version_knows_is_a_difference(out: Path, tiny: 
     scribble(out, {**manifest, "study": {**study, "wavelets": 3}})
     refuse(tiny, out, "wavelets was 3, which this version of xprobe does not know")
     scribble(out, {**manifest, "study": {name: value for name, value in study.items() if name != "seed"}})
-    refuse(tiny, out, "seed is now 0 and was not known to the version that began the run")
+    refuse(tiny, out, "seed is now 0 and is missing in the manifest")
 
 
 def test_a_run_resumed_on_another_device_keeps_its_dtype(tiny: Path, tmp_path: Path) -> None:
