@@ -259,7 +259,8 @@ def test_the_engine_halves_the_batch_if_memory_runs_out_and_gives_the_same_rows(
         assert len(warnings) == device.failed
         assert f"at most {engine.batch_tokens} tokens" in warnings[-1]
         failures = device.failed
-        assert torch.equal(engine.capture(requests(PROMPTS))["answer"], captured["answer"])
+        again = engine.capture(requests(PROMPTS))["answer"]
+        assert torch.allclose(again, captured["answer"], rtol=0, atol=1e-5)  # other batches: a rounding at most
         assert device.failed == failures  # the engine keeps the size that fits
     finally:
         device.hook.remove()
