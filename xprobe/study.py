@@ -322,12 +322,12 @@ def _begin(
         raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another out (--out)")
     if folder.is_finished():
         return before, True
-    folder.check_key()
     now.model.dtype = before.model.dtype
     stages = {name: entry for name, entry in before.stages.items() if name in ("states", "probes")}
     if folder.manifest_is_untouched():
         now.created, now.stages = before.created, stages
     else:  # only what can be verified is written again, with a new checksum
+        folder.check_key()
         folder.check_dtype(before.model.dtype)
         untouched = folder.untouched_stages()
         now.stages = {name: entry for name, entry in stages.items() if name in untouched}
