@@ -1,24 +1,30 @@
 """Everything that needs a GPU, in one command from a checkout: tests, whole runs, kernels, tuning, profile.
 
-    python benchmarks/gpu.py OUT [--minutes 10] [--steps env,sanitize,tests,run,bench,tune,profile,aot]
-                                 [--model MODEL] [--data DATA] [--commit HASH]
+    python benchmarks/gpu.py OUT [--minutes 10] [--steps env,sanitize,tests,run,bench,rivals,tune,profile,aot]
+                                 [--model MODEL] [--data DATA] [--commit HASH] [--compare FOLDER [--strict]]
+    python benchmarks/gpu.py OUT --steps none --compare FOLDER
 
 Every step is a process with its own time limit. A step that fails or runs out of time does not stop the others, and
-time that a step does not use goes to later steps. OUT gets eight files, which are written as results come:
+time that a step does not use goes to later steps. OUT gets nine files, which are written as results come:
 environment.json, run.json (whole_run.py: the demo model or MODEL, then a random one of Llama-3-8B's shape, over DATA),
-bench.json, roofline.png, tune.json, profile.txt, log.txt (the output of all other steps) and summary.json. The exit
-code is 0 only if every step succeeded. Clocks and other settings of the GPU are read, never changed.
+bench.json, roofline.png, tune.json, tests-passed.txt, profile.txt, log.txt (the output of all other steps) and
+summary.json. The exit code is 0 only if every step succeeded. Clocks and other settings of the GPU are read, never
+changed.
+
+A step that is run again with the same OUT goes on where it stopped: `run`, `bench` and `rivals` measure only what
+their file lacks, `tests` runs only what did not pass, `tune` tries only the candidates it did not finish. With another
+card, driver, version or code all but `tune` begin anew, and earlier-run.json or earlier-bench.json keeps the earlier
+figures. The other steps are short and always begin anew.
+
+``--compare`` prints the figures of OUT against those of an earlier folder (gpu_compare.py) and needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,18 +32,47 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from benchmarks import gpu_compare, gpu_passed
+from benchmarks.gpu_process import Part, run
+from benchmarks.gpu_results import (
+    add_run,
+    earlier_bench_problem,
+    fingerprint,
+    finished_runs,
+    measured_shapes,
+    merge,
+    read,
+    read_tests,
+    run_problem,
+    set_aside,
+    sources_sha256,
+    write,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
+NONE = "none"  # the only step: nothing is measured
 OK, FAILED, LATE, SKIPPED, RUNNING = "ok", "failed", "out of time", "skipped", "running"
 # steps in order, and their shares of the time; sanitize comes early, because a wrong address breaks the GPU for the
 # tests
-WEIGHTS = {"env": 6, "sanitize": 12, "tests": 32, "run": 26, "bench": 26, "tune": 32, "profile": 5, "aot": 4}
+WEIGHTS = {
+    "env": 6,
+    "sanitize": 12,
+    "tests": 32,
+    "run": 26,
+    "bench": 26,
+    "rivals": 10,
+    "tune": 32,
+    "profile": 5,
+    "aot": 4,
+}
 TESTS = ("tests/kernels", "tests/xprobe/capture/test_on_gpu.py", "tests/xprobe/models/test_devices.py")
 RUNS = {"demo": [], "llama-3-8b": ["--shape", "llama-3-8b"]}  # whole_run.py's options
 RESERVE = 8.0  # seconds kept for stopping a step and for the table
-GRACE = 5.0  # seconds between asking a process to end and ending it
-LARGEST = 8 << 20  # bytes of a log; of a longer log only the beginning and the end are kept
 FIRST_SHAPE = "llama-3-8b"
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy")
@@ -51,16 +86,6 @@ with torch.inference_mode():
         baselines.backend("triton")(task)
 torch.cuda.synchronize()
 """
-
-
-@dataclass(frozen=True)
-class Part:
-    """One process of a step. ``then`` reads its results, also after a failure, and returns what is wrong, or None."""
-
-    command: list[str]
-    log: Path
-    environment: dict[str, str] = field(default_factory=dict)
-    then: Callable[[], str | None] = lambda: None
 
 
 @dataclass
@@ -85,9 +110,16 @@ class Steps:
     """The steps as processes. Each yields its parts for ``limit`` seconds, or raises ``SkippedError``."""
 
     def __init__(
-        self, out: Path, scratch: Path, commit: str | None, model: str = "smollm2-135m", data: str = "xquad"
+        self,
+        out: Path,
+        scratch: Path,
+        commit: str | None,
+        model: str = "smollm2-135m",
+        data: str = "xquad",
+        current: dict[str, Any] | None = None,
     ) -> None:
         self.out, self.scratch, self.commit, self.log = out, scratch, commit, out / "log.txt"
+        self.current = current or {}  # the fingerprint of this checkout and machine
         self.model, self.data = model, data
 
     def env(self, limit: float, result: Result) -> Iterator[Part]:
@@ -95,27 +127,56 @@ class Steps:
         yield Part(command + (["--commit", self.commit] if self.commit else []), self.log)
 
     def tests(self, limit: float, result: Result) -> Iterator[Part]:
-        found = self.scratch / "tests.xml"
+        found, passed = self.scratch / "tests.xml", self.out / "tests-passed.txt"
+        gpu_passed.begin(passed, json.dumps(self.current | {"tests_sha256": sources_sha256(("tests",))}))
+        earlier = sorted(gpu_passed.passed(passed))
+        result.details["passed_earlier"] = len(earlier)
         command = [sys.executable, "-m", "pytest", *TESTS, "-m", "not slow or gpu", "-n", "8"]
-        command += ["--dist", "loadscope", "-q", "-p", "no:cacheprovider", f"--junit-xml={found}"]
-        yield Part(command, self.log, then=lambda: read_tests(found, result.details))
+        command += ["--dist", "loadscope", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_passed"]
+        environment = {gpu_passed.VARIABLE: str(passed)}
+        yield Part(
+            [*command, f"--junit-xml={found}"],
+            self.log,
+            environment,
+            lambda: read_tests(found, result.details, earlier),
+        )
 
     def run(self, limit: float, result: Result) -> Iterator[Part]:
-        for name, options in RUNS.items():
+        finished = finished_runs(self.out, self.model, self.data)
+        result.details["measured_earlier"] = list(finished)
+        missing = {name: options for name, options in RUNS.items() if name not in finished}
+        for name, options in missing.items():
             file = self.scratch / f"run-{name}.json"
-            seconds = limit / len(RUNS) / 3  # for the loop; the rest is for loading, warm-up and the other lenses
+            seconds = limit / len(missing) / 3  # for the loop; the rest is for loading, warm-up and the other lenses
             command = [sys.executable, str(ROOT / "benchmarks" / "whole_run.py"), str(file), *options]
             command += ["--model", self.model, "--tokenizer", self.model, "--data", self.data]
             command += ["--seconds", f"{seconds:.0f}", *(["--commit", self.commit] if self.commit else [])]
-            yield Part(command, self.log, then=lambda file=file: add_run(file, self.out))
+            yield Part(command, self.log, then=lambda file=file: add_run(file, self.out, self.current))
+        if problems := [problem for run in finished.values() if (problem := run_problem(run))]:
+            raise ProblemError("; ".join(problems))
 
     def bench(self, limit: float, result: Result) -> Iterator[Part]:
+        yield from self._bench("lens", ["--kernel", "all"], result)
+
+    def rivals(self, limit: float, result: Result) -> Iterator[Part]:
+        from xprobe_kernels.bench.rivals import RIVALS
+
+        if not any(rival.version for rival in RIVALS):
+            raise SkippedError("no rival is installed: pip install 'xprobe[rivals]'")
+        yield from self._bench("rivals", ["--rivals"], result)
+
+    def _bench(self, kernel: str, options: list[str], result: Result) -> Iterator[Part]:
+        """One process per shape that bench.json lacks."""
         from xprobe_kernels.bench.shapes import HEADS
 
-        for name in sorted(HEADS, key=lambda name: name != FIRST_SHAPE):
-            file = self.scratch / f"{name}.json"
-            command = [sys.executable, "-m", "xprobe_kernels.bench", "--kernel", "all", "--shape", name]
-            yield Part([*command, "--json", str(file)], self.log, then=lambda file=file: merge(file, self.out))
+        measured = measured_shapes(self.out, kernel)
+        result.details["measured_earlier"] = measured
+        for name in sorted(HEADS.keys() - measured, key=lambda name: (name != FIRST_SHAPE, list(HEADS).index(name))):
+            file = self.scratch / f"{name}-{kernel}.json"
+            command = [sys.executable, "-m", "xprobe_kernels.bench", *options, "--shape", name, "--json", str(file)]
+            yield Part(command, self.log, then=lambda file=file: merge(file, self.out, self.current))
+        if problem := earlier_bench_problem(self.out, kernel, measured):
+            raise ProblemError(problem)
 
     def tune(self, limit: float, result: Result) -> Iterator[Part]:
         command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), str(self.out / "tune.json")]
@@ -134,7 +195,7 @@ class Steps:
         yield Part(script, self.log)  # first without the tool: compiles everything and finds plain errors
         tool = found_tool("compute-sanitizer")
         if tool is None:
-            raise MissingToolError("compute-sanitizer is not there: the kernels ran only without it")
+            raise ProblemError("compute-sanitizer is not there: the kernels ran only without it")
         options = ["--error-exitcode", "9", "--print-limit", "20"]
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         yield Part([tool, "--tool", "memcheck", *options, *script], self.log, uncached)
@@ -162,8 +223,8 @@ class SkippedError(Exception):
     """The step is optional and cannot run here."""
 
 
-class MissingToolError(Exception):
-    """Part of the step cannot run here."""
+class ProblemError(Exception):
+    """Part of the step cannot run here, or an earlier call found a problem that remains."""
 
 
 def run_step(
@@ -190,110 +251,13 @@ def run_step(
     except SkippedError as error:
         result.status, result.message = SKIPPED, str(error)
     except Exception as error:
-        troubles.append(str(error) if isinstance(error, MissingToolError) else f"{type(error).__name__}: {error}")
+        troubles.append(str(error) if isinstance(error, ProblemError) else f"{type(error).__name__}: {error}")
     if result.status == RUNNING:
         result.status = FAILED if troubles else OK
     if troubles:
         result.message = "; ".join(dict.fromkeys(troubles))
     result.seconds = round(time.monotonic() - begun, 1)
     return result
-
-
-def run(part: Part, limit: float) -> int | None:
-    """Runs a part. Returns its exit code, or None if it and its children were stopped after ``limit`` seconds."""
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cli"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    with part.log.open("a", encoding="utf-8") as log:
-        log.write(f"\n$ {' '.join(part.command)}\n")
-        log.flush()
-        try:
-            child = subprocess.Popen(
-                part.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
-                env=environment | part.environment, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            log.write(f"{error}\n")
-            return 127
-        try:
-            code: int | None = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-            log.write(f"\nstopped after {limit:.0f} s\n")
-        finally:
-            stop(child)
-    shorten(part.log)
-    return code
-
-
-def stop(child: subprocess.Popen[Any]) -> None:
-    """Ends a process and its group. It is asked first, so that a supervisor can end its own workers."""
-    if child.poll() is None:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def shorten(log: Path) -> None:
-    size = log.stat().st_size
-    if size > LARGEST:
-        content = log.read_bytes()
-        cut = b"\n[... %d bytes left out ...]\n" % (size - LARGEST)
-        log.write_bytes(content[: LARGEST // 8] + cut + content[-(LARGEST - LARGEST // 8) :])
-
-
-def read_tests(found: Path, details: dict[str, Any]) -> str | None:
-    """Stores counts and failures of the tests in ``details``. Returns a problem if no test ran a Triton kernel."""
-    if not found.exists():
-        return "the tests did not finish"
-    cases = list(ElementTree.parse(found).getroot().iter("testcase"))
-    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    kernels = [case for case in cases if "triton" in case.get("name", "") and case not in skipped]
-    details |= {"tests": len(cases), "failed": len(bad), "skipped": len(skipped), "of_the_triton_backend": len(kernels)}
-    details["failures"] = []
-    for case in bad[:50]:
-        what = case.find("failure") if case.find("failure") is not None else case.find("error")
-        message = "" if what is None else (what.get("message") or "").strip().splitlines()[:1]
-        details["failures"].append(f"{case.get('classname')}::{case.get('name')}: {' '.join(message)[:200]}")
-    if bad:
-        return f"{len(bad)} of {len(cases)} tests failed"
-    return None if kernels else f"{len(cases)} tests passed, but none of them ran the triton backend"
-
-
-def merge(file: Path, out: Path) -> str | None:
-    """Adds the figures of one shape to bench.json and redraws the roofline figure."""
-    if not file.exists():
-        return f"no figures of {file.stem}"
-    result, whole = json.loads(file.read_text(encoding="utf-8")), out / "bench.json"
-    if whole.exists():
-        before = json.loads(whole.read_text(encoding="utf-8"))
-        result = before | {kernel: before[kernel] + result[kernel] for kernel in ("lens", "capture")}
-    result["settings"]["shape"] = ", ".join(dict.fromkeys(part["name"].partition("/")[0] for part in result["lens"]))
-    write(whole, result)
-    try:
-        from xprobe_kernels.bench import figure
-
-        figure.roofline(result, str(out / "roofline.png"))
-    except Exception as error:  # the results matter more than the figure
-        return f"no figure: {type(error).__name__}: {error}"
-    bad = [v["name"] for part in result["lens"] for v in part["variants"] if v["status"] in ("wrong", "failed")]
-    return f"wrong or failed: {', '.join(dict.fromkeys(bad))}" if bad else None
-
-
-def add_run(file: Path, out: Path) -> str | None:
-    """Adds the figures of one model to run.json. Returns a problem if the loop waits for the GPU."""
-    if not file.exists():
-        return f"no figures of {file.stem}"
-    result, whole = json.loads(file.read_text(encoding="utf-8")), out / "run.json"
-    before = json.loads(whole.read_text(encoding="utf-8"))["runs"] if whole.exists() else []
-    write(whole, {"runs": [*before, result]})
-    if any(rate["attention_kernel"] is not True or rate["strategy"] != "tree" for rate in result["rates"]):
-        return f"{file.stem} was not run with the attention kernel: see its warnings"
-    waits = [wait for rate in result["rates"] for wait in rate.get("waits", [])]
-    return f"{file.stem} waits for the GPU: {', '.join(dict.fromkeys(waits))}" if waits else None
 
 
 def write_environment(out: Path, commit: str | None) -> None:
@@ -311,25 +275,32 @@ def write_environment(out: Path, commit: str | None) -> None:
     write(out / "environment.json", found)
 
 
-def write(path: Path, content: Any) -> None:
-    """Writes the file atomically."""
-    fresh = path.with_name(path.name + ".part")
-    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
-
-
 def found_tool(name: str) -> str | None:
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(name) or shutil.which(name, path=f"{cuda}/bin:/opt/nvidia/nsight-compute")
 
 
-def run_all(steps: Any, names: list[str], seconds: float, out: Path, command: list[str]) -> list[Result]:
-    """Runs every step within its share of the time left. summary.json is rewritten before and after each step."""
+def run_all(
+    steps: Any,
+    names: list[str],
+    seconds: float,
+    out: Path,
+    command: list[str],
+    current: dict[str, Any] | None = None,
+) -> list[Result]:
+    """Runs every step within its share of the time left. summary.json is rewritten before and after each step.
+
+    It keeps the other steps of an earlier call with the same fingerprint.
+    """
     end = time.monotonic() + seconds - RESERVE
     results: list[Result] = []
+    before = read(out / "summary.json")
+    same = bool(before) and before.get("fingerprint") == current
+    earlier = [step for step in before["steps"] if step["name"] not in names] if same else []
 
     def save() -> None:
-        write(out / "summary.json", {"command": command, "steps": [asdict(result) for result in results]})
+        lines = sorted([*earlier, *map(asdict, results)], key=lambda step: list(WEIGHTS).index(step["name"]))
+        write(out / "summary.json", {"command": command, "fingerprint": current, "steps": lines})
 
     for index, name in enumerate(names):
         left = end - time.monotonic()
@@ -358,34 +329,52 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=10.0, help="for everything (default: 10)")
-    parser.add_argument("--steps", default=",".join(WEIGHTS), help=f"of {','.join(WEIGHTS)} (default: all)")
+    parser.add_argument("--steps", default=",".join(WEIGHTS), help=f"of {','.join(WEIGHTS)}, or none (default: all)")
     parser.add_argument(
         "--model", default="smollm2-135m", help="of the whole run, and whose tokenizer the random one has"
     )
     parser.add_argument("--data", default="xquad", help="of the whole run, as for xprobe run (default: xquad)")
     parser.add_argument("--commit", help="what is being measured, where git cannot tell")
+    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="print the figures against those of FOLDER")
+    parser.add_argument("--strict", action="store_true", help="a fall also counts on another card or other versions")
     parser.add_argument("--environment", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(given)
-    wanted = options.steps.split(",")
+    wanted = [] if options.steps == NONE else options.steps.split(",")
     if unknown := [name for name in wanted if name not in WEIGHTS]:
-        parser.error(f"--steps: {unknown[0]!r} is not one of {', '.join(WEIGHTS)}")
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-    import torch
+        parser.error(f"--steps: {unknown[0]!r} is not one of {', '.join([*WEIGHTS, NONE])}")
+    if options.compare is None and (options.strict or not wanted):
+        parser.error("--strict and --steps none need --compare")
+    for folder in [options.compare] if wanted else [options.compare, options.out]:
+        if folder is not None and not gpu_compare.has_figures(folder):
+            parser.error(f"--compare: {folder} has no bench*.json or run*.json")
+    if wanted:
+        import torch
 
-    if not torch.cuda.is_available():
-        print("gpu.py needs a GPU, and torch sees none", file=sys.stderr)
-        return 1
+        if not torch.cuda.is_available():
+            print("gpu.py needs a GPU, and torch sees none", file=sys.stderr)
+            return 1
+    good = not wanted or measure(options, [name for name in WEIGHTS if name in wanted])
+    if options.compare is not None:
+        good &= gpu_compare.show(options.compare, options.out, strict=options.strict)
+    return 0 if good else 1
+
+
+def measure(options: argparse.Namespace, names: list[str]) -> bool:
+    """Runs the steps. Returns whether all succeeded."""
     options.out.mkdir(parents=True, exist_ok=True)
     if options.environment:
         write_environment(options.out, options.commit)
-        return 0
+        return True
+    current = fingerprint(options.commit)
+    for file, users in {"bench.json": ("bench", "rivals"), "run.json": ("run",)}.items():
+        if any(name in users for name in names) and (note := set_aside(options.out / file, current)):
+            print(note)
     command = [sys.executable, *sys.argv]
     with tempfile.TemporaryDirectory() as scratch:
-        steps = Steps(options.out.resolve(), Path(scratch), options.commit, options.model, options.data)
-        names = [name for name in WEIGHTS if name in wanted]
-        results = run_all(steps, names, options.minutes * 60, options.out, command)
+        steps = Steps(options.out.resolve(), Path(scratch), options.commit, options.model, options.data, current)
+        results = run_all(steps, names, options.minutes * 60, options.out, command, current)
     print(table(results))
-    return 0 if all(result.good for result in results) else 1
+    return all(result.good for result in results)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def test_every_command_and_option_that_pages_name_exists():
         "--json",
         "--steps",
         "--commit",
+        "--compare",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | elsewhere
 

@@ -32,6 +32,12 @@ STDOUT = "-"
 @click.option("--quick", is_flag=True, help="Small shapes without torch.compile, only to check that everything works.")
 @click.option("--kl", is_flag=True, help="Compute KL to the final layer as well.")
 @click.option(
+    "--rivals",
+    is_flag=True,
+    help="Measure other projects' fused linear cross entropy at its own task, beside the lens (pip install"
+    " 'xprobe[rivals]', needs a GPU).",
+)
+@click.option(
     "--json",
     "target",
     is_flag=False,

@@ -29,7 +29,7 @@ def measure(
         chosen = command.Settings(**settings)
         chosen.check()
         if figure is not None:
-            drawing.check(str(figure), chosen.kernel)
+            drawing.check(str(figure), chosen.measured)
         return command.measure(chosen, show)
     except command.SettingsError as error:
         raise UsageError(str(error)) from error

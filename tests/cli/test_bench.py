@@ -31,8 +31,8 @@ def measured(monkeypatch):
 def test_help_names_the_options(capsys):
     assert main(["bench", "--help"]) == 0
     out = capsys.readouterr().out
-    for option in ("--kernel", "--shape", "--rows", "--rounds", "--json", "--figure", "--backend", "--quick"):
-        assert option in out
+    options = ("--kernel", "--shape", "--rows", "--rounds", "--json", "--figure", "--backend", "--quick", "--rivals")
+    assert all(option in out for option in options)
 
 
 def test_a_quick_run_prints_the_table_and_writes_json_and_figure(capsys, tmp_path):
@@ -55,12 +55,13 @@ def test_json_without_a_file_is_all_that_stdout_gets(capsys, measured):
 
 def test_options_arrive(capsys, measured):
     line = (
-        "bench --kernel all --shape all --rows few --rounds 7 --dtype float32 --backend a --backend b --threads 2 --kl"
+        "bench --kernel all --shape all --rows few --rounds 7 --dtype float32 --backend a --backend b"
+        " --threads 2 --kl --rivals"
     )
     assert main(line.split()) == 0
     assert measured == [{
         "kernel": "all", "shape": "all", "rows": "few", "rounds": 7, "dtype": "float32", "backends": ("a", "b"),
-        "device": "auto", "threads": 2, "quick": False, "kl": True,
+        "device": "auto", "threads": 2, "quick": False, "kl": True, "rivals": True,
     }]  # fmt: skip
     assert capsys.readouterr().out == "the table\n"
 
@@ -85,6 +86,8 @@ def test_a_figure_of_nothing_fails_after_the_json_is_safe(capsys, measured, tmp_
         (["--figure", "/nowhere/x.png"], "not a folder"),
         (["--json", "/nowhere/x.json"], "not a folder"),
         (["--kernel", "capture", "--figure", "x.png"], "figure shows the lens"),
+        (["--rivals", "--figure", "x.png"], "figure shows the lens"),
+        (["--rivals", "--kl"], "leave out kernel and kl"),
         (["--nonsense"], "--nonsense"),
     ],
 )

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu, whole_run
+from benchmarks import gpu_results, whole_run
 from xprobe.config import DEFAULT_MODEL
 from xprobe.errors import ModelError
 from xprobe.models import loading
@@ -49,17 +49,17 @@ def test_the_lens_by_hand_agrees(found) -> None:
 
 def test_runs_are_gathered_and_waits_are_complained_of(found, tmp_path) -> None:
     (tmp_path / "library.json").write_text(json.dumps(found))
-    assert "not run with the attention kernel" in gpu.add_run(tmp_path / "library.json", tmp_path)
+    assert "not run with the attention kernel" in gpu_results.add_run(tmp_path / "library.json", tmp_path)
     (tmp_path / "run.json").unlink()
     found = {**found, "rates": [{**rate, "attention_kernel": True} for rate in found["rates"]]}
     for name in ("run-demo", "run-large"):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
-        assert gpu.add_run(tmp_path / f"{name}.json", tmp_path) is None
+        assert gpu_results.add_run(tmp_path / f"{name}.json", tmp_path) is None
     assert len(json.loads((tmp_path / "run.json").read_text())["runs"]) == 2
     waiting = {**found, "rates": [{**found["rates"][0], "waits": ["rows.py:12 x 3"]}]}
     (tmp_path / "waiting.json").write_text(json.dumps(waiting))
-    assert gpu.add_run(tmp_path / "waiting.json", tmp_path) == "waiting waits for the GPU: rows.py:12 x 3"
-    assert gpu.add_run(tmp_path / "nothing.json", tmp_path) == "no figures of nothing"
+    assert gpu_results.add_run(tmp_path / "waiting.json", tmp_path) == "waiting waits for the GPU: rows.py:12 x 3"
+    assert gpu_results.add_run(tmp_path / "nothing.json", tmp_path) == "no figures of nothing"
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_a_tiny_run_end_to_end(tiny) -> None:
     said: list[str] = []
     settings = Settings(kernel="all", shape="tiny", rounds=3, quick=True, kl=True, device="cpu")
     result = json.loads(json.dumps(measure(settings, said.append), allow_nan=False))
-    assert set(result) == {"benchmark", "schema", "environment", "settings", "lens", "capture"}
+    assert set(result) == {"benchmark", "schema", "environment", "settings", "lens", "capture", "rivals"}
     assert result["schema"] == command.SCHEMA
     environment = result["environment"]
     assert {
@@ -294,7 +294,7 @@ def test_the_figure_shows_every_variant(tiny, tmp_path) -> None:
     from matplotlib.image import imread
 
     result, target = quick(), tmp_path / "roofline.png"
-    figure.check(str(target), "lens")
+    figure.check(str(target), ("lens",))
     figure.roofline(result, str(target))
     picture = imread(target)
     assert min(picture.shape[:2]) > 500

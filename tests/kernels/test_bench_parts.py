@@ -85,6 +85,8 @@ def test_median_and_spread() -> None:
     ("settings", "said"),
     [
         ({"kernel": "run"}, "not there yet"),
+        ({"kernel": "capture", "rivals": True}, "rivals are measured at their own task"),
+        ({"kl": True, "rivals": True}, "rivals are measured at their own task"),
         ({"kernel": "nope"}, "kernel must be one of lens, capture, all, got 'nope'"),
         ({"shape": "gpt"}, "shape must be one of smollm2-135m"),
         ({"rows": "some"}, "rows must be one of"),
@@ -113,7 +115,7 @@ def test_a_cpu_measures_two_heads_unless_told() -> None:
 def test_without_matplotlib_the_figure_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(figure.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="pip install"):
-        figure.check("x.png", "lens")
+        figure.check("x.png", ("lens",))
 
 
 def test_names_in_a_figure_keep_their_distance() -> None:

@@ -1,11 +1,9 @@
-"""The choices of tune.py and the steps of gpu.py, without a GPU: the tests replace the measuring."""
+"""The choices of tune.py and the cases of sanitize.py, without a GPU: the tests replace the measuring."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from xprobe_kernels.configs import CONFIGS, Config, candidates
 from xprobe_kernels.readout import interpreted
 
-from benchmarks import gpu, tune
+from benchmarks import tune
 from benchmarks.tune import DIED, FAILED, OK, PRODUCT, TRYING, WAITING, WRONG, Halving, Trial
 
 ROOT = Path(__file__).parents[2]
@@ -250,62 +248,6 @@ def test_candidates_are_compiled_with_the_arguments_of_a_launch(monkeypatch) -> 
     assert [sorted(names) for names in compiled] == [sorted(kernel.arg_names)]
 
 
-class FakeSteps:
-    """Steps of small Python programs."""
-
-    def __init__(self, out: Path, **code: str) -> None:
-        for name, body in code.items():
-            part = gpu.Part([sys.executable, "-c", body], out / "log.txt")
-            setattr(self, name, lambda limit, result, part=part: iter([part]))
-
-
-def test_a_step_that_sleeps_is_stopped_and_the_others_run(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "RESERVE", 0.0)
-    monkeypatch.setattr(gpu, "WEIGHTS", {"env": 20, "tests": 1, "bench": 20, "tune": 20})
-    steps = FakeSteps(
-        tmp_path, env="print('hello')", tests="import time; print('zzz', flush=True); time.sleep(60)",
-        bench="import sys; sys.exit(7)", tune="print('last')",
-    )  # fmt: skip
-    results = gpu.run_all(steps, list(gpu.WEIGHTS), 120.0, tmp_path, ["me"])
-    assert [each.status for each in results] == ["ok", "out of time", "failed", "ok"]
-    assert [each.exit_code for each in results] == [0, None, 7, 0]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [step["name"] for step in summary["steps"]] == list(gpu.WEIGHTS)
-    assert summary["steps"][2]["log"] == "log.txt"
-    log = (tmp_path / "log.txt").read_text()
-    assert all(word in log for word in ("hello", "zzz", "last", "stopped after"))
-    assert gpu.table(results).splitlines()[-1].startswith("tune")
-
-
-def test_what_a_stopped_step_had_started_ends_with_it(tmp_path) -> None:
-    body = f"""
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
-time.sleep(60)
-"""
-    assert gpu.run(gpu.Part([sys.executable, "-c", body], tmp_path / "log.txt"), 3.0) is None
-    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    for _ in range(50):
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("the child lives on")
-
-
-def test_steps_that_come_too_late_are_said_to_be(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "RESERVE", 0.0)
-    results = gpu.run_all(FakeSteps(tmp_path, env="1", tests="1"), ["env", "tests"], 0.5, tmp_path, [])
-    assert [each.message for each in results] == ["not reached", "not reached"]
-    assert not any(each.good for each in results)
-
-
-def test_a_program_that_is_not_there_is_a_failure_not_a_crash(tmp_path) -> None:
-    part = gpu.Part(["/no/such/program"], tmp_path / "log.txt")
-    assert gpu.run_step("env", lambda limit, result: iter([part]), 5.0).status == "failed"
-
-
 @pytest.fixture
 def sanitize(monkeypatch):
     """The sanitizer's cases under the interpreter, which knows no bf16."""
@@ -321,54 +263,3 @@ def test_what_the_sanitizer_runs_is_right(sanitize) -> None:
     for name, _, error in sanitize.cases():
         if "default" not in name:  # those take long under the interpreter
             assert error() <= 1, name
-
-
-def test_a_missing_profiler_is_skipped_a_missing_sanitizer_is_not(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "found_tool", lambda name: None)
-    monkeypatch.setattr(gpu, "run", lambda part, limit: 0)
-    steps = gpu.Steps(tmp_path, tmp_path, None)
-    assert gpu.run_step("profile", steps.profile, 9.0).good
-    found = gpu.run_step("sanitize", steps.sanitize, 9.0)
-    assert (found.status, found.exit_code) == ("failed", 0)
-    assert "compute-sanitizer is not there" in found.message
-
-
-CASE = '<testcase classname="t" name="{name}">{inner}</testcase>'
-
-
-@pytest.mark.parametrize(
-    ("names", "inner", "expected"),
-    [
-        (["a[triton]", "b[cpu]"], "", None),
-        (["b[cpu]"], "", "1 tests passed, but none of them ran the triton backend"),
-        (["a[triton]"], "<skipped/>", "1 tests passed, but none of them ran the triton backend"),
-        (["a[triton]"], '<failure message="off by 1&#10;more"/>', "1 of 1 tests failed"),
-    ],
-)
-def test_tests_count_only_if_they_ran_the_kernels(tmp_path, names, inner, expected) -> None:
-    cases = "".join(CASE.format(name=name, inner=inner) for name in names)
-    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    details: dict = {}
-    assert gpu.read_tests(tmp_path / "tests.xml", details) == expected
-    assert details["failures"] == (["t::a[triton]: off by 1"] if "failure" in inner else [])
-    assert gpu.read_tests(tmp_path / "none.xml", {}) == "the tests did not finish"
-
-
-def test_long_logs_keep_their_beginning_and_their_end(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "LARGEST", 1000)
-    log = tmp_path / "log.txt"
-    log.write_text("begin" + "x" * 5000 + "end")
-    gpu.shorten(log)
-    assert log.read_text().startswith("begin")
-    assert log.read_text().endswith("end")
-    assert log.stat().st_size < 1100
-
-
-def test_steps_leave_no_more_than_eight_files() -> None:
-    named = {"environment.json", "run.json", "bench.json", "roofline.png", "tune.json", "profile.txt", "log.txt"}
-    assert all(name in gpu.__doc__ for name in named | {"summary.json"})
-    assert len(named | {"summary.json"}) == 8
-
-
-def test_every_step_exists() -> None:
-    assert all(callable(getattr(gpu.Steps, name)) for name in gpu.WEIGHTS)

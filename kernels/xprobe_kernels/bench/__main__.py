@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help="small shapes, a few seconds: checks only that everything works"
     )
     parser.add_argument("--kl", action="store_true", help="also compute the KL to the final layer")
+    parser.add_argument(
+        "--rivals", action="store_true", help="measure other projects' fused linear cross entropy beside the lens"
+    )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON; without FILE to stdout")
     parser.add_argument("--figure", metavar="FILE.png", help="write a roofline figure (needs matplotlib)")
     options = vars(parser.parse_args(arguments))
@@ -35,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if figure:
             from xprobe_kernels.bench import figure as drawing
 
-            drawing.check(figure, settings.kernel)
+            drawing.check(figure, settings.measured)
         result = measure(settings, show=None if target == "-" else lambda text: print(text, flush=True))
         if target == "-":
             print(json.dumps(result, indent=1, allow_nan=False))

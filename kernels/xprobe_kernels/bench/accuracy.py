@@ -35,16 +35,16 @@ class Truth:
         distinct = all(len(set(row)) == len(row) for row in reading.top_ids.tolist())
         rank = 1 + (z > wanted[:, None]).sum(-1)
         errors = {
-            "logit": _largest(got["logit"] - wanted),
-            "log_probability": _largest(got["logit"] - got["logsumexp"] - log_p.gather(1, self.lookup[:, None])[:, 0]),
-            "entropy": _largest(got["entropy"] + (log_p.exp() * log_p).sum(-1)),
-            "top_logit": _largest(best.values - chosen) if distinct else float("inf"),
+            "logit": largest(got["logit"] - wanted),
+            "log_probability": largest(got["logit"] - got["logsumexp"] - log_p.gather(1, self.lookup[:, None])[:, 0]),
+            "entropy": largest(got["entropy"] + (log_p.exp() * log_p).sum(-1)),
+            "top_logit": largest(best.values - chosen) if distinct else float("inf"),
             "rank_agreement": float((reading.rank == rank).double().mean()),
             "top_agreement": float((reading.top_ids == best.indices).double().mean()),
         }
         if self.final is not None:
             kl = (self.final.exp() * (self.final - log_p)).sum(-1)
-            errors["kl"] = _largest(got["kl"] - kl) if "kl" in got else float("inf")
+            errors["kl"] = largest(got["kl"] - kl) if "kl" in got else float("inf")
         return errors
 
     def judge(self, reading: Reading) -> tuple[dict[str, float], str | None]:
@@ -90,6 +90,6 @@ def truth(task: Task, sample: int = SAMPLE) -> Truth:
     return Truth(index, logits, final, lookup, bounds)
 
 
-def _largest(difference: Tensor) -> float:
+def largest(difference: Tensor) -> float:
     """Largest absolute value; NaN counts as infinite."""
     return float(torch.where(difference.isnan(), torch.inf, difference.abs()).max())

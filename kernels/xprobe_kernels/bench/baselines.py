@@ -62,13 +62,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Variant:
-    """One implementation. ``read`` turns the result of ``call`` into a Reading; None for a bare product."""
+    """One implementation. ``read`` turns the result of ``call`` into what is checked; None for a bare product."""
 
     name: str
     kind: str
     call: Callable[[Task], Any]
-    read: Callable[[Any], Reading] | None = None
+    read: Callable[[Any], Any] | None = None
     rows_at_once: int | None = None  # None: all
+    skip_reason: str | None = None  # None: measured
 
 
 def make(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool = False) -> Task:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from xprobe_kernels import readout
-from xprobe_kernels.bench import capture_speed, lens_speed, table
+from xprobe_kernels.bench import capture_speed, lens_speed, rivals, table
 from xprobe_kernels.bench.baselines import DTYPES
 from xprobe_kernels.bench.environment import environment
 from xprobe_kernels.bench.measure import clock
 from xprobe_kernels.bench.shapes import CPU, GPU, HEADS, QUICK, REGIMES, SMALL, Head, Work, work
 
 SCHEMA = 1
-LENS, CAPTURE, ALL = "lens", "capture", "all"
+LENS, CAPTURE, RIVALS, ALL = "lens", "capture", "rivals", "all"
 KERNELS = (LENS, CAPTURE)
 SECONDS = {"cpu": 8.0, "cuda": 4.0}  # of timing per work, when the number of rounds is left open
 
@@ -39,12 +39,22 @@ class Settings:
     threads: int | None = None
     quick: bool = False
     kl: bool = False
+    rivals: bool = False  # instead of the kernel: other projects' kernels at their task, beside the lens
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The parts of the result that will not be empty."""
+        if self.rivals:
+            return (RIVALS,)
+        return KERNELS if self.kernel == ALL else (self.kernel,)
 
     def check(self) -> None:
         """Raises ``SettingsError`` naming the setting, its value and what was expected."""
         if self.kernel == "run":
             raise SettingsError("kernel run is not there yet: choose lens, capture or all")
         _one_of("kernel", self.kernel, (*KERNELS, ALL))
+        if self.rivals and (self.kernel != LENS or self.kl):
+            raise SettingsError("rivals are measured at their own task: leave out kernel and kl")
         if self.shape is not None:
             _one_of("shape", self.shape, (*HEADS, ALL))
         _one_of("rows", self.rows, (*REGIMES, ALL))
@@ -117,18 +127,24 @@ def _measure(settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
         "settings": asdict(settings),
         "lens": [],
         "capture": [],
+        "rivals": [],
     }
     show(table.head_text(result["environment"]))
-    if settings.kernel in (LENS, ALL):
+    if LENS in settings.measured:
         for part in _lens(settings, device):
             result["lens"].append(part)
             show("\n" + table.lens_text(part))
         show("\n" + table.LENS_LEGEND)
-    if settings.kernel in (CAPTURE, ALL):
+    if CAPTURE in settings.measured:
         for part in _capture(settings, device):
             result["capture"].append(part)
             show("\n" + table.capture_text(part))
         show("\n" + table.CAPTURE_LEGEND)
+    if RIVALS in settings.measured:
+        for part in _rivals(settings, device):
+            result["rivals"].append(part)
+            show("\n" + table.rivals_text(part))
+        show("\n" + table.RIVALS_LEGEND)
     return result
 
 
@@ -146,6 +162,19 @@ def _lens(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
             rounds=settings.rounds,
             seconds=_seconds(settings, device),
             kl=settings.kl,
+            quick=settings.quick,
+        )
+
+
+def _rivals(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
+    for each in settings.works():
+        yield rivals.compare(
+            each,
+            device=device,
+            dtype=getattr(torch, settings.dtype),
+            backends=list(settings.backends) or measured_backends(device),
+            rounds=settings.rounds,
+            seconds=_seconds(settings, device),
             quick=settings.quick,
         )
 

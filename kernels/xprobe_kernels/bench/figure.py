@@ -7,7 +7,7 @@ from math import atan2, degrees, log10
 from pathlib import Path
 from typing import Any
 
-from xprobe_kernels.bench.command import CAPTURE, SettingsError
+from xprobe_kernels.bench.command import LENS, SettingsError
 
 COLOURS = {"naive": "#9a9a9a", "compiled": "#b07aa1", "product": "#e0a030", "backend": "#2f6fb0"}
 SHADES = ("#1b5e9b", "#d1495b", "#2a9d5c", "#7b52ab", "#00a0b0")  # colours of the lens backends, in order
@@ -20,15 +20,18 @@ class NothingToDrawError(Exception):
     """No variant was measured, so there is nothing to draw."""
 
 
-def check(target: str, kernel: str) -> None:
-    """Raises ``SettingsError`` if the figure cannot be drawn to ``target``. Call it before measuring."""
+def check(target: str, measured: tuple[str, ...]) -> None:
+    """Raises ``SettingsError`` if the figure cannot be drawn to ``target``. Call it before measuring.
+
+    ``measured`` names the parts that will be measured, as ``Settings.measured`` does.
+    """
     if util.find_spec("matplotlib") is None:
         raise SettingsError("the figure needs matplotlib, which is not installed: pip install 'xprobe[plot]'")
     if Path(target).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise SettingsError(f"figure must end in .png, .svg or .pdf, got {target!r}")
     if not Path(target).resolve().parent.is_dir():
         raise SettingsError(f"figure cannot be written: {Path(target).resolve().parent} is not a folder")
-    if kernel == CAPTURE:
+    if LENS not in measured:
         raise SettingsError("figure shows the lens: choose kernel lens or all")
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
 from xprobe_kernels.bench import baselines
-from xprobe_kernels.bench.accuracy import Truth, truth
+from xprobe_kernels.bench.accuracy import truth
 from xprobe_kernels.bench.baselines import COMPILED, Task, Variant
-from xprobe_kernels.bench.measure import Call, Sample, by_turns, clock
+from xprobe_kernels.bench.measure import Call, Clock, Sample, by_turns, clock
 from xprobe_kernels.bench.metrics import Ceilings, figures
 from xprobe_kernels.bench.shapes import Work
 
@@ -20,6 +20,13 @@ COPY, SQUARE = "large copy", "large square product"
 WRONG, FAILED, OK, SKIPPED = "wrong", "failed", "ok", "skipped"
 CACHES = 4  # all copies of the inputs together are this many times as large as the GPU's cache
 CPU_MEMORY = 6 << 30  # bytes that a naive variant may use on a CPU; beyond them it takes its rows in chunks
+
+
+class Judge(Protocol):
+    """The truth about a sample of rows."""
+
+    def judge(self, reading: Any) -> tuple[dict[str, float], str | None]:
+        """The errors of a reading, and a description of what is wrong with it, or None."""
 
 
 class WrongError(ArithmeticError):
@@ -42,7 +49,42 @@ def compare(
     ``quick`` leaves out torch.compile and measures the ceilings with small tensors.
     """
     tick = clock(device)
-    report: dict[str, Any] = {
+    report = describe(work, dtype) | {"kl": kl}
+    try:
+        tasks = make_tasks(work, device, dtype, kl=kl)
+        judge = truth(tasks[0])
+    except (RuntimeError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
+        return report | {"message": inputs_failed(error)}
+    variants = baselines.variants(work, dtype, backends, usable_memory(tick), kl=kl, device=device.type)
+    if quick:
+        variants = [
+            replace(variant, skip_reason="left out by --quick") if variant.kind == COMPILED else variant
+            for variant in variants
+        ]
+    large = LARGE["quick" if quick else device.type]
+    samples, entries = measure_variants(variants, tasks, judge, large, tick, dtype, rounds=rounds, seconds=seconds)
+    short = baselines.DTYPES[report["dtype"]]
+    naive, product = median(samples["naive fp32"]), median(samples[f"bare product {short}"])
+    ceilings = large.ceilings(samples, work, product)
+    for entry in entries:
+        if entry["status"] == OK:
+            speed = figures(work, dtype.itemsize, entry["seconds"], naive=naive, product=product, ceilings=ceilings)
+            entry |= speed
+    report |= {"variants": entries, "copies_of_inputs": len(tasks)}
+    report |= {"bounds": judge.bounds, "sampled_rows": len(judge.index)}
+    report["ceilings"] = None if ceilings is None else vars(ceilings)
+    del tasks, judge, variants
+    gc.collect()
+    if not quick:
+        torch.compiler.reset()  # each shape compiles its own code
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return report
+
+
+def describe(work: Work, dtype: torch.dtype) -> dict[str, Any]:
+    """The beginning of a report on ``work``, before anything is measured."""
+    return {
         "name": work.name,
         "text": str(work),
         "model": work.head.title,
@@ -55,58 +97,63 @@ def compare(
         "softcap": work.head.softcap,
         "cut": work.cut,
         "dtype": str(dtype).removeprefix("torch."),
-        "kl": kl,
         "operations": work.operations,
         "least_bytes": work.least_bytes(dtype.itemsize),
         "message": None,
         "variants": [],
     }
-    try:
-        tasks = make_tasks(work, device, dtype, kl=kl)
-        judge = truth(tasks[0])
-    except (RuntimeError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
-        return report | {"message": f"inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def inputs_failed(error: Exception) -> str:
+    return f"inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def usable_memory(tick: Clock) -> float:
+    """Bytes that one call of a variant may use."""
     free = tick.free() * 0.8
-    variants = baselines.variants(
-        work, dtype, backends, min(free, CPU_MEMORY) if device.type == "cpu" else free, kl=kl, device=device.type
-    )
-    skipped = [variant for variant in variants if quick and variant.kind == COMPILED]
-    run = [variant for variant in variants if variant not in skipped]
+    return min(free, CPU_MEMORY) if tick.device.type == "cpu" else free
+
+
+def measure_variants(
+    variants: list[Variant],
+    tasks: list[Task],
+    judge: Judge,
+    large: Large,
+    tick: Clock,
+    dtype: torch.dtype,
+    *,
+    rounds: int | None,
+    seconds: float,
+) -> tuple[dict[str, Sample], list[dict[str, Any]]]:
+    """Measures the variants and the machine's own speed in turn, after ``judge`` saw each variant's first result.
+
+    Returns the samples by name, and one entry per variant. Only an entry whose status is ok has a time.
+    """
+    run = [variant for variant in variants if variant.skip_reason is None]
     errors: dict[str, dict[str, float]] = {}
     wrong: set[str] = set()
     checks = {variant.name: _check(variant, judge, errors, wrong) for variant in run if variant.read is not None}
-    large = LARGE["quick" if quick else device.type]
     calls: dict[str, Call] = {variant.name: _turning(variant.call, tasks) for variant in run}
-    samples = by_turns(calls | large.calls(device, dtype), tick, checks, rounds=rounds, seconds=seconds)
-    short = baselines.DTYPES[report["dtype"]]
-    naive, product = _median(samples["naive fp32"]), _median(samples[f"bare product {short}"])
-    ceilings = large.ceilings(samples, work, product)
+    samples = by_turns(calls | large.calls(tick.device, dtype), tick, checks, rounds=rounds, seconds=seconds)
+    entries = []
     for variant in variants:
-        sample = samples.get(variant.name, Sample())
+        sample = samples.get(variant.name, Sample(message=variant.skip_reason))
+        status = (
+            SKIPPED if variant.skip_reason else WRONG if variant.name in wrong else FAILED if sample.message else OK
+        )
         entry: dict[str, Any] = {
             "name": variant.name,
             "kind": variant.kind,
-            "status": WRONG if variant.name in wrong else FAILED if sample.message else OK,
+            "status": status,
             "message": sample.message,
             "rows_at_once": variant.rows_at_once,
             "errors": errors.get(variant.name),
         }
-        if variant in skipped:
-            entry |= {"status": SKIPPED, "message": "left out by --quick"}
-        if entry["status"] == OK:
-            entry |= figures(work, dtype.itemsize, sample.median, naive=naive, product=product, ceilings=ceilings)
-            entry |= {"spread": sample.spread, "rounds": sample.seconds}
+        if status == OK:
+            entry |= {"seconds": sample.median, "spread": sample.spread, "rounds": sample.seconds}
             entry |= {"extra_bytes": sample.extra_bytes, "kept_bytes": sample.kept_bytes}
-        report["variants"].append(entry)
-    report |= {"copies_of_inputs": len(tasks), "bounds": judge.bounds, "sampled_rows": len(judge.index)}
-    report["ceilings"] = None if ceilings is None else vars(ceilings)
-    del tasks, calls, checks, judge, variants, run
-    gc.collect()
-    if not quick:
-        torch.compiler.reset()  # each shape compiles its own code
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return report
+        entries.append(entry)
+    return samples, entries
 
 
 def make_tasks(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool = False) -> list[Task]:
@@ -124,7 +171,7 @@ def _turning(call: Callable[[Task], Any], tasks: list[Task]) -> Call:
 
 
 def _check(
-    variant: Variant, judge: Truth, errors: dict[str, dict[str, float]], wrong: set[str]
+    variant: Variant, judge: Judge, errors: dict[str, dict[str, float]], wrong: set[str]
 ) -> Callable[[Any], None]:
     """A check that stores the errors of a result. If one is above its bound, the variant is wrong and fails."""
 
@@ -155,7 +202,7 @@ class Large:
         return {COPY: lambda turn: target.copy_(source), SQUARE: lambda turn: torch.mm(square, square, out=out)}
 
     def ceilings(self, samples: dict[str, Sample], work: Work, product: float | None) -> Ceilings | None:
-        copy, square = _median(samples[COPY]), _median(samples[SQUARE])
+        copy, square = median(samples[COPY]), median(samples[SQUARE])
         if copy is None or square is None:
             return None
         operations = 2 * self.side**3 / square
@@ -164,7 +211,8 @@ class Large:
         return Ceilings(2 * self.size / copy, operations)
 
 
-def _median(sample: Sample) -> float | None:
+def median(sample: Sample) -> float | None:
+    """Median seconds; None if the call failed."""
     return None if sample.message else sample.median
 
 

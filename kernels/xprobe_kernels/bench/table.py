@@ -34,6 +34,10 @@ LENS_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("error", lambda entry: _number((entry["errors"] or {}).get("log_probability"), ".1e")),
     ("ranks", lambda entry: _number((entry["errors"] or {}).get("rank_agreement"), ".0%")),
 ]
+RIVALS_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("x torch", lambda entry: _number(entry["times_torch"])),
+    *LENS_COLUMNS[1:-1],  # all but the ranks
+]
 CAPTURE_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("x whole", lambda entry: _number(entry["times_whole"])),
     ("x indexing", lambda entry: _number(entry["times_plain"])),
@@ -47,6 +51,11 @@ LENS_LEGEND = (
     "x floor: time over the larger of two floors, 2RVD operations and (V + R)D numbers read at the measured ceilings.\n"
     "spread: interquartile range over median. MiB more: peak during a call beyond its inputs, outputs included.\n"
     "error: largest error of a log-probability (nats), ranks: share that agree, both against fp64 on sampled rows."
+)
+RIVALS_LEGEND = (
+    "The task: log-sum-exp and the target's logit of each row, already normed, without gradients. The lens also\n"
+    "counts ranks and entropies. x torch: times as fast as torch's linear and cross_entropy. error: of the target's\n"
+    "log-probability (nats). The other columns are those of the lens."
 )
 CAPTURE_LEGEND = (
     "x whole: times as fast as keeping the whole block output in fp32. x indexing: times as fast as plain indexing."
@@ -68,13 +77,21 @@ def head_text(environment: dict[str, Any]) -> str:
 
 
 def lens_text(part: dict[str, Any]) -> str:
-    lines = [f"{part['text']}, {part['dtype']}{', with KL' if part['kl'] else ''}"]
+    return _shape_text(part, ", with KL" if part["kl"] else "", LENS_COLUMNS)
+
+
+def rivals_text(part: dict[str, Any]) -> str:
+    return _shape_text(part, ", target's log-probability", RIVALS_COLUMNS)
+
+
+def _shape_text(part: dict[str, Any], task: str, columns: list[tuple[str, Callable[[dict[str, Any]], str]]]) -> str:
+    lines = [f"{part['text']}, {part['dtype']}{task}"]
     if part["message"]:
         return "\n".join([*lines, f"  NOT MEASURED: {part['message']}"])
     if part["ceilings"]:
         speed, arithmetic = part["ceilings"]["bytes_per_second"], part["ceilings"]["operations_per_second"]
         lines.append(f"  ceilings measured: {_compact(arithmetic / 1e12)} TFLOP/s, {_compact(speed / 1e9)} GB/s")
-    return "\n".join([*lines, *_rows(part["variants"], LENS_COLUMNS)])
+    return "\n".join([*lines, *_rows(part["variants"], columns)])
 
 
 def capture_text(part: dict[str, Any]) -> str:
@@ -92,7 +109,8 @@ def _rows(entries: list[dict[str, Any]], columns: list[tuple[str, Callable[[dict
     for entry in entries:
         if entry["status"] == "ok":
             chunk = f" ({entry['rows_at_once']} rows at once)" if entry.get("rows_at_once") else ""
-            lines.append(f"{next(measured)}  {entry['name']}{chunk}")
+            version = f" {entry['version']}" if entry.get("version") else ""
+            lines.append(f"{next(measured)}  {entry['name']}{version}{chunk}")
         else:
             lines.append(f"  {entry['status'].upper()}: {entry['name']}: {entry['message']}")
     return lines
