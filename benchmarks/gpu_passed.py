@@ -34,9 +34,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=done)
 
 
+_is_worker = False  # of pytest-xdist, whose reports arrive a second time in the main process
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    worker = "PYTEST_XDIST_WORKER" in os.environ  # its reports arrive here a second time, in the main process
-    if report.when == "call" and report.passed and not worker:
+    if report.when == "call" and report.passed and not _is_worker:
         with Path(os.environ[VARIABLE]).open("a", encoding="utf-8") as file:
             file.write(report.nodeid + "\n")
 
