@@ -43,7 +43,7 @@ def select_kernel(
         tl.store(chosen_ptr + j * count + r, winner)
 
 
-@triton.jit(do_not_specialize=["count", "pairs"])
+@triton.jit(do_not_specialize=["count"])
 def tiles_kernel(
     normed_ptr,  # [R, D], contiguous
     weight_ptr,  # [V, D], rows weight_stride apart

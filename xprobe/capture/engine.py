@@ -235,14 +235,7 @@ class Engine:
     def capture_wave(self, requests: Sequence[Request], strategy: Strategy | None = None) -> Rows:
         """Like ``capture``, into memory of the engine: the next call overwrites the rows.
 
-        ``strategy``: in place of the engine's own, which is not checked here.
-
-        Raises
-        ------
-        UsageError
-            A request cannot be run (``check_requests``).
-        RuntimeError, MemoryError
-            Memory runs out even for one request at a time, or the model fails.
+        ``strategy`` replaces the engine's own; neither is checked here. Raises what ``capture`` raises.
         """
         check_requests(requests, self.limits)
         tensor_parallel.send_order("capture_wave", requests, strategy)
