@@ -240,6 +240,11 @@ def test_rooms_of_numbers_and_files_load_no_torch(room):
     assert run(f"{code}\nimport sys\nprint([m for m in ('torch', 'transformers') if m in sys.modules])") == "[]"
 
 
+@pytest.mark.parametrize("name", ["probes.register", "events.Note", "errors.UsageError"])
+def test_modules_for_users_are_attributes_of_a_fresh_import(name):
+    assert run(f"import xprobe\nprint(callable(xprobe.{name}))") == "True"
+
+
 def test_help_loads_click_and_no_command():
     code = (
         "import sys\nbefore = set(sys.modules)\n"
@@ -254,7 +259,7 @@ def test_help_loads_click_and_no_command():
 def test_public_names_resolve_and_an_unknown_name_is_an_error_that_lists_them():
     for name in xprobe.__all__:
         assert getattr(xprobe, name) is not None
-    assert set(dir(xprobe)) == set(xprobe.__all__)
+    assert set(dir(xprobe)) == {*xprobe.__all__, "errors", "events", "probes"}
     with pytest.raises(AttributeError, match="load_study"):
         _ = xprobe.nonsense
 

@@ -29,18 +29,20 @@ _HOME = {
     "XprobeError": "xprobe.errors",
 }
 
+_MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
+
 __all__ = ["Execution", "Study", "StudyConfig", "XprobeError", "__version__", "load_study", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "probes":  # xprobe.probes.register is for users, so the module needs no import of its own
-        return import_module("xprobe.probes")
+    if name in _MODULES:
+        return import_module(f"xprobe.{name}")
     if name not in _HOME:
-        raise AttributeError(f"module 'xprobe' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'xprobe' has no attribute {name!r}; it has {', '.join(__dir__())}")
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

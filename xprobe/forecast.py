@@ -47,7 +47,10 @@ class GroupForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast of a run. ``memory`` and ``disk`` are bytes by purpose, ``seconds`` is the time."""
+    """Forecast of a run. ``memory`` and ``disk`` are bytes by purpose, ``seconds`` is the time.
+
+    ``notes`` say what a reader must know about these numbers.
+    """
 
     model: str
     parameters: int
@@ -67,6 +70,7 @@ class Forecast:
     disk: dict[str, int]
     seconds: float
     groups: tuple[GroupForecast, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -128,6 +132,7 @@ def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast
             )
             for group in groups
         ),
+        notes=tuple(note for note in (questions.selection.shortfall,) if note),
     )
 
 

@@ -31,6 +31,7 @@ def forecast_report(forecast: Forecast) -> str:
         f"disk      about {_bytes(sum(forecast.disk.values()))}: {_parts(forecast.disk)}",
         f"time      about {_time(forecast.seconds)}, loading and tables apart"
         + (" (block by block: each block is read once)" if forecast.stream else ""),
+        *(f"note      {note}" for note in forecast.notes),
     ]
     return "\n".join(lines)
 

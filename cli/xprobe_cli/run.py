@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def command(
     what, how = split_options(options)
     config, execution = StudyConfig(**what), Execution(**how)
     if dry_run:
-        return _show_forecast(config, execution, as_json)
+        return _show_forecast(config, execution, out if resume else None, as_json)
     from xprobe.capture import worker
     from xprobe.models import tensor_parallel
     from xprobe.study import default_out, run_config
@@ -208,11 +209,20 @@ def command(
     return 0
 
 
-def _show_forecast(config: StudyConfig, execution: Execution, as_json: bool) -> int:
+def _show_forecast(config: StudyConfig, execution: Execution, resumed: Path | None, as_json: bool) -> int:
+    """Prints the forecast of the whole run. ``resumed`` is the folder that already holds a part of it."""
     from xprobe.forecast import forecast
     from xprobe_cli.forecasts import forecast_report
 
     result = forecast(config, execution)
+    if resumed is not None and RunFolder(resumed).has_manifest():
+        done = set(RunFolder(resumed).finished_shards())
+        held = sum(RunFolder(resumed).shard_name(group.key) in done for group in result.groups)
+        note = (
+            f"these numbers are for the whole run; {resumed} already holds {held} of {len(result.groups)} shards, "
+            "which are not computed again"
+        )
+        result = replace(result, notes=(*result.notes, note))
     if as_json:
         echo_json(result.to_dict())
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.families import save_tiny_model
+from support.families import save_tiny_model, write_set
 from xprobe_cli.main import main
 
 from xprobe.config import Execution
@@ -139,3 +139,28 @@ def test_a_run_is_resumed_from_another_working_directory(tmp_path: Path, monkeyp
 def test_an_empty_name_is_no_folder(tiny: Path, capsys) -> None:
     assert main(["run", str(tiny), *SMALL, "--out", ""]) == 2
     assert "is empty: name a folder" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_run_to_resume_says_that_it_is_for_the_whole_run(
+    unfinished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    n = len(list((unfinished / SHARDS).iterdir()))
+    assert main(["run", "--out", str(unfinished), "--resume", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"these numbers are for the whole run; {unfinished} already holds {n} of {n + 1} shards" in out
+
+
+@pytest.mark.parametrize("option", ["--limit", "--paragraphs"])
+def test_a_warning_says_that_the_data_holds_fewer_questions_than_asked_for(
+    option: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_set(tmp_path / "data", {"en": [("A b c.", "What?", "b"), ("D e f.", "Which?", "e")]})
+    command = ["run", str(tiny), "--data", str(data), "--bootstrap", "20", "--probes", "none"]
+    words = f"({option}) is 999, but the data holds 2"
+    assert main([*command, option, "999", "--dry-run"]) == 0
+    assert words in capsys.readouterr().out
+    assert main([*command, option, "999", "--out", str(tmp_path / "run")]) == 0
+    assert words in capsys.readouterr().err
+    assert main([*command, option, "2", "--dry-run"]) == 0
+    assert "but the data holds" not in capsys.readouterr().out

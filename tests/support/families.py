@@ -152,6 +152,7 @@ def save_tiny_model(folder: Path, family: str = "llama", *, window: int = 4096, 
     torch.manual_seed(seed)
     model_type, options = FAMILIES[family]
     options = {**options, "vocab_size": len(tokenizer), "max_position_embeddings": window}
+    options |= {"max_seq_len": window} if "max_seq_len" in options else {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -313,8 +313,9 @@ def test_one_language_has_no_stability(tiny, tmp_path):
     assert study.to_dict()["settings"]["en-x"]["layers"][0]["stability"] is None
 
 
-def test_examples_longer_than_the_window_are_counted_and_left_out(tmp_path):
-    model = save_tiny_model(tmp_path / "short", window=600)
+@pytest.mark.parametrize("family", ["llama", "mpt"])  # MPT calls its window max_seq_len
+def test_examples_longer_than_the_window_are_counted_and_left_out(family, tmp_path):
+    model = save_tiny_model(tmp_path / "short", family, window=600)
     study = xprobe.run(str(model), out=tmp_path / "run", setting="x-x", languages=("en", "th"), limit=6, probes=())
     counts = study.manifest.counts
     assert counts.skipped == {"longer than the model's window": 12 - counts.examples}

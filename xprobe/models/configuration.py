@@ -14,6 +14,12 @@ from xprobe.models.sources import Source, location_and_options
 _WITH_TEXT = ("vision_config", "audio_config", "vision_tower_config", "vit_config", "visual")
 
 
+WINDOW_NAMES = (  # that families give to the longest input
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_seq_length", "max_sequence_length",
+    "max_target_positions",
+)  # fmt: skip
+
+
 def load_config(source: Source, trust_remote_code: bool = False, warnings: list[str] | None = None) -> Any:
     """Loads the configuration of a model and checks that it is a causal decoder with plain weights.
 
@@ -83,9 +89,10 @@ def window(config: Any) -> int | None:
     True
     """
     text = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
-    values = [getattr(text, name, None) for name in names]
-    return min((value for value in values if isinstance(value, int) and value > 0), default=None)
+    values = [getattr(text, name, None) for name in WINDOW_NAMES]
+    if getattr(config, "auto_map", None):  # in others it is the length in training, which ALiBi may exceed
+        values.append(getattr(text, "seq_length", None))
+    return min((value for value in values if type(value) is int and value > 0), default=None)
 
 
 def check_decoder(config: Any, name: str) -> None:

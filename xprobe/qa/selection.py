@@ -44,6 +44,26 @@ class Selection:
     questions_in_data: int = 0
     rule: int = RULE
 
+    @property
+    def shortfall(self) -> str | None:
+        """What was asked for and is not there; None if the data holds enough.
+
+        Examples
+        --------
+        >>> Selection(paragraphs=999, paragraphs_taken=12, paragraphs_in_data=12).shortfall
+        'paragraphs (--paragraphs) is 999, but the data holds 12 in these languages and settings: all are used'
+        """
+        pairs = (("limit", "questions", self.limit, self.questions_taken),
+                 ("paragraphs", "paragraphs", self.paragraphs, self.paragraphs_taken))  # fmt: skip
+        for name, what, wanted, taken in pairs:
+            if wanted is not None and taken < wanted:
+                number = f"{taken} {what}" if name != what else str(taken)
+                return (
+                    f"{name} (--{name}) is {wanted}, but the data holds {number} in these languages and settings: all "
+                    "are used"
+                )
+        return None
+
     def to_dict(self) -> dict[str, int | None]:
         """Plain values for ``manifest.json``."""
         return asdict(self)

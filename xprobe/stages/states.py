@@ -66,6 +66,8 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     run.notify(Stage("loading the model"))
     with watch.timed("load"):
         runner, tokenizer = _open(run, source, loaded)
+    if questions.selection.shortfall:
+        runner.warn(questions.selection.shortfall)
     window = loading.window(runner.model.config)
     run.notify(Stage("building prompts"))
     with watch.timed("prompts"):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from support.families import FAMILIES, random_ids, tiny_model
 from support.prompts import forced, prompt
+from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig, PretrainedConfig
 from xprobe_kernels import lens
 
 from xprobe.errors import ModelError, ParityError
 from xprobe.models.anatomy import inspect, watch_states
+from xprobe.models.configuration import window
 from xprobe.models.parity import check_parity
 
 
@@ -144,3 +146,21 @@ def test_an_unknown_norm_is_refused():
     model.model.norm = MaximumNorm()
     with pytest.raises(ModelError, match="neither RMSNorm nor LayerNorm"):
         inspect(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (MptConfig(max_seq_len=64), 64),
+        (MptConfig(max_seq_len=64, max_position_embeddings=4096), 64),
+        (GPT2Config(n_positions=128), 128),
+        (LlamaConfig(max_position_embeddings=512), 512),
+        (LlamaConfig(max_position_embeddings=512, seq_length=64), 512),
+        (PretrainedConfig(seq_length=64, auto_map={"AutoConfig": "own.Own"}), 64),
+        (PretrainedConfig(max_seq_length=64), 64),
+        (BloomConfig(seq_length=64), None),
+    ],
+    ids=["mpt", "mpt with two names", "gpt2", "llama", "length in training", "own code", "max_seq_length", "bloom"],
+)
+def test_the_window_is_found_by_the_name_that_the_family_gives_it(config, tokens):
+    assert window(config) == tokens
