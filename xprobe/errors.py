@@ -15,8 +15,8 @@ class UsageError(XprobeError, ValueError):
     exit_code = 2
 
 
-class UnknownSettingError(UsageError, KeyError):
-    """A run does not hold the setting that was asked for; also a KeyError, because a ``Study`` is a mapping."""
+class UnknownNameError(UsageError, KeyError):
+    """A mapping of xprobe does not hold the name that was asked for. It is also a KeyError, as in any mapping."""
 
     __str__ = Exception.__str__  # KeyError would put the message in quotes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.arguments import folder_path
-from xprobe.errors import RunFolderError, UnknownSettingError, UsageError
+from xprobe.errors import RunFolderError, UnknownNameError, UsageError
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
 from xprobe.runs.manifest import Manifest
 
@@ -141,7 +141,7 @@ class Study(Mapping[str, SettingResult]):
 
     def __getitem__(self, setting: str) -> SettingResult:
         if setting not in self.settings:
-            raise UnknownSettingError(f"this run holds no setting {setting!r}; it holds {', '.join(self.settings)}")
+            raise UnknownNameError(f"this run holds no setting {setting!r}; it holds {', '.join(self.settings)}")
         return SettingResult(self, setting)
 
     @property

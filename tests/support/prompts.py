@@ -13,7 +13,7 @@ from xprobe.models.parity import TeacherForced
 from xprobe.qa.prompts import Prompt
 from xprobe.qa.records import Example
 from xprobe.stages.requests import study_request
-from xprobe.stages.states import PendingWave
+from xprobe.stages.states import WaveReadout
 
 
 def example(group: int = 0, number: int = 0) -> Example:
@@ -88,9 +88,9 @@ def by_group(prompts) -> dict[str, list[Prompt]]:
     return groups
 
 
-def pending(wave, rows, prompts, head, backend="auto") -> PendingWave:
+def pending(wave, rows, prompts, head, backend="auto") -> WaveReadout:
     """A wave on its way to main memory, as a run makes it."""
-    return PendingWave(rows, of_wave(wave, prompts), head, backend, True)
+    return WaveReadout(rows, of_wave(wave, prompts), head, backend, True)
 
 
 def of_wave(wave, prompts) -> list[Prompt]:

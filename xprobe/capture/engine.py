@@ -25,7 +25,7 @@ from xprobe.capture.plan import (
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
 from xprobe.capture.requests import Group, Request, check_groups, check_requests, check_sample
-from xprobe.capture.rows import Receiver, Rows, RowSpace
+from xprobe.capture.rows import Receiver, RowBuffers, Rows
 from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement, short_sample
 from xprobe.capture.tree import make_tree
@@ -79,10 +79,10 @@ class Engine:
         self.warn = Warnings(notify)
         self._strategy: Strategy | None = None  # until it is chosen
         self.kernel = attention.available(input_device(model))
-        self.alone_beyond = rotary_limit(model.config)
+        self.max_shared_tokens = rotary_limit(model.config)
         self.parity_error: float | None = None
         self._largest_part = 0  # most requests in one pass of the last capture
-        self._space = RowSpace(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
+        self._space = RowBuffers(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
 
     @property
     def strategy(self) -> Strategy:
@@ -107,7 +107,7 @@ class Engine:
             A request cannot be run (``check_requests``).
         """
         check_groups(groups, self.limits)
-        return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
+        return make_plan(groups, self.batch_tokens, self.strategy, self.max_shared_tokens)
 
     def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
         """Compares the lens at the last layer with the model's own logits, on a few prompts.
@@ -138,7 +138,7 @@ class Engine:
         """
         check_sample(sample, self.limits)
         tensor_parallel.send_order("choose_strategy", list(sample))
-        requests = short_sample(sample, self.model.config, self.alone_beyond)
+        requests = short_sample(sample, self.model.config, self.max_shared_tokens)
         name = type(self.model).__name__
         budget = max(self.batch_tokens, sum(len(request.ids) for request in requests))
         wanted = self._capture(requests, "plain", 1).copy()
@@ -225,6 +225,7 @@ class Engine:
         RuntimeError, MemoryError
             Memory runs out even for one request at a time, or the model fails.
         """
+        check_requests(requests, self.limits)
         strategy = self._strategy
         if strategy is None and len(requests) > 1:
             self.choose_strategy(requests)
@@ -242,9 +243,9 @@ class Engine:
         return self._capture(requests, strategy or self.strategy, self.batch_tokens)
 
     def _capture(self, requests: Sequence[Request], strategy: Strategy, budget: int) -> Rows:
-        rows = self._space.take(requests)
+        rows = self._space.rows_for(requests)
         self._largest_part = 0
-        waiting = split(requests, range(len(requests)), budget, strategy, self.alone_beyond)
+        waiting = split(requests, range(len(requests)), budget, strategy, self.max_shared_tokens)
         while waiting:
             try:
                 self._run(requests, waiting[0], rows, strategy)
@@ -259,12 +260,12 @@ class Engine:
             self.batch_tokens = max(1, min(self.batch_tokens, part_tokens(requests, waiting[0], strategy)) // 2)
             self.warn(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
             left = [i for part in waiting for i in part]
-            waiting = split(requests, left, self.batch_tokens, strategy, self.alone_beyond)
+            waiting = split(requests, left, self.batch_tokens, strategy, self.max_shared_tokens)
         return rows
 
     def _run(self, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy) -> None:
         with torch.inference_mode(), fast_products(self.model), model_code_errors(self.model):
-            if self.alone_beyond is not None and len(requests[part[0]].ids) > self.alone_beyond:
+            if self.max_shared_tokens is not None and len(requests[part[0]].ids) > self.max_shared_tokens:
                 # dynamic NTK keeps the angles of the longest prompt until a short prompt is run
                 self.model.base_model(
                     input_ids=pad([requests[part[0]].ids[:1]], input_device(self.model)), use_cache=False

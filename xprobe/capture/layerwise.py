@@ -22,7 +22,7 @@ from xprobe.capture.memory import is_out_of_memory
 from xprobe.capture.plan import STRATEGIES, Plan, Strategy, Wave, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
 from xprobe.capture.requests import Group, Request, check_groups, check_requests, check_sample
-from xprobe.capture.rows import Rows, RowSpace
+from xprobe.capture.rows import RowBuffers, Rows
 from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement, short_sample
 from xprobe.capture.tree_attention import NotShareable
@@ -68,7 +68,7 @@ class LayerwiseEngine:
         self.model, self.anatomy = streamed.model, streamed.anatomy
         self.warn = Warnings(notify)
         self.progress = progress
-        self.alone_beyond = rotary_limit(streamed.model.config)
+        self.max_shared_tokens = rotary_limit(streamed.model.config)
         self.strategy: Strategy = "tree"
         self.kernel = attention.available(input_device(streamed.model))
         self.parity_error: float | None = None
@@ -91,7 +91,7 @@ class LayerwiseEngine:
             A request cannot be run (``check_requests``).
         """
         check_groups(groups, self.limits)
-        return make_plan(groups, self.batch_tokens, self.strategy, self.alone_beyond)
+        return make_plan(groups, self.batch_tokens, self.strategy, self.max_shared_tokens)
 
     def check_parity(self, prompts: Sequence[TeacherForced], backend: str = "auto") -> None:
         """Keeps ``prompts`` for ``run``: the check needs rows of the last layer, and only a sweep gives them."""
@@ -109,7 +109,7 @@ class LayerwiseEngine:
             The sample is empty, or a request in it cannot be run (``check_requests``).
         """
         check_sample(sample, self.limits)
-        self._sample = short_sample(sample, self.model.config, self.alone_beyond)
+        self._sample = short_sample(sample, self.model.config, self.max_shared_tokens)
 
     def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
         """Makes one sweep, then yields every wave of ``plan`` that holds a group of ``wanted``, with its rows.
@@ -126,8 +126,8 @@ class LayerwiseEngine:
         check_requests(requests, self.limits)
         if not requests and not self._parity_prompts:
             return
-        space = _MappedSpace(self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.folder)
-        rows = space.take(requests)
+        space = _MappedBuffers(self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, self.folder)
+        rows = space.rows_for(requests)
         last_rows = _LastRows(self.model, self.anatomy.n_layers - 1, self._parity_prompts)
         before = self.streamed.checkpoint.bytes_read
         name = type(self.model).__name__
@@ -169,9 +169,9 @@ class LayerwiseEngine:
         for wave in waves:
             members = range(start, start + len(wave.requests))
             start = members.stop
-            parts += split(requests, members, self.batch_tokens, self.strategy, self.alone_beyond)
-        if self.alone_beyond is not None:  # in the order that ``split`` gives the parts of one wave
-            limit = self.alone_beyond
+            parts += split(requests, members, self.batch_tokens, self.strategy, self.max_shared_tokens)
+        if self.max_shared_tokens is not None:  # in the order that ``split`` gives the parts of one wave
+            limit = self.max_shared_tokens
             parts.sort(key=lambda part: max(0, max(len(requests[i].ids) for i in part) - limit))
         passes += [make_pass(self.model, requests, part, rows, self.strategy, self.kernel) for part in parts]
         sweep(self.streamed, passes, folder=self.folder, progress=self.progress)
@@ -182,7 +182,7 @@ class LayerwiseEngine:
             return []
         sample = self._sample
         shape = (self.anatomy.n_layers, self.anatomy.head.width, self.model.dtype, input_device(self.model))
-        wanted, noise, shared = (RowSpace(*shape).take(sample) for _ in range(3))
+        wanted, noise, shared = (RowBuffers(*shape).rows_for(sample) for _ in range(3))
         indices = range(len(sample))
         passes = [make_pass(self.model, sample, [i], wanted, "plain") for i in indices]
         batch = make_pass(self.model, sample, indices, noise, "plain")
@@ -244,7 +244,7 @@ class _LastRows:
             self.passes.append(Pass({"input_ids": pad([prompt.ids], input_device(model))}, receive))
 
 
-class _MappedSpace(RowSpace):
+class _MappedBuffers(RowBuffers):
     """Rows in a temporary file. It takes its room on the disk at once, so the disk cannot fill up later."""
 
     def __init__(self, layers: int, width: int, dtype: torch.dtype, folder: Path) -> None:

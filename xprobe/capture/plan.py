@@ -46,7 +46,7 @@ class Plan:
     strategy: Strategy
     batch_tokens: int
     waves: tuple[Wave, ...]
-    alone_beyond: int | None = None
+    max_shared_tokens: int | None = None
 
     @cached_property
     def tokens(self) -> int:
@@ -60,7 +60,7 @@ class Plan:
 
     def parts(self, wave: Wave) -> list[list[int]]:
         """The forward passes of a wave, each as indices of its requests."""
-        return split(wave.requests, range(len(wave.requests)), self.batch_tokens, self.strategy, self.alone_beyond)
+        return split(wave.requests, range(len(wave.requests)), self.batch_tokens, self.strategy, self.max_shared_tokens)
 
     @property
     def saved(self) -> float:
@@ -103,11 +103,13 @@ def count_rows(requests: Iterable[Request]) -> dict[str, int]:
     return counts
 
 
-def make_plan(groups: Sequence[Group], batch_tokens: int, strategy: Strategy, alone_beyond: int | None = None) -> Plan:
+def make_plan(
+    groups: Sequence[Group], batch_tokens: int, strategy: Strategy, max_shared_tokens: int | None = None
+) -> Plan:
     """Puts neighbouring groups into one wave while they fit into one forward pass of ``batch_tokens`` tokens.
 
-    Prompts of more than ``alone_beyond`` tokens get a pass of their own (``rotary_limit``). The plan depends on its
-    arguments alone, so a resumed run computes each wave as before.
+    Prompts of more than ``max_shared_tokens`` tokens get a pass of their own (``rotary_limit``). The plan depends on
+    its arguments alone, so a resumed run computes each wave as before.
 
     Examples
     --------
@@ -128,7 +130,7 @@ def make_plan(groups: Sequence[Group], batch_tokens: int, strategy: Strategy, al
         else:
             waves.append([group])
             filled = own
-    return Plan(strategy, batch_tokens, tuple(Wave(tuple(wave)) for wave in waves), alone_beyond)
+    return Plan(strategy, batch_tokens, tuple(Wave(tuple(wave)) for wave in waves), max_shared_tokens)
 
 
 def rotary_limit(config: Any) -> int | None:
@@ -163,13 +165,13 @@ def split(
     members: Iterable[int],
     budget: int,
     strategy: Strategy,
-    alone_beyond: int | None = None,
+    max_shared_tokens: int | None = None,
 ) -> list[list[int]]:
     """Splits the indices ``members`` of ``requests`` into parts of at most ``budget`` tokens.
 
     A part of one request may exceed the budget.
     """
-    limit = float("inf") if alone_beyond is None else alone_beyond
+    limit = float("inf") if max_shared_tokens is None else max_shared_tokens
     by_length = sorted(members, key=lambda i: len(requests[i].ids))
     together = [i for i in by_length if len(requests[i].ids) <= limit]
     # by rising length: a model that adapts its angles to the longest prompt so far then does so for each of them

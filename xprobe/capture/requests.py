@@ -142,9 +142,10 @@ def check_requests(requests: Sequence[Request], limits: TokenLimits, names: Sequ
     Raises
     ------
     UsageError
-        A request has no token ids, more than the model's window, or one that the model does not have. Or it reads
-        nothing, reads a position outside its ids or the same position twice, or reads other names or kinds of rows than
-        the first request. The message names the request, the read, the value and what is allowed.
+        ``requests`` is not a list of ``Request``. A request has no token ids, more than the model's window, or one that
+        the model does not have. Or it reads nothing, reads a position outside its ids or the same position twice, or
+        reads other names or kinds of rows than the first request. The message names the request, the read, the value
+        and what is allowed.
 
     Examples
     --------
@@ -153,8 +154,12 @@ def check_requests(requests: Sequence[Request], limits: TokenLimits, names: Sequ
     ...
     xprobe.errors.UsageError: request 0: read 'last' has the position 2, but positions of its 2 tokens are 0 to 1
     """
+    if not isinstance(requests, list | tuple):
+        raise UsageError(f"requests must be a list of Request, got {show(requests)}")
     names = names or [f"request {index}" for index in range(len(requests))]
     for name, request in zip(names, requests, strict=True):
+        if not isinstance(request, Request):
+            raise UsageError(f"{name} must be a Request (xprobe.capture.requests.Request), got {show(request)}")
         limits.check(request.ids, name)
         _check_reads(request, name)
         if _kinds(request) != _kinds(requests[0]):
@@ -179,7 +184,7 @@ def check_sample(requests: Sequence[Request], limits: TokenLimits) -> None:
     ...
     xprobe.errors.UsageError: the sample is empty, give a few requests with a common beginning
     """
-    if not requests:
+    if isinstance(requests, list | tuple) and not requests:
         raise UsageError("the sample is empty, give a few requests with a common beginning")
     check_requests(requests, limits)
 

@@ -13,6 +13,7 @@ from xprobe_kernels.capture import check_spans
 from xprobe_kernels.transfer import upload
 
 from xprobe.capture.requests import Each, Mean, Request
+from xprobe.errors import UnknownNameError
 
 # (index of the request in the pass, first position, last position + 1) -> spans (batch, start, stop) of hidden states
 Locate = Callable[[int, int, int], list[tuple[int, int, int]]]
@@ -35,12 +36,20 @@ class Rows:
     offsets: Mapping[str, Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
-        """Rows [L + 1, R, D] of the reads called ``name``."""
+        """Rows [L + 1, R, D] of the reads called ``name``.
+
+        Raises
+        ------
+        UnknownNameError
+            No read has this name. It is a ``UsageError`` and a ``KeyError``.
+        """
+        if name not in self.tensors:
+            raise UnknownNameError(f"no read is called {name!r}; the requests read {', '.join(self.tensors)}")
         return self.tensors[name]
 
     def first(self, name: str) -> Tensor:
         """The first row of every request [L + 1, N, D]."""
-        tensor = self.tensors[name]
+        tensor = self[name]
         return tensor[:, upload(self.offsets[name][:-1], tensor.device)]
 
     def copy(self) -> Rows:
@@ -57,7 +66,7 @@ class Rows:
         return Rows(tensors, offsets)
 
 
-class RowSpace:
+class RowBuffers:
     """Memory for captured rows. It is allocated once, used for each wave, and grows only for a larger wave."""
 
     def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -74,7 +83,7 @@ class RowSpace:
     def _new_memory(self, numbers: int) -> Tensor:
         return torch.empty(numbers, dtype=self.dtype, device=self.device)
 
-    def take(self, requests: Sequence[Request]) -> Rows:
+    def rows_for(self, requests: Sequence[Request]) -> Rows:
         """Room for the rows of ``requests``, which passed ``check_requests``. The next call takes the same memory."""
         names = list(requests[0].reads) if requests else []
         offsets = {name: [0, *accumulate(request.reads[name].rows for request in requests)] for name in names}

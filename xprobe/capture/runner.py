@@ -63,7 +63,10 @@ class Runner(Protocol):
         """How this runner would run ``groups``."""
 
     def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
-        """Yields every wave of ``plan`` with a group of ``wanted``, and its rows. The next wave overwrites them."""
+        """Yields every wave of ``plan`` with a group of ``wanted``, and its rows. The next wave overwrites them.
+
+        ``wanted`` holds keys of groups; keys that the plan does not have are ignored.
+        """
 
     def warn(self, message: str) -> None:
         """Adds a warning to the report."""

@@ -67,7 +67,7 @@ BOUNDS = {
 }
 
 
-def short_sample(requests: Sequence[Request], config: Any, alone_beyond: int | None = None) -> list[Request]:
+def short_sample(requests: Sequence[Request], config: Any, max_shared_tokens: int | None = None) -> list[Request]:
     """The requests of the check of agreement: a few of the caller's, cut to a bounded length, with reads of its own.
 
     The cost of the check is bounded, however long and however many the requests are. A long request loses tokens from
@@ -82,7 +82,7 @@ def short_sample(requests: Sequence[Request], config: Any, alone_beyond: int | N
         The first ``CHECK_REQUESTS`` are taken.
     config : PreTrainedConfig
         Of the model.
-    alone_beyond : int, optional
+    max_shared_tokens : int, optional
         Requests of the check are no longer than this (``xprobe.capture.plan.rotary_limit``).
 
     Returns
@@ -101,7 +101,7 @@ def short_sample(requests: Sequence[Request], config: Any, alone_beyond: int | N
     """
     taken = requests[:CHECK_REQUESTS]
     longest = max(len(request.ids) for request in taken)
-    most = min(_check_length(config, longest), alone_beyond or longest)
+    most = min(_check_length(config, longest), max_shared_tokens or longest)
     short = []
     for index, request in enumerate(taken):
         ids = request.ids

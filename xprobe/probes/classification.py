@@ -10,12 +10,12 @@ from sklearn.preprocessing import StandardScaler
 from xprobe.probes.components import LanguageCenterer, PrincipalComponents
 
 
-def front(n_components: int = 128, random_state: int | None = None) -> Pipeline:
+def preprocessing(n_components: int = 128, random_state: int | None = None) -> Pipeline:
     """The beginning of the classifying probes: StandardScaler, then at most ``n_components`` principal components.
 
     Examples
     --------
-    >>> list(front().named_steps)
+    >>> list(preprocessing().named_steps)
     ['standardscaler', 'principalcomponents']
     """
     return make_pipeline(StandardScaler(), PrincipalComponents(n_components, random_state))
@@ -42,7 +42,7 @@ def language_probe(n_components: int = 128, C: float = 1.0, random_state: int | 
     >>> language_probe().fit(states, languages).predict([[4.9, 0.0]]).tolist()
     ['th']
     """
-    return Pipeline([*front(n_components, random_state).steps, ("classifier", classifier(C))])
+    return Pipeline([*preprocessing(n_components, random_state).steps, ("classifier", classifier(C))])
 
 
 def correctness_probe(n_components: int = 128, C: float = 1.0, random_state: int | None = None) -> Pipeline:
@@ -66,5 +66,5 @@ def correctness_probe(n_components: int = 128, C: float = 1.0, random_state: int
     centerer = LanguageCenterer()
     with sklearn.config_context(enable_metadata_routing=True):
         centerer.set_fit_request(languages=True).set_transform_request(languages=True)
-    steps = front(n_components, random_state).steps
+    steps = preprocessing(n_components, random_state).steps
     return Pipeline([*steps, ("languages", centerer), ("classifier", classifier(C))])

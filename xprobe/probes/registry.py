@@ -6,6 +6,7 @@ stand in ``xprobe.config``: the command line shows them without loading scikit-l
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,11 +71,12 @@ class Probe:
     description : str
         What it asks, for the help text: completes "NAME: ".
     estimator : callable (ProbeSettings) -> scikit-learn estimator
-        A new, unfitted estimator. Where it is a pipeline that begins with ``xprobe.probes.classification.front``, that
-        beginning is fitted once for all probes of the same states.
+        A new, unfitted estimator. If it is a pipeline that begins with the steps of
+        ``xprobe.probes.classification.preprocessing``, these are fitted once for all probes of the same states.
     labels : callable (examples) -> array [n], optional
-        From the rows of the example table of one setting: ``language``, ``paragraph``, ``question_id``,
-        ``first_token_correct``, ``answer_tokens``, ... None for alignment, whose target is the consensus of the other
+        From a data frame that describes the examples of one setting, one row each. Those of a run have the columns
+        ``setting``, ``language``, ``question_id``, ``paragraph``, ``context_language``, ``prompt_tokens``,
+        ``answer_tokens`` and ``first_token_correct``. None for alignment, whose target is the consensus of the other
         languages' states.
     metric : Metric
     by_language : bool
@@ -171,7 +173,7 @@ def _check(probe: Any) -> None:
         )
     if not callable(probe.labels):
         raise UsageError(
-            f"probe {name!r}: labels must be a function from the example table to one label per row, got "
+            f"probe {name!r}: labels must be a function from a data frame of examples to one label per row, got "
             f"{probe.labels!r}"
         )
     if not isinstance(probe.metric, Metric):
@@ -238,7 +240,7 @@ def labels_of(probe: Probe, examples: pd.DataFrame) -> NDArray:
     """
     if probe.labels is None:
         raise UsageError(f"probe {probe.name!r} has no labels")
-    with naming_probe(probe.name, "labels"):
+    with naming_probe(probe.name, f"labels, from the columns {', '.join(map(str, examples.columns))}"):
         labels = probe.labels(examples.copy())  # a function may change its table; the other probes need it as it is
         if not isinstance(labels, pd.Series):
             labels = np.asarray(labels)
@@ -250,7 +252,7 @@ def labels_of(probe: Probe, examples: pd.DataFrame) -> NDArray:
             known = labels.index.is_unique and examples.index.is_unique and examples.index.isin(labels.index).all()
             if not known:
                 raise UsageError(
-                    f"{expected}, gave a Series with another index than the example table: keep the table's index, or "
+                    f"{expected}, gave a Series with another index than the data frame it got: keep that index, or "
                     "give an array in the order of its rows"
                 )
             labels = labels.loc[examples.index]
@@ -259,3 +261,22 @@ def labels_of(probe: Probe, examples: pd.DataFrame) -> NDArray:
     if missing:
         raise UsageError(f"{expected}, gave none (None or NaN) for {missing}")
     return labels
+
+
+def definition_of(probe: Probe, settings: ProbeSettings, examples: pd.DataFrame) -> dict[str, str]:
+    """What tells a probe from another one of the same name, as texts for ``manifest.json``.
+
+    ``examples`` are those of the whole run: labels are made setting by setting, as for training.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"setting": ["x-x"] * 2, "language": ["en", "th"]})
+    >>> definition = definition_of(get_probe("language"), ProbeSettings(), frame)
+    >>> definition["metric"], definition["labels_sha256"][:8]
+    ('accuracy', 'd76c90df')
+    """
+    digest = hashlib.sha256()
+    for _, rows in examples.groupby("setting", sort=False):
+        digest.update(repr(labels_of(probe, rows).tolist()).encode())
+    estimator = re.sub(r" at 0x[0-9a-f]+", "", repr(probe.estimator(settings)))  # an address differs in each process
+    return {"estimator": estimator, "metric": probe.metric.name, "labels_sha256": digest.hexdigest()}

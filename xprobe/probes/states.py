@@ -17,7 +17,7 @@ class States(Protocol):
     Attributes
     ----------
     frame : DataFrame
-        The example table, one row per example: setting, language, question_id, paragraph, and the columns that the
+        Describes the examples, one row each: setting, language, question_id, paragraph, and the columns that the
         probes' labels need.
     n_layers, width : int
         K and D.
@@ -45,7 +45,7 @@ class StatesInMemory:
     Parameters
     ----------
     frame : DataFrame
-        The example table of N rows; see ``States``.
+        Describes the N examples; see ``States``.
     arrays : dict of str to float array [N, K, D]
         By the name of the state: ``prompt_end``, ``question_mean``.
 

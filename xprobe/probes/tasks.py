@@ -54,7 +54,7 @@ class Task:
 
     @classmethod
     def from_examples(cls, examples: pd.DataFrame, probes: Sequence[Probe], settings: ProbeSettings) -> Task:
-        """From the rows of the example table of one setting.
+        """From the rows that describe the examples of one setting.
 
         Raises
         ------

@@ -59,7 +59,7 @@ def train(
     ----------
     states : States of N examples
         Of a run (``xprobe.runs.states.StoredStates``), or your own (``xprobe.probes.states.StatesInMemory``). Their
-        example table needs setting, language, question_id and paragraph, and first_token_correct for ``correctness``.
+        ``frame`` needs setting, language, question_id and paragraph, and first_token_correct for ``correctness``.
     probes : sequence of str or Probe
         Names of probes that are built in or registered, or the probes themselves.
     settings : ProbeSettings, optional

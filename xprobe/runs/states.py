@@ -18,7 +18,7 @@ LAYER_BYTES = 1 << 30  # of states held at a time when layers are read
 
 @dataclass(frozen=True, eq=False)
 class StoredStates:
-    """States of the N examples of a run, in the order of its example table.
+    """States of the N examples of a run, in the order of ``frame``.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class StoredStates:
 
     @property
     def shards(self) -> list[tuple[str, NDArray[np.int64]]]:
-        """Every shard's file name, and the rows of the example table that it holds."""
+        """Every shard's file name, and the rows of ``frame`` that it holds."""
         keys = self.frame["setting"] + "/" + self.frame["context_language"] + "/" + self.frame["paragraph"]
         groups = keys.groupby(keys, sort=False).indices.items()
         return [(self.folder.shard_name(str(key)), np.asarray(rows)) for key, rows in groups]

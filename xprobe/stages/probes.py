@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from xprobe.config import PROBE_COLUMNS, PROBES, SETTINGS, STATES, check_probes
+from xprobe.config import BUILT_IN_PROBES, PROBE_COLUMNS, PROBES, SETTINGS, STATES, check_probes
 from xprobe.errors import RunFolderError
 from xprobe.events import Note, Step
 from xprobe.models.loading import pick_device
 from xprobe.phases.tables import replace_signals
+from xprobe.probes.registry import definition_of, get_probe
 from xprobe.probes.settings import ProbeSettings
 from xprobe.probes.training import train
 from xprobe.results import read_tables
@@ -69,7 +70,13 @@ def compute(run: Run, wanted: dict[str, ProbeSettings]) -> None:
         scores = _in_order(pd.concat([kept, scores], ignore_index=True) if len(scores) else kept)
     if signals:
         layers, examples = replace_signals(layers, examples, signals, study.bootstrap, study.seed)
-    trained = {**others, **{name: settings.to_dict() for name, settings in wanted.items()}}
+    entries = {name: _entry(name, settings, stored.frame) for name, settings in wanted.items()}
+    warnings += [
+        f"probe {name!r} is not the one of this name that the run had before: it has another {what}"
+        for name, entry in entries.items()
+        if (what := _changed(recorded(run).get(name, {}), entry))
+    ]
+    trained = {**others, **entries}
     trained = {name: trained[name] for name in sorted(trained, key=[*PROBES, *trained].index)}
     with run.folder.writing_tables({LAYERS: layers, EXAMPLES: examples, PROBE_TABLE: scores}) as digests:
         # The manifest goes first: a process that ends before the last table has its name leaves tables that differ
@@ -86,6 +93,23 @@ def recorded(run: Run) -> dict[str, dict[str, Any]]:
     """The settings of every probe that the manifest names."""
     stage = run.manifest.stages.get(NAME)
     return {} if stage is None else stage.results["trained"]
+
+
+def _entry(name: str, settings: ProbeSettings, examples: pd.DataFrame) -> dict[str, Any]:
+    """What the manifest keeps of a trained probe: its settings, and what it was unless it is built in."""
+    if name in BUILT_IN_PROBES:
+        return settings.to_dict()
+    return {**settings.to_dict(), "definition": definition_of(get_probe(name), settings, examples)}
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two definitions of a probe, apart from its settings; empty if nothing does."""
+    if "definition" not in before or "definition" not in now:
+        return ""
+    names = {"estimator": "estimator", "metric": "metric", "labels_sha256": "labels"}
+    same_settings = {**before, "definition": None} == {**now, "definition": None}
+    differing = [name for name in names if before["definition"].get(name) != now["definition"][name]]
+    return " and ".join(names[name] for name in differing if name != "estimator" or same_settings)
 
 
 def check_registered(run: Run) -> None:
@@ -126,6 +150,7 @@ def _read_scores(run: Run, names: list[str]) -> pd.DataFrame | None:
 def _lost_warning(run: Run, name: str, entry: dict[str, Any]) -> str:
     """What to do about a probe whose scores are lost and which cannot be trained in this process."""
     options = ""
+    entry = {key: value for key, value in entry.items() if key != "definition"}
     if entry != ProbeSettings(seed=run.manifest.study.seed).to_dict():  # train_probes would use these
         usual = ProbeSettings().to_dict()
         changed = (f"{key}={value!r}" for key, value in entry.items() if key in usual and usual[key] != value)

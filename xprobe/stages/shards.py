@@ -46,7 +46,7 @@ def write_wave(
     offsets : int64 Tensor [N + 1]
         Which of the P positions each example owns.
     values, rows
-        As ``xprobe.stages.states.PendingWave.wait`` gives them.
+        As ``xprobe.stages.states.WaveReadout.wait`` gives them.
     watch : Stopwatch
         Gets the seconds of "write".
     execution : str

@@ -115,7 +115,7 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     _count_shards(run, entry)
 
 
-class PendingWave:
+class WaveReadout:
     """Lens values and rows of one wave, while they are copied to main memory and the device computes the next wave.
 
     Parameters
@@ -195,7 +195,7 @@ def write_shards(
 ) -> None:
     """Computes every wave of ``plan`` that holds a group of ``wanted``, and writes those groups' shards.
 
-    Waves of hidden rows come from the runner, ``PendingWave`` reads them with the lens. On a CPU a wave is written
+    Waves of hidden rows come from the runner, ``WaveReadout`` reads them with the lens. On a CPU a wave is written
     before the next is computed. With a GPU, a writer thread waits for the results and writes them meanwhile; if
     something fails, what was computed is still written. Steps in ``watch``: forward, lens, write.
 
@@ -219,7 +219,7 @@ def write_shards(
     def prompts_of(wave: Wave) -> list[Prompt]:
         return [prompt for group in wave.groups for prompt in prompts[group.key]]
 
-    def pending() -> Iterator[tuple[Wave, PendingWave]]:
+    def pending() -> Iterator[tuple[Wave, WaveReadout]]:
         waves = runner.run(plan, wanted)
         while True:
             with watch.timed("forward", device):
@@ -227,10 +227,10 @@ def write_shards(
             if wave is None or rows is None:
                 return
             with watch.timed("lens", device):
-                read = PendingWave(rows, prompts_of(wave), head, backend, store_rows)
+                read = WaveReadout(rows, prompts_of(wave), head, backend, store_rows)
             yield wave, read
 
-    def write(piece: tuple[Wave, PendingWave], kept: Callable[[int], None]) -> None:
+    def write(piece: tuple[Wave, WaveReadout], kept: Callable[[int], None]) -> None:
         wave, read = piece
         values, rows = read.wait()
         write_wave(folder, wave, prompts_of(wave), wanted, read.offsets, values, rows, watch, execution, kept)

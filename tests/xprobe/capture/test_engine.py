@@ -335,11 +335,11 @@ def test_a_prompt_beyond_the_rotary_limit_does_not_change_other_prompts(kind):
     wanted = torch.cat(alone, 1)
     engine = Engine(model, anatomy, 10_000)
     engine.limits = replace(engine.limits, window=None)  # dynamic NTK runs beyond the configuration's window
-    assert engine.alone_beyond == 32
+    assert engine.max_shared_tokens == 32
     plan = engine.plan(group_requests(requests(PROMPTS)))
     assert [part for part in plan.parts(plan.waves[0]) if len(part) > 1]
     assert relative_error(engine.capture(requests(PROMPTS))["answer"], wanted) < 1e-4
-    engine.alone_beyond = None
+    engine.max_shared_tokens = None
     assert relative_error(engine.capture(requests(PROMPTS))["answer"], wanted) > 1e-3  # the limit makes them equal
 
 

@@ -128,6 +128,23 @@ def test_a_bad_request_is_refused_with_its_index_before_the_model_runs(engine, b
     assert not runs
 
 
+@pytest.mark.parametrize("requests", [None, GOOD, "abc", {GOOD.ids: GOOD}, 5], ids=repr)
+def test_something_else_than_a_list_of_requests_is_refused(engine, requests):
+    for call in (engine.capture, engine.choose_strategy):
+        with pytest.raises(UsageError, match="requests must be a list of Request, got"):
+            call(requests)
+    with pytest.raises(UsageError, match=r"request 1 must be a Request \(xprobe.capture.requests.Request\), got 'x'"):
+        engine.capture([GOOD, "x"])
+
+
+@pytest.mark.parametrize("kind", [UsageError, KeyError])
+def test_rows_of_another_name_are_refused_with_the_names_that_there_are(engine, kind):
+    rows = engine.capture([GOOD])
+    for call in (rows.__getitem__, rows.first):
+        with pytest.raises(kind, match=r"^no read is called 'z'; the requests read last$"):
+            call("z")
+
+
 def test_lists_ranges_and_integers_of_numpy_are_taken(engine):
     plain = engine.capture([GOOD])["last"].clone()
     for ids, positions in (([5, 6, 7], [2]), (range(5, 8), range(2, 3)), (tuple(np.arange(5, 8)), (np.int64(2),))):

@@ -17,7 +17,7 @@ import xprobe
 from xprobe.config import BUILT_IN_PROBES, DEFAULT_PROBES
 from xprobe.errors import ProbeError, UsageError
 from xprobe.events import Note, Step
-from xprobe.probes import ROC_AUC, Probe, register, unregister
+from xprobe.probes import ACCURACY, ROC_AUC, Probe, register, unregister
 from xprobe.probes.classification import language_probe
 from xprobe.probes.registry import labels_of
 from xprobe.probes.settings import ProbeSettings
@@ -124,6 +124,31 @@ def test_an_estimator_with_other_first_steps_gets_the_states_themselves(out):
     assert set(widths) == {study.manifest.model.width}
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (replace(SCRIPT, labels=lambda examples: (examples["language"] == "en").to_numpy()), "labels"),
+        (replace(SCRIPT, estimator=lambda settings: language_probe(2)), "estimator"),
+        (replace(SCRIPT, metric=ACCURACY), "metric"),
+        (SCRIPT, None),
+    ],
+    ids=["other labels", "another estimator", "another metric", "the same"],
+)
+def test_a_warning_says_that_another_probe_of_the_same_name_replaced_the_scores(out_with_script, other, what):
+    notes = []
+    with registered(other):
+        study = train_probes(out_with_script, ["script"], progress=notes.append)
+    expected = f"probe 'script' is not the one of this name that the run had before: it has another {what}"
+    assert (expected in study.manifest.warnings) == (expected in [str(note) for note in notes]) == (what is not None)
+    assert len(study.manifest.warnings) == (what is not None)
+
+
+def test_other_settings_alone_do_not_make_another_probe(out_with_script):
+    with registered():
+        study = train_probes(out_with_script, ["script"], ProbeSettings(n_components=3))
+    assert not study.manifest.warnings
+
+
 # -- failures -------------------------------------------------------------------------------------------------------
 
 
@@ -132,10 +157,13 @@ def fails(*arguments):
 
 
 FAILING = {
-    "labels": (replace(SCRIPT, labels=fails), r"probe 'script' failed \(labels\): ArithmeticError: no luck"),
+    "labels": (replace(SCRIPT, labels=fails), r"probe 'script' failed \(labels, .*\): ArithmeticError: no luck"),
     "estimator": (replace(SCRIPT, estimator=fails), r"probe 'script' failed \(setting en-x, state prompt_end, layer 0"),
     "metric": (replace(SCRIPT, metric=replace(ROC_AUC, score=fails)), r"'script' failed \(setting en-x, .* fold 1\)"),
-    "a column that is missing": (replace(SCRIPT, labels=lambda e: e["colour"]), r"KeyError: 'colour'"),
+    "a column that is missing": (
+        replace(SCRIPT, labels=lambda e: e["colour"]),
+        r"probe 'script' failed \(labels, from the columns setting, language, .*first_token_correct\): KeyError",
+    ),
 }
 
 
@@ -336,7 +364,9 @@ def test_a_series_is_aligned_with_the_examples_by_its_index():
 
 @pytest.mark.parametrize("index", [range(4), [7, 4, 9, 9], list("abcd")])
 def test_a_series_with_another_index_is_refused(index):
-    with pytest.raises(UsageError, match=r"probe 'script' .*gave a Series with another index than the example table"):
+    with pytest.raises(
+        UsageError, match=r"probe 'script' .*gave a Series with another index than the data frame it got"
+    ):
         labels_of(with_labels(lambda examples: pd.Series(1, index=index)), EXAMPLES)
 
 

@@ -22,7 +22,7 @@ from support.states import write_states
 from xprobe.errors import ProbeError, UsageError
 from xprobe.phases.encoding import paragraph_encoding
 from xprobe.probes import training
-from xprobe.probes.classification import correctness_probe, front, language_probe
+from xprobe.probes.classification import correctness_probe, language_probe, preprocessing
 from xprobe.probes.components import PrincipalComponents
 from xprobe.probes.controls import majority
 from xprobe.probes.registry import ACCURACY, Metric, Probe, get_probe
@@ -187,7 +187,7 @@ def test_probes_with_the_same_first_steps_share_them_and_others_do_not(frame, st
     monkeypatch.setattr(PrincipalComponents, "fit", lambda self, X, y=None: fits.append(len(X)) or fit(self, X, y))
 
     def probe(name, n_components):
-        estimator = make_pipeline(*[step for _, step in front(n_components, 0).steps], LogisticRegression())
+        estimator = make_pipeline(*[step for _, step in preprocessing(n_components, 0).steps], LogisticRegression())
         return Probe(name, "", lambda settings: sklearn.clone(estimator), lambda e: e["language"].to_numpy())
 
     settings = ProbeSettings(folds=2)

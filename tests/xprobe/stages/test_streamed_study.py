@@ -89,7 +89,7 @@ def test_a_full_disk_is_reported_before_the_sweep(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(layerwise.os, "posix_fallocate", full)
-    space = layerwise._MappedSpace(5, 32, torch.float32, tmp_path)
+    space = layerwise._MappedBuffers(5, 32, torch.float32, tmp_path)
     with pytest.raises(RunFolderError, match=r"cannot keep .* GB of hidden rows .*No space left"):
         space.reserve({"answer": 1000, "question": 10})
     assert list(tmp_path.iterdir()) == []
