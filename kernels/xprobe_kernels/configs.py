@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -77,6 +77,7 @@ class Config:
             block //= 2
         return self if block == self.block_m else replace(self, block_m=block, warps=min(self.warps, 4))
 
+    @lru_cache(1024)  # noqa: B019 - configurations are few, and equal ones share an entry
     def for_work(self, *, capped: bool, compared: bool) -> Config:
         """The configuration with smaller parts of a tile, where a soft-cap or KL needs the registers."""
         if self.accumulators() <= 64:
@@ -108,6 +109,7 @@ MAX_BLOCK_ROWS = 64  # rows of a program that looks at a tile once more (triton_
 FEW_ROWS = 256  # up to this many rows the pass is bound by reading the weights
 
 
+@lru_cache(1024)
 def choose(architecture: str, dtype: torch.dtype, rows: int) -> Config:
     """The configuration for ``rows`` rows in ``dtype``.
 
@@ -123,6 +125,7 @@ def choose(architecture: str, dtype: torch.dtype, rows: int) -> Config:
     return SAFE.for_rows(rows)
 
 
+@cache
 def limits_of(architecture: str) -> Architecture:
     """The limits of an architecture. An unknown one has the limits of the newest older one of its kind."""
     return next((ARCHITECTURES[name] for name in _older(architecture)), SMALLEST)

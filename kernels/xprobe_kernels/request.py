@@ -38,4 +38,7 @@ class LensRequest:
 
     def of_rows(self, part: slice | Tensor) -> LensRequest:
         """The same request for some of the rows, by slice or index, without KL, for which rows need each other."""
+        whole = isinstance(part, slice) and part.indices(self.rows) == (0, self.rows, 1)
+        if whole and self.final_rows is None:
+            return self
         return replace(self, hidden=self.hidden[part], lookup=self.lookup[part], final_rows=None)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from xprobe_kernels.reach import Reach
 from xprobe_kernels.triton_fold import INFINITY, softcapped
+from xprobe_kernels.triton_support import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -172,7 +173,7 @@ def attend(
         GROUP=heads // key.shape[0],
         HAS_WINDOW=window is not None, HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
         BM=blocks.queries, BN=blocks.keys,
-        BD=max(triton.next_power_of_2(width), 16), BE=max(triton.next_power_of_2(value_width), 16),
+        BD=max(next_power_of_2(width), 16), BE=max(next_power_of_2(value_width), 16),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xprobe_kernels.triton_rows import NORMS, normed_row
+from xprobe_kernels.triton_support import cdiv, next_power_of_2
 from xprobe_kernels.unembedding import Unembedding
 
 BLOCK = 1024  # columns of the width per program, if no norm needs the whole row
@@ -51,10 +52,10 @@ def capture_rows(hidden: Tensor, spans: Tensor, out: Tensor, head: Unembedding |
     """Launches the kernel. ``capture`` has checked the arguments; ``spans`` is on the device of ``hidden``."""
     width = hidden.shape[2]
     whole = head is not None and (head.norm != "none" or head.gamma is not None or head.beta is not None)
-    block = triton.next_power_of_2(width) if whole else min(triton.next_power_of_2(width), BLOCK)
+    block = next_power_of_2(width) if whole else min(next_power_of_2(width), BLOCK)
     if not len(spans):
         return
-    capture_kernel[(len(spans), triton.cdiv(width, block))](
+    capture_kernel[(len(spans), cdiv(width, block))](
         hidden, *hidden.stride(), spans.contiguous(),
         head.gamma if head else None, head.beta if head else None, float(head.eps) if head else 0.0,
         out, out.stride(0), width,

@@ -30,6 +30,7 @@ from xprobe_kernels.triton_fold import (
     store,
 )
 from xprobe_kernels.triton_rows import Kept, Partials, Prepared, operand_dtype, unchanged
+from xprobe_kernels.triton_support import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -241,7 +242,7 @@ def launch(
     head, lookup, normed = request.head, request.lookup, prepared.normed
     weight, (rows, width) = head.weight, normed.shape
     architecture, processors = device_limits(normed.device)
-    row_tiles, tiles = triton.cdiv(rows, config.block_m), triton.cdiv(head.vocab_size, config.block_n)
+    row_tiles, tiles = cdiv(rows, config.block_m), cdiv(head.vocab_size, config.block_n)
     slots = processors * config.resident
     if splits is None:
         row_bytes = config.block_m * width * normed.itemsize
@@ -263,8 +264,8 @@ def launch(
         rows, head.vocab_size, width, request.lookups, splits,
         max(1, min(slots // splits, row_tiles)), float(head.scale), float(head.softcap or 0.0),
         HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, CAP=cap_kind(head.softcap),
-        LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=carried,
-        PLACES=triton.next_power_of_2(max(carried, 1)),
+        LOOKUPS=next_power_of_2(max(request.lookups, 1)), K=carried,
+        PLACES=next_power_of_2(max(carried, 1)),
         KL=kl_kind(kept, final_of),
         PRECISION=request.precision if normed.dtype == torch.float32 else "ieee",
         EVEN=width % config.block_k == 0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from xprobe_kernels import divergence, triton_top
@@ -13,6 +12,7 @@ from xprobe_kernels.configs import Config
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_lens import configuration, device_limits, launch
 from xprobe_kernels.triton_rows import Kept, dense, merge, operand_dtype, prepare, unchanged
+from xprobe_kernels.triton_support import cdiv
 
 MEMORY_SHARE = 1 / 600  # of the logits in fp32
 SMALLEST_BLOCK = 1024  # rows: fewer would not keep a card busy
@@ -50,7 +50,7 @@ class FusedPass:
         vocabulary, width = request.head.vocab_size, request.head.width
         each = 0 if unchanged(request) else width * operand_dtype(request.hidden, request.head).itemsize
         if request.top_k and not config.carries_top:
-            tiles = triton.cdiv(vocabulary, config.block_n)
+            tiles = cdiv(vocabulary, config.block_n)
             each += 4 * tiles + 8 * request.top_k * min(request.top_k, tiles)
         allowed = int(rows * 4 * vocabulary * MEMORY_SHARE)
         block = max(allowed // max(each, 1), SMALLEST_BLOCK)
@@ -58,7 +58,7 @@ class FusedPass:
             return rows
         slots = device_limits(request.hidden.device)[1] * config.resident
         row_tiles = max(block // config.block_m, 1)
-        row_tiles = row_tiles // slots * slots if row_tiles >= slots else slots // triton.cdiv(slots, row_tiles)
+        row_tiles = row_tiles // slots * slots if row_tiles >= slots else slots // cdiv(slots, row_tiles)
         return row_tiles * config.block_m
 
     def read(self, request: LensRequest, kept: Kept | None, final_of: Tensor | None) -> tuple[dict[str, Any], Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.ties import TIE_ROUNDINGS
 from xprobe_kernels.triton_fold import INFINITY, LOWEST, NO_ID, softcapped
+from xprobe_kernels.triton_support import next_power_of_2
 from xprobe_kernels.unembedding import Unembedding
 
 NORMS = {"none": 0, "rms": 1, "layer": 2}
@@ -258,8 +259,12 @@ def dense(request: LensRequest) -> LensRequest:
 
     head = request.head
     vectors = {name: getattr(head, name) for name in ("gamma", "beta", "bias")}
-    vectors = {name: value.contiguous() for name, value in vectors.items() if value is not None}
-    head = replace(head, weight=dense_rows(head.weight), **vectors)
+    vectors = {name: value for name, value in vectors.items() if value is not None and not value.is_contiguous()}
+    if vectors or head.weight.stride(1) != 1:
+        vectors = {name: value.contiguous() for name, value in vectors.items()}
+        head = replace(head, weight=dense_rows(head.weight), **vectors)
+    if head is request.head and request.hidden.stride(1) == 1 and request.lookup.is_contiguous():
+        return request
     return replace(request, hidden=dense_rows(request.hidden), head=head, lookup=request.lookup.contiguous())
 
 
@@ -282,7 +287,7 @@ def prepare(request: LensRequest) -> Prepared:
         thresholds=new(*lookup.shape),
     )
     if rows:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         prepare_kernel[(rows,)](
             hidden, hidden.stride(0), head.gamma, head.beta, float(head.eps),
             head.weight, head.weight.stride(0), head.bias, float(head.scale), float(head.softcap or 0.0),
@@ -307,8 +312,8 @@ def merge(
     top_ids = torch.empty(rows, top_k, dtype=torch.int64, device=device)
     if rows:
         # rounded up, because Triton compiles the kernel anew for each size
-        places = max(triton.next_power_of_2(splits), 64)
-        candidates = max(triton.next_power_of_2(lists), 64) * triton.next_power_of_2(top_k) if top_k else 1
+        places = max(next_power_of_2(splits), 64)
+        candidates = max(next_power_of_2(lists), 64) * next_power_of_2(top_k) if top_k else 1
         merge_kernel[(rows,)](
             partials.sums, partials.above, partials.top, partials.top_ids, lookup, prepared.finite,
             float(request.head.softcap or 0.0),

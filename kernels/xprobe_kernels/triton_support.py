@@ -1,4 +1,4 @@
-"""Where Triton's kernels can run, and with which dtypes. Does not import Triton."""
+"""Where Triton's kernels can run and with which dtypes, and sizes of launches. Does not import Triton."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ import os
 from importlib import util
 
 import torch
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many parts of ``size`` hold ``count``. Triton's own function costs ten times as much in Python.
+
+    Examples
+    --------
+    >>> cdiv(129, 64), cdiv(128, 64)
+    (3, 2)
+    """
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is at least ``count``. Triton's own costs ten times as much in Python.
+
+    Examples
+    --------
+    >>> next_power_of_2(5), next_power_of_2(4), next_power_of_2(1)
+    (8, 4, 1)
+    """
+    return 1 << max(count - 1, 0).bit_length()
 
 
 def interpreted() -> bool:

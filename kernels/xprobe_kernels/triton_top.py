@@ -20,6 +20,7 @@ from xprobe_kernels.configs import MAX_BLOCK_ROWS, Config
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_fold import INFINITY, LOWEST, NO_ID, scaled
 from xprobe_kernels.triton_rows import Prepared
+from xprobe_kernels.triton_support import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -112,7 +113,7 @@ def largest(request: LensRequest, prepared: Prepared, maxima: Tensor, config: Co
     (rows, tiles), width, device = maxima.shape, normed.shape[1], maxima.device
     lists = min(top_k, tiles)
     chosen = torch.empty(lists, rows, dtype=torch.int32, device=device)
-    places = triton.next_power_of_2(tiles)
+    places = next_power_of_2(tiles)
     select_kernel[(rows,)](
         maxima, chosen, rows, tiles, J=lists, BT=places, num_warps=min(max(places // 256, 1), 8)
     )  # fmt: skip
@@ -122,7 +123,7 @@ def largest(request: LensRequest, prepared: Prepared, maxima: Tensor, config: Co
     programs = ((starts.diff() + (block - 1)) // block).cumsum(0)
     top = torch.empty(lists, rows, top_k, dtype=torch.float32, device=device)
     top_ids = torch.empty(lists, rows, top_k, dtype=torch.int32, device=device)
-    tiles_kernel[(triton.cdiv(lists * rows, block) + tiles,)](
+    tiles_kernel[(cdiv(lists * rows, block) + tiles,)](
         normed, head.weight, head.weight.stride(0), head.bias, order, starts, programs, top, top_ids,
         rows, head.vocab_size, width, tiles, float(head.scale),
         HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, K=top_k,

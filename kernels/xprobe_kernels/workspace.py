@@ -19,6 +19,7 @@ from xprobe_kernels.precision import matmul_precision, product
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_fold import Lookups, cap_kind, finals_of, fold, kl_kind, scaled, start, store
 from xprobe_kernels.triton_rows import Kept, Partials, dense, merge, prepare
+from xprobe_kernels.triton_support import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def row_kernel(
 def readout(request: LensRequest) -> dict[str, Any]:
     """The fields of ``Readout``."""
     request = dense(request)
-    return divergence.readout(request, WorkspacePass(min(triton.next_power_of_2(request.head.vocab_size), 4096)))
+    return divergence.readout(request, WorkspacePass(min(next_power_of_2(request.head.vocab_size), 4096)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class WorkspacePass:
         columns = max(columns // self.tile, 1) * self.tile  # whole tiles, because ``kept`` is by tile
         padded = min(columns, -(-head.vocab_size // 16) * 16)
         step = max(1, min(rows, (request.workspace_bytes - converted * padded) // (4 * padded)))
-        parts = triton.cdiv(head.vocab_size, columns)
+        parts = cdiv(head.vocab_size, columns)
         partials = Partials.empty(parts, request, request.top_k)
         logits = torch.empty(step * padded, dtype=torch.float32, device=request.hidden.device)
         with matmul_precision(request.precision):
@@ -132,8 +133,8 @@ class WorkspacePass:
                         first_row, rows, first, end - first, head.vocab_size, part, request.lookups,
                         float(head.scale), float(head.softcap or 0.0),
                         HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, CAP=cap_kind(head.softcap),
-                        LOOKUPS=triton.next_power_of_2(max(request.lookups, 1)), K=request.top_k,
-                        PLACES=triton.next_power_of_2(max(request.top_k, 1)), KL=kl_kind(kept, final_of),
+                        LOOKUPS=next_power_of_2(max(request.lookups, 1)), K=request.top_k,
+                        PLACES=next_power_of_2(max(request.top_k, 1)), KL=kl_kind(kept, final_of),
                         BN=self.tile, num_warps=8,
                     )  # fmt: skip
         return merge(request, prepared, partials, compared=final_of is not None)
