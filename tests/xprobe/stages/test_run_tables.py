@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 from support.families import save_tiny_model
-from support.runs import raw_manifest, steady
+from support.runs import raw_manifest, steady, write_signed
 
 import xprobe
 from xprobe.errors import RunFolderError
 from xprobe.probes.settings import ProbeSettings
-from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, SHARDS, RunFolder
+from xprobe.runs.folder import EXAMPLES, LAYERS, PROBE_TABLE, SHARDS, RunFolder
 from xprobe.stages import states
 from xprobe.study import train_probes
 
@@ -240,13 +239,13 @@ def test_no_probe_is_trained_on_a_shard_that_the_run_did_not_write(
 def test_a_manifest_that_does_not_fit_the_shards_is_named(entry: str, value: int, there: Any, out: Path) -> None:
     entries = raw_manifest(out)
     entries["model"][entry] = value
-    (out / MANIFEST).write_text(json.dumps(entries))
+    write_signed(out, entries)
     with pytest.raises(RunFolderError, match=rf"entry model.{entry} is {value}, the shards hold {there}"):
         train_probes(out, ("language",))
 
 
 def test_groups_in_another_order_than_the_examples_are_refused(out: Path) -> None:
     entries = raw_manifest(out)
-    (out / MANIFEST).write_text(json.dumps({**entries, "groups": entries["groups"][::-1]}))
+    write_signed(out, {**entries, "groups": entries["groups"][::-1]})
     with pytest.raises(RunFolderError, match=r"entry groups does not fit examples.parquet"):
         train_probes(out, ("language",))
