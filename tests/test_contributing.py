@@ -59,23 +59,26 @@ def walk_throughs() -> dict[str, list[Block]]:
 
 
 def apply(block: Block, root: Path) -> None:
-    """Writes a new file, or makes the change that a diff shows.
+    """Writes a new file, or makes the change that a diff shows. A change that is there already is left as it is.
 
     Raises
     ------
     AssertionError
-        The new file is there already, or the lines to change do not stand exactly once in the old one.
+        Another file of this name is there, or the lines to change do not stand exactly once in the old one. Then the
+        page does not fit the sources any more: change its diff.
     """
     path = root / block.path
     if block.language == "python":
-        assert not path.exists(), block.path
+        assert not path.exists() or path.read_text(encoding="utf-8") == block.text, block.path
         path.write_text(block.text, encoding="utf-8")
         return
     lines = block.text.splitlines()
     old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
     new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
     source = path.read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{block.path} does not hold once:\n{old}"
+    if source.count(new) == 1 and (source.count(old) == 0 or old in new):
+        return
+    assert source.count(old) == 1, f"{PAGE.name}: change its diff of {block.path}, which does not hold once:\n{old}"
     path.write_text(source.replace(old, new), encoding="utf-8")
 
 

@@ -44,6 +44,9 @@ class Step:
 class Note:
     """Something that the user should know: a fallback, a warning, what was found in the folder.
 
+    ``important``: the manifest does not keep it, and it says what was removed, replaced or not used. The command line
+    shows it even if stderr is no terminal.
+
     Examples
     --------
     >>> str(Note("the run is finished: shown from its files"))
@@ -51,6 +54,7 @@ class Note:
     """
 
     text: str
+    important: bool = False
 
     def __str__(self) -> str:
         return self.text

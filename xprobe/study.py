@@ -166,21 +166,23 @@ def _compute_stages(
     source = resolve(study.model) if loaded is None else loaded.source
     manifest, finished = _begin(study, questions, source, loaded is not None, path, resume)
     run = Run(RunFolder(path), manifest, execution, notify)
-    if not finished:
-        _forget_later_stages(run)
     stale = why_stale(run.folder) if finished else None
+    if not finished:
+        _forget_later_stages(run, "was computed from shards that are gone")
+    else:
+        _forget_later_stages(run, "has lost a table, or one was changed", only_damaged=True)
     if finished:
         if not stale:
             notify(Note(f"{path} holds the finished run: shown from its files"))
         unused = _unused_options(execution, manifest)
         if unused:
-            notify(Note(f"the run is finished, so these options were not used: {', '.join(unused)}"))
+            notify(Note(f"the run is finished, so these options were not used: {', '.join(unused)}", important=True))
     else:
         probes.check_registered(run)
         states.compute(run, questions, source, loaded)
     if stale:
         reason = stale.partition(": `")[0]  # without the command, which is this one
-        notify(Note(f"the run is finished, and its tables are written again from the shards: {reason}"))
+        notify(Note(f"the run is finished, and its tables are written again from the shards: {reason}", important=True))
     if stale or not finished:
         wanted = probes.settings_of(run)
         phases.compute(run)
@@ -190,21 +192,28 @@ def _compute_stages(
     unknown = run.folder.unknown_shards(run.manifest.groups)
     if unknown:
         names = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
-        notify(Note(f"{path / SHARDS} holds shards that this run does not use, remove them: {names}"))
+        notify(Note(f"{path / SHARDS} holds shards that this run does not use, remove them: {names}", important=True))
     if not finished:
         run.manifest.total_seconds = round(time.perf_counter() - started, 3)
     run.manifest.status = "done"
     run.folder.write_manifest(run.manifest)
 
 
-def _forget_later_stages(run: Run) -> None:
-    """Removes what other stages made of the shards that are now computed again: tables and entries."""
-    for name in [name for name in run.manifest.stages if name not in ("states", "probes")]:
-        entry = run.manifest.stages.pop(name)
-        if name != "phases":  # which is computed next
-            for table in entry.tables:
-                (run.folder.path / table).unlink(missing_ok=True)
-            run.notify(Note(f"the stage {name!r} was computed from shards that are gone: compute it again"))
+def _forget_later_stages(run: Run, reason: str, *, only_damaged: bool = False) -> None:
+    """Removes tables and entries of later stages, which do not fit any more and are not computed here.
+
+    ``only_damaged``: only those of stages one of whose tables is not what the stage wrote.
+    """
+    for name in [name for name in run.manifest.stages if name not in ("states", "phases", "probes")]:
+        entry = run.manifest.stages[name]
+        if only_damaged and all(run.folder.holds_table(table, digest) for table, digest in entry.tables.items()):
+            continue
+        del run.manifest.stages[name]
+        for table in entry.tables:
+            (run.folder.path / table).unlink(missing_ok=True)
+        run.notify(Note(f"the stage {name!r} {reason}: compute it again", important=True))
+    if not only_damaged:
+        run.manifest.stages.pop("phases", None)  # which is computed next
 
 
 def _unused_options(execution: Execution, manifest: Manifest) -> list[str]:
@@ -265,12 +274,12 @@ def train_probes(
     folder.read_finished()  # says what is wrong with the run before anything is locked
     with FolderLock(folder.path) as lock:
         if lock.warning:
-            notify(Note(lock.warning))
+            notify(Note(lock.warning, important=True))
         run = Run(folder, folder.read_finished(), Execution(), notify)
         wanted = dict.fromkeys(names, settings or ProbeSettings(seed=run.manifest.study.seed))
         stale = why_stale(folder)
         if stale:
-            notify(Note(f"all tables are written again from the shards ({stale})"))
+            notify(Note(f"all tables are written again from the shards ({stale})", important=True))
             wanted = {**stage.settings_of(run), **wanted}
             phases.compute(run)
         stage.compute(run, wanted)
@@ -285,7 +294,7 @@ def _locked(path: Path, notify: CallerNotify, resume: bool) -> Iterator[None]:
         RunFolder.check(path, resume=resume)
     with FolderLock(path) as lock:
         if lock.warning:
-            notify(Note(lock.warning))
+            notify(Note(lock.warning, important=True))
         RunFolder.check(path, resume=resume)
         yield
 

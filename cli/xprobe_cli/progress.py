@@ -9,14 +9,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
-from xprobe.events import Event, Step
+from xprobe.events import Event, Note, Step
 
 WIDTH = 30  # of the bar, in characters
 SECONDS_BETWEEN = 0.1  # two drawings of the bar
 
 
 class Progress:
-    """Shows the events of a run (``xprobe.events``). It prints nothing if the stream is not a terminal.
+    """Shows the events of a run (``xprobe.events``). Only important notes are printed if the stream is no terminal.
 
     A ``Step`` moves the bar of its stage. Rate and remaining time count only what this process did, from the first
     step on, not what a resumed run held already. A ``Stage`` or a ``Note`` is printed as a line above a bar that is
@@ -36,7 +36,7 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Step):
-            self._line(str(event))
+            self._line(str(event), important=isinstance(event, Note) and event.important)
             return
         stage, done, total = event.stage, event.done, event.total
         if stage != self.stage or not self._open:
@@ -54,13 +54,15 @@ class Progress:
             self._write("\n")
         self._open, self._shown = False, 0
 
-    def _line(self, text: str) -> None:
+    def _line(self, text: str, important: bool) -> None:
         if self._open and self.done >= self.total:
             self.close()
         if self.enabled:
             self._write(f"\r{text.ljust(self._shown)}\n")
             if self._shown:
                 self._draw()
+        elif important:
+            self._write(f"xprobe: {text}\n")
 
     def _draw(self) -> None:
         filled = WIDTH * min(self.done, self.total) // self.total

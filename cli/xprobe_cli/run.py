@@ -236,6 +236,7 @@ def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -
         if (out / LOCK).exists():
             with FolderLock(out):
                 pass  # raises if another process is just starting a run here
+        RunFolder.check(out, resume=True)  # a folder with something else in it is no place for a new run
         if context.get_parameter_source("model") is ParameterSource.DEFAULT:
             raise UsageError(f"{out} holds no run to resume: to begin one there, name the MODEL")
         return {}

@@ -96,6 +96,15 @@ def test_a_narrow_terminal_gets_a_bar_of_one_line(terminal, clock, monkeypatch):
     assert max(len(line) for line in terminal.lines()) < 40
 
 
+def test_without_a_terminal_only_important_notes_are_printed(clock):
+    stream = io.StringIO()
+    progress = Progress(stream, clock)
+    progress(Stage("loading"))
+    progress(Note("shared beginnings save 80 %"))
+    progress(Note("the stage 'mine' was removed", important=True))
+    assert stream.getvalue() == "xprobe: the stage 'mine' was removed\n"
+
+
 def test_without_a_terminal_steps_are_counted_and_nothing_is_printed(clock):
     stream = io.StringIO()
     with Progress(stream, clock) as progress:

@@ -31,7 +31,9 @@ def compiled(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess
     return done, json.loads(file.read_text()) if file.exists() else []
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(
+    "target", [target if target == "sm_90" else pytest.param(target, marks=pytest.mark.slow) for target in aot.TARGETS]
+)
 def test_every_kernel_builds_and_no_product_spills(tmp_path, target) -> None:
     done, reports = compiled(tmp_path, "--targets", target)
     assert done.returncode == 0, done.stdout + done.stderr

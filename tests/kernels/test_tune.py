@@ -259,6 +259,7 @@ def sanitize(monkeypatch):
     return sanitize
 
 
+@pytest.mark.slow
 def test_what_the_sanitizer_runs_is_right(sanitize) -> None:
     for name, _, error in sanitize.cases():
         if "default" not in name:  # those take long under the interpreter

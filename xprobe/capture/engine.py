@@ -30,6 +30,7 @@ from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement, short_sample
 from xprobe.capture.tree import make_tree
 from xprobe.capture.tree_attention import Layout, packed_attention
+from xprobe.errors import UsageError
 from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import model_code_errors
@@ -91,6 +92,8 @@ class Engine:
 
     @strategy.setter
     def strategy(self, strategy: Strategy) -> None:
+        if strategy not in STRATEGIES:
+            raise UsageError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
         self._strategy = strategy
 
     def report(self) -> RunnerReport:

@@ -161,6 +161,8 @@ def check_requests(requests: Sequence[Request], limits: TokenLimits, names: Sequ
         if not isinstance(request, Request):
             raise UsageError(f"{name} must be a Request (xprobe.capture.requests.Request), got {show(request)}")
         limits.check(request.ids, name)
+        if not isinstance(request.group, str):
+            raise UsageError(f"{name}: group must be text, got {show(request.group)}")
         _check_reads(request, name)
         if _kinds(request) != _kinds(requests[0]):
             raise UsageError(
@@ -217,6 +219,8 @@ def _check_reads(request: Request, name: str) -> None:
         raise UsageError(f"{name}: reads is empty, name at least one row to keep, for example {example}")
     count = len(request.ids)
     for key, read in request.reads.items():
+        if not isinstance(key, str):
+            raise UsageError(f"{name}: reads has the name {show(key)}, but names are text")
         if isinstance(read, Each):
             _check_positions(read, count, f"{name}: read {key!r}")
         elif isinstance(read, Mean):

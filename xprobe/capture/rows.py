@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -46,6 +46,16 @@ class Rows:
         if name not in self.tensors:
             raise UnknownNameError(f"no read is called {name!r}; the requests read {', '.join(self.tensors)}")
         return self.tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the reads."""
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
     def first(self, name: str) -> Tensor:
         """The first row of every request [L + 1, N, D]."""

@@ -176,6 +176,8 @@ def _check(probe: Any) -> None:
             f"probe {name!r}: labels must be a function from a data frame of examples to one label per row, got "
             f"{probe.labels!r}"
         )
+    if not isinstance(probe.by_language, bool):
+        raise UsageError(f"probe {name!r}: by_language must be True or False, got {probe.by_language!r}")
     if not isinstance(probe.metric, Metric):
         raise UsageError(f"probe {name!r}: metric must be a Metric (xprobe.probes.Metric), got {probe.metric!r}")
 

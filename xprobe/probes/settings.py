@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from xprobe.arguments import check_jobs
+from xprobe.arguments import check_instance, check_jobs
 from xprobe.config import MAX_SEED
 from xprobe.errors import UsageError
 
@@ -65,9 +65,11 @@ class ProbeSettings:
                 raise UsageError(f"{name} must be a whole number of {limit}, got {value!r}")
         for name in ("alpha", "C"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be a finite number above 0, got {value!r}")
         check_jobs(self.jobs)
+        check_instance("device", self.device, str)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``manifest.json``. ``jobs`` is left out: it changes no number."""

@@ -104,6 +104,7 @@ def unreadable(path: Path, error: OSError) -> RunFolderError:
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "make it writable, or use a folder that is"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "make room, or use a folder on another disk"),
     errno.EROFS: "use a folder on another file system",
     **dict.fromkeys(
         (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO),
@@ -118,7 +119,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "make room, or use a folder on another disk")
+        advice = _ADVICE.get(error.errno or 0, "use another folder")
         raise RunFolderError(f"cannot write {error.filename or path}: {error.strerror or error}; {advice}") from error
 
 

@@ -98,8 +98,9 @@ class RunFolder(RunTables):
                 raise RunFolderError(f"cannot write {folder}: permission denied; use a folder that you may write to")
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
-        """A folder that holds a run already."""
+    def open(cls, path: str | Path) -> RunFolder:
+        """A folder that holds a run already. A text is a path, too."""
+        path = Path(path)
         if not cls(path).has_manifest():
             raise UsageError(f"{path} is not a run folder: it holds no {MANIFEST}")
         return cls(path)

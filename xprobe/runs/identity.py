@@ -39,6 +39,8 @@ def differences(before: Manifest, now: Manifest, old: dict[str, Any]) -> list[st
 def _other_bytes(what: str, before: Any, now: Any) -> list[str]:
     if before.files_sha256 == now.files_sha256:
         return []
+    if what == "model" and now.kind == "hub" and before.kind in ("folder", "gguf"):
+        return [f"no model lies at {now.name!r} here (that of the run lay at {before.location}): name it by its path"]
     if before.name == now.name:
         return [f"{what} {now.name!r} has other bytes than it had"]
     return [f"{what} was {before.name!r} and is now {now.name!r} (other bytes)"]

@@ -46,6 +46,10 @@ class RunTables:
                 digests[name] = checksum(temporary) or ""
             yield digests
 
+    def holds_table(self, name: str, digest: str) -> bool:
+        """Whether a table is there, with the checksum that its stage entered in the manifest."""
+        return checksum(self.path / name) == digest
+
     def check_table(self, name: str, digest: str, stage: str) -> None:
         """Compares the bytes of a table with the checksum that its stage entered in the manifest.
 

@@ -46,6 +46,14 @@ class Run:
         missing = [name for name in STAGES[stage][0] if name not in self.manifest.stages]
         if missing:
             raise UsageError(f"the stage {stage!r} needs the stage {missing[0]!r}, which {self.folder.path} lacks")
+        owners = {
+            table: name for name, entry in self.manifest.stages.items() for table in entry.tables if name != stage
+        }
+        taken = [table for table in parts.get("tables", {}) if table in owners]
+        if taken:
+            raise UsageError(
+                f"the stage {stage!r} cannot enter {taken[0]}: it is a table of the stage {owners[taken[0]]!r}"
+            )
         execution = self.execution_entry(device)
         seconds = {name: round(value, 3) for name, value in watch.seconds.items()}
         self.manifest.stages[stage] = StageEntry(**{"executions": [execution], "seconds": seconds, **parts})

@@ -56,7 +56,9 @@ def test_the_pretended_gpu_counts_calls_that_wait(monkeypatch) -> None:
         assert len(gpu.waits) == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gpt2", "olmo2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt2", "olmo2"))]
+)
 def test_a_wave_is_computed_without_waiting_and_equals_that_of_the_cpu(family, monkeypatch) -> None:
     """Whole waves, one after the other in the same memory, as a run computes them."""
     model = tiny_model(family)

@@ -218,3 +218,28 @@ def test_a_streamed_model_refuses_bad_requests_and_batch_tokens(tiny, tmp_path):
         with pytest.raises(UsageError, match=message):
             call()
     assert runner.bytes_read == 0
+
+
+def test_rows_are_a_mapping_of_names(engine):
+    rows = engine.capture([GOOD])
+    assert "last" in rows
+    assert "z" not in rows
+    assert list(rows) == ["last"]
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((5, 6), {"last": Each((1,))}, group=3), "request 0: group must be text, got 3"),  # type: ignore[arg-type]
+        (Request((5, 6), {3: Each((1,))}), "request 0: reads has the name 3, but names are text"),  # type: ignore[dict-item]
+    ],
+)
+def test_groups_and_names_are_text(engine, request_, message):
+    with pytest.raises(UsageError, match=message):
+        engine.capture([request_])
+
+
+def test_an_unknown_strategy_is_refused(engine):
+    with pytest.raises(UsageError, match="unknown strategy 'nope'; known: tree, prefix, plain"):
+        engine.strategy = "nope"

@@ -316,7 +316,7 @@ FAILURES = {
     "the estimator in predict": (own(WrongShape), rf"\({PLACE}\): ValueError: .*inconsistent", ValueError),
     "the estimator's function": (own(refuse), rf"\({PLACE}\): KeyError: 'absent'", KeyError),
     "no estimator": (own(dict), rf"\({PLACE}\): AttributeError: .*'fit'", AttributeError),
-    "the labels": (own(labels=refuse), r"\(labels\): KeyError: 'absent'", KeyError),
+    "the labels": (own(labels=refuse), r"\(labels, from the columns setting, .*\): KeyError: 'absent'", KeyError),
     "the metric": (own(metric=Metric("m", refuse, majority)), rf"\({PLACE}\): KeyError", KeyError),
     "the baseline": (own(metric=Metric("m", ACCURACY.score, refuse)), rf"\({PLACE}\): KeyError", KeyError),
     "a score that is no number": (own(metric=Metric("m", lambda *_: "x", majority)), rf"\({PLACE}\): Val", ValueError),
