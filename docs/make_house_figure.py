@@ -22,13 +22,8 @@ sys.path.insert(0, str(ROOT))
 from tests import house  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "house.png"
-GROUND = (
-    "events",
-    "timing",
-    "cache",
-    "config",
-    "errors",
-)  # rooms that any other may import; their arrows are not drawn
+# rooms that any other may import; their arrows are not drawn
+GROUND = ("events", "timing", "cache", "config", "arguments", "errors")
 # from left to right, so that few arrows cross; heights are computed
 COLUMNS = {
     "models": 0, "capture": 0, "lenses": 0, "qa": 1, "phases": 2, "probes": 2, "runs": 3, "results": 3, "doctor": 4,

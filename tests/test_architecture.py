@@ -82,3 +82,11 @@ def test_the_picture_shows_the_current_imports():
     assert drawn == make_house_figure.description(make_house_figure.upper_imports()), (
         "draw it again: python docs/make_house_figure.py"
     )
+
+
+def test_no_two_rooms_overlap_in_the_picture():
+    from docs import make_house_figure as figure
+
+    where = sorted(figure.places(figure.upper_imports()).items(), key=lambda item: item[1][::-1])
+    for (one, (x, y)), (other, (far_x, far_y)) in pairwise(where):
+        assert y != far_y or far_x - x > 2 * figure.HALF_WIDTH, f"{one} and {other}: give both a column in COLUMNS"
