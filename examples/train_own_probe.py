@@ -20,12 +20,9 @@ if len(sys.argv) != 2:
 study = xprobe.load_study(sys.argv[1])
 examples = study.examples.reset_index(drop=True)
 stored = StoredStates.from_run(RunFolder.open(study.path), examples, study.manifest)
-paragraphs = examples["paragraph"].nunique()
-if paragraphs < 2:
-    sys.exit(
-        "this run has one paragraph: a probe is tested on paragraphs that it was not trained on, so run two or more"
-    )
-folds = GroupKFold(min(5, paragraphs))  # a paragraph is in the training set or in the test set, never in both
+if examples["paragraph"].nunique() < 2:
+    sys.exit("a probe is tested on paragraphs that it was not trained on, and this run has only one")
+folds = GroupKFold(min(5, examples["paragraph"].nunique()))  # a paragraph is in one fold only
 for layers, states in stored.layers("prompt_end", np.arange(len(examples))):  # [K, N, D], as many layers as fit
     for layer, rows in zip(layers, states, strict=True):
         probe = make_pipeline(StandardScaler(), Ridge(alpha=len(rows)))
