@@ -39,7 +39,7 @@ import torch
 from xprobe_kernels import lens
 from xprobe_kernels.bench.environment import environment
 
-from benchmarks.engine_speed import EXAMPLES, Lens, by_group, timed
+from benchmarks.engine_speed import EXAMPLES, HandWrittenLens, by_group, timed
 from xprobe.capture import rows as captured_rows
 from xprobe.capture.engine import Engine
 from xprobe.capture.plan import Plan, count_rows
@@ -184,8 +184,8 @@ class Bench:
 
     def against(self, batch_tokens: int, rounds: int) -> dict[str, Any]:
         """Compares the loop with the hand-written lenses, in turn."""
-        engine, by_hand = self.engine(batch_tokens), Lens(self.model)
-        methods = {"usual": by_hand.usual, "careful": by_hand.careful}
+        engine, hand_written = self.engine(batch_tokens), HandWrittenLens(self.model)
+        methods = {"usual": hand_written.usual, "careful": hand_written.careful}
         plan = engine.plan(self.groups)
         some = [list(wave.groups) for wave in plan.waves[: rounds + 1]]
         self.loop(engine, some[0])
