@@ -154,7 +154,7 @@ def _save_model(case: Case, folder: Path, record: Record) -> None:
 
     whole = case.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto_class = AutoModelForImageTextToText if whole else AutoModelForCausalLM
-    note = tiny_families.NOT_ALONE.get(case.model_type)
+    note = tiny_families.NEED_ANOTHER_MODEL.get(case.model_type)
     record["build"] = {"note": note} if note else {}
     config = tiny_families.tiny_config(case.model_type, **dict(case.options))
     model = tiny_families.tiny_model(config, auto_class)
