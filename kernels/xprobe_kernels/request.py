@@ -37,5 +37,5 @@ class LensRequest:
         return self.lookup.shape[1]
 
     def of_rows(self, part: slice | Tensor) -> LensRequest:
-        """The same request for some of the rows, by slice or index, without KL, for which rows need each other."""
+        """The same request for some of the rows, by slice or index. Without KL, which compares rows with each other."""
         return replace(self, hidden=self.hidden[part], lookup=self.lookup[part], final_rows=None)
