@@ -9,7 +9,7 @@
 ``xprobe``   the capture engine and the lens, group by group, as ``xprobe run`` uses them
 
 Every round times a whole group of prompts with xprobe and a few of the same prompts with the others, in milliseconds
-per example. The ratios are medians over rounds. The values of all three are compared.
+per example. The ratios are medians over rounds. The values of all three methods are compared.
 
 ``--torch-products`` makes xprobe use torch's own matrix products where it would choose oneDNN's
 (``xprobe_kernels.precision``), so that only the effect of sharing remains. ``--memory`` runs each method in its own
@@ -49,8 +49,8 @@ from xprobe.stages.requests import study_request
 EXAMPLES = {"usual": 1, "careful": 5}  # examples per round; these methods are slow
 
 
-class Lens:
-    """The hand-written lenses: log-probabilities [L + 1, n] of an example's answer tokens."""
+class HandWrittenLens:
+    """The hand-written lenses. Both return the log-probabilities [L + 1, n] of an example's answer tokens."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -61,22 +61,25 @@ class Lens:
         ids = torch.tensor([prompt.ids], device=self.model.device)
         with torch.inference_mode():
             states = self.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-            found = []
+            by_layer = []
             for layer, state in enumerate(states):
-                normed = state if layer == len(states) - 1 else self.norm(state)  # the last one is normed already
+                normed = state if layer == len(states) - 1 else self.norm(state)  # transformers norms the last one
                 log_p = self.head(normed)[0].float().log_softmax(-1)
-                found.append(log_p[:-1].gather(1, ids[0, 1:, None])[prompt.length - 1 :, 0])
-        return torch.stack(found)
+                by_layer.append(log_p[:-1].gather(1, ids[0, 1:, None])[prompt.length - 1 :, 0])
+        return torch.stack(by_layer)
 
     def careful(self, prompt: Prompt) -> torch.Tensor:
         rows: list[torch.Tensor] = []
         answer = slice(prompt.length - 1, len(prompt.ids) - 1)
 
-        def keep(hidden: torch.Tensor) -> None:
+        def keep_answer_rows(hidden: torch.Tensor) -> None:
             rows.append(hidden[0, answer].clone())
 
-        hooks = [self.blocks[0].register_forward_pre_hook(lambda module, args: keep(args[0]))]
-        hooks += [block.register_forward_hook(lambda module, args, out: keep(first(out))) for block in self.blocks]
+        hooks = [self.blocks[0].register_forward_pre_hook(lambda module, args: keep_answer_rows(args[0]))]
+        hooks += [
+            block.register_forward_hook(lambda module, args, out: keep_answer_rows(hidden_of(out)))
+            for block in self.blocks
+        ]
         try:
             with torch.inference_mode():
                 self.model.base_model(input_ids=torch.tensor([prompt.ids], device=self.model.device), use_cache=False)
@@ -88,12 +91,13 @@ class Lens:
                 hook.remove()
 
 
-def first(out: Any) -> torch.Tensor:
+def hidden_of(out: Any) -> torch.Tensor:
+    """The hidden state in a block's output, which may be a tuple that starts with it."""
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
 def with_xprobe(engine: Engine, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Log-probabilities [L + 1, P] of prompts. Rank, entropy and divergence are computed with them."""
+    """Log-probabilities [L + 1, P] of prompts. The same call also computes ranks, entropies and divergences."""
     rows = engine.capture_wave([study_request(prompt) for prompt in prompts])["answer"]
     targets = torch.tensor([token for prompt in prompts for token in prompt.targets])
     values = read_answers(rows, targets, engine.anatomy.head)
@@ -117,8 +121,9 @@ def waves_of(plan: Plan, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
 def load(dtype: str, setting: str, questions: int) -> tuple[Any, Anatomy, list[Prompt]]:
     loaded = loading.load(loading.resolve("smollm2-135m"), dtype=dtype)
     examples = load_data("xquad").examples((setting,), None, None)
-    first = set(list(dict.fromkeys(example.question_id for example in examples))[:questions])  # whole paragraphs first
-    examples = [example for example in examples if example.question_id in first]
+    # questions of one paragraph follow each other, so the first questions are those of whole paragraphs
+    chosen = set(list(dict.fromkeys(example.question_id for example in examples))[:questions])
+    examples = [example for example in examples if example.question_id in chosen]
     prompts, _ = build_prompts(examples, loaded.tokenizer, load_template("auto"), loaded.window)
     return loaded.model, inspect(loaded.model), prompts
 
@@ -137,33 +142,36 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     engine.choose_strategy([study_request(prompt) for prompt in prompts[:3]])
     plan = engine.plan(group_requests([study_request(prompt) for prompt in prompts]))
     waves = waves_of(plan, prompts)
-    by_hand = Lens(model)
-    methods = {"usual": by_hand.usual, "careful": by_hand.careful}
-    draw = random.Random(0)
+    hand_written = HandWrittenLens(model)
+    methods = {"usual": hand_written.usual, "careful": hand_written.careful}
+    random_source = random.Random(0)
     with_xprobe(engine, waves[0])
     for method in methods.values():
         method(prompts[0])
     times: dict[str, list[float]] = {name: [] for name in (*methods, "xprobe")}
-    farthest = 0.0
-    for turn in range(arguments.rounds):
-        wave = waves[turn % len(waves)]
+    largest_difference = 0.0
+    for number in range(arguments.rounds):
+        wave = waves[number % len(waves)]
         seconds, ours = timed(lambda wave=wave: with_xprobe(engine, wave))
         times["xprobe"].append(seconds / len(wave))
         offsets = [0]
         for prompt in wave:
             offsets.append(offsets[-1] + len(prompt.targets))
         for name, method in methods.items():
-            some = draw.sample(range(len(wave)), min(EXAMPLES[name], len(wave)))
-            seconds, theirs = timed(lambda method=method, some=some, wave=wave: [method(wave[i]) for i in some])
-            times[name].append(seconds / len(some))
-            for i, values in zip(some, theirs, strict=True):
-                farthest = max(farthest, float((values.cpu() - ours[:, offsets[i] : offsets[i + 1]]).abs().max()))
+            indices = random_source.sample(range(len(wave)), min(EXAMPLES[name], len(wave)))
+            seconds, theirs = timed(
+                lambda method=method, indices=indices, wave=wave: [method(wave[i]) for i in indices]
+            )
+            times[name].append(seconds / len(indices))
+            for i, values in zip(indices, theirs, strict=True):
+                difference = (values.cpu() - ours[:, offsets[i] : offsets[i + 1]]).abs().max()
+                largest_difference = max(largest_difference, float(difference))
     ratios = {n: [a / b for a, b in zip(times[n], times["xprobe"], strict=True)] for n in methods}
     return {
         "ms_per_example": {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()},
         "ratio": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
         "ratio_range": {name: [round(min(values), 2), round(max(values), 2)] for name, values in ratios.items()},
-        "largest_difference_nats": farthest,
+        "largest_difference_nats": largest_difference,
         "strategy": engine.strategy,
         "tokens_per_example": round(plan.tokens / len(prompts), 1),
         "tokens_run_per_example": round(plan.tokens_run / len(prompts), 1),
@@ -175,7 +183,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def peak(name: str, arguments: argparse.Namespace) -> None:
     """Runs one method and prints its peak resident memory in MB."""
     model, anatomy, prompts = load(arguments.dtype, arguments.setting, arguments.questions)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if name == "xprobe":
         engine = Engine(model, anatomy, Execution().tokens_on("cpu"))
         plan = engine.plan(group_requests([study_request(prompt) for prompt in prompts]))
@@ -183,28 +191,29 @@ def peak(name: str, arguments: argparse.Namespace) -> None:
             with_xprobe(engine, wave)
     else:
         for prompt in sorted(prompts, key=lambda p: len(p.ids))[-5:]:
-            getattr(Lens(model), name)(prompt)
+            getattr(HandWrittenLens(model), name)(prompt)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(int(status["VmHWM"].split()[0]) / 1024)
 
 
-def memory(names: Sequence[str]) -> dict[str, float]:
-    found = {}
+def peak_memory(names: Sequence[str]) -> dict[str, float]:
+    """Peak resident memory of each method in MB, each measured in its own process."""
+    peaks = {}
     for name in names:
         command = [sys.executable, *sys.argv, "--peak-of", name]
-        found[name] = round(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    return found
+        peaks[name] = round(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return peaks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=("en-x", "x-x"), default="en-x")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--questions", type=int, default=40, help="of XQuAD, in 12 languages each")
+    parser.add_argument("--questions", type=int, default=40, help="number of XQuAD questions, each in 12 languages")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--torch-products", action="store_true")
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--torch-products", action="store_true", help="use torch's own matrix products, not oneDNN's")
+    parser.add_argument("--memory", action="store_true", help="also measure the peak memory of each method")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.torch_products:
@@ -216,7 +225,7 @@ def main() -> None:
     result["products"] = "oneDNN" if precision.onednn_is_faster() else "torch"
     result |= compare(arguments)
     if arguments.memory:
-        result["peak_rss_mb"] = memory(["careful", "xprobe"])
+        result["peak_rss_mb"] = peak_memory(["careful", "xprobe"])
     result["environment"] = environment()
     text = json.dumps(result, indent=1)
     if arguments.json:

@@ -1,12 +1,12 @@
-"""What xprobe does with every causal family of the installed transformers: makes docs/families.md.
+"""Checks xprobe on every causal model type of the installed transformers and writes docs/families.md.
 
     python benchmarks/families.py --out docs/families.md --json families.json
-    python benchmarks/families.py --only llama,qwen3            # prints the rows of a part
-    python benchmarks/families.py --from families.json --out docs/families.md                   # the tables alone
-    python benchmarks/families.py --from families.json --only llama --json families.json        # one case anew
+    python benchmarks/families.py --only llama,qwen3            # prints only these rows
+    python benchmarks/families.py --from families.json --out docs/families.md                   # only the tables
+    python benchmarks/families.py --from families.json --only llama --json families.json        # one case again
 
-Every family is a tiny random model (``tiny_families.py``) that is saved, loaded, read, shared, streamed and forecast
-(``family_checks.py``) in a process of its own, with a limit of time and memory. Runs on a CPU, without network.
+Every family is a tiny random model (``tiny_families.py``). A separate process saves, loads, reads, runs, streams and
+dry-runs it (``family_checks.py``), with limits on time and memory. The sweep needs a CPU and no network.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ import tiny_families
 
 import xprobe
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"  # for the tests' tokenizer and prompts
+TESTS = Path(__file__).resolve().parents[1] / "tests"  # has the tokenizer and the prompts
 SECONDS, MEMORY = 120, 12 << 30  # limits of one family
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table: a model type, perhaps with an entry of its configuration changed."""
+    """One row of a table: a model type, with the entries of its configuration that are changed."""
 
     model_type: str
     options: tuple[tuple[str, Any], ...] = ()
-    wrapper: bool = False  # of the second table
+    wrapper: bool = False  # a vision-language model: belongs to the second table
 
     @property
     def name(self) -> str:
@@ -58,24 +58,24 @@ def cases(only: Iterable[str] = ()) -> list[Case]:
 
     causal = sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     wrappers = sorted(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - set(causal))
-    found = []
+    listed = []
     for model_type in causal:
-        found.append(Case(model_type))
+        listed.append(Case(model_type))
         config_class = CONFIG_MAPPING[model_type]
         if getattr(config_class, "is_decoder", None) is False and not getattr(
             config_class, "is_encoder_decoder", False
         ):
-            found.append(Case(model_type, (("is_decoder", True),)))
-    found += [Case(model_type, wrapper=True) for model_type in wrappers]
+            listed.append(Case(model_type, (("is_decoder", True),)))
+    listed += [Case(model_type, wrapper=True) for model_type in wrappers]
     wanted = set(only)
-    unknown = wanted - {case.model_type for case in found}
+    unknown = wanted - {case.model_type for case in listed}
     if unknown:
         raise SystemExit(f"transformers knows no causal model of type {', '.join(sorted(unknown))}")
-    return [case for case in found if not wanted or case.model_type in wanted]
+    return [case for case in listed if not wanted or case.model_type in wanted]
 
 
 def sweep(chosen: list[Case], jobs: int, seconds: float = SECONDS) -> dict[str, Record]:
-    """The checks of every case, each in a process of its own."""
+    """Runs the checks of every case, each in its own process."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.path.insert(0, str(TESTS))
     from support.families import tiny_tokenizer
@@ -96,8 +96,8 @@ def sweep(chosen: list[Case], jobs: int, seconds: float = SECONDS) -> dict[str, 
                 process.start()
                 running[case] = process, folder, time.monotonic()
             for case, (process, folder, start) in list(running.items()):
-                late = time.monotonic() - start > seconds
-                if process.is_alive() and not late:
+                timed_out = time.monotonic() - start > seconds
+                if process.is_alive() and not timed_out:
                     continue
                 if process.is_alive():
                     process.kill()
@@ -106,11 +106,11 @@ def sweep(chosen: list[Case], jobs: int, seconds: float = SECONDS) -> dict[str, 
                 result = folder / "result.json"
                 record = json.loads(result.read_text()) if result.is_file() else {}
                 if process.exitcode:
-                    why = f"stopped after {seconds:.0f} s" if late else f"ended with exit code {process.exitcode}"
-                    record["stopped"] = {"fault": why}
+                    reason = f"stopped after {seconds:.0f} s" if timed_out else f"exit code {process.exitcode}"
+                    record["stopped"] = {"fault": reason}
                 record["seconds"] = round(time.monotonic() - start, 1)
                 results[case.name] = {"wrapper": case.wrapper, **record}
-                print(f"{len(results)}/{len(chosen)} {family_table.in_short(case.name, record)}", flush=True)
+                print(f"{len(results)}/{len(chosen)} {family_table.summary_line(case.name, record)}", flush=True)
             time.sleep(0.05)
     return {case.name: results[case.name] for case in chosen}
 
@@ -148,13 +148,13 @@ def _child(case: Case, folder: Path, tokenizer: Any) -> None:
 
 
 def _save_model(case: Case, folder: Path, record: Record) -> None:
-    """A tiny random model, as ``save_pretrained`` writes it; of types with pictures, the whole model."""
+    """Saves a tiny random model. For a type that also reads images it saves the whole vision-language model."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as auto
 
     whole = case.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto_class = AutoModelForImageTextToText if whole else AutoModelForCausalLM
-    note = tiny_families.NOT_ALONE.get(case.model_type)
+    note = tiny_families.NEED_ANOTHER_MODEL.get(case.model_type)
     record["build"] = {"note": note} if note else {}
     config = tiny_families.tiny_config(case.model_type, **dict(case.options))
     model = tiny_families.tiny_model(config, auto_class)
@@ -165,13 +165,13 @@ def _save_model(case: Case, folder: Path, record: Record) -> None:
 
 
 def _save_wrapper(case: Case, folder: Path, record: Record) -> None:
-    """The configuration of a vision-language model alone: its weights are not what decides."""
+    """Saves only the configuration of a vision-language model: its weights do not change the outcome."""
     from transformers.models.auto import modeling_auto as auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         config = tiny_families.tiny_config(case.model_type)
-    except Exception:  # sizes that do not fit together: nothing is built of them, so the default ones do as well
+    except Exception:  # the tiny sizes contradict each other; no model is built here, so the default sizes work too
         config = CONFIG_MAPPING[case.model_type]()
     name = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[case.model_type]
     config.architectures = [name if isinstance(name, str) else name[0]]
@@ -180,7 +180,7 @@ def _save_wrapper(case: Case, folder: Path, record: Record) -> None:
 
 
 def versions() -> Record:
-    """What the table was made with."""
+    """The date and the versions, which the document states."""
     import torch
     import transformers
 
@@ -194,16 +194,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the tables to this Markdown file")
     parser.add_argument("--json", type=Path, help="write all results to this file")
-    parser.add_argument("--from", dest="source", type=Path, help="results of an earlier sweep instead of a new one")
+    parser.add_argument("--from", dest="source", type=Path, help="read the results of an earlier sweep from this file")
     parser.add_argument("--only", default="", help="model types, separated by commas")
-    parser.add_argument("--jobs", type=int, default=2, help="families at the same time")
+    parser.add_argument("--jobs", type=int, default=2, help="number of families checked at the same time")
     options = parser.parse_args()
     start = time.monotonic()
     results = json.loads(options.source.read_text(encoding="utf-8")) if options.source else {"cases": {}}
     if options.only or not options.source:
         made = versions()
         if options.source and {**results["made"], **made, "date": ""} != {**results["made"], "date": ""}:
-            parser.error(f"{options.source} was made with {results['made']}: make all of it again")
+            parser.error(f"{options.source} was made with {results['made']}: run the whole sweep again")
         results["cases"] |= sweep(cases(filter(None, options.only.split(","))), options.jobs)
         results["made"] = {"minutes": round((time.monotonic() - start) / 60, 1), **results.get("made", {}), **made}
     if options.json:

@@ -1,6 +1,6 @@
-"""What xprobe does with one saved model: every check of ``families.py``, in the order of a run.
+"""Runs every check of ``families.py`` on one saved model, in the order of a run.
 
-All names of xprobe's internals that the sweep needs are in ``INTERNALS`` below.
+The first section holds the functions that depend on how xprobe works inside.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def load(folder: Path, dtype: str) -> Any:
 
 
 def strategy(engine: Engine, prompts: list[Any]) -> tuple[str, list[str]]:
-    """How the engine decides to share work between prompts, and the warnings that it gives."""
+    """The strategy that the engine chooses for these prompts, and its warnings."""
     engine.choose_strategy(strategy_sample(requests(prompts)))
     return engine.strategy, list(engine.warn.messages)
 
 
 def rows_of(engine: Engine, prompts: list[Any], name: str, budget: int) -> Tensor:
-    """Answer and question rows [L + 1, P + N, D] of ``prompts`` by one strategy."""
+    """Answer and question rows [L + 1, P + N, D] of ``prompts`` with one strategy."""
     rows = engine._capture(requests(prompts), name, budget)  # type: ignore[arg-type]
     return torch.cat([rows["answer"], rows["question"]], 1).clone()
 
@@ -57,18 +57,21 @@ def rows_of(engine: Engine, prompts: list[Any], name: str, budget: int) -> Tenso
 def log_probabilities_of_run(study: Any) -> dict[str, Tensor]:
     """Lens log-probabilities [P, L + 1] of the gold tokens of every stored group."""
     folder = RunFolder.open(study.path)
-    found = {}
+    by_group = {}
     for key in study.manifest.groups:
         arrays, _ = folder.read_shard(folder.shard_name(key), ("logit", "logsumexp"))
-        found[key] = torch.as_tensor(arrays["logit"]) - torch.as_tensor(arrays["logsumexp"])
-    return found
+        by_group[key] = torch.as_tensor(arrays["logit"]) - torch.as_tensor(arrays["logsumexp"])
+    return by_group
 
 
 # -- the checks -------------------------------------------------------------------------------------------------------
 
 
 class Checks:
-    """Results of the checks of one model; ``save`` is called after each, so that a check that never ends is known."""
+    """Results of the checks of one model.
+
+    ``save`` is called before and after each check. So the saved record also shows a check that never ended.
+    """
 
     def __init__(self, folder: Path, record: Record, save: Callable[[Record], None]) -> None:
         self.folder, self.record, self._save = folder, record, save
@@ -93,8 +96,8 @@ class Checks:
         del entry["unfinished"]
         self._save(self.record)
 
-    def ended(self, name: str) -> bool:
-        """Whether a check gave a result."""
+    def succeeded(self, name: str) -> bool:
+        """Whether a check neither was refused nor failed."""
         return not {"refused", "fault"} & self.record[name].keys()
 
     def run(self) -> Record:
@@ -116,7 +119,7 @@ class Checks:
         prompts = family_of_prompts(vocab=300)
         self._runs()
         for dtype, name in (("float32", "run"), ("bfloat16", "run bfloat16")):
-            if not self.ended(name):
+            if not self.succeeded(name):
                 anatomies.pop(dtype, None)
         widest = next((dtype for dtype in ("float64", "float32") if dtype in anatomies), None)
         if widest is not None:
@@ -130,7 +133,8 @@ class Checks:
             if dtype in anatomies:
                 with self.step(f"sharing {dtype}") as entry:
                     entry.update(_sharing(*anatomies[dtype], prompts))
-        # what a run chose on its own prompts, and what is chosen in bf16, where rounding may hide what it does wrong
+        # the strategies that runs chose for their own prompts, and the one chosen in bf16 for the random prompts:
+        # bf16 rounding may hide the error of a strategy, so the error of each is measured in fp32
         chosen = {
             "run": self.record["run"].get("strategy"),
             "run bfloat16": self.record["run bfloat16"].get("strategy"),
@@ -141,11 +145,13 @@ class Checks:
                 chosen["sharing bfloat16"] = entry["strategy"]
         if "float32" in anatomies:
             with self.step("strategies in float32") as entry:
-                entry |= {name: _error_of(name, *anatomies["float32"], prompts) for name in {*chosen.values()} if name}
+                entry |= {
+                    name: _strategy_error(name, *anatomies["float32"], prompts) for name in {*chosen.values()} if name
+                }
         return self.record
 
     def wrapper(self) -> Record:
-        """Of a vision-language model: what is said when it is opened, and by ``--dry-run``."""
+        """The checks of a vision-language model: opening it, and ``--dry-run``."""
         with self.step("open float32") as entry:
             model = load(self.folder, "float32")
             entry["class"] = type(model).__name__
@@ -176,34 +182,37 @@ class Checks:
 
 
 def _read(model: Any, anatomy: Any) -> Record:
-    """The lens at every layer against the model's own final modules, over the whole vocabulary."""
+    """Compares the lens at every layer with the model's own final modules, over the whole vocabulary."""
     ids = torch.randint(10, 300, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(1))
     states: list[Tensor] = []
     with torch.inference_mode(), watch_states(anatomy.blocks, lambda layer, hidden: states.append(hidden.clone())):
         model(input_ids=ids, use_cache=False)
-    worst, ranks, largest = 0.0, 0, 0.0
+    worst, wrong_ranks, largest = 0.0, 0, 0.0
     gold = torch.arange(10, 10 + PROBE_TOKENS)
     for state in states:
         rows = state[0]
-        wanted = _own_lens(model, anatomy, rows)
+        expected_log_p = _own_lens(model, anatomy, rows)
         logits = reference_logits(rows, anatomy.head)
         largest = max(largest, float(logits[logits.isfinite()].abs().max()))
-        defined = logits.log_softmax(-1)
+        reference_log_p = logits.log_softmax(-1)
         values = lens(rows, anatomy.head, gold)
-        target = wanted.gather(1, gold[:, None])
-        worst = max(worst, _difference(defined, wanted), _difference(values.log_probability, target))
-        ranks += int((values.rank[:, 0] != 1 + (wanted > target).sum(-1)).sum())
-    return {"nats": worst, "wrong_ranks": ranks, "largest_logit": largest, "layers": len(states)}
+        target = expected_log_p.gather(1, gold[:, None])
+        worst = max(worst, _difference(reference_log_p, expected_log_p), _difference(values.log_probability, target))
+        wrong_ranks += int((values.rank[:, 0] != 1 + (expected_log_p > target).sum(-1)).sum())
+    return {"nats": worst, "wrong_ranks": wrong_ranks, "largest_logit": largest, "layers": len(states)}
 
 
 def _own_lens(model: Any, anatomy: Any, hidden: Tensor) -> Tensor:
-    """Log-probabilities of ``hidden`` [T, D] by the model itself, which is handed them as its last block's output."""
+    """Log-probabilities that the model's own final modules give for ``hidden`` [T, D].
 
-    def replaced(module: Any, args: tuple, output: Any) -> Any:
+    A hook replaces the last block's output by ``hidden``.
+    """
+
+    def replace_output(module: Any, args: tuple, output: Any) -> Any:
         rows = hidden.reshape(1, -1, hidden.shape[-1])
         return rows if isinstance(output, Tensor) else (rows, *output[1:])
 
-    hook = anatomy.blocks[-1].register_forward_hook(replaced)
+    hook = anatomy.blocks[-1].register_forward_hook(replace_output)
     ids = torch.randint(10, 300, (1, len(hidden)), generator=torch.Generator().manual_seed(2))
     try:
         with torch.inference_mode():
@@ -213,7 +222,7 @@ def _own_lens(model: Any, anatomy: Any, hidden: Tensor) -> Tensor:
 
 
 def _sharing(model: Any, anatomy: Any, prompts: list[Any]) -> Record:
-    """Rows of the chosen strategy, and of plain batches, against prompts that run alone; in nats of the lens."""
+    """Lens differences, in nats, between prompts run one by one and the chosen strategy, and plain batches."""
     engine = Engine(model, anatomy, 4096)
     name, warnings = strategy(engine, prompts)
     alone = _lens_of(rows_of(engine, prompts, "plain", 1), anatomy)
@@ -227,12 +236,12 @@ def _sharing(model: Any, anatomy: Any, prompts: list[Any]) -> Record:
     }
 
 
-def _error_of(name: str, model: Any, anatomy: Any, prompts: list[Any]) -> float:
-    """What a strategy does to the lens of this model, whatever the engine would choose."""
+def _strategy_error(name: str, model: Any, anatomy: Any, prompts: list[Any]) -> float:
+    """The lens error, in nats, of a strategy that the engine need not have chosen. Infinite if the strategy fails."""
     engine = Engine(model, anatomy, 4096)
     try:
         shared = rows_of(engine, prompts, name, 4096)
-    except Exception:  # it does not work at all in this dtype
+    except Exception:  # the strategy does not work with this model in this dtype
         return float("inf")
     return _difference(_lens_of(shared, anatomy), _lens_of(rows_of(engine, prompts, "plain", 1), anatomy))
 

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command from a checkout: tests, whole runs, kernels, tuning, profile.
+"""Runs all tests and measurements that need a GPU: tests, whole runs, kernels, tuning, profile.
 
     python benchmarks/gpu.py OUT [--minutes 10] [--steps env,sanitize,tests,run,bench,rivals,tune,profile,aot]
                                  [--model MODEL] [--data DATA] [--commit HASH] [--compare FOLDER [--strict]]
@@ -11,12 +11,12 @@ bench.json, roofline.png, tune.json, tests-passed.txt, profile.txt, log.txt (the
 summary.json. The exit code is 0 only if every step succeeded. Clocks and other settings of the GPU are read, never
 changed.
 
-A step that is run again with the same OUT goes on where it stopped: `run`, `bench` and `rivals` measure only what
+A step that is run again with the same OUT continues where it stopped: `run`, `bench` and `rivals` measure only what
 their file lacks, `tests` runs only what did not pass, `tune` tries only the candidates it did not finish. With another
-card, driver, version or code all but `tune` begin anew, and earlier-run.json or earlier-bench.json keeps the earlier
-figures. The other steps are short and always begin anew.
+GPU, driver, version or code they start again, except `tune`, and earlier-run.json or earlier-bench.json keeps the
+earlier figures. The other steps are short and always start again.
 
-``--compare`` prints the figures of OUT against those of an earlier folder (gpu_compare.py) and needs no GPU.
+``--compare`` compares the figures of OUT with those of an earlier folder (gpu_compare.py) and needs no GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from benchmarks.gpu_results import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-NONE = "none"  # the only step: nothing is measured
+NONE = "none"  # value of --steps: measure nothing
 OK, FAILED, LATE, SKIPPED, RUNNING = "ok", "failed", "out of time", "skipped", "running"
 # steps in order, and their shares of the time; sanitize comes early, because a wrong address breaks the GPU for the
 # tests
@@ -72,7 +72,7 @@ WEIGHTS = {
 }
 TESTS = ("tests/kernels", "tests/xprobe/capture/test_on_gpu.py", "tests/xprobe/models/test_devices.py")
 RUNS = {"demo": [], "llama-3-8b": ["--shape", "llama-3-8b"]}  # whole_run.py's options
-RESERVE = 8.0  # seconds kept for stopping a step and for the table
+RESERVE = 8.0  # seconds reserved for stopping a step and printing the table
 FIRST_SHAPE = "llama-3-8b"
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy")
@@ -127,7 +127,7 @@ class Steps:
         yield Part(command + (["--commit", self.commit] if self.commit else []), self.log)
 
     def tests(self, limit: float, result: Result) -> Iterator[Part]:
-        found, passed = self.scratch / "tests.xml", self.out / "tests-passed.txt"
+        report, passed = self.scratch / "tests.xml", self.out / "tests-passed.txt"
         gpu_passed.begin(passed, json.dumps(self.current | {"tests_sha256": sources_sha256(("tests",))}))
         earlier = sorted(gpu_passed.passed(passed))
         result.details["passed_earlier"] = len(earlier)
@@ -135,10 +135,10 @@ class Steps:
         command += ["--dist", "loadscope", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_passed"]
         environment = {gpu_passed.VARIABLE: str(passed)}
         yield Part(
-            [*command, f"--junit-xml={found}"],
+            [*command, f"--junit-xml={report}"],
             self.log,
             environment,
-            lambda: read_tests(found, result.details, earlier),
+            lambda: read_tests(report, result.details, earlier),
         )
 
     def run(self, limit: float, result: Result) -> Iterator[Part]:
@@ -151,7 +151,7 @@ class Steps:
             command = [sys.executable, str(ROOT / "benchmarks" / "whole_run.py"), str(file), *options]
             command += ["--model", self.model, "--tokenizer", self.model, "--data", self.data]
             command += ["--seconds", f"{seconds:.0f}", *(["--commit", self.commit] if self.commit else [])]
-            yield Part(command, self.log, then=lambda file=file: add_run(file, self.out, self.current))
+            yield Part(command, self.log, read_results=lambda file=file: add_run(file, self.out, self.current))
         if problems := [problem for run in finished.values() if (problem := run_problem(run))]:
             raise ProblemError("; ".join(problems))
 
@@ -174,13 +174,15 @@ class Steps:
         for name in sorted(HEADS.keys() - measured, key=lambda name: (name != FIRST_SHAPE, list(HEADS).index(name))):
             file = self.scratch / f"{name}-{kernel}.json"
             command = [sys.executable, "-m", "xprobe_kernels.bench", *options, "--shape", name, "--json", str(file)]
-            yield Part(command, self.log, then=lambda file=file: merge(file, self.out, self.current))
+            yield Part(command, self.log, read_results=lambda file=file: merge(file, self.out, self.current))
         if problem := earlier_bench_problem(self.out, kernel, measured):
             raise ProblemError(problem)
 
     def tune(self, limit: float, result: Result) -> Iterator[Part]:
         command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), str(self.out / "tune.json")]
-        yield Part([*command, "--seconds", f"{max(limit - 15, 5):.0f}"], self.log, then=lambda: self._paste(result))
+        yield Part(
+            [*command, "--seconds", f"{max(limit - 15, 5):.0f}"], self.log, read_results=lambda: self._paste(result)
+        )
 
     def _paste(self, result: Result) -> str | None:
         for unfinished in self.out.glob("*.part"):
@@ -192,19 +194,19 @@ class Steps:
 
     def sanitize(self, limit: float, result: Result) -> Iterator[Part]:
         script = [sys.executable, str(ROOT / "benchmarks" / "sanitize.py")]
-        yield Part(script, self.log)  # first without the tool: compiles everything and finds plain errors
-        tool = found_tool("compute-sanitizer")
+        yield Part(script, self.log)  # without the tool: compiles the kernels and finds wrong results
+        tool = find_tool("compute-sanitizer")
         if tool is None:
-            raise ProblemError("compute-sanitizer is not there: the kernels ran only without it")
+            raise ProblemError("compute-sanitizer is not installed: the kernels ran without it")
         options = ["--error-exitcode", "9", "--print-limit", "20"]
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         yield Part([tool, "--tool", "memcheck", *options, *script], self.log, uncached)
         yield Part([tool, "--tool", "racecheck", *options, *script, "--own"], self.log)
 
     def profile(self, limit: float, result: Result) -> Iterator[Part]:
-        tool = found_tool("ncu")
+        tool = find_tool("ncu")
         if tool is None:
-            raise SkippedError("ncu is not there")
+            raise SkippedError("ncu is not installed")
         command = [tool, "--clock-control", "none", "--kernel-name", "lens_kernel", "--print-details", "all"]
         command += ["--launch-skip", "2", "--launch-count", "1"]
         for section in SECTIONS:
@@ -214,8 +216,8 @@ class Steps:
     def aot(self, limit: float, result: Result) -> Iterator[Part]:
         from xprobe_kernels.bench.environment import program_output
 
-        found = program_output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-        target = f"sm_{found.splitlines()[0].strip().replace('.', '')}" if found else "gfx942"
+        capability = program_output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        target = f"sm_{capability.splitlines()[0].strip().replace('.', '')}" if capability else "gfx942"
         yield Part([sys.executable, "-m", "xprobe_kernels.aot", "--targets", target], self.log)
 
 
@@ -233,30 +235,30 @@ def run_step(
     """Runs the parts one after the other until the time is over. The first part that fails gives the exit code."""
     result = result or Result(name)
     result.limit = round(limit, 1)
-    begun = time.monotonic()
-    troubles = []
+    started = time.monotonic()
+    problems = []
     try:
         for part in parts(limit, result):
-            left = limit - (time.monotonic() - begun)
+            left = limit - (time.monotonic() - started)
             code = run(part, left) if left > 1 else None
             result.log = part.log.name
-            problem = part.then()
+            problem = part.read_results()
             if code is None:
                 result.status = LATE
-                troubles.append(problem or f"stopped after {limit:.0f} s")
+                problems.append(problem or f"stopped after {limit:.0f} s")
                 break
             result.exit_code = result.exit_code or code
             if code or problem:
-                troubles.append(problem or f"exit code {code}: {' '.join(part.command[:6])} ...")
+                problems.append(problem or f"exit code {code}: {' '.join(part.command[:6])} ...")
     except SkippedError as error:
         result.status, result.message = SKIPPED, str(error)
     except Exception as error:
-        troubles.append(str(error) if isinstance(error, ProblemError) else f"{type(error).__name__}: {error}")
+        problems.append(str(error) if isinstance(error, ProblemError) else f"{type(error).__name__}: {error}")
     if result.status == RUNNING:
-        result.status = FAILED if troubles else OK
-    if troubles:
-        result.message = "; ".join(dict.fromkeys(troubles))
-    result.seconds = round(time.monotonic() - begun, 1)
+        result.status = FAILED if problems else OK
+    if problems:
+        result.message = "; ".join(dict.fromkeys(problems))
+    result.seconds = round(time.monotonic() - started, 1)
     return result
 
 
@@ -264,18 +266,18 @@ def write_environment(out: Path, commit: str | None) -> None:
     import torch
     from xprobe_kernels.bench.environment import environment, program_output
 
-    found = environment(torch.device("cuda"))
+    result = environment(torch.device("cuda"))
     properties = torch.cuda.get_device_properties(0)
     names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
-    found["properties"] = {name: getattr(properties, name, None) for name in names}
-    found["shared_memory_per_program"] = getattr(properties, "shared_memory_per_block_optin", None)
-    found["nvidia_smi"] = program_output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv")
-    found["commit"] = found["commit"] or commit
-    found["tools"] = {name: found_tool(name) for name in ("compute-sanitizer", "ncu", "nvcc", "gcc")}
-    write(out / "environment.json", found)
+    result["properties"] = {name: getattr(properties, name, None) for name in names}
+    result["shared_memory_per_program"] = getattr(properties, "shared_memory_per_block_optin", None)
+    result["nvidia_smi"] = program_output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv")
+    result["commit"] = result["commit"] or commit
+    result["tools"] = {name: find_tool(name) for name in ("compute-sanitizer", "ncu", "nvcc", "gcc")}
+    write(out / "environment.json", result)
 
 
-def found_tool(name: str) -> str | None:
+def find_tool(name: str) -> str | None:
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(name) or shutil.which(name, path=f"{cuda}/bin:/opt/nvidia/nsight-compute")
 
@@ -328,15 +330,19 @@ def table(results: list[Result]) -> str:
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything (default: 10)")
-    parser.add_argument("--steps", default=",".join(WEIGHTS), help=f"of {','.join(WEIGHTS)}, or none (default: all)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit for all steps together (default: 10)")
     parser.add_argument(
-        "--model", default="smollm2-135m", help="of the whole run, and whose tokenizer the random one has"
+        "--steps", default=",".join(WEIGHTS), help=f"comma-separated, from {','.join(WEIGHTS)}; or none (default: all)"
     )
-    parser.add_argument("--data", default="xquad", help="of the whole run, as for xprobe run (default: xquad)")
-    parser.add_argument("--commit", help="what is being measured, where git cannot tell")
-    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="print the figures against those of FOLDER")
-    parser.add_argument("--strict", action="store_true", help="a fall also counts on another card or other versions")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="model of the whole run; the random model uses its tokenizer"
+    )
+    parser.add_argument("--data", default="xquad", help="data of the whole run, as for xprobe run (default: xquad)")
+    parser.add_argument("--commit", help="commit that is measured, needed where git is missing")
+    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="compare the figures with those of FOLDER")
+    parser.add_argument(
+        "--strict", action="store_true", help="a lower ratio is a failure even on another GPU or with other versions"
+    )
     parser.add_argument("--environment", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     wanted = [] if options.steps == NONE else options.steps.split(",")

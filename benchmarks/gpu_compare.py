@@ -1,8 +1,8 @@
-"""New figures of gpu.py against stored ones: ratios of the kernels and of whole runs.
+"""Compares new figures of gpu.py with stored ones: ratios of the kernels and of whole runs.
 
-A ratio compares two measurements of the same run, so it depends less on the machine's state than a time does. A ratio
-of the project's own code that is more than 5 % below the stored one has fallen. Ratios of other code (torch, rivals)
-and rates are printed and never judged. Reads bench*.json and run*.json, also those of older code.
+A ratio compares two measurements of the same run, so it depends less on the machine's state than a time does. A fall is
+a ratio of the project's own code that is more than 5 % below the stored one. Ratios of other code (torch, rivals)
+and rates are only printed. Reads bench*.json and run*.json, also those of older code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ALLOWED = 0.05  # part of a ratio that may be lost to noise
+ALLOWED = 0.05  # a ratio may be lower by this part because of noise
 MACHINE = ("device", "driver", "cuda", "hip", "torch", "triton", "python")
 # ratios by part of bench.json, most important first: key in the file, text
 RATIOS = {
@@ -21,7 +21,17 @@ RATIOS = {
     "rivals": {"share_of_product": "of product", "times_torch": "x torch"},
     "capture": {"times_whole": "x whole", "times_plain": "x indexing"},
 }
-BASIS = ("rows", "width", "vocabulary", "softcap", "dtype", "kl", "batch", "length", "spans")  # equal in both folders
+BASIS = (
+    "rows",
+    "width",
+    "vocabulary",
+    "softcap",
+    "dtype",
+    "kl",
+    "batch",
+    "length",
+    "spans",
+)  # must be equal in both folders
 RUN_BASIS = ("dtype", "parameters_in_blocks", "answer_positions")
 
 
@@ -30,9 +40,9 @@ class Figure:
     """The ratios and rates of one variant of one measurement."""
 
     ours: bool  # the project's own code: a fall counts
-    ratios: dict[str, float | None]  # None: none to compute
+    ratios: dict[str, float | None]  # None: it could not be computed
     rates: dict[str, float] = field(default_factory=dict)
-    trouble: str | None = None  # why there are none
+    problem: str | None = None  # why nothing was measured
     basis: dict[str, Any] = field(default_factory=dict)  # what was measured
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -41,7 +51,7 @@ class Figure:
 class Comparison:
     """``lines`` to print, ``falls`` of the project's own ratios, and how the machines differ."""
 
-    judged: int = 0  # ratios of the project's own code that both folders have
+    compared: int = 0  # ratios of the project's own code that both folders have
     lines: list[str] = field(default_factory=list)
     falls: list[str] = field(default_factory=list)
     machines: list[str] = field(default_factory=list)
@@ -53,7 +63,7 @@ def has_figures(folder: Path) -> bool:
 
 
 def figures(folder: Path) -> dict[str, Figure]:
-    """All figures of a folder by name. Of two with the same name the later measurement counts.
+    """All figures of a folder by name. If two have the same name, the later measurement counts.
 
     Raises
     ------
@@ -88,10 +98,10 @@ def _bench(content: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
             machine = _machine(content["environment"])
             for entry in part["variants"]:
                 ours = entry["name"] == "capture" if kernel == "capture" else entry["kind"] == "backend"
-                trouble = None if entry["status"] == "ok" else f"{entry['status']}: {entry['message']}"
+                problem = None if entry["status"] == "ok" else f"{entry['status']}: {entry['message']}"
                 values = {text: entry.get(key) for key, text in ratios.items()}
                 task = f"{kernel} " if kernel == "rivals" else ""
-                yield f"{task}{part['name']}: {entry['name']}", Figure(ours, values, {}, trouble, basis, machine)
+                yield f"{task}{part['name']}: {entry['name']}", Figure(ours, values, {}, problem, basis, machine)
 
 
 def _run(run: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
@@ -116,7 +126,9 @@ def _machine(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(stored: dict[str, Figure], new: dict[str, Figure]) -> Comparison:
-    """Compares what both have. What was measured on another basis, or in one folder only, is named and not judged.
+    """Compares the figures that both have.
+
+    Figures that were measured on another basis, or in one folder only, are listed and not compared.
 
     Examples
     --------
@@ -139,13 +151,13 @@ def compare(stored: dict[str, Figure], new: dict[str, Figure]) -> Comparison:
         if other:
             changes = ", ".join(f"{key} {before.basis[key]} -> {after.basis[key]}" for key in other)
             found.lines.append(f"  {name}: not compared, measured differently: {changes}")
-        elif before.trouble:
-            found.lines.append(f"  {name}: has no stored figure ({before.trouble})")
-        elif after.trouble:
-            line = f"{name}: {after.trouble}"
+        elif before.problem:
+            found.lines.append(f"  {name}: has no stored figure ({before.problem})")
+        elif after.problem:
+            line = f"{name}: {after.problem}"
             found.lines.append(f"  {line}")
             if before.ours:
-                found.judged += 1
+                found.compared += 1
                 found.falls.append(line)
         else:
             _compare_values(name, before, after, found)
@@ -163,7 +175,7 @@ def _compare_values(name: str, before: Figure, after: Figure, found: Comparison)
         texts.append(text)
         if not before.ours or label not in before.ratios:
             continue
-        found.judged += 1
+        found.compared += 1
         if fresh < old * (1 - ALLOWED):
             found.falls.append(f"{name}: {text}")
     if texts:
@@ -192,8 +204,8 @@ def show(stored: Path, new: Path, *, strict: bool = False) -> bool:
     counts = not found.machines or strict
     if found.falls and not counts:
         print("the falls do not count on a different machine without --strict")
-    elif not found.judged:
+    elif not found.compared:
         print("no ratio of the project's own code is in both folders")
     elif not found.falls:
-        print(f"none of {found.judged} ratios of the project's own code fell by more than {ALLOWED * 100:.0f} %")
-    return bool(found.judged) and not (found.falls and counts)
+        print(f"none of {found.compared} ratios of the project's own code fell by more than {ALLOWED * 100:.0f} %")
+    return bool(found.compared) and not (found.falls and counts)

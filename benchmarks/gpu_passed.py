@@ -1,4 +1,4 @@
-"""A pytest plugin for gpu.py: notes every test that passes, and leaves out those that passed in an earlier call.
+"""A pytest plugin for gpu.py: records every test that passes, and skips those that passed in an earlier call.
 
 The file named by ``XPROBE_PASSED_TESTS`` has a heading (what the tests ran on) and one test id per line.
 """

@@ -1,4 +1,4 @@
-"""The processes of gpu.py: each has a time limit, and none outlives it."""
+"""Runs the processes of gpu.py, each with a time limit."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 5.0  # seconds between asking a process to end and ending it
-LARGEST = 8 << 20  # bytes of a log; of a longer log only the beginning and the end are kept
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+LARGEST_LOG = 8 << 20  # bytes; a longer log keeps only its beginning and its end
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process of a step. ``then`` reads its results, also after a failure, and returns what is wrong, or None."""
+    """One process of a step.
+
+    ``read_results`` is called when it has ended, also after a failure. It returns a description of a problem, or None.
+    """
 
     command: list[str]
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
-    then: Callable[[], str | None] = lambda: None
+    read_results: Callable[[], str | None] = lambda: None
 
 
 def run(part: Part, limit: float) -> int | None:
@@ -53,7 +56,7 @@ def run(part: Part, limit: float) -> int | None:
 
 
 def stop(child: subprocess.Popen[Any]) -> None:
-    """Ends a process and its group. It is asked first, so that a supervisor can end its own workers."""
+    """Ends a process and its group. It first gets SIGTERM, so that a supervisor can end its own workers."""
     if child.poll() is None:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -65,7 +68,7 @@ def stop(child: subprocess.Popen[Any]) -> None:
 
 def shorten(log: Path) -> None:
     size = log.stat().st_size
-    if size > LARGEST:
+    if size > LARGEST_LOG:
         content = log.read_bytes()
-        cut = b"\n[... %d bytes left out ...]\n" % (size - LARGEST)
-        log.write_bytes(content[: LARGEST // 8] + cut + content[-(LARGEST - LARGEST // 8) :])
+        cut = b"\n[... %d bytes left out ...]\n" % (size - LARGEST_LOG)
+        log.write_bytes(content[: LARGEST_LOG // 8] + cut + content[-(LARGEST_LOG - LARGEST_LOG // 8) :])

@@ -1,4 +1,4 @@
-"""What the steps of gpu.py leave: figures are added as they come, and kept until code, versions or card change."""
+"""The result files of gpu.py. Each step adds its figures; a change of code, versions or GPU starts a new file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KERNELS = ("lens", "capture", "rivals")  # parts of bench.json
 
 
 def fingerprint(commit: str | None) -> dict[str, Any]:
-    """What figures depend on: card, driver, versions, commit and source files. Figures of another one do not mix."""
+    """What figures depend on: GPU, driver, versions, commit and source files. A file has figures of one."""
     import torch
     from xprobe_kernels.bench.environment import program_output
 
@@ -38,7 +38,7 @@ def fingerprint(commit: str | None) -> dict[str, Any]:
 
 
 def sources_sha256(names: tuple[str, ...] = SOURCES, root: Path = ROOT) -> str:
-    """Checksum of source files and folders, by which changes without a commit are noticed."""
+    """Checksum of source files and folders. It also changes with edits that are not committed."""
     digest = hashlib.sha256()
     for name in names:
         path = root / name
@@ -74,12 +74,12 @@ def bench_problem(parts: list[dict[str, Any]]) -> str | None:
 
 
 def earlier_bench_problem(out: Path, kernel: str, shapes: list[str]) -> str | None:
-    """The same for the shapes that are in bench.json already."""
+    """Names the variants that are wrong or failed in the shapes that bench.json already has."""
     return bench_problem([part for part in read(out / "bench.json").get(kernel, []) if _shape(part) in shapes])
 
 
 def merge(file: Path, out: Path, current: dict[str, Any] | None = None) -> str | None:
-    """Adds the figures of one shape to bench.json and redraws the roofline figure. Returns what is wrong, or None."""
+    """Adds the figures of one shape to bench.json and redraws the roofline figure. Returns a problem, or None."""
     if not file.exists():
         return f"no figures of {file.stem}"
     fresh, path = read(file), out / "bench.json"
@@ -104,7 +104,7 @@ def merge(file: Path, out: Path, current: dict[str, Any] | None = None) -> str |
 
 
 def finished_runs(out: Path, tokenizer: str, data: str) -> dict[str, dict[str, Any]]:
-    """The whole runs in run.json that were measured to their end over the same prompts, by name."""
+    """The complete whole runs in run.json over the same prompts, by name."""
     return {
         run["name"]: run
         for run in read(out / "run.json").get("runs", [])
@@ -113,7 +113,7 @@ def finished_runs(out: Path, tokenizer: str, data: str) -> dict[str, dict[str, A
 
 
 def run_problem(run: dict[str, Any]) -> str | None:
-    """Says whether a whole run fell back to a slower strategy, or its loop waits for the GPU."""
+    """A message if a whole run used a slower strategy or its loop waits for the GPU, else None."""
     if any(rate["attention_kernel"] is not True or rate["strategy"] != "tree" for rate in run["rates"]):
         return f"{run['name']} was not run with the attention kernel: see its warnings"
     waits = [wait for rate in run["rates"] for wait in rate.get("waits", [])]
@@ -121,7 +121,7 @@ def run_problem(run: dict[str, Any]) -> str | None:
 
 
 def add_run(file: Path, out: Path, current: dict[str, Any] | None = None) -> str | None:
-    """Adds the figures of one model to run.json, or replaces them. Returns what is wrong with the run, or None."""
+    """Adds the figures of one model to run.json, or replaces them. Returns a problem of the run, or None."""
     result = read(file)
     name = file.stem.removeprefix("run-")
     if not result.get("rates"):
@@ -157,7 +157,7 @@ def read_tests(found: Path, details: dict[str, Any], earlier: list[str] | None =
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; nothing if there is no file."""
+    """The content of a JSON file; empty if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

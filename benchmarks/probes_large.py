@@ -1,10 +1,10 @@
-"""Time and peak memory of the probing stage on states of a large model, written to a folder first and read from there.
+"""Time and peak memory of the probing stage on the states of a large model, which it reads from a folder.
 
     python benchmarks/probes_large.py --layers 2                       14,280 examples, 4096 wide: XQuAD in 12 languages
     python benchmarks/probes_large.py --paragraphs 30 --width 576
 
-States are random with a direction per question: what they say does not matter here, their number does. Memory does not
-depend on the number of layers, which are read a few at a time; time grows with it in proportion.
+The states are random, with one direction per question: only their number matters here. The layers are read a few at a
+time, so memory does not depend on their number. Time is proportional to it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from xprobe.stages.phases import encoding_signals
 LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 
 
-def write(path: Path, paragraphs: int, questions: int, layers: int, width: int) -> StoredStates:
+def write_states(path: Path, paragraphs: int, questions: int, layers: int, width: int) -> StoredStates:
     """A run folder that holds bf16 states and nothing else."""
     folder = RunFolder.create(path)
     folder.write_manifest(Manifest())
     generator = torch.Generator().manual_seed(0)
     rows = []
     for p in range(paragraphs):
-        own = [(q, x) for q in range(questions + (p % 2)) for x in LANGUAGES]
+        examples = [(q, x) for q in range(questions + (p % 2)) for x in LANGUAGES]
         rows += [
             {
                 "setting": "en-x",
@@ -49,10 +49,10 @@ def write(path: Path, paragraphs: int, questions: int, layers: int, width: int) 
                 "paragraph": f"p{p}",
                 "context_language": "en",
             }
-            for q, x in own
+            for q, x in examples
         ]
         direction = torch.randn(questions + 1, layers, width, generator=generator)
-        states = torch.randn(len(own), layers, width, generator=generator) + direction[[q for q, _ in own]]
+        states = torch.randn(len(examples), layers, width, generator=generator) + direction[[q for q, _ in examples]]
         states = states.bfloat16()
         folder.write_shard(f"en-x/en/p{p}", {"prompt_end": states, "question_mean": states.clone()}, {"examples": []})
     correct = np.random.default_rng(0).random(len(rows)) < 0.3
@@ -60,7 +60,7 @@ def write(path: Path, paragraphs: int, questions: int, layers: int, width: int) 
 
 
 def resident() -> int:
-    """Bytes of memory that this process and its workers have taken for themselves."""
+    """Bytes of memory of this process and its workers, without memory that files back (RssAnon)."""
     own, total = str(os.getpid()), 0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -76,21 +76,23 @@ def resident() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paragraphs", type=int, default=240)
-    parser.add_argument("--questions", type=int, default=4, help="per paragraph; every second one has one more")
+    parser.add_argument(
+        "--questions", type=int, default=4, help="questions per paragraph; every second paragraph has one more"
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--jobs", type=int, default=-1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        stored = write(
+        stored = write_states(
             Path(folder) / "run", arguments.paragraphs, arguments.questions, arguments.layers, arguments.width
         )
-        before, peak, over = resident(), 0, threading.Event()
+        before, peak, finished = resident(), 0, threading.Event()
 
         def watch() -> None:
             nonlocal peak
-            while not over.wait(0.1):
+            while not finished.wait(0.1):
                 peak = max(peak, resident())
 
         watcher = threading.Thread(target=watch)
@@ -100,7 +102,7 @@ def main() -> None:
         encoded = time.perf_counter()
         train(stored, DEFAULT_PROBES, ProbeSettings(jobs=arguments.jobs))
         trained = time.perf_counter()
-        over.set()
+        finished.set()
         watcher.join()
         result = {
             "examples": len(stored.frame),

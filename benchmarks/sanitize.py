@@ -4,8 +4,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
     compute-sanitizer --tool racecheck python benchmarks/sanitize.py --own
 
-``--own``: only calls that launch no matrix product of the library. The exit code is 1 if a result is wrong or a call
-fails.
+``--own`` leaves out calls that launch a matrix product of the library. The exit code is 1 if a result is wrong or
+a call fails.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from xprobe_kernels.attention import Blocks, Reach, tree_attention
 from xprobe_kernels.configs import Config
 from xprobe_kernels.request import MIB, LensRequest
 
-Case = tuple[str, bool, Callable[[], float]]  # name, whether it launches only our own kernels, error over its bound
-DESCRIBED = Config(64, 64, 64, 4, 3, descriptors=True)
-DEVICE, SHORT = "cuda", torch.bfloat16
-HALVED = Config(64, 64, 32, 4, 3, parts=2)
+# name, whether it launches only xprobe's kernels, error divided by its bound
+Case = tuple[str, bool, Callable[[], float]]
+WITH_DESCRIPTORS = Config(64, 64, 64, 4, 3, descriptors=True)
+DEVICE, DTYPE = "cuda", torch.bfloat16
+IN_HALVES = Config(64, 64, 32, 4, 3, parts=2)
 
 
 def inputs(
     rows: int, width: int, vocabulary: int, lookups: int, dtype: torch.dtype, norm: str = "rms", **options: Any
 ) -> tuple[Tensor, Unembedding, Tensor]:
-    """Rows, head and look-ups on the CPU. True options become random vectors. The last of several look-ups is -1."""
+    """Rows, head and look-ups on the CPU.
+
+    gamma, beta and bias are random vectors if they are True. The last of several look-ups is -1.
+    """
     random = torch.Generator().manual_seed(rows * width + vocabulary)
 
     def normal(*shape: int) -> Tensor:
@@ -48,7 +52,7 @@ def inputs(
     return normal(rows, width).to(dtype), head, lookup
 
 
-def moved(head: Unembedding, dtype: torch.dtype | None, device: str) -> Unembedding:
+def convert(head: Unembedding, dtype: torch.dtype | None, device: str) -> Unembedding:
     """The same head on another device or in another dtype."""
     fields = {name: getattr(head, name) for name in ("weight", "gamma", "beta", "bias")}
     fields = {name: value if value is None else value.to(device, dtype) for name, value in fields.items()}
@@ -60,57 +64,60 @@ def lens_error(
     dtype: torch.dtype | None = None, rows_dtype: torch.dtype | None = None, config: Config | None = None,
     splits: int | None = None, **options: Any,
 ) -> float:  # fmt: skip
-    """The largest error over its bound. The bounds are generous, because they look for wrong addresses and races."""
-    dtype = dtype or SHORT
+    """The largest error divided by its bound. The bounds are wide: they should find wrong addresses and races only."""
+    dtype = dtype or DTYPE
     hidden, head, lookup = inputs(rows, width, vocabulary, lookups, dtype, **options)
     hidden = hidden.to(rows_dtype or dtype)
     finals = rows - 1 - torch.arange(rows) % max(1, rows // 3) if kl else None
-    # the kernels round normed rows to the operands' dtype; so does the truth, or its bound would have to be far larger
+    # the kernels round normed rows to the operands' dtype, so the truth does too: its bound can then be small
     normed = head.normalize(hidden.float()).to(hidden.dtype).double()
-    plain = moved(head.without_norm(), torch.float64, "cpu")
+    plain = convert(head.without_norm(), torch.float64, "cpu")
     plain = Unembedding(plain.weight, norm="none", bias=plain.bias, scale=plain.scale, softcap=plain.softcap)
     truth = lens(normed, plain, lookup, top_k=top_k, final_rows=finals, backend="reference")
-    gpu_hidden, gpu_head, gpu_lookup = hidden.to(DEVICE), moved(head, None, DEVICE), lookup.to(DEVICE)
+    gpu_hidden, gpu_head, gpu_lookup = hidden.to(DEVICE), convert(head, None, DEVICE), lookup.to(DEVICE)
     finals = None if finals is None else finals.to(DEVICE)
     options = {"top_k": top_k, "final_rows": finals, "backend": backend, "workspace_bytes": MIB}
     if config is None:
-        found = vars(lens(gpu_hidden, gpu_head, gpu_lookup, **options))
+        result = vars(lens(gpu_hidden, gpu_head, gpu_lookup, **options))
     else:
         from xprobe_kernels import triton_readout
 
         request = LensRequest(gpu_hidden, gpu_head, gpu_lookup, top_k, finals, workspace_bytes=MIB)
-        found = triton_readout.readout(request, config, splits)
+        result = triton_readout.readout(request, config, splits)
     worst = 0.0
     for name, bound in (("logits", 1e-2), ("logsumexp", 1e-2), ("entropy", 2e-2), ("top_logits", 1e-2), ("kl", 2e-2)):
         if getattr(truth, name) is not None:
-            known, got = getattr(truth, name), found[name].cpu().double()
-            off = torch.where(known.isnan() & got.isnan(), 0.0, (got - known).abs()).nan_to_num(nan=float("inf"))
-            worst = max(worst, float((off / known.abs().clamp(min=1).nan_to_num(nan=1.0)).max()) / bound)
-    off = (found["rank"].cpu() - truth.rank).abs().double()
-    return max(worst, float((off / (2 + 0.02 * vocabulary)).max()))
+            expected, actual = getattr(truth, name), result[name].cpu().double()
+            both_nan = expected.isnan() & actual.isnan()
+            error = torch.where(both_nan, 0.0, (actual - expected).abs()).nan_to_num(nan=float("inf"))
+            worst = max(worst, float((error / expected.abs().clamp(min=1).nan_to_num(nan=1.0)).max()) / bound)
+    error = (result["rank"].cpu() - truth.rank).abs().double()
+    return max(worst, float((error / (2 + 0.02 * vocabulary)).max()))
 
 
 def capture_error(norm: str | None, strided: bool) -> float:
-    hidden = torch.randn(3, 17, 200, generator=torch.Generator().manual_seed(1)).to(SHORT)
+    hidden = torch.randn(3, 17, 200, generator=torch.Generator().manual_seed(1)).to(DTYPE)
     spans = torch.tensor([[0, 0, 1], [2, 16, 17], [1, 3, 9], [0, 0, 17]])
     head = None
     if norm is not None:
-        head = inputs(1, 200, 3, 1, SHORT, norm=norm, gamma=True, beta=norm == "layer")[1]
-    known = torch.empty(4, 200)
-    capture(hidden.float(), spans, known, None if head is None else moved(head, torch.float32, "cpu"), backend="torch")
-    where = hidden.to(DEVICE)
-    where = where.transpose(0, 1).contiguous().transpose(0, 1) if strided else where
-    guarded = torch.full((6, 200), float("nan"), dtype=SHORT, device=DEVICE)
-    head = None if head is None else moved(head, None, DEVICE)
-    capture(where, spans.to(DEVICE), guarded[1:5], head, backend="triton")
+        head = inputs(1, 200, 3, 1, DTYPE, norm=norm, gamma=True, beta=norm == "layer")[1]
+    expected = torch.empty(4, 200)
+    capture(
+        hidden.float(), spans, expected, None if head is None else convert(head, torch.float32, "cpu"), backend="torch"
+    )
+    placed = hidden.to(DEVICE)
+    placed = placed.transpose(0, 1).contiguous().transpose(0, 1) if strided else placed
+    guarded = torch.full((6, 200), float("nan"), dtype=DTYPE, device=DEVICE)
+    head = None if head is None else convert(head, None, DEVICE)
+    capture(placed, spans.to(DEVICE), guarded[1:5], head, backend="triton")
     if not bool(guarded[[0, 5]].isnan().all()):
         return float("inf")  # it wrote outside of its output
-    off = (guarded[1:5].cpu().float() - known).abs() / known.abs().clamp(min=1)
-    return float(off.nan_to_num(nan=float("inf")).max()) / 2e-2
+    error = (guarded[1:5].cpu().float() - expected).abs() / expected.abs().clamp(min=1)
+    return float(error.nan_to_num(nan=float("inf")).max()) / 2e-2
 
 
 def attention_error(dtype: torch.dtype, tokens: int, width: int, **options: Any) -> float:
-    """Attention over a packed tree: a beginning with two continuations, and a separate sequence after them."""
+    """The error of attention over a packed tree: a prefix with two continuations, then a separate sequence."""
     random = torch.Generator().manual_seed(tokens + width)
     query, key, value = (torch.randn(n, tokens, width, generator=random).to(dtype) for n in (4, 2, 2))
     index, third = np.arange(tokens), tokens // 3
@@ -120,8 +127,8 @@ def attention_error(dtype: torch.dtype, tokens: int, width: int, **options: Any)
     positions = np.where(index < 2 * third, index, np.where(index < tokens - 5, index - third, index - tokens + 5))
     reach = Reach.from_tree(until, positions, Blocks.choose(dtype.itemsize, width), torch.device(DEVICE))
     sinks = torch.randn(4, generator=random) if options.pop("sinks", False) else None
-    there = None if sinks is None else sinks.to(DEVICE)
-    found = tree_attention(*(t.to(DEVICE) for t in (query, key, value)), reach, scale=0.2, sinks=there, **options)
+    gpu_sinks = None if sinks is None else sinks.to(DEVICE)
+    result = tree_attention(*(t.to(DEVICE) for t in (query, key, value)), reach, scale=0.2, sinks=gpu_sinks, **options)
 
     scores = query.double() @ key.double().repeat_interleave(2, 0).transpose(1, 2) * 0.2
     if cap := options.get("softcap"):
@@ -132,8 +139,8 @@ def attention_error(dtype: torch.dtype, tokens: int, width: int, **options: Any)
     scores = scores.masked_fill(~seen, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double()[:, None, None].expand(4, tokens, 1)], 2)
-    known = (scores.softmax(-1)[..., :tokens] @ value.double().repeat_interleave(2, 0)).transpose(0, 1)
-    return float((found.cpu().double() - known).abs().nan_to_num(nan=float("inf")).max()) / 5e-2
+    expected = (scores.softmax(-1)[..., :tokens] @ value.double().repeat_interleave(2, 0)).transpose(0, 1)
+    return float((result.cpu().double() - expected).abs().nan_to_num(nan=float("inf")).max()) / 5e-2
 
 
 def cases() -> Iterator[Case]:
@@ -145,9 +152,11 @@ def cases() -> Iterator[Case]:
     yield lens_case("lens, default configuration, many rows", 257, 128, 2100, gamma=True)
     yield lens_case("lens, layer norm, bias, cap, scale, 3 look-ups", 37, 200, 1031, lookups=3, **everything)
     yield lens_case("lens, odd width and vocabulary, no top-k", 19, 33, 517, top_k=0, norm="none")
-    yield lens_case("lens, one row, one split", 1, 64, 300, config=HALVED, splits=1)
-    yield lens_case("lens, descriptors", 70, 192, 1000, config=DESCRIBED, splits=3)
-    yield lens_case("lens, descriptors, width that no block divides", 70, 200, 1000, config=DESCRIBED, splits=5)
+    yield lens_case("lens, one row, one split", 1, 64, 300, config=IN_HALVES, splits=1)
+    yield lens_case("lens, descriptors", 70, 192, 1000, config=WITH_DESCRIPTORS, splits=3)
+    yield lens_case(
+        "lens, descriptors, width not divisible by a block", 70, 200, 1000, config=WITH_DESCRIPTORS, splits=5
+    )
     yield lens_case("lens, halves, flat", 70, 200, 1000, config=Config(64, 64, 32, 4, 3, parts=2, flat=True))
     yield lens_case("lens, fp32", 19, 100, 700, dtype=torch.float32, top_k=32)
     yield lens_case("lens, KL", 19, 128, 700, own=False, kl=True)
@@ -164,29 +173,31 @@ def cases() -> Iterator[Case]:
         (70, 256, {"sinks": True}),
     ):
         name = f"attention, {tokens} tokens, heads of {width}{', '.join(['', *options])}"
-        yield name, True, lambda t=tokens, w=width, o=options: attention_error(SHORT, t, w, **o)
+        yield name, True, lambda t=tokens, w=width, o=options: attention_error(DTYPE, t, w, **o)
     yield "attention, fp32", True, lambda: attention_error(torch.float32, 90, 128)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/sanitize.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--own", action="store_true", help="only calls that launch no product of the library")
+    parser.add_argument(
+        "--own", action="store_true", help="leave out calls that launch a matrix product of the library"
+    )
     own = parser.parse_args().own
     if not torch.cuda.is_available():
         print("sanitize.py needs a GPU, and torch sees none", file=sys.stderr)
         return 1
     failed = 0
-    for name, keeps, error in cases():
-        if own and not keeps:
+    for name, own_only, error in cases():
+        if own and not own_only:
             continue
         try:
-            found = error()
+            share_of_bound = error()
         except Exception as problem:
             print(f"FAILED  {name}: {type(problem).__name__}: {' '.join(str(problem).split())[:300]}", flush=True)
             failed += 1
             continue
-        failed += not found <= 1
-        print(f"{'ok' if found <= 1 else 'WRONG':<6}  {name}: {found:.3f} of its bound", flush=True)
+        failed += not share_of_bound <= 1
+        print(f"{'ok' if share_of_bound <= 1 else 'WRONG':<6}  {name}: {share_of_bound:.3f} of its bound", flush=True)
     print("all correct" if not failed else f"{failed} wrong or failed")
     return 1 if failed else 0
 

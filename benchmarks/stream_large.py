@@ -1,14 +1,14 @@
-"""A checkpoint that does not fit: layer-major run of a random 3B-shape model under a limit on the process's memory.
+"""Runs a random 3B model layer by layer in a process whose memory limit is smaller than the checkpoint.
 
     python benchmarks/stream_large.py [--limit-gib 2] [--layers 28] [--passes 4] [--tokens 256] [--folder DIR] [--keep]
 
 Writes a random Llama of the shape of Llama-3.2-3B in bf16 (6.4 GB at 28 layers; deleted afterwards), drops it from the
-page cache, and sweeps it in a process that may allocate only so much (RLIMIT_DATA: an allocation beyond it fails).
-Prints one JSON object. Memory is RssAnon: what no file backs, so neither libraries nor the page cache count.
+page cache, and sweeps it in a process with a memory limit (RLIMIT_DATA: an allocation beyond it fails). Prints one
+JSON object. Memory is RssAnon, which counts neither libraries nor the page cache.
 
 Measured on 2 shared cores, 28 layers, 4 passes of 256 tokens, --limit-gib 1.5: peak 1.41 GB of a 6.43 GB checkpoint
-(0.79 GB embedding, two blocks of 0.20 GB, the rest tiles in fp64 and activations), every byte read once, loading
-hidden behind computing to 99 % (12.7 s of reading in a sweep of 26.6 s).
+(0.79 GB embedding, two blocks of 0.20 GB, the rest tiles in fp64 and activations). Every byte was read once. 99 % of
+the loading overlapped with computing (12.7 s of reading in a sweep of 26.6 s).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHAPE = {
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
-    """Shard by shard, one block each, as a sharded checkpoint on the hub is laid out."""
+    """Writes one shard per block, in the layout of a sharded checkpoint on the Hugging Face hub."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -69,7 +69,7 @@ def status(field: str) -> int:
 
 
 def run(folder: Path, passes: int, tokens: int, limit: int, spill: int, memory: int) -> dict[str, object]:
-    """Opens and sweeps the checkpoint inside ``limit`` bytes beyond what the interpreter holds already."""
+    """Opens and sweeps the checkpoint. The process may take ``limit`` bytes more than the interpreter already holds."""
     import torch
     import transformers  # noqa: F401  counted as part of the interpreter
 
@@ -126,15 +126,17 @@ def run(folder: Path, passes: int, tokens: int, limit: int, spill: int, memory: 
 
 
 def main() -> None:
-    """Writes the checkpoint, sweeps it in a process of its own, deletes it."""
+    """Writes the checkpoint, sweeps it in a separate process, and deletes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit-gib", type=float, default=2.0)
-    parser.add_argument("--spill-mib", type=float, default=4.0, help="hidden states kept in memory")
+    parser.add_argument("--limit-gib", type=float, default=2.0, help="memory limit of the process")
+    parser.add_argument(
+        "--spill-mib", type=float, default=4.0, help="memory for hidden states; the rest goes to the disk"
+    )
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written (default: the temporary folder)")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
+    parser.add_argument("--keep", action="store_true", help="do not delete the checkpoint")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:

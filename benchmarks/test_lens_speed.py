@@ -1,7 +1,7 @@
 """Every variant of the lens under pytest-benchmark: ``OMP_WAIT_POLICY=PASSIVE pytest benchmarks --benchmark-only``.
 
-For following one variant from commit to commit (``--benchmark-compare``). For a ratio to quote take ``xprobe bench``,
-which stands on the same variants but runs them by turns.
+Use it to follow one variant from commit to commit (``--benchmark-compare``). Quote only ratios of ``xprobe bench``,
+which measures the same variants in turn.
 """
 
 from __future__ import annotations
@@ -46,6 +46,6 @@ def test_lens_speed(benchmark, name, variant) -> None:
     with torch.inference_mode():
         result = benchmark.pedantic(chosen.call, args=(task(name),), rounds=5, warmup_rounds=1)
         if chosen.read is not None:
-            assert judge(name).judge(chosen.read(result))[1] is None  # no speed counts for a wrong answer
+            assert judge(name).judge(chosen.read(result))[1] is None  # a wrong result has no valid time
     if chosen.kind == COMPILED:
         torch.compiler.reset()

@@ -42,7 +42,7 @@ SIZES: dict[str, int] = {
     "n_shared_experts": 1, "moe_num_shared_experts": 1, "num_shared_experts": 1, "n_group": 1, "topk_group": 1,
     "num_expert_group": 1, "zero_expert_num": 2, "first_k_dense_replace": 1, "num_dense_layers": 1,
     "moe_layer_start_index": 1, "moe_layer_end_index": LAYERS - 1, "moe_latent_size": 16,
-    # latent attention, and indexers: few heads would give many keys a score of exactly 0, and ties go by chance
+    # latent attention, and indexers: with few heads many keys score exactly 0, and the choice among ties is arbitrary
     "q_lora_rank": 16, "kv_lora_rank": 16, "o_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "qk_head_dim": 16, "v_head_dim": 8, "index_head_dim": 16, "index_n_heads": 16, "index_topk": 8, "o_groups": 2,
     "gated_norm_rank": 8,
@@ -65,10 +65,10 @@ SIZES: dict[str, int] = {
 }  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "eod_token_id": 2}
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-SPLIT_IN_HALVES = ("mlp_layer_types",)  # others take turns, so that all pairs of kinds occur
+SPLIT_IN_HALVES = ("mlp_layer_types",)  # other lists alternate between kinds, so that all pairs of kinds occur
 
-# they cannot predict tokens from tokens alone, whatever their size
-NOT_ALONE = {
+# models that cannot predict tokens without another model
+NEED_ANOTHER_MODEL = {
     "gemma4_assistant": "a drafter: it needs the key/value cache of the model that it assists",
     "gemma4_unified_assistant": "a drafter: it needs the key/value cache of the model that it assists",
 }
@@ -77,7 +77,7 @@ NOT_ALONE = {
 EXTRAS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4,
                                                                    "mrope_section": [2, 1, 1]}}},
-    "blenderbot": {"encoder_layers": 2},  # as the published ones: fewer than decoder layers
+    "blenderbot": {"encoder_layers": 2},  # fewer than decoder layers, as in the published models
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
@@ -103,7 +103,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
-    "prophetnet": {"max_position_embeddings": 512},  # it fills tables of that size squared one by one
+    "prophetnet": {"max_position_embeddings": 512},  # it fills tables of this size squared entry by entry
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
                        "indexer_compress_ratio": 4},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"] * 2},
@@ -118,7 +118,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **more: Any) -> Any:
-    """The tiny configuration of a model type; ``more`` goes over everything else."""
+    """The tiny configuration of a model type; ``more`` overrides all other entries."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return _shrunk(CONFIG_MAPPING[model_type], {**EXTRAS.get(model_type, {}), **more})
@@ -140,7 +140,7 @@ def _shrunk(cls: Any, extras: dict[str, Any]) -> Any:
 
     try:
         default = cls()
-    except Exception:  # its own defaults contradict each other, or it needs parts
+    except Exception:  # its defaults contradict each other, or it needs nested configurations
         default = None
     known = default.to_dict() if default is not None else {}
     parts = vars(default) if default is not None else {}
@@ -153,7 +153,7 @@ def _shrunk(cls: Any, extras: dict[str, Any]) -> Any:
         elif name in TOKENS and isinstance(value, int | list):
             chosen[name] = TOKENS[name]
     if {"kv_lora_rank", "num_key_value_heads"} <= chosen.keys():
-        chosen["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention has no groups
+        chosen["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention has no grouped keys
     for name in cls.sub_configs:
         part = parts.get(name)
         if part is None or not hasattr(part, "sub_configs") or name in extras:
@@ -172,7 +172,7 @@ def _shrunk(cls: Any, extras: dict[str, Any]) -> Any:
 
 
 def _shortened(name: str, values: list[Any], layers: int) -> list[Any]:
-    """As many entries as the tiny model has layers, of every kind that the long list holds."""
+    """One entry per layer of the tiny model, with every kind of entry of the long list if there are enough layers."""
     kinds = list(dict.fromkeys(map(repr, values)))
     first = [values[[repr(v) for v in values].index(kind)] for kind in kinds]
     if name in SPLIT_IN_HALVES:
@@ -181,7 +181,7 @@ def _shortened(name: str, values: list[Any], layers: int) -> list[Any]:
 
 
 def check_runs(model: Any) -> None:
-    """Runs a few tokens, so that a configuration that does not fit together is not taken for a fault of xprobe."""
+    """Runs a few tokens. A contradictory configuration fails here, so it is not counted as a fault of xprobe."""
     with torch.inference_mode():
         logits = model(input_ids=torch.randint(10, VOCABULARY, (1, 12)), use_cache=False).logits
     if not bool(torch.isfinite(logits.clamp(-1, 1)).all()):

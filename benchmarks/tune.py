@@ -6,7 +6,7 @@ The results of every candidate are first compared with the workspace backend. Th
 library product of the same shape. Candidates are ranked by their share of that product. The search is successive
 halving: three rounds for all candidates, most promising first; twenty rounds for the best quarter; then other numbers
 of splits for the best ones; fifty rounds for the last five. OUT.json is rewritten after every candidate. If a candidate
-hangs or kills the process, this is noted, and a new process continues after it. tune_card.py does the measuring.
+hangs or kills the process, its status says so, and a new process continues after it. tune_card.py measures.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any, Protocol
 from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, MANY, SMALLEST, Config, candidates, choose_splits
 
 WAITING, TRYING, OK, WRONG, FAILED, DIED = "waiting", "trying", "ok", "wrong", "failed", "died"
-SAME = "same code"  # as an earlier candidate: the compiler ignores the option that differs
+SAME = "same code"  # the compiler gave the code of an earlier candidate: it ignores the option that differs
 PRODUCT = "bare product"
 ROUNDS = (3, 20, 50)
 SHARES = (0.6, 0.85, 1.0)  # shares of the time after which the three stages of the search end
-MOST = 16  # candidates in the second stage, at most
-LAST = 5  # candidates in the last stage
+SECOND_STAGE = 16  # candidates in the second stage, at most
+LAST_STAGE = 5  # candidates in the last stage
 NEIGHBOURS = 3  # this many of the best are also tried with other splits
 HOPELESS = 0.5  # a candidate below this part of the best share gets only one launch
-GAIN = 1.01  # by which a candidate must beat the current configuration to replace it
+GAIN = 1.01  # a candidate must be faster than the current configuration by this factor to replace it
 STALL = 90.0  # seconds without progress after which a measuring process is stopped
 RESTARTS = 8
 
@@ -78,7 +78,7 @@ class Trial:
 
 
 class Card(Protocol):
-    """Checks and times trials. The tests replace it by one that needs no GPU."""
+    """A GPU that checks and times trials. The tests use one that needs no GPU."""
 
     def check(self, trial: Trial) -> None:
         """Compiles and runs the trial once; raises if it fails or is wrong."""
@@ -98,8 +98,8 @@ def text(config: Config) -> str:
     return f"Config({', '.join([*first, *rest])})"
 
 
-def promise(config: Config) -> float:
-    """A sorting key; smaller is more promising. Large tiles, tensor descriptors and deep pipelines come first."""
+def search_order(config: Config) -> float:
+    """A sorting key; the smallest is tried first. Large tiles, tensor descriptors and deep pipelines come first."""
     shapes = [(128, 256, 8, 2), (128, 128, 8, 1), (256, 128, 8, 2), (128, 256, 8, 1), (64, 256, 8, 1), (128, 64, 4, 1),
               (64, 128, 4, 1), (64, 256, 4, 1), (128, 64, 8, 1), (128, 128, 4, 1), (64, 64, 4, 1)]  # fmt: skip
     shape = (config.block_m, config.block_n, config.warps, config.parts)
@@ -108,9 +108,9 @@ def promise(config: Config) -> float:
     return rank + (0 if config.descriptors else 1) + (1 if config.flat else 0)
 
 
-def line_up(default: Config, found: Iterable[Config], rows: int) -> list[Trial]:
-    """The current configuration, then the candidates, fitted to ``rows`` rows and without duplicates."""
-    ordered = sorted((config.for_rows(rows) for config in found), key=promise)
+def initial_trials(default: Config, found: Iterable[Config], rows: int) -> list[Trial]:
+    """The current configuration, then the candidates, all adapted to ``rows`` rows and without duplicates."""
+    ordered = sorted((config.for_rows(rows) for config in found), key=search_order)
     return [Trial(config) for config in dict.fromkeys([default.for_rows(rows), *ordered])]
 
 
@@ -138,30 +138,30 @@ class Halving:
         trials: list[Trial],
         *,
         seconds: float,
-        around: Callable[[Trial], list[Trial]],
+        neighbours_of: Callable[[Trial], list[Trial]],
         save: Callable[[], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.card, self.trials, self.around, self.save, self.now = card, trials, around, save, now
+        self.card, self.trials, self.neighbours_of, self.save, self.now = card, trials, neighbours_of, save, now
         self.begun, self.seconds = now(), seconds
         self.product: list[float] = []  # seconds of the bare product in the last round
 
     def run(self) -> Trial | None:
-        """The best of all; None if nothing could be measured."""
-        self.first(self.trials, SHARES[0])
-        second = self.best(max(1, min(MOST, -(-len(self.trials) // 4))), self.trials)
-        self.turns(second, 1)
-        near = [other for trial in self.best(NEIGHBOURS, second) for other in self.around(trial)]
+        """The best trial; None if nothing could be measured."""
+        self.try_all(self.trials, SHARES[0])
+        second = self.best(max(1, min(SECOND_STAGE, -(-len(self.trials) // 4))), self.trials)
+        self.time_in_turn(second, 1)
+        neighbours = [other for trial in self.best(NEIGHBOURS, second) for other in self.neighbours_of(trial)]
         known = {trial.name for trial in self.trials}
-        near = list({trial.name: trial for trial in near if trial.name not in known}.values())
-        self.trials += near
-        self.first(near, SHARES[1])
-        last = self.best(LAST, second + near)
-        self.turns(last, 2)
+        neighbours = list({trial.name: trial for trial in neighbours if trial.name not in known}.values())
+        self.trials += neighbours
+        self.try_all(neighbours, SHARES[1])
+        last = self.best(LAST_STAGE, second + neighbours)
+        self.time_in_turn(last, 2)
         best = self.best(1, last)
         return best[0] if best else None
 
-    def late(self, share: float) -> bool:
+    def is_late(self, share: float) -> bool:
         return self.now() - self.begun >= share * self.seconds
 
     def best(self, count: int, among: list[Trial]) -> list[Trial]:
@@ -169,14 +169,14 @@ class Halving:
         done = [trial for trial in among if trial.status == OK and trial.share is not None]
         return sorted(done, key=lambda trial: -(trial.share or 0.0))[:count]
 
-    def first(self, trials: list[Trial], share: float) -> None:
+    def try_all(self, trials: list[Trial], share: float) -> None:
         for trial in trials:
-            if self.late(share):
+            if self.is_late(share):
                 break
             if trial.status == WAITING:
-                self.attempt(trial)
+                self.try_one(trial)
 
-    def attempt(self, trial: Trial) -> None:
+    def try_one(self, trial: Trial) -> None:
         trial.status = TRYING
         self.save()
         try:
@@ -185,7 +185,7 @@ class Halving:
             leader = max((other.share or 0.0 for other in self.trials if other.status == OK), default=0.0)
             if times[0][PRODUCT] / times[0][trial.name] > HOPELESS * leader:
                 times += [self.card.time([trial]) for _ in range(ROUNDS[0] - 1)]
-            self.note(trial, times, 0)
+            self.record_times(trial, times, 0)
             trial.status = OK
         except SameCodeError as error:
             trial.status, trial.message = SAME, str(error)
@@ -199,20 +199,21 @@ class Halving:
                 raise
         self.save()
 
-    def turns(self, trials: list[Trial], rung: int) -> None:
+    def time_in_turn(self, trials: list[Trial], rung: int) -> None:
         """Times the trials and the current configuration in turn, until the rounds or the time are over."""
-        taking = trials + [first for first in self.trials[:1] if first.status == OK and first not in trials]
+        current = [trial for trial in self.trials[:1] if trial.status == OK and trial not in trials]
+        timed = trials + current
         times: list[dict[str, float]] = []
-        for number in range(ROUNDS[rung] if taking else 0):
-            if self.late(SHARES[rung]) and number >= ROUNDS[0]:
+        for number in range(ROUNDS[rung] if timed else 0):
+            if self.is_late(SHARES[rung]) and number >= ROUNDS[0]:
                 break
-            times.append(self.card.time(taking[:: -1 if number % 2 else 1]))
+            times.append(self.card.time(timed[:: -1 if number % 2 else 1]))
             if number >= ROUNDS[0] - 1:
-                for trial in taking:
-                    self.note(trial, times, rung)
+                for trial in timed:
+                    self.record_times(trial, times, rung)
                 self.save()
 
-    def note(self, trial: Trial, times: list[dict[str, float]], rung: int) -> None:
+    def record_times(self, trial: Trial, times: list[dict[str, float]], rung: int) -> None:
         self.product = [each[PRODUCT] for each in times]
         own = [each[trial.name] for each in times]
         trial.seconds, trial.rung, trial.launches = statistics.median(own), rung, len(own)
@@ -227,7 +228,7 @@ def fatal(message: str) -> bool:
     return any(sign in message for sign in ("illegal memory access", "unspecified launch failure", "AcceleratorError"))
 
 
-def chosen(trials: list[Trial], best: Trial | None) -> Trial:
+def choose_winner(trials: list[Trial], best: Trial | None) -> Trial:
     """The best trial if it beats the current configuration, the first trial, by more than noise; else the latter."""
     current = trials[0]
     if best is None or (current.status == OK and (best.share or 0.0) < GAIN * (current.share or 0.0)):
@@ -235,7 +236,7 @@ def chosen(trials: list[Trial], best: Trial | None) -> Trial:
     return best
 
 
-def paste(architecture: str, itemsize: int, winners: dict[int, Trial], device: str, date: str) -> str:
+def configs_entry(architecture: str, itemsize: int, winners: dict[int, Trial], device: str, date: str) -> str:
     """The entry for ``configs.CONFIGS``. A regime that was not measured keeps its configuration."""
     kept = CONFIGS.get((architecture, itemsize))
     notes, entries = [f"    # {device}, {date[:10]}"], []
@@ -259,14 +260,14 @@ def paste(architecture: str, itemsize: int, winners: dict[int, Trial], device: s
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Writes the file atomically, so that no reader finds half of it."""
+    """Writes the file atomically, so that nobody reads an incomplete file."""
     fresh = path.with_name(path.name + ".part")
     fresh.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(fresh, path)
 
 
-def earlier(path: Path) -> dict[str, list[Trial]]:
-    """The trials of an earlier process, by regime. It died of the trial that it was measuring."""
+def earlier_trials(path: Path) -> dict[str, list[Trial]]:
+    """The trials of an earlier process, by regime. The trial that it was measuring when it ended has status DIED."""
     if not path.exists():
         return {}
     found = {}
@@ -274,7 +275,7 @@ def earlier(path: Path) -> dict[str, list[Trial]]:
         found[shape["regime"]] = trials = [Trial.from_record(record) for record in shape["trials"]]
         for trial in trials:
             if trial.status == TRYING:
-                trial.status, trial.message = DIED, "the process hung or died on it"
+                trial.status, trial.message = DIED, "the process hung or died while measuring it"
     return found
 
 
@@ -306,14 +307,14 @@ def supervise(command: list[str], out: Path, seconds: float, *, stall: float = S
 
 
 def _tried(out: Path) -> int:
-    trials = [trial for found in earlier(out).values() for trial in found]
+    trials = [trial for found in earlier_trials(out).values() for trial in found]
     return sum(trial.status != WAITING for trial in trials)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/tune.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="JSON file to write")
-    parser.add_argument("--seconds", type=float, default=180.0, help="for all of it (default: 180)")
+    parser.add_argument("--seconds", type=float, default=180.0, help="time limit for everything (default: 180)")
     parser.add_argument("--shape", default="llama-3-8b", help="a model's name, as for xprobe bench")
     parser.add_argument("--rows", default="many,few", help="many, few or both (default: many,few)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
@@ -362,7 +363,7 @@ def regime_index(name: str) -> int:
 
 
 def trials_for(architecture: str, itemsize: int, default: Config, rows: int) -> list[Trial]:
-    return line_up(default, candidates(architecture, itemsize), rows)
+    return initial_trials(default, candidates(architecture, itemsize), rows)
 
 
 if __name__ == "__main__":

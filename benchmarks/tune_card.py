@@ -30,10 +30,10 @@ from tune import (
     Trial,
     WrongAnswerError,
     arguments,
-    chosen,
-    earlier,
+    choose_winner,
+    configs_entry,
+    earlier_trials,
     neighbours,
-    paste,
     regime_index,
     trials_for,
     write,
@@ -51,7 +51,7 @@ from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_rows import Prepared
 from xprobe_kernels.unembedding import Unembedding
 
-CLOSE = 4e-5  # allowed relative difference of fp32 sums; a missing tile of 64 tokens costs ten times as much
+CLOSE = 4e-5  # allowed relative difference of fp32 sums; a missing tile of 64 tokens causes ten times as much
 COMPILERS = 12  # compiling processes at most; each has its own context on the GPU
 
 
@@ -116,14 +116,14 @@ class CudaCard:
         device = torch.device("cuda")
         self.tasks = make_tasks(job, device, dtype)
         self.out = torch.empty(job.rows, job.vocabulary, dtype=dtype, device=device)
-        self.expected = self._read(workspace.readout)
+        self.expected = self._run(workspace.readout)
         reading = baselines.read_lens(Readout(**self.expected, backend="workspace", precision="ieee"))
         self.fault = truth(self.tasks[0]).judge(reading)[1]  # what is wrong with the expected results, or None
         self.seen: dict[tuple[str, Any], str] = {}  # code and grid -> the first candidate that had them
         self.futures: dict[str, Future[float]] = {}
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
 
-    def announce(self, trials: list[Trial]) -> None:
+    def start_compiling(self, trials: list[Trial]) -> None:
         """Starts compiling the trials ahead of time, in this order."""
         shape = (self.job.rows, self.job.head.width, self.job.vocabulary)
         for trial in trials if self.pool else []:
@@ -142,7 +142,7 @@ class CudaCard:
             except BrokenProcessPool:  # a candidate killed its compiler: compile in this process from now on
                 self.pool, self.futures = None, {}
         with watching(launch=True) as watched, poisoned():
-            found = self._read(triton_readout.readout, trial.config, trial.splits)
+            found = self._run(triton_readout.readout, trial.config, trial.splits)
             torch.cuda.synchronize()
         built = watched.built
         trial.about |= {"registers": getattr(built, "n_regs", None), "spills": getattr(built, "n_spills", None)}
@@ -156,18 +156,21 @@ class CudaCard:
     def _compare(self, found: dict[str, Any]) -> None:
         """Compares all rows with those of the workspace backend."""
         for name in ("logits", "logsumexp", "entropy", "top_logits"):
-            known = self.expected[name]
-            off = ((found[name] - known).abs() / known.abs().clamp(min=1)).nan_to_num(nan=float("inf")).max()
-            if not float(off) <= CLOSE:
-                raise WrongAnswerError(f"{name} off by {float(off):.2g} of itself")
-        ranks, known = found["rank"], self.expected["rank"]
-        if bool(((ranks - known).abs() > 2 + 0.0005 * known).any()) or float((ranks == known).float().mean()) < 0.7:
-            raise WrongAnswerError(f"ranks: {float((ranks == known).float().mean()):.1%} agree")
+            expected = self.expected[name]
+            error = ((found[name] - expected).abs() / expected.abs().clamp(min=1)).nan_to_num(nan=float("inf")).max()
+            if not float(error) <= CLOSE:
+                raise WrongAnswerError(f"{name} has a relative error of {float(error):.2g}")
+        ranks, expected = found["rank"], self.expected["rank"]
+        if (
+            bool(((ranks - expected).abs() > 2 + 0.0005 * expected).any())
+            or float((ranks == expected).float().mean()) < 0.7
+        ):
+            raise WrongAnswerError(f"ranks: {float((ranks == expected).float().mean()):.1%} agree")
         same = (found["top_ids"] == self.expected["top_ids"]).float().mean()
-        if float(same) < 0.99:  # ids that differ have equal logits within the bound above
+        if float(same) < 0.99:  # different ids are allowed for logits that are equal within the bound above
             raise WrongAnswerError(f"top ids: {float(same):.1%} agree")
 
-    def _read(self, readout: Any, *options: Any, copy: int = 0) -> dict[str, Any]:
+    def _run(self, readout: Any, *options: Any, copy: int = 0) -> dict[str, Any]:
         task = self.tasks[copy]
         return readout(LensRequest(task.hidden, task.head, task.lookup[:, None], baselines.TOP_K), *options)
 
@@ -178,7 +181,7 @@ class CudaCard:
         self._graph(PRODUCT, lambda copy: torch.mm(*products[copy], out=self.out))
         for trial in trials:
             self._graph(
-                trial.name, lambda copy, t=trial: self._read(triton_readout.readout, t.config, t.splits, copy=copy)
+                trial.name, lambda copy, t=trial: self._run(triton_readout.readout, t.config, t.splits, copy=copy)
             )
         return {name: self._seconds(name) for name in (PRODUCT, *(trial.name for trial in trials))}
 
@@ -213,7 +216,7 @@ class CudaCard:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fills new tensors with NaN, or the largest integer, so that unwritten results are seen."""
+    """Fills new tensors with NaN, or the largest integer, so that results that were not written are detected."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -228,7 +231,7 @@ def measure(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype)
     device = torch.device("cuda")
     architecture, slots = triton_lens.device_limits(device)
-    before, finished = earlier(options.out), {}
+    before, finished = earlier_trials(options.out), {}
     if options.out.exists():
         old = json.loads(options.out.read_text(encoding="utf-8"))["shapes"]
         finished = {shape["regime"]: shape for shape in old if shape["done"]}
@@ -251,13 +254,13 @@ def measure(options: argparse.Namespace) -> int:
             if best is not None:
                 winners[regime_index(regime)] = best
             found = report["environment"]
-            report["paste"] = paste(architecture, dtype.itemsize, winners, found["device"], found["date"])
+            report["paste"] = configs_entry(architecture, dtype.itemsize, winners, found["device"], found["date"])
             write(options.out, report)
             gc.collect()
             torch.cuda.empty_cache()
     if pool is not None:
         pool.shutdown(wait=False, cancel_futures=True)
-    os._exit(0 if len(winners) == len(regimes) else 1)  # without waiting for compilers that are still running
+    os._exit(0 if len(winners) == len(regimes) else 1)  # does not wait for compilers that are still running
 
 
 def _regime(
@@ -276,10 +279,10 @@ def _regime(
     shape |= {"rows": job.rows, "width": job.head.width, "vocabulary": job.vocabulary, "operations": job.operations}
     shape |= {"least_bytes": job.least_bytes(dtype.itemsize), "trials": []}
     report["shapes"].append(shape)
-    begun = monotonic()
+    started = monotonic()
     card = CudaCard(job, dtype, pool)
     shape["fault"] = card.fault
-    card.announce(trials)
+    card.start_compiling(trials)
 
     def save() -> None:
         records = []
@@ -294,14 +297,16 @@ def _regime(
             shape["product_seconds"] = statistics.median(halving.product)
         write(out, report)
 
-    def around(trial: Trial) -> list[Trial]:
-        near = neighbours(trial, architecture, dtype.itemsize, job.rows, job.vocabulary, slots)
-        card.announce(near)
-        return near
+    def neighbours_of(trial: Trial) -> list[Trial]:
+        found = neighbours(trial, architecture, dtype.itemsize, job.rows, job.vocabulary, slots)
+        card.start_compiling(found)
+        return found
 
-    halving = Halving(card, trials, seconds=max(seconds - (monotonic() - begun), 1.0), around=around, save=save)
+    halving = Halving(
+        card, trials, seconds=max(seconds - (monotonic() - started), 1.0), neighbours_of=neighbours_of, save=save
+    )
     best = halving.run()
-    winner = chosen(trials, best)
+    winner = choose_winner(trials, best)
     shape |= {"chosen": winner.name if winner.status == OK else None, "done": True}
     for future in card.futures.values():
         future.cancel()
@@ -317,7 +322,7 @@ def _pool() -> ProcessPoolExecutor | None:
 
 
 def _silence() -> None:
-    """Silences the compiler, which prints whole programs to stderr when it fails. Its exception is enough."""
+    """Discards stderr of a compiling process: a compiler that fails prints whole programs there."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

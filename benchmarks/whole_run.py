@@ -1,4 +1,4 @@
-"""A whole run on this machine's device: examples per second, shares of time, distance from the arithmetic floor.
+"""Measures whole runs on this machine's device: examples per second, shares of time, rate compared with the floor.
 
     python benchmarks/whole_run.py OUT.json                                     the demo model, XQuAD en-x
     python benchmarks/whole_run.py OUT.json --shape llama-3-8b                  a random model of that shape, bf16
@@ -13,9 +13,9 @@ are medians over rounds.
 On a GPU four more things are measured: the share of the wall time in which kernels and copies run, and the longest of
 them (torch's profiler); the capture's share of the forward pass (events around it, in a separate run); what made the
 host wait inside the loop (torch's warnings of synchronisation); and the rate of a large library product, the ceiling.
-The floor is the arithmetic of the tokens that are run and of the lens at that ceiling, without attention. The prompts
-of a random model come from the demo model's tokenizer (``--tokenizer`` names another model). Its tokens are shorter
-than a large model's. The seconds for all of XQuAD are extrapolated and hold for these tokens.
+The floor is the time that the arithmetic of the blocks and of the lens takes at that ceiling, without attention. The
+prompts of a random model come from the demo model's tokenizer (``--tokenizer`` names another model). Its tokens are
+shorter than a large model's. The seconds for all of XQuAD are extrapolated and hold for these tokens.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes, as `xprobe run` does
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # set before torch is imported, as `xprobe run` does
 
 import torch
 from xprobe_kernels import lens
 from xprobe_kernels.bench.environment import environment
 
-from benchmarks.engine_speed import EXAMPLES, Lens, by_group, timed
+from benchmarks.engine_speed import EXAMPLES, HandWrittenLens, by_group, timed
 from xprobe.capture import rows as captured_rows
 from xprobe.capture.engine import Engine
 from xprobe.capture.plan import Plan, count_rows
@@ -95,7 +95,7 @@ def prepare(options: argparse.Namespace) -> tuple[Any, Anatomy, list[Prompt]]:
 
 
 class Bench:
-    """One model on one device, its prompts in groups."""
+    """One model on one device, and its prompts in groups."""
 
     def __init__(self, model: Any, anatomy: Anatomy, prompts: list[Prompt]) -> None:
         self.model, self.anatomy, self.prompts = model, anatomy, prompts
@@ -114,7 +114,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def operations(self, plan: Plan) -> float:
-        """Operations of the blocks' products over the tokens run and of the lens over its rows; no attention."""
+        """Operations of the blocks' products for the tokens run and of the lens for its rows, without attention."""
         head, (positions, _) = self.anatomy.head, totals(plan)
         lens_rows = positions * self.anatomy.n_layers
         return 2.0 * self.parameters * plan.tokens_run + 2.0 * lens_rows * head.vocab_size * head.width
@@ -136,8 +136,8 @@ class Bench:
         engine = self.engine(batch_tokens)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        enough = max(1, round(batch_tokens * 2 / max(engine.plan(self.groups[:1]).tokens_run, 1)))  # two waves
-        first = min(enough, max(1, len(self.groups) // 2))
+        two_waves = max(1, round(batch_tokens * 2 / max(engine.plan(self.groups[:1]).tokens_run, 1)))
+        first = min(two_waves, max(1, len(self.groups) // 2))
         cold, _, _ = self.loop(engine, self.groups[:first])  # compiles kernels, allocates memory
         warm, _, _ = self.loop(engine, self.groups[:first])
         fits = int(first * seconds / max(warm, 1e-6))
@@ -164,15 +164,15 @@ class Bench:
 
     def on_gpu(self, engine: Engine, groups: list[Group]) -> dict[str, Any]:
         """Measurements that need a GPU: waits, the capture's share, kernels within the wall time."""
-        with waiting() as waits:
+        with recorded_waits() as waits:
             self.loop(engine, groups)
         watch, receive = Stopwatch(), captured_rows.Receiver.__call__
 
-        def watched(self_: captured_rows.Receiver, layer: int, hidden: torch.Tensor) -> None:
+        def timed_receive(self_: captured_rows.Receiver, layer: int, hidden: torch.Tensor) -> None:
             with watch.timed("capture", self.device):
                 receive(self_, layer, hidden)
 
-        captured_rows.Receiver.__call__ = watched  # type: ignore[method-assign]
+        captured_rows.Receiver.__call__ = timed_receive  # type: ignore[method-assign]
         try:
             _, stages, _ = self.loop(engine, groups)
         finally:
@@ -182,37 +182,37 @@ class Bench:
             lambda: self.loop(engine, groups)
         )
 
-    def against(self, batch_tokens: int, rounds: int) -> dict[str, Any]:
-        """Compares the loop with the hand-written lenses, in turn."""
-        engine, by_hand = self.engine(batch_tokens), Lens(self.model)
-        methods = {"usual": by_hand.usual, "careful": by_hand.careful}
+    def compare_with_hand_written(self, batch_tokens: int, rounds: int) -> dict[str, Any]:
+        """Times the loop and the hand-written lenses in turn, and compares their values."""
+        engine, hand_written = self.engine(batch_tokens), HandWrittenLens(self.model)
+        methods = {"usual": hand_written.usual, "careful": hand_written.careful}
         plan = engine.plan(self.groups)
-        some = [list(wave.groups) for wave in plan.waves[: rounds + 1]]
-        self.loop(engine, some[0])
+        waves = [list(wave.groups) for wave in plan.waves[: rounds + 1]]
+        self.loop(engine, waves[0])
         for method in methods.values():
-            method(self.by_group[some[0][0].key][0])
+            method(self.by_group[waves[0][0].key][0])
         times: dict[str, list[float]] = {name: [] for name in (*methods, "xprobe")}
-        farthest = 0.0
-        for turn in range(rounds):
-            groups = some[turn % len(some)]
+        largest_difference = 0.0
+        for number in range(rounds):
+            groups = waves[number % len(waves)]
             prompts = [prompt for group in groups for prompt in self.by_group[group.key]]
             wall, _, _ = self.loop(engine, groups)
             times["xprobe"].append(wall / len(prompts))
             for name, method in methods.items():
-                chosen = prompts[turn :: max(1, len(prompts) // EXAMPLES[name])][: EXAMPLES[name]]
+                chosen = prompts[number :: max(1, len(prompts) // EXAMPLES[name])][: EXAMPLES[name]]
                 seconds, found = timed(lambda method=method, chosen=chosen: [method(prompt) for prompt in chosen])
                 times[name].append(seconds / len(chosen))
                 if name == "careful":
                     ours = self.log_probabilities(engine, chosen)
                     theirs = torch.cat(found, 1).float().cpu()
-                    farthest = max(farthest, float((ours - theirs).abs().max()))
+                    largest_difference = max(largest_difference, float((ours - theirs).abs().max()))
         ratios = {n: [a / b for a, b in zip(times[n], times["xprobe"], strict=True)] for n in methods}
         return {
             "batch_tokens": batch_tokens, "rounds": rounds,
             "ms_per_example": {name: 1e3 * statistics.median(each) for name, each in times.items()},
             "ratio": {name: statistics.median(each) for name, each in ratios.items()},
             "ratio_range": {name: [min(each), max(each)] for name, each in ratios.items()},
-            "largest_difference_nats": farthest,
+            "largest_difference_nats": largest_difference,
         }  # fmt: skip
 
     def log_probabilities(self, engine: Engine, prompts: list[Prompt]) -> torch.Tensor:
@@ -232,7 +232,7 @@ def totals(plan: Plan) -> tuple[int, int]:
 
 
 @contextmanager
-def waiting() -> Iterator[list[str]]:
+def recorded_waits() -> Iterator[list[str]]:
     """Collects the lines that made the host wait for the GPU, from torch's warnings."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -314,7 +314,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["rates"].append(found)
         save()
     if options.rounds:
-        result["against"] = bench.against(budgets[-1], options.rounds)
+        result["against"] = bench.compare_with_hand_written(budgets[-1], options.rounds)
         save()
     return result
 
@@ -323,21 +323,21 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--model", default="smollm2-135m", help="as for xprobe run (default: smollm2-135m)")
-    parser.add_argument("--shape", choices=SHAPES, help="a random model of this shape instead")
-    parser.add_argument("--tokenizer", default="smollm2-135m", help="the model whose tokenizer a random model takes")
+    parser.add_argument("--shape", choices=SHAPES, help="use a random model of this shape instead of MODEL")
+    parser.add_argument("--tokenizer", default="smollm2-135m", help="model whose tokenizer the random model uses")
     parser.add_argument("--data", default="xquad", help="as for xprobe run (default: xquad)")
-    parser.add_argument("--questions", type=int, help="how many, in 12 languages each (default: all)")
+    parser.add_argument("--questions", type=int, help="number of questions, each in 12 languages (default: all)")
     parser.add_argument("--dtype", default="auto", help="as for xprobe run; auto is bfloat16 for a random model")
     parser.add_argument("--device", default="auto", help="as for xprobe run")
     parser.add_argument("--batch-tokens", default="4096,16384", help="budgets to measure (default: 4096,16384)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the loop, all budgets together")
-    parser.add_argument("--rounds", type=int, default=5, help="of the comparison; 0: none (default: 5)")
-    parser.add_argument("--commit", help="what is being measured, where git cannot tell")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds for the loop, for all budgets together")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison; 0 leaves it out (default: 5)")
+    parser.add_argument("--commit", help="commit that is measured, needed where git is missing")
     options = parser.parse_args(given)
     if not all(part.isdecimal() and int(part) > 0 for part in options.batch_tokens.split(",")):
-        parser.error(f"--batch-tokens must be whole numbers above 0 with commas between, got {options.batch_tokens!r}")
+        parser.error(f"--batch-tokens must be whole numbers above 0, separated by commas, got {options.batch_tokens!r}")
     if options.seconds <= 0 or options.rounds < 0 or (options.questions is not None and options.questions < 1):
-        parser.error("--seconds and --questions must be above 0, --rounds not below")
+        parser.error("--seconds and --questions must be above 0, and --rounds at least 0")
     try:
         options.out.write_text("{}\n", encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Compares two lens backends on rows of a shape of your choice: python examples/benchmark_kernels.py [VOCABULARY]"""
+"""Compares two lens backends for one vocabulary size: python examples/benchmark_kernels.py [VOCABULARY]"""
 
 import sys
 
@@ -10,7 +10,7 @@ if len(sys.argv) > 2 or not all(text.isdecimal() and int(text) > 0 for text in s
     sys.exit("usage: python examples/benchmark_kernels.py [VOCABULARY]")
 vocabulary = int(sys.argv[1]) if len(sys.argv) > 1 else 49152
 device = "cuda" if torch.cuda.is_available() else "cpu"
-hidden = torch.randn(256, 576, device=device)  # 256 rows of any layers and positions
+hidden = torch.randn(256, 576, device=device)  # 256 rows, from any layers and positions
 head = Unembedding(torch.randn(vocabulary, 576, device=device), norm="rms", gamma=torch.ones(576, device=device))
 lookup = torch.zeros(256, dtype=torch.int64, device=device)
 best = available_backends(device)[0]  # what "auto" chooses

@@ -1,4 +1,4 @@
-"""Reads a finished run with pandas alone: python examples/read_run_folder.py RUN_FOLDER"""
+"""Reads a finished run with pandas only: python examples/read_run_folder.py RUN_FOLDER"""
 
 import json
 import sys
@@ -10,7 +10,7 @@ if len(sys.argv) != 2:
     sys.exit("usage: python examples/read_run_folder.py RUN_FOLDER")
 run = Path(sys.argv[1])
 if not (run / "manifest.json").is_file():
-    sys.exit(f"{run} is no run folder: it holds no manifest.json")
+    sys.exit(f"{run} is not a run folder: it has no manifest.json")
 manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
 layers = pd.read_parquet(run / "layers.parquet")  # setting, layer, language, signal, value, lo, hi, n
 examples = pd.read_parquet(run / "examples.parquet")  # one row per question, language and setting

@@ -1,6 +1,6 @@
-"""The logit lens of many rows and the capture of hidden rows: tensors in, tensors out.
+"""The logit lens of many rows and the capture of hidden rows. Functions take and return tensors.
 
-Depends on torch, and on Triton for the GPU kernels. It knows no model, no dataset and no file.
+The package depends on torch, and on Triton for the GPU kernels. It contains no code for models, datasets or files.
 
 >>> import torch
 >>> from xprobe_kernels import Unembedding, lens

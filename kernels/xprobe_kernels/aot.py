@@ -80,8 +80,11 @@ def lens_variant(
     tf32: bool = False,
     even: bool = True,
 ) -> Variant:
-    """The fused pass. ``top_k``: logits that the programs carry along; ``bias``: with bias and scale; ``cap``: see
-    ``cap_kind``; ``kl``: 1 for a pass over final rows, 2 for one over rows that are compared with them."""
+    """The fused pass.
+
+    ``top_k``: number of largest logits that the programs carry along. ``bias``: with bias and scale. ``cap``: see
+    ``cap_kind``. ``kl``: 1 for a pass over final rows, 2 for a pass over rows that are compared with them.
+    """
     block = f"{config.block_m}x{config.block_n}x{config.block_k}"
     flags = [name for name in ("descriptors", "flat") if getattr(config, name)]
     flags += [{2: "halves", 4: "quarters"}[config.parts]] if config.parts > 1 else []
@@ -106,7 +109,7 @@ def lens_variant(
     }  # fmt: skip
     if not even:
         types |= {"width": "i32", "weight_stride": "i64"}
-    constants: dict[str, Any] = {"lookups": 1} if lookups == 1 else {}  # Triton compiles an argument of 1 in
+    constants: dict[str, Any] = {"lookups": 1} if lookups == 1 else {}  # Triton makes an argument of 1 a constant
     types |= {} if lookups == 1 else {"lookups": "i32"}
     constants |= {
         "HAS_BIAS": bias, "HAS_SCALE": bias, "CAP": cap, "LOOKUPS": lookups, "K": top_k, "KL": kl,
@@ -119,7 +122,7 @@ def lens_variant(
 
 
 def tiles_variant(config: Config, dtype: str, *, top_k: int = 5) -> Variant:
-    """The second look at the tiles that hold the k largest logits, after a pass with ``config``."""
+    """The kernel that computes the tiles with the k largest logits again, after a pass with ``config``."""
     rows = min(config.block_m, MAX_BLOCK_ROWS)
     label = f"{dtype} {rows}x{config.block_n}x{config.block_k} {config.warps} warps top {top_k}"
     types = {
@@ -135,7 +138,7 @@ def tiles_variant(config: Config, dtype: str, *, top_k: int = 5) -> Variant:
 
 
 def small_variants() -> Iterator[Variant]:
-    """The kernels around the pass."""
+    """The small kernels that run before and after the pass, ``row_kernel`` and ``capture_kernel``."""
     flags = {"NORM": 2, "GAMMA": True, "BETA": True, "HAS_BIAS": True, "HAS_CAP": True}
     yield Variant(
         "prepare_kernel", "bf16 layer norm, D 4096",
@@ -208,7 +211,7 @@ def attention_variant(dtype: str, width: int, *, full: bool = False) -> Variant:
 
 
 def variants(target: str, every: bool = False) -> Iterator[Variant]:
-    """What runs on ``target``: its configurations for many and few rows. ``every``: also the candidates for tuning."""
+    """The kernels that run on ``target``, for many and few rows. ``every``: also the candidates for tuning."""
     for dtype in ("bf16", "fp32"):
         many, few = CONFIGS[target, ITEMSIZE[dtype]]
         for config in dict.fromkeys((many, few)):
@@ -344,7 +347,7 @@ def table(reports: list[Report]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xprobe_kernels.aot", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of " + ", ".join(TARGETS))
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, from " + ", ".join(TARGETS))
     parser.add_argument("--all", action="store_true", help="also compile the candidates for tuning")
     parser.add_argument("--json", help="write the reports to this file")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Attention over a packed tree of token sequences on a GPU (``reach.py`` describes the tree).
 
-One kernel does all of it. No mask is stored, and tokens that several sequences share are computed once.
+One kernel computes it. No mask is stored, and tokens that several sequences share are computed once.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def tree_attention(
     key : Tensor [G, N, d]
         G divides H: ``H / G`` neighbouring query heads share keys and values.
     value : Tensor [G, N, e]
-        Must be finite: 0 times infinity is NaN, in every query of a block that visits the value.
+        Must be finite. A value of infinity or NaN gives NaN even for queries that do not attend to it.
     reach : Reach
         Which tokens attend to which: N tokens, on the device of ``query``.
     scale : float
         Multiplies the dot products.
     window : int, optional
-        A token attends to the last ``window`` positions of its sequence only, its own included. Saves no time: blocks
-        outside of the window are visited too.
+        A token attends only to the last ``window`` positions of its sequence, its own included. This saves no time:
+        the kernel also visits blocks outside of the window.
     softcap : float, optional
         Scores become ``c * tanh(scale * q.k / c)`` with this c.
     sinks : Tensor [H], optional
@@ -103,7 +103,9 @@ def tree_attention(
             f"and heads at most {MAX_WIDTH} wide; got query {describe(query)}, value {describe(value)}"
         )
     if len(reach.until) != tokens or reach.until.device != query.device:
-        raise ValueError(f"reach is of {len(reach.until)} tokens on {reach.until.device}, query is {describe(query)}")
+        raise ValueError(
+            f"reach describes {len(reach.until)} tokens on {reach.until.device}, query is {describe(query)}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None, got {window!r}")
     if sinks is not None and sinks.shape != (heads,):

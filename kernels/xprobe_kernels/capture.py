@@ -34,7 +34,8 @@ def capture(
     out : Tensor [S, D]
         Written in place. Rows are cast to its dtype.
     head : Unembedding, optional
-        Its final norm is applied to the rows before they are cast. Read such rows with ``head.without_norm()``.
+        Its final norm is applied to the rows before they are cast. For such rows, pass ``head.without_norm()`` to
+        ``lens``.
     check : bool
         False skips the check of ``spans``, for spans that passed it in an earlier call with the same [B, T]. This saves
         a wait for the device.
@@ -95,15 +96,15 @@ def check_spans(spans: Tensor, batch: int, length: int) -> None:
 def _use_kernel(backend: str, hidden: Tensor, out: Tensor) -> bool:
     dtypes = kernel_dtypes()
     fits = hidden.dtype in dtypes and out.dtype in dtypes and (out.shape[1] <= 1 or out.stride(1) == 1)
-    here = kernels_run_on(hidden.device)
+    runs = kernels_run_on(hidden.device)
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
-    if backend == "triton" and not (fits and here):
+    if backend == "triton" and not (fits and runs):
         raise ValueError(
             f"backend 'triton' needs Triton and a GPU, {', '.join(map(str, dtypes))} and dense rows of out; "
             f"got hidden {describe(hidden)}, out {describe(out)}"
         )
-    return backend == "triton" or (backend == "auto" and fits and here and hidden.device.type == "cuda")
+    return backend == "triton" or (backend == "auto" and fits and runs and hidden.device.type == "cuda")
 
 
 def _gather(hidden: Tensor, spans: Tensor, out: Tensor, head: Unembedding | None) -> None:

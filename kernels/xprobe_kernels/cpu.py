@@ -1,12 +1,12 @@
 """The lens tile by tile over the vocabulary, in bounded memory on any machine.
 
 A matrix product gives a tile of raw logits. One pass of compiled code then reads the tile (``_CompiledPass``: fp32 on a
-CPU with a C compiler). Everywhere else a dozen passes of plain torch read it (``_EagerPass``). They define what is
-computed.
+CPU with a C compiler). Everywhere else a dozen passes of plain torch read it (``_EagerPass``). ``_EagerPass`` defines
+what both compute.
 
-A tile is read while it is small enough for the cache, and then overwritten. From tile to tile each row carries a
-running maximum and a few sums. They are fp64 and relative to that maximum. So neither the number of rows in the call
-nor an offset common to all logits costs digits.
+A tile is small enough to stay in the cache while it is read, and the next tile overwrites it. From tile to tile each
+row carries a running maximum and a few sums. They are fp64 and relative to that maximum. So an offset common to all
+logits does not reduce precision, and the number of rows in the call does not change a result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROWS = 512  # rows at a time: a [512, 1024] fp32 tile is 2 MiB, half the memory 
 
 @dataclass
 class _Tile:
-    """What ``_Sums.add`` returns for the rows of a part."""
+    """Result of ``_Sums.add`` for the rows of a part."""
 
     shifted: Tensor  # z - m, [r, v]
     weights: Tensor  # e^(z - m), [r, v]
@@ -79,7 +79,7 @@ class _Divergence:
         self.space = torch.empty(self.rows.numel() * tile, dtype=dtype, device=final_rows.device)
 
     def start_tile(self, width: int) -> None:
-        """Starts a tile. The final rows are read first, part by part, and leave e^(z - m) in ``weights`` [f, v]."""
+        """Starts a tile. The final rows are read first, part by part; ``weights`` [f, v] then holds their e^(z - m)."""
         self.before = self.sums.exp.clone()
         self.weights = self.space[: self.rows.numel() * width].view(-1, width)
 
@@ -118,15 +118,17 @@ class _EagerPass(_Carried):
         self.above[part] += _count_above(z, self.lookup[part], self.threshold[part], tokens.start)
         if self.top_ids.shape[1]:
             _merge_top(z, tokens.start, self.top_logits[part], self.top_ids[part])
-        tile, other = self.sums.add(part, self.head.cap(z)), self.divergence
-        if other is not None:
-            final = other.final_of[part]
-            carried = other.cross[part] + tile.move * other.before[final]
-            other.cross[part] = other.rescale[final] * carried + _weighted_sum(other.weights[final], tile.shifted)
+        tile, divergence = self.sums.add(part, self.head.cap(z)), self.divergence
+        if divergence is not None:
+            final = divergence.final_of[part]
+            carried = divergence.cross[part] + tile.move * divergence.before[final]
+            divergence.cross[part] = divergence.rescale[final] * carried + _weighted_sum(
+                divergence.weights[final], tile.shifted
+            )
 
 
 class _CompiledPass(_Carried):
-    """Does the same in one pass of compiled code over fp32 logits in CPU memory."""
+    """Does the same as ``_EagerPass``, in one pass of compiled code over fp32 logits in CPU memory."""
 
     def read_finals(self, part: slice, z: Tensor, tokens: slice) -> None:
         assert self.divergence is not None
@@ -134,10 +136,14 @@ class _CompiledPass(_Carried):
 
     def read(self, part: slice, z: Tensor, tokens: slice) -> None:
         fields = {name: getattr(self, name)[part] for name in ("lookup", "threshold", "above", "top_logits", "top_ids")}
-        other = self.divergence
-        if other is not None:
-            fields |= {"final_of": other.final_of[part], "final_weights": other.weights, "final_rescale": other.rescale}
-            fields |= {"final_before": other.before, "cross": other.cross[part]}
+        divergence = self.divergence
+        if divergence is not None:
+            fields |= {
+                "final_of": divergence.final_of[part],
+                "final_weights": divergence.weights,
+                "final_rescale": divergence.rescale,
+            }
+            fields |= {"final_before": divergence.before, "cross": divergence.cross[part]}
         k, lookups = self.top_ids.shape[1], self.lookup.shape[1]
         self._run(part, z, tokens, self.sums, start=tokens.start, lookups=lookups, top_k=k, **fields)
 
@@ -157,13 +163,13 @@ def readout(request: LensRequest, *, eager: bool = False) -> dict[str, Any]:
     finals = 0 if final_rows is None else int(torch.unique(final_rows).numel())
     step, tile = _partition(head.width, finals, top_k, dtype, request.workspace_bytes)
     parts, final_parts = _parts(rows, step), _parts(finals, step)
-    narrow = device.type == "cpu" and hidden.dtype == head.weight.dtype == torch.bfloat16 and matrix_units()
+    in_bf16 = device.type == "cpu" and hidden.dtype == head.weight.dtype == torch.bfloat16 and matrix_units()
     keep = rows * head.width * dtype.itemsize <= request.workspace_bytes // 6
-    normed = _Normed(hidden, head, dtype, parts, keep=keep, rounded=narrow)
+    normed = _Normed(hidden, head, dtype, parts, keep=keep, rounded=in_bf16)
 
     looked_up, threshold = _look_up(normed, head, lookup, parts, dtype)
-    fast = not eager and dtype == torch.float32 and device.type == "cpu" and compiled.row_pass() is not None
-    carried = (_CompiledPass if fast else _EagerPass)(
+    use_compiled = not eager and dtype == torch.float32 and device.type == "cpu" and compiled.row_pass() is not None
+    carried = (_CompiledPass if use_compiled else _EagerPass)(
         head,
         lookup,
         threshold,
@@ -176,7 +182,7 @@ def readout(request: LensRequest, *, eager: bool = False) -> dict[str, Any]:
     sums, divergence = carried.sums, carried.divergence
     space = torch.empty(min(rows, step) * min(tile, head.vocab_size), dtype=dtype, device=device)
 
-    with _products("bf16" if narrow else "ieee"):
+    with _products("bf16" if in_bf16 else "ieee"):
         for start in range(0, head.vocab_size, tile):
             tokens = slice(start, min(start + tile, head.vocab_size))
             weight, width = head.weight[tokens].to(dtype), tokens.stop - start
@@ -191,7 +197,7 @@ def readout(request: LensRequest, *, eager: bool = False) -> dict[str, Any]:
 
     finite = normed.finite
     known = (lookup >= 0) & finite[:, None]
-    both = finite if final_rows is None else finite & finite[final_rows]
+    pair_finite = finite if final_rows is None else finite & finite[final_rows]
     top_logits, top_ids = carried.top_logits, carried.top_ids
     return {
         "logits": _blank(looked_up, known),
@@ -200,7 +206,7 @@ def readout(request: LensRequest, *, eager: bool = False) -> dict[str, Any]:
         "entropy": _blank(sums.entropy().clamp(min=0).to(dtype), finite),
         "top_ids": torch.where(finite[:, None], top_ids, -1) if top_k else None,
         "top_logits": _blank(head.cap(top_logits), finite[:, None]) if top_k else None,
-        "kl": None if divergence is None else _blank(divergence.result(sums).to(dtype), both),
+        "kl": None if divergence is None else _blank(divergence.result(sums).to(dtype), pair_finite),
     }
 
 
@@ -218,9 +224,9 @@ def matrix_units() -> bool:
 def _products(precision: str) -> Iterator[None]:
     """Sets the precision of fp32 products on the CPU, whatever ``torch.set_float32_matmul_precision`` was set to.
 
-    "ieee" keeps the operands. "bf16" rounds them, sums in fp32 and uses the processor's matrix units; operands that
-    hold bf16 numbers lose nothing. The setting belongs to the process: products of other threads use it too while this
-    context is active. It is changed only if it differs, and put back.
+    "ieee" keeps the operands. "bf16" rounds them, sums in fp32 and uses the processor's matrix units; rounding does
+    not change operands that are bf16 numbers. The setting belongs to the process: products of other threads use it
+    too while this context is active. It is changed only if it differs, and put back.
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
@@ -242,8 +248,8 @@ def _partition(width: int, finals: int, top_k: int, dtype: torch.dtype, workspac
     if finals:
         tile = min(tile, share // (5 * size * finals))  # the final rows' logits and weights
     tile = max(tile, 1)
-    cell = (4 + 2 * bool(finals)) * size + 40 * bool(top_k)  # bytes per logit: its copies and its sorting keys
-    step = min(ROWS, share // (cell * tile), share // (5 * size * width))
+    bytes_per_logit = (4 + 2 * bool(finals)) * size + 40 * bool(top_k)  # copies and sorting keys
+    step = min(ROWS, share // (bytes_per_logit * tile), share // (5 * size * width))
     return max(step, 1), tile
 
 
@@ -317,7 +323,7 @@ def _weighted_sum(weights: Tensor, z: Tensor) -> Tensor:
 
 
 def _merge_top(z: Tensor, start: int, logits: Tensor, ids: Tensor) -> None:
-    """Merges a tile [r, v] into the running top-k [r, k] in place. Largest first; among equals the lowest id first."""
+    """Merges a tile [r, v] into the running top-k [r, k] in place. Largest first; lowest id first among equals."""
     k = logits.shape[1]
     filled = min(start, k)
     if filled == k:  # after the first tiles only few rows have anything to merge
@@ -337,12 +343,12 @@ def _merge_top(z: Tensor, start: int, logits: Tensor, ids: Tensor) -> None:
 
 
 def _top(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row (all if there are fewer) and their columns; among equals the lowest column first."""
+    """The k largest of each row (all if there are fewer) and their columns. Among equals the lowest is first."""
     if z.shape[1] <= k:
         top = z.sort(dim=-1, descending=True, stable=True)
         return top.values, top.indices
     values, order = z.topk(k + 1, -1)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]  # among equals topk takes any, in any order
+    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]  # topk returns equal values in any order
     values, order = values[:, :k], order[:, :k]
     if tied.numel():
         order[tied] = z[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]

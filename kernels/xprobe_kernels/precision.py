@@ -21,7 +21,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
     The setting belongs to the process: fp32 products of other threads use it too while this context is active.
     """
-    # oneDNN has its own setting on processors with matrix units, where interpreted kernels multiply
+    # oneDNN has its own setting. It matters for interpreted kernels on processors with matrix units
     libraries: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, precision)]
     libraries.append((torch.backends.mkldnn.matmul, "ieee"))  # type: ignore[attr-defined]
     before = [library.fp32_precision for library, _ in libraries]
@@ -56,14 +56,14 @@ def onednn_is_faster() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
     try:
-        vendor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return "AuthenticAMD" in vendor and torch.backends.mkldnn.is_available() and _onednn_answers()
+    return "AuthenticAMD" in cpuinfo and torch.backends.mkldnn.is_available() and _onednn_works()
 
 
-def _onednn_answers() -> bool:
-    """Whether oneDNN's linear layer computes correctly. torch's function for it is not public, so it is tried first."""
+def _onednn_works() -> bool:
+    """Whether oneDNN's linear layer computes correctly. torch's function for it is not public, so this tests it."""
     rows, weight = torch.arange(6.0).view(2, 3), torch.ones(4, 3)
     try:
         return torch.equal(onednn_linear(rows, weight, None), rows @ weight.T)

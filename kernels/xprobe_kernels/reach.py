@@ -1,8 +1,8 @@
 """Which tokens of a packed tree attend to which, prepared for the attention kernel.
 
-Sequences that begin alike are packed so that every shared token appears once, before the tokens that continue it (depth
-first). Token i then attends to token j exactly if ``j <= i < until[j]``. ``until[j]`` is the end of the tokens that
-continue j. The same rule decides which blocks of keys a block of queries has to visit.
+Sequences with a common prefix are packed so that every shared token appears once, before the tokens that continue it
+(depth first). Token i then attends to token j exactly if ``j <= i < until[j]``. ``until[j]`` is the end of the tokens
+that continue j. The same rule decides which blocks of keys a block of queries has to visit.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ KERNELS = ("triton", "workspace")  # need Triton; on a CPU they run in its inter
 class Readout:
     """Result of ``lens`` for R rows with A looked-up tokens each. Floating-point outputs are fp32 (fp64 for fp64 rows).
 
-    A row with NaN or infinity gives NaN, rank 0 and id -1. So does a look-up of -1. Other rows are not affected.
+    A row with NaN or infinity gives NaN, rank 0 and id -1, and does not affect other rows. A look-up of -1 gives a
+    logit of NaN and rank 0.
 
     Attributes
     ----------
@@ -114,7 +115,7 @@ def lens(
 ) -> Readout:
     """Logit lens of ``hidden``: per row the logits and ranks of given tokens, log-sum-exp, entropy, top-k and KL.
 
-    All [R, V] logits are never held at once. Only the ``reference`` backend holds them.
+    Only the ``reference`` backend holds all [R, V] logits at once.
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ def lens(
         How many of the largest logits to return.
     final_rows : Tensor [R], int64, optional
         For each row, the index of the row that holds the final layer of the same position. With it ``kl`` is computed.
-        It may be on the device of ``hidden`` or on the CPU. On the CPU is faster: the host need not wait for the GPU.
+        It may be on the device of ``hidden`` or on the CPU. The CPU is faster: the host then does not wait for the GPU.
     backend : str
         "auto" or one of ``available_backends(hidden.device)``.
     precision : "ieee" or "tf32"

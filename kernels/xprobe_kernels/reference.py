@@ -1,7 +1,8 @@
 """The definition of the lens in plain torch and fp64. It holds all logits at once.
 
 The other backends are tested against it, so it shares no arithmetic with them: the final norm, the logits, the soft-cap
-and the rule on ties are written here once more. From the rest of the package it takes only the numbers of the head.
+and the rule on ties are written here again. From the rest of the package it uses only the tensors and numbers of the
+head.
 """
 
 from __future__ import annotations

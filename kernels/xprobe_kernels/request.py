@@ -37,7 +37,7 @@ class LensRequest:
         return self.lookup.shape[1]
 
     def of_rows(self, part: slice | Tensor) -> LensRequest:
-        """The same request for some of the rows, by slice or index, without KL, for which rows need each other."""
+        """The same request for some of the rows, by slice or index. Without KL, which compares rows with each other."""
         whole = isinstance(part, slice) and part.indices(self.rows) == (0, self.rows, 1)
         if whole and self.final_rows is None:
             return self

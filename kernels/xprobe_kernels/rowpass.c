@@ -1,4 +1,4 @@
-/* One pass over a tile of raw logits, while the tile is in the cache. It updates what the lens carries on.
+/* One pass over a tile of raw logits, while the tile is in the cache. It updates the state of the lens.
  *
  * _EagerPass in cpu.py defines what this code computes. compiled.py compiles and calls it. Rows are independent of each
  * other, so neither the number of threads nor the split into tiles of rows changes a bit of the result. Infinities and
@@ -33,8 +33,8 @@ typedef struct {
 static inline float from_bits(int32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
 static inline int32_t to_bits(float x) { int32_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
 
-/* e^x for x <= 0 within 1 ulp (Cephes' polynomial), without a branch; 0 below -87, where fp32 ends. NaN stays NaN. */
-static inline float exp_of(float x)
+/* e^x for x <= 0 within 1 ulp (Cephes' polynomial), without a branch; 0 below -87. NaN stays NaN. */
+static inline float fast_exp(float x)
 {
     const float shifter = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number, found in the low bits */
     float y = x < -87.0f ? -87.0f : x;
@@ -50,10 +50,10 @@ static inline float exp_of(float x)
     return x < -87.0f ? 0.0f : p;
 }
 
-/* tanh within 2 ulp: Cephes' polynomial near 0, where the quotient would lose digits. */
-static inline float tanh_of(float x)
+/* tanh within 2 ulp: Cephes' polynomial near 0, where the quotient would lose precision. */
+static inline float fast_tanh(float x)
 {
-    float size = fabsf(x), e = exp_of(-2.0f * size), s = x * x;
+    float size = fabsf(x), e = fast_exp(-2.0f * size), s = x * x;
     float p = -5.70498872745e-3f;
     p = p * s + 2.06390887954e-2f;
     p = p * s - 5.37397155531e-2f;
@@ -80,7 +80,7 @@ static int64_t count_above(const float *z, int64_t width, float threshold)
     return count;
 }
 
-/* Merges a tile into the running top k. Ids rise and go behind equal logits, so the lowest id stays first. */
+/* Merges a tile into the running top k. Ids rise, and a new id goes after equal logits: the lowest id stays first. */
 static void merge_top(const Tile *t, const float *z, float largest, float *top, int64_t *ids)
 {
     int64_t k = t->top_k, filled = t->start < k ? t->start : k;
@@ -89,18 +89,21 @@ static void merge_top(const Tile *t, const float *z, float largest, float *top, 
         int64_t to = from + 64 < t->width ? from + 64 : t->width;
         if (filled == k && !(largest_of(z + from, to - from) > top[k - 1])) continue;
         for (int64_t j = from; j < to; j++) {
-            int64_t at;
-            if (filled < k) at = filled++;
-            else if (z[j] > top[k - 1]) at = k - 1;
+            int64_t position;
+            if (filled < k) position = filled++;
+            else if (z[j] > top[k - 1]) position = k - 1;
             else continue;
-            for (; at > 0 && z[j] > top[at - 1]; at--) { top[at] = top[at - 1]; ids[at] = ids[at - 1]; }
-            top[at] = z[j];
-            ids[at] = t->start + j;
+            for (; position > 0 && z[j] > top[position - 1]; position--) {
+                top[position] = top[position - 1];
+                ids[position] = ids[position - 1];
+            }
+            top[position] = z[j];
+            ids[position] = t->start + j;
         }
     }
 }
 
-/* Sum of e^(z-m) and of e^(z-m) * (z-m). Where a weight is 0 its product is 0 too, though z may be -inf. */
+/* Sum of e^(z-m) and of e^(z-m) * (z-m). Where a weight is 0 its product is 0 too, even if z is -inf. */
 static void sum_weights(float *z, int64_t width, float m, int keep, double *sum, double *weighted)
 {
     for (int64_t from = 0; from < width; from += BLOCK) {
@@ -108,7 +111,7 @@ static void sum_weights(float *z, int64_t width, float m, int keep, double *sum,
         float s = 0, w = 0;
 #pragma omp simd reduction(+ : s, w)
         for (int64_t j = from; j < to; j++) {
-            float x = z[j] - m, e = exp_of(x);
+            float x = z[j] - m, e = fast_exp(x);
             s += e;
             w += e * (x < -87.0f ? -87.0f : x);
         }
@@ -117,10 +120,10 @@ static void sum_weights(float *z, int64_t width, float m, int keep, double *sum,
     }
     if (!keep) return;
 #pragma omp simd
-    for (int64_t j = 0; j < width; j++) z[j] = exp_of(z[j] - m);
+    for (int64_t j = 0; j < width; j++) z[j] = fast_exp(z[j] - m);
 }
 
-/* Sum of weight * (z-m) where the weight is positive: tokens that the final row rules out count 0. */
+/* Sum of weight * (z-m) where the weight is positive: tokens with probability 0 in the final row count as 0. */
 static double sum_cross(const float *z, int64_t width, float m, const float *weights)
 {
     double total = 0;
@@ -162,7 +165,7 @@ static void read_row(const Tile *t, int64_t i)
     if (t->softcap > 0.0f) {
         float cap = t->softcap;
 #pragma omp simd
-        for (int64_t j = 0; j < width; j++) z[j] = cap * tanh_of(z[j] / cap);
+        for (int64_t j = 0; j < width; j++) z[j] = cap * fast_tanh(z[j] / cap);
         largest = largest_of(z, width);
     }
 
@@ -176,9 +179,9 @@ static void read_row(const Tile *t, int64_t i)
     double move = isfinite(old) ? old - m : 0.0, rescale = isfinite(old) ? exp(move) : 0.0;
     double sum = 0, weighted = 0;
     if (t->final_of) { /* must come before z becomes weights */
-        int64_t of = t->final_of[i];
-        double carried = t->cross[i] + move * t->final_before[of];
-        t->cross[i] = t->final_rescale[of] * carried + sum_cross(z, width, m, t->final_weights + of * width);
+        int64_t f = t->final_of[i];
+        double carried = t->cross[i] + move * t->final_before[f];
+        t->cross[i] = t->final_rescale[f] * carried + sum_cross(z, width, m, t->final_weights + f * width);
     }
     sum_weights(z, width, m, t->rescale != NULL, &sum, &weighted);
     t->exp_z[i] = rescale * (t->exp_z[i] + move * t->exp[i]) + weighted;

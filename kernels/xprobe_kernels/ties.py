@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # The error of a dot product of h and w stays below this many eps * |h| * |w|. Exception: thousands of equal addends,
-# which all round in the same direction. Equal tokens may then rank apart.
+# which all round in the same direction. Equal tokens may then get different ranks.
 TIE_ROUNDINGS = 4.0
 
 

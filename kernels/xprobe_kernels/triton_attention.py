@@ -45,15 +45,15 @@ def scores(
         until = tl.load(until_ptr + j, mask=inside, other=0)
         seen = (j[None, :] <= i[:, None]) & (i[:, None] < until[None, :])
         if HAS_WINDOW:
-            mine = tl.load(positions_ptr + i, mask=i < tokens, other=0)
-            theirs = tl.load(positions_ptr + j, mask=inside, other=0)
-            seen = seen & (mine[:, None] - theirs[None, :] < window)
+            query_position = tl.load(positions_ptr + i, mask=i < tokens, other=0)
+            key_position = tl.load(positions_ptr + j, mask=inside, other=0)
+            seen = seen & (query_position[:, None] - key_position[None, :] < window)
         s = tl.where(seen, s, -INFINITY)
     return s
 
 
 @triton.jit
-def absorb(
+def add_block(
     s,  # [BM, BN]
     value_ptr,
     value_stride,
@@ -135,15 +135,15 @@ def tree_attention_kernel(
             q, keys, key_stride, i, j, tokens, width, until_ptr, positions_ptr, scale, window, cap,
             HAS_WINDOW, HAS_WINDOW, HAS_CAP, BD,
         )  # fmt: skip
-        peak, total, sums = absorb(s, values, value_stride, j, tokens, value_width, peak, total, sums, BE)
+        peak, total, sums = add_block(s, values, value_stride, j, tokens, value_width, peak, total, sums, BE)
     for visit in range(masked, last):
         j = tl.load(visits_ptr + visit) * BN + tl.arange(0, BN)
         s = scores(
             q, keys, key_stride, i, j, tokens, width, until_ptr, positions_ptr, scale, window, cap,
             True, HAS_WINDOW, HAS_CAP, BD,
         )  # fmt: skip
-        peak, total, sums = absorb(s, values, value_stride, j, tokens, value_width, peak, total, sums, BE)
-    total = tl.where(total > 0, total, 1.0)  # queries past the end have seen nothing
+        peak, total, sums = add_block(s, values, value_stride, j, tokens, value_width, peak, total, sums, BE)
+    total = tl.where(total > 0, total, 1.0)  # queries past the end attend to no key
     e = tl.arange(0, BE)
     out = out_ptr + (i.to(tl.int64)[:, None] * heads + head) * value_width + e[None, :]
     sums = sums / total[:, None]

@@ -1,4 +1,4 @@
-"""The capture kernel: one launch reads the wanted rows of a block's output, and only those."""
+"""The capture kernel: one launch reads only the chosen rows of a block's output."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 ``State`` holds, per row and in fp32: the running maximum m, the sums of e^(z-m) and of e^(z-m) * (z-m), and the number
 of tokens above the threshold of each looked-up token. All sums are relative to m, so an offset common to all logits
-costs no digits. A soft-cap bounds the logits, so m is then the cap itself and needs no search.
+does not reduce precision. A soft-cap bounds the logits, so m is then the cap itself and needs no search.
 
 KL(final layer || row) needs the softmax weights of the final row beside the logits of the row. The pass over the final
-rows keeps its weights (``KEEP``), and the pass over the other rows multiplies its logits by them (``COMPARE``). That is
-one more multiplication for each logit and no second product. Only the final rows have weights in memory.
+rows keeps its weights (``KEEP``), and the pass over the other rows multiplies its logits by them (``COMPARE``). This
+is one more multiplication for each logit and no second product. Only the final rows have weights in memory.
 
 The k largest logits are carried along by passes over few rows only (``keep_largest``). A pass over many rows writes the
 largest logit of each tile, and triton_top.py finds the k largest afterwards.
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 INFINITY = tl.constexpr(float("inf"))
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # replaces the -inf of a real token; -inf marks an empty place
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # replaces the logit -inf of a token, because -inf marks an empty place
 NO_ID = tl.constexpr(2147483647)
 BOUNDED_CAP = 40.0  # up to this soft-cap, e^(z - cap) is a normal fp32 number for every capped logit z
 NO_CAP, SMALL_CAP, LARGE_CAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -26,7 +26,7 @@ NO_KL, KEEP, COMPARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def cap_kind(cap: float | None) -> int:
-    """How the kernels treat a soft-cap: no cap, one that bounds the sums by itself, or one that is too large for it."""
+    """The kind of a soft-cap: none, small enough to replace the running maximum, or too large for that."""
     if cap is None:
         return NO_CAP.value
     return (SMALL_CAP if cap <= BOUNDED_CAP else LARGE_CAP).value
@@ -59,7 +59,7 @@ class Lookups(NamedTuple):
 
 
 class Finals(NamedTuple):
-    """The P final rows, of which the pass keeps the softmax weights or reads them.
+    """The P final rows, whose softmax weights the pass writes or reads.
 
     A part is what ``fold`` reads at a time: a tile, or the half or quarter of one.
     """
@@ -94,20 +94,20 @@ def tanh_near_zero(x):
 
 @triton.jit
 def softcapped(z, cap):
-    """cap * tanh(z / cap). Beyond \\|z\\| = cap through exp, which cancels near 0; there by a polynomial."""
+    """cap * tanh(z / cap). Uses exp for \\|z\\| > cap, and a polynomial near 0, where the formula with exp cancels."""
     x = z / cap
     return cap * tl.where(tl.abs(x) <= 1, tanh_near_zero(x), 1 - 2 / (tl.exp(2 * x) + 1))
 
 
 @triton.jit
 def softcapped_tile(z, cap):
-    """``softcapped`` of a whole tile. Few tiles hold a logit beyond the cap; the other ones need no exponential."""
+    """``softcapped`` of a whole tile. Few tiles hold a logit beyond the cap; the others need no exp."""
     x = z * (1 / cap)
     if tl.max(tl.max(tl.abs(x), 1), 0) <= 1:  # noqa: SIM108, Triton takes both branches of an expression
-        shown = cap * tanh_near_zero(x)
+        capped = cap * tanh_near_zero(x)
     else:
-        shown = softcapped(z, cap)
-    return shown
+        capped = softcapped(z, cap)
+    return capped
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def start(
 def finals_of(
     rows, valid, weights_ptr, columns, peaks_ptr, masses_ptr, parts, final_of_ptr, logsumexp_ptr, KL: tl.constexpr
 ):
-    """The final rows of a program's rows, where there is something to keep or to compare with."""
+    """The final rows of a program's rows, if the pass keeps their weights or compares with them."""
     final = rows.to(tl.int32)
     logsumexp = tl.zeros(rows.shape, tl.float32)
     if KL == COMPARE:
@@ -176,7 +176,7 @@ def fold(
 ):
     """The state after one more tile, and the largest raw logit of the tile [BM]."""
     inside = (columns < end)[None, :]
-    ragged = tl.max(columns, 0) >= end  # the tile reaches past the end, as only the last one does
+    ragged = tl.max(columns, 0) >= end  # the tile reaches past the end, which happens only for the last tile
     if ragged:
         z = tl.where(inside, z, -INFINITY)
     above = state.above
@@ -188,20 +188,20 @@ def fold(
         above += tl.where(tl.arange(0, LOOKUPS)[None, :] == a, count[:, None], 0)
 
     largest = tl.max(z, 1)
-    shown = z
+    capped = z
     if CAP != NO_CAP:
-        shown = softcapped_tile(z, cap)
+        capped = softcapped_tile(z, cap)
         if ragged:
-            shown = tl.where(inside, shown, -INFINITY)
+            capped = tl.where(inside, capped, -INFINITY)
     peak = state.peak
     total = state.total
     moment = state.moment
     expected = state.expected
     mass = state.mass
     if CAP == SMALL_CAP:
-        shown = shown - cap
+        capped = capped - cap
     else:
-        peak = tl.maximum(peak, largest if CAP == NO_CAP else tl.max(shown, 1))
+        peak = tl.maximum(peak, largest if CAP == NO_CAP else tl.max(capped, 1))
         shift = tl.where(peak == -INFINITY, 0.0, peak)  # keeps the sums at zero while all logits of a row are -inf
         seen = state.peak != -INFINITY
         move = tl.where(seen, state.peak - shift, 0.0)
@@ -209,21 +209,21 @@ def fold(
         moment = rescale * (moment + move * total)
         total = rescale * total
         expected += move * mass
-        shown = shown - shift[:, None]
-    shown = tl.maximum(shown, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # no 0 * -inf below
-    weights = tl.exp(shown)
-    here = tl.sum(weights, 1)
-    moment += tl.sum(weights * shown, 1)
-    total += here
+        capped = capped - shift[:, None]
+    shifted = tl.maximum(capped, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # no 0 * -inf below
+    weights = tl.exp(shifted)
+    tile_total = tl.sum(weights, 1)
+    moment += tl.sum(weights * shifted, 1)
+    total += tile_total
     if KL == KEEP:
         places = (finals.rows * finals.columns)[:, None] + columns[None, :]
         tl.store(finals.weights + places, weights, mask=finals.valid[:, None])
         tl.store(finals.peaks + finals.rows * finals.parts + part, peak, mask=finals.valid)
-        tl.store(finals.masses + finals.rows * finals.parts + part, here, mask=finals.valid)
+        tl.store(finals.masses + finals.rows * finals.parts + part, tile_total, mask=finals.valid)
     if KL == COMPARE:
         weights = tl.load(finals.weights + (finals.rows * finals.columns)[:, None] + columns[None, :])
         factor = tl.exp(tl.load(finals.peaks + finals.rows * finals.parts + part) - finals.logsumexp)
-        expected += factor * tl.sum(weights * shown, 1)
+        expected += factor * tl.sum(weights * shifted, 1)
         mass += factor * tl.load(finals.masses + finals.rows * finals.parts + part)
 
     top = state.top
@@ -235,19 +235,21 @@ def fold(
 
 @triton.jit
 def keep_largest(z, columns, inside, top, top_ids):
-    """Puts the tile's logits among the k largest so far. Ids rise from tile to tile, so a later token takes a place
-    only with a strictly larger logit."""
-    left = tl.where(inside, tl.maximum(z, LOWEST), -INFINITY)
-    best = tl.max(left, 1)
+    """Merges the tile's logits into the k largest so far.
+
+    Ids rise from tile to tile, so a later token replaces an earlier one only with a strictly larger logit.
+    """
+    remaining = tl.where(inside, tl.maximum(z, LOWEST), -INFINITY)
+    best = tl.max(remaining, 1)
     worst = tl.min(top, 1)
     while tl.max((best > worst).to(tl.int32), 0) > 0:
-        winner = tl.min(tl.where(left == best[:, None], columns[None, :], NO_ID), 1)
-        out = tl.max(tl.where(top == worst[:, None], top_ids, -1), 1)
-        place = (top_ids == out[:, None]) & (best > worst)[:, None]
+        winner = tl.min(tl.where(remaining == best[:, None], columns[None, :], NO_ID), 1)
+        removed = tl.max(tl.where(top == worst[:, None], top_ids, -1), 1)
+        place = (top_ids == removed[:, None]) & (best > worst)[:, None]
         top = tl.where(place, best[:, None], top)
         top_ids = tl.where(place, winner[:, None], top_ids)
-        left = tl.where(columns[None, :] == winner[:, None], -INFINITY, left)
-        best = tl.max(left, 1)
+        remaining = tl.where(columns[None, :] == winner[:, None], -INFINITY, remaining)
+        best = tl.max(remaining, 1)
         worst = tl.min(top, 1)
     return top, top_ids
 
@@ -269,7 +271,7 @@ def store(
 ):
     """Writes the state of one split."""
     valid = rows < count
-    part = tl.cast(part, tl.int64)  # Triton compiles an argument of 1 in as a plain number
+    part = tl.cast(part, tl.int64)  # Triton makes an argument of 1 a plain number
     base = sums_ptr + part * 5 * count + rows
     tl.store(base, state.peak, mask=valid)
     tl.store(base + count, state.total, mask=valid)

@@ -1,6 +1,6 @@
 """The fused lens: product, bias, scale, soft-cap, softmax sums, ranks and top-k in one pass over the vocabulary.
 
-The grid is tiles of rows x splits of the vocabulary. A program walks through its split tile by tile and carries the
+The grid is tiles of rows x splits of the vocabulary. A program processes its split tile by tile and carries the
 state of its rows in registers (triton_fold.py). Logits are never written to memory. The splits are merged in fixed
 order (triton_rows.py), without locks or atomics, so a repeated run gives the same bits.
 """
@@ -29,7 +29,7 @@ from xprobe_kernels.triton_fold import (
     start,
     store,
 )
-from xprobe_kernels.triton_rows import Kept, Partials, Prepared, operand_dtype, unchanged
+from xprobe_kernels.triton_rows import FinalSoftmax, Partials, Prepared, needs_no_copy, operand_dtype
 from xprobe_kernels.triton_support import cdiv, next_power_of_2
 
 
@@ -97,7 +97,7 @@ def fold_tile(
 ):
     """The state after a tile, and the largest logit of the tile [BM].
 
-    PARTS == 2 or 4: reads halves or quarters of the columns one after the other, with fewer registers.
+    With PARTS == 2 or 4 it reads halves or quarters of the columns one after the other, with fewer registers.
     """
     columns = tile * BN + tl.arange(0, BN // PARTS)
     pieces = (z,)
@@ -130,7 +130,7 @@ def lens_kernel(
     top_ptr,
     top_ids_ptr,  # [S, R, K]
     maxima_ptr,  # [R, tiles]
-    maxima,  # whether the largest logit of each tile is written: 0 or 1, so that it compiles to the same code
+    maxima,  # 1 if the largest logit of each tile is written, else 0; a number, so that both share compiled code
     weights_ptr,  # [P, columns]: see Finals
     peaks_ptr,
     masses_ptr,  # [P, parts]
@@ -224,7 +224,7 @@ def configuration(request: LensRequest) -> Config:
     hidden, head, rows = request.hidden, request.head, request.rows
     dtype = operand_dtype(hidden, head)
     config = choose(device_limits(hidden.device)[0], dtype, rows)
-    aligned = _describable(hidden) if unchanged(request) else head.width * dtype.itemsize % 16 == 0
+    aligned = _describable(hidden) if needs_no_copy(request) else head.width * dtype.itemsize % 16 == 0
     if config.descriptors and not (aligned and _describable(head.weight) and head.weight.dtype == dtype):
         config = replace(PLAIN.for_rows(rows), carries_top=config.carries_top)
     return config.for_work(capped=head.softcap is not None, compared=request.final_rows is not None)
@@ -232,12 +232,12 @@ def configuration(request: LensRequest) -> Config:
 
 def launch(
     request: LensRequest, prepared: Prepared, config: Config, splits: int | None = None,
-    kept: Kept | None = None, final_of: Tensor | None = None,
+    kept: FinalSoftmax | None = None, final_of: Tensor | None = None,
 ) -> Partials:  # fmt: skip
     """Runs the pass over the prepared rows of a ``dense`` request.
 
-    With ``kept``, the rows are final ones, whose weights it keeps; with ``final_of`` [R] too, they are compared with
-    what it holds.
+    With ``kept`` but without ``final_of``, the rows are final rows, and the pass writes their weights to ``kept``.
+    With both, each row is compared with row ``final_of`` [R] of ``kept``.
     """
     head, lookup, normed = request.head, request.lookup, prepared.normed
     weight, (rows, width) = head.weight, normed.shape

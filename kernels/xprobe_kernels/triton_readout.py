@@ -11,15 +11,15 @@ from xprobe_kernels import divergence, triton_top
 from xprobe_kernels.configs import Config
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_lens import configuration, device_limits, launch
-from xprobe_kernels.triton_rows import Kept, dense, merge, operand_dtype, prepare, unchanged
+from xprobe_kernels.triton_rows import FinalSoftmax, dense, merge, needs_no_copy, operand_dtype, prepare
 from xprobe_kernels.triton_support import cdiv
 
 MEMORY_SHARE = 1 / 600  # of the logits in fp32
-SMALLEST_BLOCK = 1024  # rows: fewer would not keep a card busy
+SMALLEST_BLOCK = 1024  # rows: fewer would not keep a GPU busy
 
 
 def readout(request: LensRequest, config: Config | None = None, splits: int | None = None) -> dict[str, Any]:
-    """The fields of ``Readout``. Tuning passes ``config`` and ``splits``; without them the launch is chosen."""
+    """The fields of ``Readout``. Tuning passes ``config`` and ``splits``. By default they are chosen."""
     request = dense(request)
     return divergence.readout(request, FusedPass(config or configuration(request), splits))
 
@@ -33,22 +33,22 @@ class FusedPass:
 
     @property
     def tile(self) -> int:
-        """Columns that it reads at a time."""
+        """Columns that the kernel reads at a time."""
         return self.config.block_n
 
     @property
     def parts(self) -> int:
-        """Into which it divides a tile."""
+        """Number of parts into which a tile is divided."""
         return self.config.parts
 
     def rows_per_block(self, request: LensRequest, rows: int) -> int:
         """All rows, if what a call needs beside its inputs and results takes at most ``MEMORY_SHARE`` of the logits.
 
-        Otherwise about as many as keep to it. Such a block occupies all processors once.
+        Otherwise about as many rows as stay within this share, rounded so that a block fills all processors once.
         """
         config = self.config
         vocabulary, width = request.head.vocab_size, request.head.width
-        each = 0 if unchanged(request) else width * operand_dtype(request.hidden, request.head).itemsize
+        each = 0 if needs_no_copy(request) else width * operand_dtype(request.hidden, request.head).itemsize
         if request.top_k and not config.carries_top:
             tiles = cdiv(vocabulary, config.block_n)
             each += 4 * tiles + 8 * request.top_k * min(request.top_k, tiles)
@@ -61,7 +61,9 @@ class FusedPass:
         row_tiles = row_tiles // slots * slots if row_tiles >= slots else slots // cdiv(slots, row_tiles)
         return row_tiles * config.block_m
 
-    def read(self, request: LensRequest, kept: Kept | None, final_of: Tensor | None) -> tuple[dict[str, Any], Tensor]:
+    def read(
+        self, request: LensRequest, kept: FinalSoftmax | None, final_of: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor]:
         """One block of rows, from the norm to the merge."""
         prepared = prepare(request)
         partials = launch(request, prepared, self.config.for_rows(request.rows), self.splits, kept, final_of)

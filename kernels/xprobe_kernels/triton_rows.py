@@ -1,5 +1,4 @@
-"""The two small kernels around the pass over the vocabulary: rows and look-ups before it, the merge of its splits after
-it.
+"""The two small kernels around the pass over the vocabulary: one prepares rows and look-ups, one merges the splits.
 
 Each runs one program per row. Both are bound by memory and take about one per cent of the time of the pass.
 """
@@ -85,20 +84,20 @@ def prepare_kernel(
     d = tl.arange(0, BD)
     inside = d < width
     row = tl.load(hidden_ptr + r * hidden_stride + d, mask=inside, other=0.0).to(tl.float32)
-    broken = tl.max(((row != row) | (tl.abs(row) == INFINITY)).to(tl.int32), 0)
+    not_finite = tl.max(((row != row) | (tl.abs(row) == INFINITY)).to(tl.int32), 0)
     row = normed_row(row, inside, gamma_ptr, beta_ptr, eps, width, NORM, GAMMA, BETA)
     row = row.to(normed_ptr.dtype.element_ty).to(tl.float32)
     # a row that overflows in the operands' dtype is not finite either
-    broken = tl.maximum(broken, tl.max(((row != row) | (tl.abs(row) == INFINITY)).to(tl.int32), 0))
-    row = tl.where(broken > 0, 0.0, row)  # so that nothing of a broken row spreads
+    not_finite = tl.maximum(not_finite, tl.max(((row != row) | (tl.abs(row) == INFINITY)).to(tl.int32), 0))
+    row = tl.where(not_finite > 0, 0.0, row)  # so that its NaN and infinities do not spread
     if STORE:
         tl.store(normed_ptr + r * width + d, row.to(normed_ptr.dtype.element_ty), mask=inside)
-    tl.store(finite_ptr + r, (1 - broken).to(tl.int8))
+    tl.store(finite_ptr + r, (1 - not_finite).to(tl.int8))
 
     size = tl.sqrt(tl.sum(row * row, 0))
     for a in range(lookups):
         token = tl.load(tokens_ptr + r * lookups + a)
-        known = (token >= 0) & (broken == 0)
+        known = (token >= 0) & (not_finite == 0)
         token = tl.minimum(tl.maximum(token, 0), vocabulary - 1)
         weight = tl.load(weight_ptr + token * weight_stride + d, mask=inside, other=0.0).to(tl.float32)
         z = tl.sum(row * weight, 0)
@@ -177,16 +176,16 @@ def merge_kernel(
             best = tl.max(values, 0)
             winner = tl.min(tl.where(values == best, ids, NO_ID), 0)
             values = tl.where(ids == winner, -INFINITY, values)
-            shown = tl.where(best == LOWEST, -INFINITY, best)
+            capped = tl.where(best == LOWEST, -INFINITY, best)
             if HAS_CAP:
-                shown = softcapped(shown, cap)
-            tl.store(out_ptr + r * K + k, tl.where(finite, shown, float("nan")))
+                capped = softcapped(capped, cap)
+            tl.store(out_ptr + r * K + k, tl.where(finite, capped, float("nan")))
             tl.store(out_ids_ptr + r * K + k, tl.where(finite, winner, -1).to(tl.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What ``prepare_kernel`` gives: rows as the pass takes them, and what is known of their look-ups."""
+    """What ``prepare_kernel`` gives: rows as the pass takes them, and the results of their look-ups."""
 
     normed: Tensor  # [R, D], in the operands' dtype
     finite: Tensor  # [R] int8: 1 if the row is finite, else 0
@@ -198,11 +197,11 @@ class Prepared:
 class Partials:
     """The state of each split of the vocabulary after the pass; ``merge`` combines them."""
 
-    sums: Tensor  # [S, 5, R]: the numbers of ``triton_fold.State`` that each row has one of
+    sums: Tensor  # [S, 5, R]: the five numbers per row of ``triton_fold.State``
     above: Tensor  # [S, R, A] int32
     top: Tensor  # [lists, R, K]: candidates for the K largest logits, in one list for each split, or from triton_top.py
     top_ids: Tensor  # [lists, R, K] int32
-    maxima: Tensor  # [R, tiles]: the largest logit of each tile; without tiles if nobody needs it
+    maxima: Tensor  # [R, tiles]: the largest logit of each tile; [R, 0] if not needed
 
     @staticmethod
     def empty(splits: int, request: LensRequest, top_k: int, tiles: int = 0) -> Partials:
@@ -221,8 +220,8 @@ class Partials:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """What a pass over P final rows keeps for the rows that are compared with them (``triton_fold.Finals``)."""
+class FinalSoftmax:
+    """Softmax of P final rows, for the rows that are compared with them (``triton_fold.Finals``)."""
 
     weights: Tensor  # [P, columns]
     peaks: Tensor  # [P, parts]
@@ -231,12 +230,12 @@ class Kept:
     entropy: Tensor  # [P], likewise
 
     @staticmethod
-    def empty(finals: int, tiles: int, tile: int, parts: int, device: torch.device) -> Kept:
+    def empty(finals: int, tiles: int, tile: int, parts: int, device: torch.device) -> FinalSoftmax:
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
         each = (finals, tiles * parts)
-        return Kept(new(finals, tiles * tile), new(*each), new(*each), new(finals), new(finals))
+        return FinalSoftmax(new(finals, tiles * tile), new(*each), new(*each), new(finals), new(finals))
 
 
 def operand_dtype(hidden: Tensor, head: Unembedding) -> torch.dtype:
@@ -244,7 +243,7 @@ def operand_dtype(hidden: Tensor, head: Unembedding) -> torch.dtype:
     return torch.promote_types(hidden.dtype, head.weight.dtype)
 
 
-def unchanged(request: LensRequest) -> bool:
+def needs_no_copy(request: LensRequest) -> bool:
     """Whether the pass takes the rows as they are: they need neither norm nor cast."""
     hidden, head = request.hidden, request.head
     plain = head.norm == "none" and head.gamma is None and head.beta is None
@@ -279,7 +278,7 @@ def prepare(request: LensRequest) -> Prepared:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
-    as_they_are = unchanged(request)
+    as_they_are = needs_no_copy(request)
     prepared = Prepared(
         normed=hidden if as_they_are else new(rows, width, dtype=operand_dtype(hidden, head)),
         finite=new(rows, dtype=torch.int8),

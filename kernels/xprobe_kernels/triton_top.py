@@ -1,10 +1,10 @@
 """The k largest logits after a pass over many rows, from the largest logit of each tile.
 
 The k largest logits of a row lie in the k tiles whose largest logits are largest: each of these tiles holds a logit
-that is at least as large as any logit of another tile. Tiles rank by their largest logit, and equal ones by their
-place in the vocabulary, as tokens do; so the list is exact, ties included. The logits of these tiles are computed once
-more, for all rows that need a tile together. That is k of the vocabulary's tiles for each row: about one per cent of
-the work of the pass for k = 5.
+that is at least as large as any logit of another tile. Tiles with equal largest logits are
+ordered by their position in the vocabulary, as tokens are. So the list is exact, ties included. The logits of these
+tiles are computed again, each tile for all rows that need it together. That is k tiles for each row: about one per
+cent of the work of the pass for k = 5.
 
 Memory: R x tiles x 4 bytes for the largest logits, and R x k x k x 8 bytes for the candidates.
 """
@@ -32,7 +32,7 @@ def select_kernel(
     J: tl.constexpr,
     BT: tl.constexpr,  # power of 2 that is at least the number of tiles
 ):
-    """Writes the J tiles of one row with the largest maxima, the first ones among equals."""
+    """Writes the J tiles of one row with the largest maxima. Among equals the first tile comes first."""
     r = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BT)
     free = tile < tiles
@@ -50,7 +50,7 @@ def tiles_kernel(
     weight_ptr,  # [V, D], rows weight_stride apart
     weight_stride,
     bias_ptr,  # [V]
-    order_ptr,  # [J * R] int64: pairs of place and row, sorted by the tile that they need
+    order_ptr,  # [J * R] int64: pairs of list and row, sorted by the tile that they need
     starts_ptr,  # [tiles + 1] int64: where each tile's pairs begin
     programs_ptr,  # [tiles] int64: how many programs the tiles up to and including this one take
     top_ptr,
@@ -107,7 +107,7 @@ def tiles_kernel(
 def largest(request: LensRequest, prepared: Prepared, maxima: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """The K largest logits of each of the J = min(K, tiles) tiles that can hold them, and their tokens [J, R, K].
 
-    Nothing waits for the GPU. ``maxima`` [R, tiles] are those of the tiles of ``config``.
+    The host does not wait for the GPU. ``maxima`` [R, tiles] has the largest logit of each tile of ``config``.
     """
     head, normed, top_k = request.head, prepared.normed, request.top_k
     (rows, tiles), width, device = maxima.shape, normed.shape[1], maxima.device

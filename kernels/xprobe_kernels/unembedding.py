@@ -35,7 +35,7 @@ class Unembedding:
     scale : float
         Multiplies projection plus bias. This is Cohere's ``logit_scale``, and 1 / ``logits_scaling`` of Granite.
     softcap : float, optional
-        ``c`` above (Gemma 2: 30). None: no soft-cap.
+        The ``c`` of the formula above (Gemma 2: 30). None: no soft-cap.
 
     Raises
     ------
@@ -105,7 +105,7 @@ class Unembedding:
         return hidden
 
     def without_norm(self) -> Unembedding:
-        """The same head for rows that are normed already, such as rows from ``capture`` with a head."""
+        """The same head for rows that already went through the norm, such as rows from ``capture`` with a head."""
         return replace(self, norm="none", gamma=None, beta=None)
 
     def bias_and_scale(self, projected: Tensor, tokens: Tensor | slice = slice(None)) -> Tensor:

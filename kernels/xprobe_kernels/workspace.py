@@ -1,7 +1,7 @@
 """The lens with the library's matrix product. It writes the logits of some rows to a bounded workspace and reads them
 once.
 
-This is the honest rival of the fused kernel: its product is the library's, but it writes and reads every logit.
+It is the fair baseline of the fused kernel: its product is the library's, but it writes and reads every logit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xprobe_kernels import divergence
 from xprobe_kernels.precision import matmul_precision, product
 from xprobe_kernels.request import LensRequest
 from xprobe_kernels.triton_fold import Lookups, cap_kind, finals_of, fold, kl_kind, scaled, start, store
-from xprobe_kernels.triton_rows import Kept, Partials, dense, merge, prepare
+from xprobe_kernels.triton_rows import FinalSoftmax, Partials, dense, merge, prepare
 from xprobe_kernels.triton_support import cdiv, next_power_of_2
 
 
@@ -103,10 +103,12 @@ class WorkspacePass:
     parts: int = 1
 
     def rows_per_block(self, request: LensRequest, rows: int) -> int:
-        """All rows: the workspace bounds what they take."""
+        """All rows: the workspace limits their memory."""
         return rows
 
-    def read(self, request: LensRequest, kept: Kept | None, final_of: Tensor | None) -> tuple[dict[str, Any], Tensor]:
+    def read(
+        self, request: LensRequest, kept: FinalSoftmax | None, final_of: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor]:
         """Some rows, in pieces of the workspace's size."""
         prepared = prepare(request)
         head, rows, dtype = request.head, request.rows, prepared.normed.dtype

@@ -76,7 +76,7 @@ def test_a_figure_of_nothing_fails_after_the_json_is_safe(capsys, measured, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--kernel", "run"], "not there yet"),
+        (["--kernel", "run"], "not available yet"),
         (["--kernel", "nope"], "kernel must be one of"),
         (["--shape", "nope"], "shape must be one of smollm2-135m"),
         (["--backend", "nope"], "backend must be one of"),
@@ -100,5 +100,5 @@ def test_bad_usage_is_one_line_and_exit_code_2(capsys, arguments, words):
 
 
 def test_wrong_settings_are_usage_errors_of_xprobe():
-    with pytest.raises(UsageError, match="not there yet"):
+    with pytest.raises(UsageError, match="not available yet"):
         kernel_bench.measure(kernel="run")

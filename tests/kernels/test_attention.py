@@ -179,7 +179,7 @@ def test_what_cannot_be_served_is_refused_by_name() -> None:
         tree_attention(query, key[:3], value[:3], reach, scale=1.0)
     with pytest.raises(ValueError, match="do not fit"):
         tree_attention(query, key[:, :19], value, reach, scale=1.0)
-    with pytest.raises(ValueError, match="reach is of 20 tokens"):
+    with pytest.raises(ValueError, match="reach describes 20 tokens"):
         tree_attention(query[:, :9], key[:, :9], value[:, :9], reach, scale=1.0)
     with pytest.raises(ValueError, match="window must be at least 1"):
         tree_attention(query, key, value, reach, scale=1.0, window=0)

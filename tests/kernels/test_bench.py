@@ -17,7 +17,7 @@ from xprobe_kernels.bench import baselines, capture_speed, command, figure, tabl
 from xprobe_kernels.bench.accuracy import truth
 from xprobe_kernels.bench.command import Settings, measure
 from xprobe_kernels.bench.lens_speed import Large
-from xprobe_kernels.bench.measure import Clock, by_turns, turns
+from xprobe_kernels.bench.measure import Clock, interleaved, time_in_turn
 from xprobe_kernels.bench.shapes import GPU, MANY, Head, work
 
 TINY = Head("tiny", "Tiny", layers=3, width=32, vocabulary=700, softcap=30.0, positions=8)
@@ -50,7 +50,7 @@ def ours(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_order_is_turned_round_every_other_round() -> None:
-    assert list(turns(["a", "b", "c"], 3)) == [
+    assert list(interleaved(["a", "b", "c"], 3)) == [
         (0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a"), (2, "a"), (2, "b"), (2, "c"),
     ]  # fmt: skip
 
@@ -68,14 +68,14 @@ class Ticks(Clock):
 
 def test_calls_run_by_turns_after_a_warm_up_of_each() -> None:
     clock = Ticks()
-    samples = by_turns({"a": lambda turn: "a", "b": lambda turn: "b"}, clock, {}, rounds=2, seconds=0)
+    samples = time_in_turn({"a": lambda turn: "a", "b": lambda turn: "b"}, clock, {}, rounds=2, seconds=0)
     assert "".join(clock.calls) == "ab" + "ab" + "ba"
     assert samples["a"].seconds == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0, 3), (10, 5), (1000, 50)])
 def test_rounds_left_open_fill_the_time(seconds, rounds) -> None:
-    samples = by_turns({"a": lambda turn: "a", "b": lambda turn: "b"}, Ticks(), {}, rounds=None, seconds=seconds)
+    samples = time_in_turn({"a": lambda turn: "a", "b": lambda turn: "b"}, Ticks(), {}, rounds=None, seconds=seconds)
     assert len(samples["b"].seconds) == rounds
 
 
@@ -88,7 +88,7 @@ def test_one_that_fails_stops_no_other() -> None:
         raise ValueError
 
     calls = {"late": late, "early": early, "good": lambda turn: "good"}
-    samples = by_turns(calls, Ticks(), {}, rounds=4, seconds=0)
+    samples = time_in_turn(calls, Ticks(), {}, rounds=4, seconds=0)
     assert samples["late"].message == "MemoryError: no room left"
     assert (samples["early"].message, samples["early"].seconds) == ("ValueError", [])
     assert len(samples["good"].seconds) == 4
@@ -96,7 +96,7 @@ def test_one_that_fails_stops_no_other() -> None:
 
 def test_memory_beyond_the_inputs_is_seen() -> None:
     clock = Clock()
-    if not clock.forget_peak():
+    if not clock.reset_peak():
         pytest.skip("the system does not reset the peak")
     kept = []
 
@@ -105,14 +105,16 @@ def test_memory_beyond_the_inputs_is_seen() -> None:
             kept.append(torch.ones(5 * MIB))
         torch.ones(10 * MIB)
 
-    samples = by_turns({"hold": hold, "nothing": lambda turn: None}, clock, {}, rounds=1, seconds=0)
+    samples = time_in_turn({"hold": hold, "nothing": lambda turn: None}, clock, {}, rounds=1, seconds=0)
     assert samples["hold"].extra_bytes == pytest.approx(40 * MIB, rel=0.1)
     assert samples["nothing"].extra_bytes < 4 * MIB
 
 
 def test_what_the_first_call_keeps_is_seen() -> None:
     kept: list[torch.Tensor] = []
-    samples = by_turns({"a": lambda turn: kept or kept.append(torch.ones(10 * MIB))}, Clock(), {}, rounds=1, seconds=0)
+    samples = time_in_turn(
+        {"a": lambda turn: kept or kept.append(torch.ones(10 * MIB))}, Clock(), {}, rounds=1, seconds=0
+    )
     if samples["a"].kept_bytes is None:
         pytest.skip("the system does not report memory")
     assert samples["a"].kept_bytes == pytest.approx(40 * MIB, rel=0.1)

@@ -84,7 +84,7 @@ def test_median_and_spread() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kernel": "run"}, "not there yet"),
+        ({"kernel": "run"}, "not available yet"),
         ({"kernel": "capture", "rivals": True}, "rivals are measured at their own task"),
         ({"kl": True, "rivals": True}, "rivals are measured at their own task"),
         ({"kernel": "nope"}, "kernel must be one of lens, capture, all, got 'nope'"),
@@ -96,7 +96,7 @@ def test_median_and_spread() -> None:
         ({"backends": ("reference",)}, "backend must be one of"),
         ({"device": "nonsense"}, "device must be a torch device"),
         ({"device": "meta"}, "device must be cpu or cuda"),
-        ({"device": "cuda:99"}, "is not there"),
+        ({"device": "cuda:99"}, "does not exist"),
     ],
 )
 def test_wrong_settings_are_named(settings, said) -> None:
@@ -119,7 +119,7 @@ def test_without_matplotlib_the_figure_says_what_to_install(monkeypatch) -> None
 
 
 def test_names_in_a_figure_keep_their_distance() -> None:
-    assert figure.spread([0.0, 1.0, 5.0], 0.5) == [0.0, 1.0, 5.0]
-    assert figure.spread([1.0, 1.0, 1.0], 1.0) == [0.0, 1.0, 2.0]
-    places = figure.spread([0.0, 0.1, 0.9, 1.0], 0.5)
+    assert figure.move_apart([0.0, 1.0, 5.0], 0.5) == [0.0, 1.0, 5.0]
+    assert figure.move_apart([1.0, 1.0, 1.0], 1.0) == [0.0, 1.0, 2.0]
+    places = figure.move_apart([0.0, 0.1, 0.9, 1.0], 0.5)
     assert all(after - before >= 0.5 - 1e-9 for before, after in pairwise(places))

@@ -69,13 +69,13 @@ def test_a_program_that_is_not_there_is_a_failure_not_a_crash(tmp_path) -> None:
 
 
 def test_a_missing_profiler_is_skipped_a_missing_sanitizer_is_not(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "found_tool", lambda name: None)
+    monkeypatch.setattr(gpu, "find_tool", lambda name: None)
     monkeypatch.setattr(gpu, "run", lambda part, limit: 0)
     steps = gpu.Steps(tmp_path, tmp_path, None)
     assert gpu.run_step("profile", steps.profile, 9.0).good
     found = gpu.run_step("sanitize", steps.sanitize, 9.0)
     assert (found.status, found.exit_code) == ("failed", 0)
-    assert "compute-sanitizer is not there" in found.message
+    assert "compute-sanitizer is not installed" in found.message
 
 
 CASE = '<testcase classname="t" name="{name}">{inner}</testcase>'
@@ -100,7 +100,7 @@ def test_tests_count_only_if_they_ran_the_kernels(tmp_path, names, inner, expect
 
 
 def test_long_logs_keep_their_beginning_and_their_end(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_process, "LARGEST", 1000)
+    monkeypatch.setattr(gpu_process, "LARGEST_LOG", 1000)
     log = tmp_path / "log.txt"
     log.write_text("begin" + "x" * 5000 + "end")
     gpu_process.shorten(log)

@@ -47,11 +47,13 @@ class FakeCard:
 
 
 def trials(rows: int = 16896) -> list[Trial]:
-    return tune.line_up(DEFAULT, candidates("sm_90", 2), rows)
+    return tune.initial_trials(DEFAULT, candidates("sm_90", 2), rows)
 
 
 def halving(card: FakeCard, found: list[Trial], seconds: float = 180.0, near: list[Trial] | None = None) -> Halving:
-    return Halving(card, found, seconds=seconds, around=lambda trial: near or [], save=lambda: None, now=card.now)
+    return Halving(
+        card, found, seconds=seconds, neighbours_of=lambda trial: near or [], save=lambda: None, now=card.now
+    )
 
 
 def test_the_fastest_candidate_wins_whatever_its_place_in_the_line() -> None:
@@ -62,7 +64,7 @@ def test_the_fastest_candidate_wins_whatever_its_place_in_the_line() -> None:
         assert best is found[at]
         assert best.share == pytest.approx(0.025 / 0.028)
         assert best.launches == tune.ROUNDS[-1]
-        assert tune.chosen(found, best) is best
+        assert tune.choose_winner(found, best) is best
 
 
 def test_the_current_configuration_comes_first_and_stays_to_the_end() -> None:
@@ -79,7 +81,7 @@ def test_a_gain_within_noise_changes_nothing() -> None:
     found = trials()
     best = halving(FakeCard({found[0].name: 0.0300, found[9].name: 0.0299}), found).run()
     assert best is found[9]
-    assert tune.chosen(found, best) is found[0]
+    assert tune.choose_winner(found, best) is found[0]
 
 
 def test_wrong_and_failing_candidates_are_noted_and_never_timed() -> None:
@@ -111,14 +113,14 @@ def test_the_same_code_is_not_timed_twice() -> None:
 def test_a_current_configuration_that_fails_is_replaced() -> None:
     found = trials()
     best = halving(FakeCard({}, broken=found[0].name), found).run()
-    assert tune.chosen(found, best) is best is not found[0]
+    assert tune.choose_winner(found, best) is best is not found[0]
 
 
 def test_a_lost_gpu_stops_the_process_and_is_noted() -> None:
     found, saved = trials()[:3], []
     card = FakeCard({})
     card.check = lambda trial: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access"))
-    search = Halving(card, found, seconds=9, around=lambda _: [], save=lambda: saved.append(found[0].status))
+    search = Halving(card, found, seconds=9, neighbours_of=lambda _: [], save=lambda: saved.append(found[0].status))
     with pytest.raises(RuntimeError, match="illegal"):
         search.run()
     assert saved[-1] == FAILED
@@ -164,12 +166,12 @@ def test_few_rows_shrink_the_tiles_before_they_are_measured() -> None:
 def test_what_is_to_be_pasted_is_an_entry_of_configs() -> None:
     many = Trial(Config(128, 256, 64, 8, 4, parts=2, descriptors=True), share=0.9, launches=50)
     few = Trial(Config(64, 64, 128, 4, 3, resident=2, flat=True), share=1.2, launches=50)
-    entry = tune.paste("sm_90", 2, {0: many, 1: few}, "NVIDIA H200", "2026-11-23T10:00:00")
+    entry = tune.configs_entry("sm_90", 2, {0: many, 1: few}, "NVIDIA H200", "2026-11-23T10:00:00")
     assert eval(f"{{{entry}}}", {"Config": Config}) == {("sm_90", 2): (many.config, few.config)}
     assert all(len(line) <= 120 for line in entry.splitlines())
-    half = eval(f"{{{tune.paste('sm_90', 2, {1: few}, 'x', 'y')}}}", {"Config": Config})
+    half = eval(f"{{{tune.configs_entry('sm_90', 2, {1: few}, 'x', 'y')}}}", {"Config": Config})
     assert half == {("sm_90", 2): (DEFAULT, few.config)}
-    assert "no entry" in tune.paste("sm_89", 2, {1: few}, "x", "y")
+    assert "no entry" in tune.configs_entry("sm_89", 2, {1: few}, "x", "y")
 
 
 def test_configurations_are_written_as_they_are_read() -> None:
@@ -182,10 +184,10 @@ def test_what_a_process_died_of_is_not_tried_again(tmp_path) -> None:
     found[0].status, found[1].status = OK, TRYING
     report = {"shapes": [{"regime": "many", "trials": [trial.record() for trial in found]}]}
     tune.write(tmp_path / "tune.json", report)
-    again = tune.earlier(tmp_path / "tune.json")["many"]
+    again = tune.earlier_trials(tmp_path / "tune.json")["many"]
     assert [trial.status for trial in again] == [OK, DIED, WAITING]
     assert [trial.config for trial in again] == [trial.config for trial in found]
-    assert tune.earlier(tmp_path / "none.json") == {}
+    assert tune.earlier_trials(tmp_path / "none.json") == {}
 
 
 def worker(folder: Path, body: str) -> list[str]:
@@ -255,7 +257,7 @@ def sanitize(monkeypatch):
 
     if interpreted():
         monkeypatch.setattr(sanitize, "DEVICE", "cpu")
-        monkeypatch.setattr(sanitize, "SHORT", torch.float16)
+        monkeypatch.setattr(sanitize, "DTYPE", torch.float16)
     return sanitize
 
 

@@ -1,4 +1,4 @@
-"""Speed, memory and error of the kernels, compared with the code that one would write without them.
+"""Speed, memory and error of the kernels, compared with plain torch code for the same task.
 
 python -m xprobe_kernels.bench --shape smollm2-135m --json bench.json
 """

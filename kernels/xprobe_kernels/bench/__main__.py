@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
-        "--quick", action="store_true", help="small shapes, a few seconds: checks only that everything works"
+        "--quick", action="store_true", help="small shapes, a few seconds: only checks that the benchmark works"
     )
     parser.add_argument("--kl", action="store_true", help="also compute the KL to the final layer")
     parser.add_argument(

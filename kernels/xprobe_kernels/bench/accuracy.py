@@ -11,8 +11,8 @@ from xprobe_kernels.bench.baselines import Reading, Task, naive_logits, naive_ro
 from xprobe_kernels.reference import logits as exact_logits
 
 SAMPLE = 16
-TIMES_NAIVE = 2.0  # a variant may be this many times as far from fp64 as the naive lens in the model's dtype ...
-SLACK = 5e-5  # ... plus this many nats (fp32 sums over a vocabulary in another order)
+TIMES_NAIVE = 2.0  # bound on an error, as a multiple of the error of the naive lens in the model's dtype
+SLACK = 5e-5  # nats added to this bound: fp32 sums over a vocabulary in another order
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Truth:
     def judge(self, reading: Reading) -> tuple[dict[str, float], str | None]:
         """The errors of a reading of all rows, and a description of what is wrong with it, or None.
 
-        An error above its bound is wrong. So is a rank that errors within the bounds cannot explain.
+        An error above its bound is wrong. So is a rank that is not possible with errors within the bounds.
         """
         reading = reading.rows(self.index)
         errors = self.errors(reading)

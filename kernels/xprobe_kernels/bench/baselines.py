@@ -19,7 +19,7 @@ NAIVE, PRODUCT, COMPILED, BACKEND = "naive", "product", "compiled", "backend"
 RANDOM_ROWS = 4096
 SPREAD = 3.0  # standard deviation of the logits of a row
 STRONGEST = 6.0  # standard deviations by which a row's looked-up token may stand out
-CAPPED_SPREAD = 12.0  # of a head with a soft-cap, so that the cap is felt
+CAPPED_SPREAD = 12.0  # the same for a head with a soft-cap, so that the cap has an effect
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +28,11 @@ class Task:
 
     hidden: Tensor  # [R, D] in the model's dtype
     head: Unembedding  # weight in the model's dtype
-    head32: Unembedding  # the same numbers in fp32, copied beforehand: its time and memory count for no variant
+    head32: Unembedding  # the same numbers in fp32, copied beforehand: the copy's time and memory are not measured
     lookup: Tensor  # [R]
     normed: Tensor  # [R, D] in the model's dtype, for the bare product
     normed32: Tensor  # [R, D] fp32
-    final_rows: Tensor | None  # [R] if KL is asked for
+    final_rows: Tensor | None  # [R]; None without KL
 
     def clone(self) -> Task:
         """The same inputs in other memory."""
@@ -73,7 +73,7 @@ class Variant:
 
 
 def make(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool = False) -> Task:
-    """Makes the inputs. Rows contain their looked-up token more or less strongly, so ranks go from 1 to thousands."""
+    """Makes the inputs. Each row has a random share of its looked-up token, so ranks go from 1 to thousands."""
     random = torch.Generator(device=device).manual_seed(0)
     width, vocabulary, rows = work.head.width, work.vocabulary, work.rows
     spread = CAPPED_SPREAD if work.head.softcap else SPREAD
@@ -108,7 +108,7 @@ def naive_logits(hidden: Tensor, head: Unembedding) -> Tensor:
 
 
 def naive_rows(hidden: Tensor, head: Unembedding, lookup: Tensor, log_final: Tensor | None) -> tuple[Tensor, ...]:
-    """The lens as most people write it: all logits first, then fp32 statistics with one or more passes each."""
+    """The lens as most code computes it: all logits first, then fp32 statistics, each in one or more passes."""
     logits = naive_logits(hidden, head)
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     wanted = logits.gather(1, lookup[:, None])
@@ -193,7 +193,7 @@ def variants(
 ) -> list[Variant]:
     """All variants, naive fp32 first. A call may use ``free_bytes`` of memory."""
     short = DTYPES[str(dtype).removeprefix("torch.")]
-    logits = 4 * work.vocabulary  # bytes of a row of fp32 logits; five alive at once, seven with KL
+    logits = 4 * work.vocabulary  # bytes of a row of fp32 logits; five such rows exist at once, seven with KL
     reserved = logits * work.positions if kl else 0
     rows = chunk(work.rows, (7 if kl else 5) * logits, free_bytes - reserved)
     product_rows = chunk(work.rows, work.vocabulary * dtype.itemsize, free_bytes)

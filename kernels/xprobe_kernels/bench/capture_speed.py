@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xprobe_kernels.bench.measure import Call, by_turns, clock
+from xprobe_kernels.bench.measure import Call, clock, time_in_turn
 from xprobe_kernels.bench.shapes import Head
 from xprobe_kernels.capture import capture
 
@@ -24,32 +24,32 @@ class Block:
 
     hidden: Tensor  # [B, T, D]
     spans: Tensor  # [S, 3], on the device of the block, as in a run
-    listed: list[list[int]]  # the same on the host
+    spans_list: list[list[int]]  # the same on the host
     out: Tensor  # [S, D]
 
     @property
     def touched(self) -> int:
         """Bytes that any method must read and write."""
-        rows = sum(stop - start for _, start, stop in self.listed)
+        rows = sum(stop - start for _, start, stop in self.spans_list)
         return (rows * self.hidden.shape[2] + self.out.numel()) * self.hidden.element_size()
 
 
 def make(width: int, case: str, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> Block:
     random = torch.Generator(device=device).manual_seed(0)
     hidden = torch.randn(batch, length, width, generator=random, device=device).to(dtype)
-    wide = 1 if case == POSITIONS else SPAN
-    starts = torch.linspace(0, length - wide, PER_SEQUENCE).long().repeat(batch)
+    span_length = 1 if case == POSITIONS else SPAN
+    starts = torch.linspace(0, length - span_length, PER_SEQUENCE).long().repeat(batch)
     rows = torch.arange(batch).repeat_interleave(PER_SEQUENCE)
-    spans = torch.stack([rows, starts, starts + wide], 1)
+    spans = torch.stack([rows, starts, starts + span_length], 1)
     out = torch.full((len(spans), width), torch.nan, dtype=dtype, device=device)
     return Block(hidden, spans.to(device), spans.tolist(), out)
 
 
 def plain(block: Block) -> Tensor:
     """Torch indexing, or one mean per span."""
-    if all(stop - start == 1 for _, start, stop in block.listed):
+    if all(stop - start == 1 for _, start, stop in block.spans_list):
         return block.hidden[block.spans[:, 0], block.spans[:, 1]]
-    means = [block.hidden[row, start:stop].float().mean(0) for row, start, stop in block.listed]
+    means = [block.hidden[row, start:stop].float().mean(0) for row, start, stop in block.spans_list]
     return torch.stack(means).to(block.hidden.dtype)
 
 
@@ -80,7 +80,7 @@ def compare(
 
     functions: dict[str, Callable[[Block], Tensor]] = {COPY: whole, PLAIN: plain, OURS: ours}
     calls: dict[str, Call] = {name: _bound(function, block) for name, function in functions.items()}
-    samples = by_turns(calls, clock(device), {OURS: check}, rounds=rounds, seconds=seconds)
+    samples = time_in_turn(calls, clock(device), {OURS: check}, rounds=rounds, seconds=seconds)
     copied = block.hidden.numel() * (block.hidden.element_size() + 4)
     entries = []
     for name, sample in samples.items():

@@ -18,7 +18,7 @@ from xprobe_kernels.bench.shapes import CPU, GPU, HEADS, QUICK, REGIMES, SMALL, 
 SCHEMA = 1
 LENS, CAPTURE, RIVALS, ALL = "lens", "capture", "rivals", "all"
 KERNELS = (LENS, CAPTURE)
-SECONDS = {"cpu": 8.0, "cuda": 4.0}  # of timing per work, when the number of rounds is left open
+SECONDS = {"cpu": 8.0, "cuda": 4.0}  # of timing per shape, if the number of rounds is not given
 
 
 class SettingsError(ValueError):
@@ -27,7 +27,7 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. ``None``: the device decides."""
+    """What to measure. ``None``: the default depends on the device."""
 
     kernel: str = LENS
     shape: str | None = None  # a name of HEADS, or all
@@ -39,7 +39,7 @@ class Settings:
     threads: int | None = None
     quick: bool = False
     kl: bool = False
-    rivals: bool = False  # instead of the kernel: other projects' kernels at their task, beside the lens
+    rivals: bool = False  # measure other projects' kernels and the lens at their task, instead of the kernel
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class Settings:
     def check(self) -> None:
         """Raises ``SettingsError`` naming the setting, its value and what was expected."""
         if self.kernel == "run":
-            raise SettingsError("kernel run is not there yet: choose lens, capture or all")
+            raise SettingsError("kernel run is not available yet: choose lens, capture or all")
         _one_of("kernel", self.kernel, (*KERNELS, ALL))
         if self.rivals and (self.kernel != LENS or self.kl):
             raise SettingsError("rivals are measured at their own task: leave out kernel and kl")
@@ -79,7 +79,7 @@ class Settings:
         if device.type == "cuda" and not (
             torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
         ):
-            raise SettingsError(f"device {self.device!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
+            raise SettingsError(f"device {self.device!r} does not exist: torch sees {torch.cuda.device_count()} GPUs")
         return device
 
     def heads(self) -> list[Head]:
@@ -196,8 +196,8 @@ def _capture(settings: Settings, device: torch.device) -> Iterator[dict[str, Any
 def measured_backends(device: torch.device) -> list[str]:
     """The backends whose speed matters on ``device``.
 
-    The reference is left out everywhere. The kernels are measured on a GPU only, since the interpreter's speed says
-    nothing. The CPU backends are measured on a GPU only if there are no kernels.
+    The reference is left out everywhere. The kernels are measured on a GPU only, because the interpreter's speed is not
+    meaningful. The CPU backends are measured on a GPU only if there are no kernels.
     """
     names = [name for name in readout.available_backends(device) if name != "reference"]
     kernels = [name for name in names if name in readout.KERNELS and device.type != "cpu"]

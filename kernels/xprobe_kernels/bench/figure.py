@@ -11,8 +11,8 @@ from xprobe_kernels.bench.command import LENS, SettingsError
 
 COLOURS = {"naive": "#9a9a9a", "compiled": "#b07aa1", "product": "#e0a030", "backend": "#2f6fb0"}
 SHADES = ("#1b5e9b", "#d1495b", "#2a9d5c", "#7b52ab", "#00a0b0")  # colours of the lens backends, in order
-ROOM = 0.55  # height above the roof, where the shapes are named, relative to the height below it
-LINE = 0.13  # inches between two vertical names
+ROOM = 0.55  # height of the space above the roof for the shapes' names, relative to the height below it
+LINE = 0.13  # inches between two vertical labels
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -129,7 +129,7 @@ def _label_shapes(axes: Any, parts: list[dict[str, Any]], intensity: list[float]
     left, right = axes.get_xlim()
     step = LINE / axes.get_window_extent().width * axes.figure.dpi * log10(right / left)
     order = sorted(range(len(parts)), key=intensity.__getitem__)
-    for index, place in zip(order, spread([log10(intensity[i]) for i in order], step), strict=True):
+    for index, place in zip(order, move_apart([log10(intensity[i]) for i in order], step), strict=True):
         column = intensity[index]
         axes.plot([column, column], [bottom, roof], color="#bbbbbb", linewidth=0.7, linestyle=":", zorder=1)
         name = f"{parts[index]['model']}, {parts[index]['regime']} rows"
@@ -140,7 +140,7 @@ def _label_shapes(axes: Any, parts: list[dict[str, Any]], intensity: list[float]
         )  # fmt: skip
 
 
-def spread(places: list[float], step: float) -> list[float]:
+def move_apart(places: list[float], step: float) -> list[float]:
     """Moves ascending places to be at least ``step`` apart. Groups of close places keep their centre."""
     groups: list[list[float]] = []
     for place in places:

@@ -12,14 +12,14 @@ import torch
 from xprobe_kernels.bench import baselines
 from xprobe_kernels.bench.accuracy import truth
 from xprobe_kernels.bench.baselines import COMPILED, Task, Variant
-from xprobe_kernels.bench.measure import Call, Clock, Sample, by_turns, clock
+from xprobe_kernels.bench.measure import Call, Clock, Sample, clock, time_in_turn
 from xprobe_kernels.bench.metrics import Ceilings, figures
 from xprobe_kernels.bench.shapes import Work
 
 COPY, SQUARE = "large copy", "large square product"
 WRONG, FAILED, OK, SKIPPED = "wrong", "failed", "ok", "skipped"
 CACHES = 4  # all copies of the inputs together are this many times as large as the GPU's cache
-CPU_MEMORY = 6 << 30  # bytes that a naive variant may use on a CPU; beyond them it takes its rows in chunks
+CPU_MEMORY = 6 << 30  # bytes that a naive variant may use on a CPU; if it needs more, it takes its rows in chunks
 
 
 class Judge(Protocol):
@@ -44,25 +44,25 @@ def compare(
     kl: bool = False,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Figures of every variant on ``work``. A variant that fails or is wrong is reported, and the others go on.
+    """Figures of every variant on ``work``. A variant that fails or is wrong is reported; the others are measured.
 
     ``quick`` leaves out torch.compile and measures the ceilings with small tensors.
     """
-    tick = clock(device)
+    timer = clock(device)
     report = describe(work, dtype) | {"kl": kl}
     try:
         tasks = make_tasks(work, device, dtype, kl=kl)
         judge = truth(tasks[0])
     except (RuntimeError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
         return report | {"message": inputs_failed(error)}
-    variants = baselines.variants(work, dtype, backends, usable_memory(tick), kl=kl, device=device.type)
+    variants = baselines.variants(work, dtype, backends, usable_memory(timer), kl=kl, device=device.type)
     if quick:
         variants = [
             replace(variant, skip_reason="left out by --quick") if variant.kind == COMPILED else variant
             for variant in variants
         ]
     large = LARGE["quick" if quick else device.type]
-    samples, entries = measure_variants(variants, tasks, judge, large, tick, dtype, rounds=rounds, seconds=seconds)
+    samples, entries = measure_variants(variants, tasks, judge, large, timer, dtype, rounds=rounds, seconds=seconds)
     short = baselines.DTYPES[report["dtype"]]
     naive, product = median(samples["naive fp32"]), median(samples[f"bare product {short}"])
     ceilings = large.ceilings(samples, work, product)
@@ -108,10 +108,10 @@ def inputs_failed(error: Exception) -> str:
     return f"inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def usable_memory(tick: Clock) -> float:
+def usable_memory(timer: Clock) -> float:
     """Bytes that one call of a variant may use."""
-    free = tick.free() * 0.8
-    return min(free, CPU_MEMORY) if tick.device.type == "cpu" else free
+    free = timer.free() * 0.8
+    return min(free, CPU_MEMORY) if timer.device.type == "cpu" else free
 
 
 def measure_variants(
@@ -119,13 +119,13 @@ def measure_variants(
     tasks: list[Task],
     judge: Judge,
     large: Large,
-    tick: Clock,
+    timer: Clock,
     dtype: torch.dtype,
     *,
     rounds: int | None,
     seconds: float,
 ) -> tuple[dict[str, Sample], list[dict[str, Any]]]:
-    """Measures the variants and the machine's own speed in turn, after ``judge`` saw each variant's first result.
+    """Measures the variants and the machine's own speed in turn, after ``judge`` checked each variant's first result.
 
     Returns the samples by name, and one entry per variant. Only an entry whose status is ok has a time.
     """
@@ -133,8 +133,8 @@ def measure_variants(
     errors: dict[str, dict[str, float]] = {}
     wrong: set[str] = set()
     checks = {variant.name: _check(variant, judge, errors, wrong) for variant in run if variant.read is not None}
-    calls: dict[str, Call] = {variant.name: _turning(variant.call, tasks) for variant in run}
-    samples = by_turns(calls | large.calls(tick.device, dtype), tick, checks, rounds=rounds, seconds=seconds)
+    calls: dict[str, Call] = {variant.name: _in_turn(variant.call, tasks) for variant in run}
+    samples = time_in_turn(calls | large.calls(timer.device, dtype), timer, checks, rounds=rounds, seconds=seconds)
     entries = []
     for variant in variants:
         sample = samples.get(variant.name, Sample(message=variant.skip_reason))
@@ -157,7 +157,7 @@ def measure_variants(
 
 
 def make_tasks(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool = False) -> list[Task]:
-    """Copies of one input that calls use in turns; on a GPU so many that no call finds its own in the cache."""
+    """Copies of one input, which the calls use in turn; on a GPU so many that no call finds its inputs in the cache."""
     tasks = [baselines.make(work, device, dtype, kl=kl)]
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
@@ -166,7 +166,7 @@ def make_tasks(work: Work, device: torch.device, dtype: torch.dtype, *, kl: bool
     return tasks
 
 
-def _turning(call: Callable[[Task], Any], tasks: list[Task]) -> Call:
+def _in_turn(call: Callable[[Task], Any], tasks: list[Task]) -> Call:
     return lambda turn: call(tasks[turn % len(tasks)])
 
 

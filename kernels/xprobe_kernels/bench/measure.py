@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SHORT = 2e-3  # seconds; a shorter call is repeated within one measurement until it takes about this long
-Call = Callable[[int], object]  # takes the number of the turn and picks one of several copies of the inputs by it
+Call = Callable[[int], object]  # the argument is the number of the call; it selects one of several copies of the inputs
 
 
 @dataclass
@@ -50,13 +50,13 @@ class Clock:
             call(turn + repeat)
         return (time.perf_counter() - start) / repeats
 
-    def held(self) -> int | None:
+    def memory_in_use(self) -> int | None:
         """Bytes in use now, after freed memory was returned to the system; None where the system does not report it."""
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         return _status("VmRSS")
 
-    def forget_peak(self) -> bool:
+    def reset_peak(self) -> bool:
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
         except OSError:
@@ -90,11 +90,11 @@ class CudaClock(Clock):
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(stop) / 1e3 / repeats
 
-    def held(self) -> int:
+    def memory_in_use(self) -> int:
         torch.cuda.synchronize(self.device)
         return torch.cuda.memory_allocated(self.device)
 
-    def forget_peak(self) -> bool:
+    def reset_peak(self) -> bool:
         torch.cuda.reset_peak_memory_stats(self.device)
         return True
 
@@ -111,7 +111,7 @@ def clock(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else Clock()
 
 
-def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
+def interleaved(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
     """Yields (round, name): each name once per round, in reverse order in every other round."""
     for number in range(rounds):
         for name in reversed(names) if number % 2 else names:
@@ -120,53 +120,53 @@ def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
 
 def first_call(call: Call, clock: Clock, sample: Sample, check: Callable[[object], None]) -> float:
     """Warms up, passes the result to ``check``, measures the memory of a second call and returns its seconds."""
-    before = clock.held()
+    before = clock.memory_in_use()
     result = call(0)
     check(result)
     del result
-    after_first = clock.held()
-    known = clock.forget_peak()
+    after_first = clock.memory_in_use()
+    peak_was_reset = clock.reset_peak()
     seconds = clock.time(call, 1)
     peak = clock.peak()
-    if known and before is not None and after_first is not None and peak is not None:
+    if peak_was_reset and before is not None and after_first is not None and peak is not None:
         sample.kept_bytes, sample.extra_bytes = max(after_first - before, 0), max(peak - after_first, 0)
     return seconds
 
 
-def by_turns(
+def time_in_turn(
     calls: dict[str, Call],
     clock: Clock,
     checks: dict[str, Callable[[object], None]],
     *,
     rounds: int | None,
     seconds: float,
-    fewest: int = 3,
-    most: int = 50,
+    min_rounds: int = 3,
+    max_rounds: int = 50,
 ) -> dict[str, Sample]:
-    """Times all calls in turn. A call that fails stores its message in its sample and is left out from then on.
+    """Times all calls in turn. A call that fails stores its message in its sample and is not called again.
 
-    ``rounds`` None: as many rounds as fit in ``seconds``, from ``fewest`` to ``most``. If a check raises, its call
-    fails.
+    ``rounds`` None: as many rounds as fit in ``seconds``, from ``min_rounds`` to ``max_rounds``. If a check raises,
+    its call fails.
     """
     samples = {name: Sample() for name in calls}
     repeats: dict[str, int] = {}
     expected = 0.0
     for name, call in calls.items():
-        with _failing_into(samples[name]):
+        with _store_failure(samples[name]):
             once = first_call(call, clock, samples[name], checks.get(name, _accept))
             repeats[name] = max(1, round(SHORT / max(once, 1e-7)))
             expected += max(once, SHORT)
     if rounds is None:
-        rounds = min(max(int(seconds / max(expected, 1e-9)), fewest), most)
-    for number, name in turns(list(repeats), rounds):
+        rounds = min(max(int(seconds / max(expected, 1e-9)), min_rounds), max_rounds)
+    for number, name in interleaved(list(repeats), rounds):
         if samples[name].message is None:
-            with _failing_into(samples[name]):
+            with _store_failure(samples[name]):
                 samples[name].seconds.append(clock.time(calls[name], number * repeats[name], repeats[name]))
     return samples
 
 
 @contextlib.contextmanager
-def _failing_into(sample: Sample) -> Iterator[None]:
+def _store_failure(sample: Sample) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Other projects' fused linear cross entropy at its own task, beside the lens: ``xprobe bench --rivals``.
+"""Compares other projects' fused linear cross entropy with the lens, at their task: ``xprobe bench --rivals``.
 
 The task is the log-sum-exp and the target's logit of each row, without gradients. The rows are normed beforehand in the
 model's dtype, and every variant takes the same rows. Most rivals return only the difference of the two numbers, the
@@ -43,7 +43,7 @@ BYTES_PER_LOGIT = 10  # of torch: in the model's dtype, in fp32, and their log-s
 
 @dataclass(frozen=True, eq=False)
 class TargetReading:
-    """What a variant says about the target of each row. A loss alone is a negative log-probability."""
+    """The result of a variant for the target of each row. A loss is a negative log-probability."""
 
     log_probability: Tensor  # [R]
     logit: Tensor | None = None  # [R]
@@ -110,7 +110,7 @@ def _cut_cross_entropy(module: Any, rows: Tensor, weight: Tensor, target: Tensor
 
 
 def _quack(module: Any, rows: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Any:
-    # as its own loss without gradients: the public function returns only the sum or mean over rows
+    # the call that its loss makes without gradients; its public function returns only the sum or mean over rows
     return module.lse_target_epi(rows, weight.mT, store_d=False, target=target, tuned=False)
 
 
@@ -231,7 +231,7 @@ def compare(
     quick: bool = False,
 ) -> dict[str, Any]:
     """Figures of every variant on ``work``, measured in turn. A rival that is missing is listed as skipped."""
-    tick = clock(device)
+    timer = clock(device)
     report = describe(work, dtype)
     try:
         tasks = [normed_task(task) for task in make_tasks(work, device, dtype)]
@@ -239,9 +239,9 @@ def compare(
     except (RuntimeError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
         return report | {"message": inputs_failed(error)}
     gc.collect()  # the fp32 copies of the weight
-    listed = variants(work, device, dtype, backends, usable_memory(tick))
+    listed = variants(work, device, dtype, backends, usable_memory(timer))
     large = LARGE["quick" if quick else device.type]
-    samples, entries = measure_variants(listed, tasks, judge, large, tick, dtype, rounds=rounds, seconds=seconds)
+    samples, entries = measure_variants(listed, tasks, judge, large, timer, dtype, rounds=rounds, seconds=seconds)
     plain, bare = median(samples[TORCH]), median(samples[BARE])
     ceilings = large.ceilings(samples, work, bare)
     versions = {rival.name: rival.version for rival in RIVALS}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 MANY, FEW = "many", "few"
 REGIMES = (MANY, FEW)
 FEW_POSITIONS = 3
-VOCABULARY_STEP = 64  # a cut vocabulary stays a multiple of it
+VOCABULARY_STEP = 64  # a reduced vocabulary is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ SMALL = ("smollm2-135m", "llama-3-8b")  # the default on a CPU
 class Limits:
     """How much of a shape a machine measures. Operations are those of one matrix product, 2 R V D."""
 
-    whole: float = float("inf")  # a shape with at most this many operations is measured whole, ...
-    scaled: float = float("inf")  # ... and a larger one is reduced to this many
-    few: float = float("inf")  # both limits for few rows
+    whole: float = float("inf")  # a shape with at most this many operations is measured at full size
+    scaled: float = float("inf")  # a larger shape is reduced to this many operations
+    few: float = float("inf")  # the same two limits for few rows
     weight: float = float("inf")  # limit on V * D
 
 
