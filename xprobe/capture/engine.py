@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from xprobe_kernels import attention
 from xprobe_kernels.transfer import upload
 
+from xprobe.arguments import check_least
+from xprobe.capture.generation import Generated, generate_in_batches, generate_on_tree
 from xprobe.capture.memory import is_out_of_memory, release_memory
 from xprobe.capture.plan import (
     STRATEGIES,
@@ -24,7 +27,7 @@ from xprobe.capture.plan import (
 )
 from xprobe.capture.prefix import shared_cache
 from xprobe.capture.products import fast_products
-from xprobe.capture.requests import Group, Request, check_groups, check_requests, check_sample
+from xprobe.capture.requests import Each, Group, Request, check_groups, check_requests, check_sample
 from xprobe.capture.rows import Receiver, RowBuffers, Rows
 from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement, short_sample
@@ -245,13 +248,65 @@ class Engine:
         tensor_parallel.send_order("capture_wave", requests, strategy)
         return self._capture(requests, strategy or self.strategy, self.batch_tokens)
 
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int]) -> list[Generated]:
+        """The most probable tokens after each prompt, up to a stop token (greedy decoding).
+
+        With the strategy ``tree``, prompts that share a pass also generate together; otherwise the model's own
+        ``generate`` is used. Where no strategy was chosen yet, it is chosen first, as in ``capture``.
+
+        Parameters
+        ----------
+        prompts : sequence of token ids
+        max_new_tokens : int
+            Most tokens after a prompt. A prompt near the end of the model's window gets fewer.
+        stop : collection of int
+            Tokens that end an answer.
+
+        Raises
+        ------
+        UsageError
+            A prompt cannot be run, or fills the window; or ``max_new_tokens`` is not a whole number of at least 1.
+        RuntimeError, MemoryError
+            As ``capture``.
+        """
+        check_least("max_new_tokens", max_new_tokens, 1)
+        requests = [Request(tuple(ids), {"last": Each((len(ids) - 1,))}) for ids in prompts]
+        check_requests(requests, self.limits, [f"prompt {index}" for index in range(len(requests))])
+        if self._strategy is None and len(requests) > 1:
+            self.choose_strategy(requests)
+        tensor_parallel.send_order("generate", [list(ids) for ids in prompts], max_new_tokens, set(stop))
+        window = self.limits.window or sys.maxsize
+        limits = [min(max_new_tokens, window - len(request.ids)) for request in requests]
+        if full := [str(i) for i, limit in enumerate(limits) if limit < 1]:
+            raise UsageError(f"prompt {full[0]} fills the model's window of {window} tokens: nothing can follow it")
+        found: dict[int, Generated] = {}
+
+        def run(part: Sequence[int]) -> None:
+            texts, most = [requests[i].ids for i in part], [limits[i] for i in part]
+            longest = max(map(sum, zip(map(len, texts), most, strict=True)))
+            if self.strategy == "tree" and longest <= (self.max_shared_tokens or longest):
+                answers = generate_on_tree(self.model, self.anatomy, texts, most, stop, kernel=self.kernel)
+            else:
+                answers = generate_in_batches(self.model, texts, most, stop, self.batch_tokens)
+            found.update(zip(part, answers, strict=True))
+
+        self._run_parts(requests, self.strategy, self.batch_tokens, run)
+        return [found[i] for i in range(len(requests))]
+
     def _capture(self, requests: Sequence[Request], strategy: Strategy, budget: int) -> Rows:
         rows = self._space.rows_for(requests)
+        self._run_parts(requests, strategy, budget, lambda part: self._run(requests, part, rows, strategy))
+        return rows
+
+    def _run_parts(
+        self, requests: Sequence[Request], strategy: Strategy, budget: int, run: Callable[[Sequence[int]], None]
+    ) -> None:
+        """Calls ``run`` with parts of ``requests``, by index, that share a pass; smaller ones if memory runs out."""
         self._largest_part = 0
         waiting = split(requests, range(len(requests)), budget, strategy, self.max_shared_tokens)
         while waiting:
             try:
-                self._run(requests, waiting[0], rows, strategy)
+                run(waiting[0])
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or len(waiting[0]) == 1 or tensor_parallel.size() > 1:
                     raise  # with several processes, the others are in the middle of this pass
@@ -264,7 +319,6 @@ class Engine:
             self.warn(f"memory ran out: going on with at most {self.batch_tokens} tokens in a forward pass")
             left = [i for part in waiting for i in part]
             waiting = split(requests, left, self.batch_tokens, strategy, self.max_shared_tokens)
-        return rows
 
     def _run(self, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy) -> None:
         with torch.inference_mode(), fast_products(self.model), model_code_errors(self.model):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,18 @@ SCORES_BYTES = 64 << 20  # most bytes of attention scores in memory, where no fu
 PADDING = 1.25  # a batch of segments has at most this many times the tokens of its segments
 _IGNORED = {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position"}
 
-_ACTIVE: ContextVar[Layout | None] = ContextVar("xprobe_tree", default=None)
+
+class PackedAttention(Protocol):
+    """Computes the attention of one pass in place of the model's own."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
+        """Attention of the queries [1, H, N, d] of N tokens -> [1, N, H, d]. ``key``, ``value`` are of these tokens.
+
+        ``sinks`` [H] are logits that only add to the denominator.
+        """
+
+
+_ACTIVE: ContextVar[PackedAttention | None] = ContextVar("xprobe_tree", default=None)
 
 
 class NotShareable(Exception):
@@ -59,12 +70,14 @@ class Layout:
     """A tree prepared for one device. What only one type of attention needs is made at its first use.
 
     ``kernel``: whether the kernel (``xprobe_kernels.attention``) may be used, or only the library's attention.
+    ``kept``: a list that gets the keys and values [1, G, N, d] of each attention layer, for generation.
     """
 
     tree: Tree
     device: torch.device
     kernel: bool = True
     calls: list[bool] = field(default_factory=list)  # one entry for each attention layer that used this layout
+    kept: list[tuple[Tensor, Tensor]] | None = None
     _copies: dict[torch.device, Layout] = field(default_factory=dict)
     _reaches: dict[Blocks, Reach] = field(default_factory=dict)
 
@@ -98,16 +111,63 @@ class Layout:
             return self
         return self._copies.setdefault(device, Layout(self.tree, device, self.kernel))
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
+        """Attention of all tokens of the tree; see ``PackedAttention``."""
+        self.calls.append(True)
+        if self.kept is not None:
+            self.kept.append((key, value))
+        layout = self.on(query.device)
+        if layout.kernel and serves(query[0], key[0], value[0]):
+            reach = layout.reach(Blocks.choose(query.dtype.itemsize, max(query.shape[-1], value.shape[-1])))
+            output = tree_attention(
+                query[0],
+                key[0],
+                value[0],
+                reach,
+                scale=rule.scale,
+                window=rule.window,
+                softcap=rule.softcap,
+                sinks=sinks,
+            )
+            return output[None]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        heads, tokens, width = query.shape[1], query.shape[2], value.shape[-1]
+        out = torch.empty(heads, tokens, width, dtype=wide, device=query.device)
+        norms = torch.empty(heads, tokens, dtype=wide, device=query.device)  # log of the softmax's denominator
+        for batch in layout.batches:
+            q, k, v = (t[0][:, batch.indices].transpose(0, 1) for t in (query, key, value))
+            longest = batch.indices.shape[1]
+            if rule.plain(longest - 1):
+                part, norm = fused(q, k, v, rule.scale, causal=True)
+            else:
+                positions = torch.arange(longest, device=query.device)
+                part, norm = rule.explicit(q, k, v, positions, positions)
+            out[:, batch.targets] = part.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
+            norms[:, batch.targets] = norm.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
+        for segment, deepest in layout.shared:
+            own, below = slice(segment.start, segment.stop), slice(segment.stop, segment.end)
+            q, k, v = query[:, :, below], key[:, :, own], value[:, :, own]
+            if rule.plain(deepest - segment.depth):
+                part, norm = fused(q, k, v, rule.scale, causal=False)
+            else:
+                part, norm = rule.explicit(q, k, v, layout.positions[below], layout.positions[own])
+            weight = torch.sigmoid(norms[:, below] - norm[0])
+            out[:, below] = torch.lerp(part[0].to(wide), out[:, below], weight[..., None])
+            norms[:, below] = torch.logaddexp(norms[:, below], norm[0].to(wide))
+        if sinks is not None:
+            out *= torch.sigmoid(norms - sinks.to(wide)[:, None])[..., None]
+        return out.to(query.dtype).transpose(0, 1)[None].contiguous()
+
 
 @contextmanager
-def packed_attention(model: Any, layout: Layout) -> Iterator[None]:
-    """Makes the model's attention layers attend over the tree of ``layout``. The exit undoes it."""
+def packed_attention(model: Any, attention: PackedAttention) -> Iterator[None]:
+    """Makes the model's attention layers compute ``attention``. The exit undoes it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
     configs = {id(c): c for c in (model.config, model.base_model.config, model.config.get_text_config(decoder=True))}
     before = [(config, config._attn_implementation) for config in configs.values()]
-    token = _ACTIVE.set(layout)
+    token = _ACTIVE.set(attention)
     try:
         for config, _ in before:
             config._attn_implementation = NAME
@@ -137,51 +197,17 @@ def attend(
     NotShareable
         An argument asks for something that this function does not support: a mask, a bias, a batch.
     """
-    layout = _ACTIVE.get()
+    active = _ACTIVE.get()
     unknown = [k for k, v in others.items() if k not in _IGNORED and isinstance(v, Tensor)]
-    if layout is None or attention_mask is not None or unknown or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+    if active is None or attention_mask is not None or unknown or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise NotShareable(f"attention with {', '.join(unknown) or 'a mask, a batch or a cache'}")
-    layout.calls.append(True)
-    layout = layout.on(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rule = _Rule(scale, sliding_window or None, softcap or None)
-    if layout.kernel and serves(query[0], key[0], value[0]):
-        reach = layout.reach(Blocks.choose(query.dtype.itemsize, max(query.shape[-1], value.shape[-1])))
-        output = tree_attention(
-            query[0], key[0], value[0], reach, scale=scale, window=rule.window, softcap=rule.softcap, sinks=s_aux
-        )
-        return output[None], None
-    wide = torch.promote_types(query.dtype, torch.float32)
-    heads, tokens, width = query.shape[1], query.shape[2], value.shape[-1]
-    out = torch.empty(heads, tokens, width, dtype=wide, device=query.device)
-    norms = torch.empty(heads, tokens, dtype=wide, device=query.device)  # log of the softmax's denominator
-    for batch in layout.batches:
-        q, k, v = (t[0][:, batch.indices].transpose(0, 1) for t in (query, key, value))
-        longest = batch.indices.shape[1]
-        if rule.plain(longest - 1):
-            part, norm = _fused(q, k, v, rule.scale, causal=True)
-        else:
-            positions = torch.arange(longest, device=query.device)
-            part, norm = rule.explicit(q, k, v, positions, positions)
-        out[:, batch.targets] = part.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
-        norms[:, batch.targets] = norm.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
-    for segment, deepest in layout.shared:
-        own, below = slice(segment.start, segment.stop), slice(segment.stop, segment.end)
-        q, k, v = query[:, :, below], key[:, :, own], value[:, :, own]
-        if rule.plain(deepest - segment.depth):
-            part, norm = _fused(q, k, v, rule.scale, causal=False)
-        else:
-            part, norm = rule.explicit(q, k, v, layout.positions[below], layout.positions[own])
-        weight = torch.sigmoid(norms[:, below] - norm[0])
-        out[:, below] = torch.lerp(part[0].to(wide), out[:, below], weight[..., None])
-        norms[:, below] = torch.logaddexp(norms[:, below], norm[0].to(wide))
-    if s_aux is not None:  # a sink only adds to the denominator
-        out *= torch.sigmoid(norms - s_aux.to(wide)[:, None])[..., None]
-    return out.to(query.dtype).transpose(0, 1)[None].contiguous(), None
+    rule = Rule(scale, sliding_window or None, softcap or None)
+    return active.attend(query, key, value, rule, s_aux), None
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """How scores are computed from queries and keys."""
 
     scale: float
@@ -193,9 +219,18 @@ class _Rule:
         return self.softcap is None and (self.window is None or distance < self.window)
 
     def explicit(
-        self, query: Tensor, key: Tensor, value: Tensor, query_positions: Tensor, key_positions: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of each query on the keys at its position or before, and the log of its denominator."""
+        """Attention of each query on the keys at its position or before, and the log of its denominator.
+
+        ``mask`` [queries, keys], where given, says which keys a query may reach at all.
+        """
         wide = torch.promote_types(query.dtype, torch.float32)
         key, value = (_all_heads(t, query.shape[1]) for t in (key, value))
         outs, norms = [], []
@@ -207,6 +242,8 @@ class _Rule:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             distance = query_positions[some, None] - key_positions
             allowed = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+            if mask is not None:
+                allowed = allowed & mask[some]
             scores = scores.masked_fill(~allowed, -torch.inf)
             norm = scores.logsumexp(-1)  # -inf for a query that reaches no key: its weights are then 0
             weights = (scores - norm.nan_to_num(neginf=0.0)[..., None]).exp()
@@ -215,7 +252,7 @@ class _Rule:
         return torch.cat(outs, 2), torch.cat(norms, 2)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+def fused(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Torch's fused attention and the log of its denominator, which torch's public function does not return."""
     width = value.shape[-1]
     if width < query.shape[-1]:  # latent attention: values are narrower than keys

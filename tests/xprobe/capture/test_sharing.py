@@ -272,8 +272,8 @@ def test_short_requests_are_checked_whole_and_long_ones_still_share_their_beginn
 
 @pytest.mark.parametrize(("length", "strategies"), [(600, {"prefix", "plain"}), (150, {"tree"})])
 def test_a_window_that_packing_forgets_is_found_if_prompts_are_longer_than_it(monkeypatch, length, strategies):
-    rule = tree_attention._Rule
-    monkeypatch.setattr(tree_attention, "_Rule", lambda scale, window, softcap: rule(scale, None, softcap))
+    rule = tree_attention.Rule
+    monkeypatch.setattr(tree_attention, "Rule", lambda scale, window, softcap: rule(scale, None, softcap))
     model = model_with_window("mistral", sliding_window=200)
     engine = Engine(model, inspect(model), 4096)
     engine.choose_strategy(long_requests(length))
