@@ -14,9 +14,10 @@ LIBRARY = ROOT / "xprobe"
 # room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study": ("stages", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
+    "evaluation": ("stages", "results", "models", "runs", "events", "config", "arguments", "errors"),
     "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
-    "stages": ("results", "lenses", "capture", "models", "qa", "probes", "phases", "runs", "events", "timing", "config",
-               "errors"),
+    "stages": ("results", "lenses", "capture", "models", "qa", "probes", "scoring", "phases", "runs", "events", "timing",
+               "config", "errors"),
     "results": ("phases", "runs", "config", "arguments", "errors"),
     "doctor": ("models", "qa", "runs", "cache", "config", "errors"),
     "lenses": ("capture", "config", "errors"),
@@ -24,6 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("cache", "config", "errors"),
     "qa": ("cache", "config", "errors"),
     "probes": ("phases", "timing", "config", "arguments", "errors"),
+    "scoring": ("phases", "config", "errors"),
     "phases": ("timing", "config", "errors"),
     "runs": ("events", "timing", "config", "errors"),
     "events": (),
@@ -37,8 +39,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # room -> what it holds, in one line; docs/architecture.md shows it
 ABOUT = {
     "study": "`xprobe.run`: the stages in order",
+    "evaluation": "`xprobe.evaluate`: answers added to a finished run",
     "forecast": "what a run would take: tokens, memory, time (`--dry-run`)",
-    "stages": "run folder in, run folder out: states, phases, probes",
+    "stages": "run folder in, run folder out: states, phases, probes, answers",
     "results": "`Study` and `SettingResult`: a finished run as data frames",
     "doctor": "what works on this machine",
     "lenses": "the logit lens over captured rows; the calls to `xprobe_kernels.lens`",
@@ -46,6 +49,7 @@ ABOUT = {
     "models": "loading, finding blocks and head, parity check, models larger than memory",
     "qa": "questions: readers, the built-in set, templates, prompts",
     "probes": "scikit-learn probes, their controls, their training",
+    "scoring": "normalisers, F1 and EM, error types, summaries of answers",
     "phases": "signals, retrieval onsets, S(l), alpha, bootstrap; numbers in, numbers out",
     "runs": "the run folder: manifest, shards, journal, lock",
     "events": "what a run reports while it works: `Stage`, `Step`, `Note`",
@@ -57,7 +61,7 @@ ABOUT = {
 }
 
 OUTSIDE = ("xprobe_cli", "benchmarks", "tests", "support", "examples", "docs")  # the library imports none of them
-WITHOUT_TORCH = ("phases", "probes", "runs", "events", "config", "arguments", "errors")  # at import time
+WITHOUT_TORCH = ("phases", "probes", "scoring", "runs", "events", "config", "arguments", "errors")  # at import time
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xprobe.config import Execution, StudyConfig
+    from xprobe.config import AnswerSettings, Execution, StudyConfig
     from xprobe.errors import XprobeError
+    from xprobe.evaluation import evaluate
     from xprobe.results import Study, load_study
     from xprobe.study import run
 
@@ -26,12 +27,17 @@ _HOME = {
     "load_study": "xprobe.results",
     "StudyConfig": "xprobe.config",
     "Execution": "xprobe.config",
+    "AnswerSettings": "xprobe.config",
+    "evaluate": "xprobe.evaluation",
     "XprobeError": "xprobe.errors",
 }
 
 _MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
 
-__all__ = ["Execution", "Study", "StudyConfig", "XprobeError", "__version__", "load_study", "run"]
+__all__ = [
+    "AnswerSettings", "Execution", "Study", "StudyConfig", "XprobeError", "__version__", "evaluate", "load_study",
+    "run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

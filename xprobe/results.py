@@ -166,6 +166,22 @@ class Study(Mapping[str, SettingResult]):
         """``stability`` of the run's only setting."""
         return self._only.stability
 
+    @property
+    def answers(self) -> pd.DataFrame:
+        """One row per generated answer; see docs/performance.md. ``xprobe.evaluate`` writes them.
+
+        Raises
+        ------
+        UsageError
+            The run was not evaluated.
+        """
+        if "answers" not in self.manifest.stages:
+            raise UsageError(
+                f"the run in {self.path} has no answers: xprobe.evaluate({str(self.path)!r}) or `xprobe evaluate` "
+                "generates them"
+            )
+        return self.table("answers.parquet")
+
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.
 

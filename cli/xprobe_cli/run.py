@@ -27,6 +27,7 @@ from xprobe.config import (
 )
 from xprobe.errors import UsageError
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.identity import model_to_load
 from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest
 from xprobe_cli.options import Folder, Names, common, echo_json
@@ -259,11 +260,8 @@ def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -
     recorded = states.executions[-1].options if states is not None and states.executions else Execution()
     _, how = split_options({name: chosen[name] for name in given})
     study = {name: value for name, value in vars(manifest.study).items() if name not in given}
-    if "model" in study and manifest.model.kind in ("folder", "gguf") and not Path(study["model"]).exists():
-        if not Path(manifest.model.location).exists():
-            places = " or ".join(dict.fromkeys((study["model"], manifest.model.location)))
-            raise UsageError(f"no model lies at {places}, where the run in {out} had it: name the MODEL")
-        study["model"] = manifest.model.location  # the run began in another working directory
+    if "model" in study:
+        study["model"] = model_to_load(manifest, out)
     return {**study, **vars(recorded.resumed_with(how))}
 
 

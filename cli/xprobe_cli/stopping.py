@@ -16,7 +16,8 @@ from xprobe.runs.commands import resume_command
 from xprobe.runs.folder import MANIFEST
 from xprobe_cli.progress import Progress
 
-STEP = "forward and lens"  # the stage whose steps are safe points
+STEP = "forward and lens"  # the stage that computes examples of a run
+SAFE = (STEP, "answers")  # stages whose steps are safe points
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as a shell counts it
 
 
@@ -47,7 +48,7 @@ class Stoppable:
             raise Stopped(self._signal)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        computing = self.progress.stage == STEP and self.progress.done < self.progress.total
+        computing = self.progress.stage in SAFE and self.progress.done < self.progress.total
         if self._signal is not None or not computing:
             raise Stopped(number)
         self._signal = number

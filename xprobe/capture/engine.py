@@ -248,7 +248,9 @@ class Engine:
         tensor_parallel.send_order("capture_wave", requests, strategy)
         return self._capture(requests, strategy or self.strategy, self.batch_tokens)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int]) -> list[Generated]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], stop: Collection[int]
+    ) -> list[Generated]:
         """The most probable tokens after each prompt, up to a stop token (greedy decoding).
 
         With the strategy ``tree``, prompts that share a pass also generate together; otherwise the model's own
@@ -257,8 +259,8 @@ class Engine:
         Parameters
         ----------
         prompts : sequence of token ids
-        max_new_tokens : int
-            Most tokens after a prompt. A prompt near the end of the model's window gets fewer.
+        max_new_tokens : int or sequence of int
+            Most tokens after each prompt. A prompt near the end of the model's window gets fewer.
         stop : collection of int
             Tokens that end an answer.
 
@@ -269,14 +271,16 @@ class Engine:
         RuntimeError, MemoryError
             As ``capture``.
         """
-        check_least("max_new_tokens", max_new_tokens, 1)
+        counts = max_new_tokens if isinstance(max_new_tokens, list | tuple) else [max_new_tokens] * len(prompts)
+        for count in counts:
+            check_least("max_new_tokens", count, 1)
         requests = [Request(tuple(ids), {"last": Each((len(ids) - 1,))}) for ids in prompts]
         check_requests(requests, self.limits, [f"prompt {index}" for index in range(len(requests))])
         if self._strategy is None and len(requests) > 1:
             self.choose_strategy(requests)
-        tensor_parallel.send_order("generate", [list(ids) for ids in prompts], max_new_tokens, set(stop))
+        tensor_parallel.send_order("generate", [list(ids) for ids in prompts], list(counts), set(stop))
         window = self.limits.window or sys.maxsize
-        limits = [min(max_new_tokens, window - len(request.ids)) for request in requests]
+        limits = [min(count, window - len(request.ids)) for count, request in zip(counts, requests, strict=True)]
         if full := [str(i) for i, limit in enumerate(limits) if limit < 1]:
             raise UsageError(f"prompt {full[0]} fills the model's window of {window} tokens: nothing can follow it")
         found: dict[int, Generated] = {}

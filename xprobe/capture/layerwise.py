@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from xprobe_kernels import attention
 
 from xprobe.capture.engine import make_pass
+from xprobe.capture.generation import Generated
 from xprobe.capture.memory import is_out_of_memory
 from xprobe.capture.plan import STRATEGIES, Plan, Strategy, Wave, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
@@ -27,7 +28,7 @@ from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import Isolation, NotIsolated, carries_state, disagreement, short_sample
 from xprobe.capture.tree_attention import NotShareable
 from xprobe.config import ROWS_FILE
-from xprobe.errors import RunFolderError
+from xprobe.errors import RunFolderError, UsageError
 from xprobe.models.anatomy import input_device
 from xprobe.models.parity import TeacherForced, check_prompts, compare_with_model, rounding_warning, shorten
 from xprobe.models.passes import Pass, pad
@@ -110,6 +111,21 @@ class LayerwiseEngine:
         """
         check_sample(sample, self.limits)
         self._sample = short_sample(sample, self.model.config, self.max_shared_tokens)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], stop: Collection[int]
+    ) -> list[Generated]:
+        """Refuses: every new token would read the whole model from the disk again.
+
+        Raises
+        ------
+        UsageError
+            Always.
+        """
+        raise UsageError(
+            "a streamed model cannot generate answers: each new token would read the whole model from the disk again. "
+            "Use a machine that holds the model in memory (stream=False, --no-stream)"
+        )
 
     def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
         """Makes one sweep, then yields every wave of ``plan`` that holds a group of ``wanted``, with its rows.

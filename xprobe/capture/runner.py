@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from xprobe.arguments import check_least
+from xprobe.capture.generation import Generated
 from xprobe.capture.plan import Plan, Strategy, Wave
 from xprobe.capture.requests import Group, Request
 from xprobe.capture.rows import Rows
@@ -66,6 +67,17 @@ class Runner(Protocol):
         """Yields every wave of ``plan`` with a group of ``wanted``, and its rows. The next wave overwrites them.
 
         ``wanted`` holds keys of groups; keys that the plan does not have are ignored.
+        """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], stop: Collection[int]
+    ) -> list[Generated]:
+        """The most probable tokens after each prompt, up to a stop token.
+
+        Raises
+        ------
+        UsageError
+            This runner cannot generate.
         """
 
     def warn(self, message: str) -> None:

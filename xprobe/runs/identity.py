@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+from xprobe.errors import UsageError
 from xprobe.runs.manifest import Manifest
 
 MAY_CHANGE = ("model", "data")  # names, on resume; the bytes of model and data may not change
@@ -59,6 +61,23 @@ def _describe_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> str
             "the run did not know it)"
         )
     return f"{name} was {old[name]!r} and is now {new[name]!r}"
+
+
+def model_to_load(manifest: Manifest, folder: Path) -> str:
+    """The name that leads to the model of the run in ``folder``: its own, or its location if the name does not.
+
+    Raises
+    ------
+    UsageError
+        No model lies at either.
+    """
+    name, entry = manifest.study.model, manifest.model
+    if entry.kind not in ("folder", "gguf") or Path(name).exists():
+        return name
+    if not Path(entry.location).exists():
+        places = " or ".join(dict.fromkeys((name, entry.location)))
+        raise UsageError(f"no model lies at {places}, where the run in {folder} had it: name the MODEL")
+    return entry.location  # the run began in another working directory
 
 
 def run_key(values: dict[str, Any]) -> str:

@@ -13,25 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from xprobe_kernels import Unembedding, available_backends
+from xprobe_kernels import Unembedding
 from xprobe_kernels.transfer import HostCopy, upload
 
-from xprobe.capture.engine import Engine
-from xprobe.capture.layerwise import LayerwiseEngine
 from xprobe.capture.plan import Plan, Wave
 from xprobe.capture.requests import group_requests
 from xprobe.capture.rows import Rows
 from xprobe.capture.runner import Runner
-from xprobe.errors import DataError, ModelError, UsageError, XprobeError
+from xprobe.errors import DataError, XprobeError
 from xprobe.events import Note, Stage, Step
 from xprobe.lenses.reading import AnswerReadout, start_reading
-from xprobe.models import in_memory, loading
-from xprobe.models.anatomy import input_device, inspect
+from xprobe.models import loading
+from xprobe.models.anatomy import input_device
 from xprobe.models.loading import LoadedModel
-from xprobe.models.streaming import streamed as streaming
 from xprobe.qa.prompts import Prompt, Skipped, build_prompts, describe_format
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.manifest import Counts, StageEntry
+from xprobe.stages.opening import check_vocabulary, open_runner
 from xprobe.stages.overlap import in_turn, overlapped
 from xprobe.stages.questions import Questions
 from xprobe.stages.requests import ANSWER, QUESTION, strategy_sample, study_request, teacher_forced
@@ -65,7 +63,7 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     before = run.manifest.stages.get(NAME, StageEntry())
     run.notify(Stage("loading the model"))
     with watch.timed("load"):
-        runner, tokenizer = _open(run, source, loaded)
+        runner, tokenizer = open_runner(run, source, loaded)
     if questions.selection.shortfall:
         runner.warn(questions.selection.shortfall)
     window = loading.window(runner.model.config)
@@ -74,7 +72,7 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
         prompts, skipped = build_prompts(questions.examples, tokenizer, questions.template, window)
     if not prompts:
         raise DataError(f"none of {len(questions.examples)} examples can be used, the first: {skipped[0]}")
-    _check_vocabulary(prompts, runner.anatomy.head.vocab_size, source.name)
+    check_vocabulary(prompts, runner.anatomy.head.vocab_size, source.name)
     requests = [study_request(prompt) for prompt in prompts]
     groups = group_requests(requests)
     with run.failing(lambda: f"what {run.folder.path} holds stays"):
@@ -237,52 +235,6 @@ def write_shards(
 
     (overlapped if device.type == "cuda" else in_turn)(pending(), write, written)
     watch.collect()
-
-
-def _open(run: Run, source: loading.Source, loaded: LoadedModel | None) -> tuple[Runner, Any]:
-    """The runner of the model, whole or block by block, and the model's tokenizer."""
-    execution = run.execution
-    dtype = run.manifest.model.dtype or run.manifest.study.dtype  # a resumed run keeps its dtype
-    device = execution.device if loaded is None else str(input_device(loaded.model))
-    backends = available_backends(loading.pick_device(device))
-    if execution.backend not in ("auto", *backends):
-        raise UsageError(f"unknown backend {execution.backend!r}; available here: auto, {', '.join(backends)}")
-
-    def warn(message: str) -> None:
-        run.notify(Note(message))
-
-    warnings: list[str] = []  # of transformers, while it reads weights and tokenizer
-    runner: Runner
-    if execution.stream:
-        trust = execution.trust_remote_code
-        streamed = streaming.open_streamed(
-            run.manifest.study.model, dtype, execution.device, trust_remote_code=trust, warnings=warnings
-        )
-        tokenizer = loading.load_tokenizer(source, trust, warnings)
-        runner = LayerwiseEngine(
-            streamed, execution.tokens_on(loading.pick_device(device)), run.folder.path, warn,
-            lambda done, total: run.notify(Step("blocks", done, total)),
-        )  # fmt: skip
-    else:
-        if loaded is not None and (found := in_memory.hooks(loaded.model)):
-            warnings.append(
-                f"the model has hooks, which are part of what is measured and cannot be recorded: {', '.join(found)}"
-            )
-        loaded = loaded or loading.load(source, execution, dtype=dtype, warnings=warnings)
-        tokenizer = loaded.tokenizer
-        tokens = execution.tokens_on(str(input_device(loaded.model)))
-        runner = Engine(loaded.model, inspect(loaded.model), tokens, warn)
-    for message in warnings:
-        runner.warn(message)
-    return runner, tokenizer
-
-
-def _check_vocabulary(prompts: list[Prompt], size: int, name: str) -> None:
-    largest = max(max(prompt.ids) for prompt in prompts)
-    if largest >= size:
-        raise ModelError(
-            f"the tokenizer of {name} gives token id {largest}, the model knows {size}: the two do not belong together"
-        )
 
 
 def _describe_model(run: Run, runner: Runner, window: int | None) -> None:

@@ -135,7 +135,7 @@ def test_a_prompt_near_the_end_of_the_window_gets_fewer_tokens() -> None:
         ([[]], 4, "prompt 0: ids is empty"),
         ([[5], [5, 99999]], 4, r"prompt 1: ids\[1\] is 99999"),
         ([[5]], 0, "max_new_tokens must be a whole number of at least 1, got 0"),
-        ([[5]], 2.5, "max_new_tokens must be"),
+        ([[5]], [2.5], "max_new_tokens must be"),
     ],
 )
 def test_bad_arguments_are_refused(prompts: Any, most: Any, message: str) -> None:

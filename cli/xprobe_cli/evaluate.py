@@ -1,0 +1,91 @@
+"""`xprobe evaluate`: generate and score the answers of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from xprobe.config import NORMALISERS, AnswerSettings
+from xprobe_cli.options import Folder, common, echo_json
+from xprobe_cli.progress import Progress
+from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
+
+
+def _help() -> str:
+    """The text of `xprobe evaluate --help`, with one line for each normaliser."""
+    width = max(map(len, NORMALISERS))
+    lines = [f"{name:<{width}}  {description}" for name, description in NORMALISERS.items()]
+    return "\n".join([
+        "Let the model of the run folder RUN answer every prompt, and score the answers.",
+        "",
+        "Answers that the folder holds are not generated again: --norm and --threshold score them anew in seconds. A",
+        "command that was stopped goes on where it was.",
+        "",
+        "Normalisers (--norm):",
+        "",
+        "\b",
+        *lines,
+    ])  # fmt: skip
+
+
+@click.command("evaluate", help=_help())
+@click.argument("run", type=Folder())
+@click.option(
+    "--norm",
+    "normaliser",
+    type=click.Choice(list(NORMALISERS)),
+    default=AnswerSettings.normaliser,
+    show_default=True,
+    help="How answers are written before they are compared.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=AnswerSettings.threshold,
+    show_default=True,
+    help="An answer with at least this F1 counts as correct.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens of an answer. [default: as many as the longest gold answer in that language, but 32 to 128]",
+)
+@click.option("--device", help="A torch device: cpu, cuda, cuda:1, ... [default: that of the run]")
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens in one pass. [default: that of the run]")
+@click.option(
+    "--stream/--no-stream", default=None, help="A streamed model cannot generate: --no-stream loads it whole."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code.")
+@click.option("--allow-pickle", is_flag=True, help="Load weights from pickles. A pickle can run any code.")
+@common
+@click.pass_context
+def command(
+    context: click.Context, run: Path, normaliser: str, threshold: float, max_new_tokens: int | None, as_json: bool,
+    **options: Any,
+) -> int:  # fmt: skip
+    """Runs `xprobe evaluate`; ``_help`` has the text for users."""
+    from xprobe.evaluation import evaluate
+    from xprobe_cli.answer_tables import answer_report, plain_answers
+
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    settings = AnswerSettings(max_new_tokens, normaliser, threshold)
+    try:
+        with Progress() as progress, Stoppable(progress) as stoppable:
+            study = evaluate(run, settings, progress=stoppable, **given)
+    except Stopped as stopped:
+        click.echo("xprobe: interrupted: answers that were generated are kept; the same command goes on", err=True)
+        return EXIT_CODES[stopped.signal]
+    if as_json:
+        echo_json(plain_answers(study))
+    else:
+        click.echo(answer_report(study))
+    for warning in study.manifest.stages["answers"].warnings:
+        click.echo(f"xprobe: {warning}", err=True)
+    return 0

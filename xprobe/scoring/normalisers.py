@@ -1,0 +1,171 @@
+"""Normalisers: how an answer and a gold answer are written before they are compared, and which words they have.
+
+The name of the normaliser belongs beside every score: the same answers have other scores under another one.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from xprobe.config import NORMALISERS
+from xprobe.errors import UsageError
+from xprobe.scoring.packages import load_package
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """One way to write answers before they are compared.
+
+    Parameters
+    ----------
+    name : str
+    description : str
+    words : callable (text, language) -> list of str
+        The normalised words of a text.
+    languages : tuple of str, optional
+        Languages that it is defined for; None if for any.
+    without_blanks : tuple of str
+        Languages in which blanks between words do not count for equality, because a segmenter puts them there.
+
+    Examples
+    --------
+    >>> get_normaliser("squad").words("The Denver Broncos!", "en")
+    ['denver', 'broncos']
+    """
+
+    name: str
+    description: str
+    words: Callable[[str, str], list[str]]
+    languages: tuple[str, ...] | None = None
+    without_blanks: tuple[str, ...] = ()
+
+    def check_language(self, language: str) -> None:
+        """Checks that the normaliser is defined for a language.
+
+        Raises
+        ------
+        UsageError
+            It is not: names the languages that it is defined for.
+        """
+        if self.languages is not None and language not in self.languages:
+            raise UsageError(
+                f"the normaliser {self.name!r} is defined for {', '.join(self.languages)}, not for {language!r}: use "
+                "another one (normaliser='xprobe', --norm xprobe)"
+            )
+
+
+def get_normaliser(name: str) -> Normaliser:
+    """The normaliser of this name.
+
+    Raises
+    ------
+    UsageError
+        There is none.
+
+    Examples
+    --------
+    >>> get_normaliser("mlqa").languages
+    ('ar', 'de', 'en', 'es', 'hi', 'vi', 'zh')
+    """
+    if name not in _PARTS:
+        raise UsageError(f"unknown normaliser {name!r}; known: {', '.join(NORMALISERS)}")
+    return Normaliser(name, NORMALISERS[name], *_PARTS[name])
+
+
+# -- squad ----------------------------------------------------------------------------------------------------------
+
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ENGLISH_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+def _squad(text: str, language: str) -> list[str]:
+    """The SQuAD v1.1 evaluation: lower case, no ASCII punctuation, no English articles, words between blanks."""
+    return _ENGLISH_ARTICLES.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split()
+
+
+# -- mlqa -----------------------------------------------------------------------------------------------------------
+
+_MLQA_REMOVED = {
+    "ar": re.compile(r"\sال^|ال"),  # as published: also inside a word
+    "de": re.compile(r"\b(?:ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b"),
+    "en": _ENGLISH_ARTICLES,
+    "es": re.compile(r"\b(?:un|una|unos|unas|el|la|los|las)\b"),
+    "hi": None,
+    "vi": re.compile(r"\b(?:của|là|cái|chiếc|những)\b"),
+    "zh": None,
+}
+_MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
+
+
+def _mlqa(text: str, language: str) -> list[str]:
+    """The MLQA evaluation: lower case, no punctuation of any script, articles by language, Chinese by character."""
+    text = "".join(c for c in text.lower() if not _is_punctuation(c))
+    removed = _MLQA_REMOVED[language]
+    text = text if removed is None else removed.sub(" ", text)
+    if language == "zh":
+        text = _MLQA_CHINESE.sub(lambda found: f" {found[0]} ", text)
+    return text.split()
+
+
+# -- xprobe ---------------------------------------------------------------------------------------------------------
+
+# words that are articles, after case folding (which writes σ for ς). Russian, Turkish, Hindi, Thai, Vietnamese and
+# Chinese have none
+_ARTICLES: Mapping[str, frozenset[str]] = {
+    language: frozenset(words.split())
+    for language, words in {
+        "de": "der die das den dem des ein eine einen einem eines einer",
+        "el": "ο η το οι τα του τησ των τον την τη τουσ τισ ένασ μια μία ένα ενόσ μιασ έναν",
+        "en": "a an the",
+        "es": "el la los las un una unos unas",
+        "ro": "un o unei unui niște",
+    }.items()
+}
+_ARABIC_MARKS = re.compile("[\u0640\u064b-\u0652\u0670]")  # the long stroke, and vowel marks, which few texts write
+_ARABIC_ARTICLE = re.compile(r"^ال(?=\w{2,})")
+
+
+def _xprobe(text: str, language: str) -> list[str]:
+    """NFKC, case folding, no punctuation of any script, articles by language, words by a segmenter for zh and th."""
+    text = unicodedata.normalize("NFKC", text)
+    if language == "tr":  # its capital letters of i and ı are not those of other languages
+        text = text.replace("İ", "i").replace("I", "ı")
+    text = "".join(" " if _is_punctuation(c) else c for c in _without_inner_punctuation(text).casefold())
+    if language == "ar":
+        text = _ARABIC_MARKS.sub("", text)
+    words = [word for word in _segmented(text, language) if word.strip()]
+    if language == "ar":
+        return [_ARABIC_ARTICLE.sub("", word) for word in words]
+    return [word for word in words if word not in _ARTICLES.get(language, ())]
+
+
+def _without_inner_punctuation(text: str) -> str:
+    """The text without marks between two letters or digits that belong to one word: 1,000; U.S.; don't."""
+    return re.sub(r"(?<=\w)['’.,](?=\w)", "", text)
+
+
+def _segmented(text: str, language: str) -> list[str]:
+    otherwise = "choose another normaliser (normaliser='squad', --norm squad)"
+    if language == "zh":
+        return list(load_package("rjieba", "rjieba", "words of Chinese", otherwise).cut(text))
+    if language == "th":
+        module = load_package("pythainlp.tokenize", "pythainlp", "words of Thai", otherwise)
+        return list(module.word_tokenize(text, engine="newmm", keep_whitespace=False))
+    return text.split()
+
+
+@cache
+def _is_punctuation(character: str) -> bool:
+    return unicodedata.category(character).startswith("P") or character in string.punctuation
+
+
+_PARTS: dict[str, tuple[Callable[[str, str], list[str]], tuple[str, ...] | None, tuple[str, ...]]] = {
+    "xprobe": (_xprobe, None, ("zh", "th")),
+    "mlqa": (_mlqa, tuple(_MLQA_REMOVED), ()),
+    "squad": (_squad, None, ()),
+}

@@ -1,0 +1,66 @@
+"""Opens the model of a run: the runner that gives rows or answers, and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from xprobe_kernels import available_backends
+
+from xprobe.capture.engine import Engine
+from xprobe.capture.layerwise import LayerwiseEngine
+from xprobe.capture.runner import Runner
+from xprobe.errors import ModelError, UsageError
+from xprobe.events import Note, Step
+from xprobe.models import in_memory, loading
+from xprobe.models.anatomy import input_device, inspect
+from xprobe.models.loading import LoadedModel
+from xprobe.models.streaming import streamed as streaming
+from xprobe.qa.prompts import Prompt
+from xprobe.stages.run import Run
+
+
+def open_runner(run: Run, source: loading.Source, loaded: LoadedModel | None) -> tuple[Runner, Any]:
+    """The runner of the model, whole or block by block, and the model's tokenizer."""
+    execution = run.execution
+    dtype = run.manifest.model.dtype or run.manifest.study.dtype  # a resumed run keeps its dtype
+    device = execution.device if loaded is None else str(input_device(loaded.model))
+    backends = available_backends(loading.pick_device(device))
+    if execution.backend not in ("auto", *backends):
+        raise UsageError(f"unknown backend {execution.backend!r}; available here: auto, {', '.join(backends)}")
+
+    def warn(message: str) -> None:
+        run.notify(Note(message))
+
+    warnings: list[str] = []  # of transformers, while it reads weights and tokenizer
+    runner: Runner
+    if execution.stream:
+        trust = execution.trust_remote_code
+        streamed = streaming.open_streamed(
+            run.manifest.study.model, dtype, execution.device, trust_remote_code=trust, warnings=warnings
+        )
+        tokenizer = loading.load_tokenizer(source, trust, warnings)
+        runner = LayerwiseEngine(
+            streamed, execution.tokens_on(loading.pick_device(device)), run.folder.path, warn,
+            lambda done, total: run.notify(Step("blocks", done, total)),
+        )  # fmt: skip
+    else:
+        if loaded is not None and (found := in_memory.hooks(loaded.model)):
+            warnings.append(
+                f"the model has hooks, which are part of what is measured and cannot be recorded: {', '.join(found)}"
+            )
+        loaded = loaded or loading.load(source, execution, dtype=dtype, warnings=warnings)
+        tokenizer = loaded.tokenizer
+        tokens = execution.tokens_on(str(input_device(loaded.model)))
+        runner = Engine(loaded.model, inspect(loaded.model), tokens, warn)
+    for message in warnings:
+        runner.warn(message)
+    return runner, tokenizer
+
+
+def check_vocabulary(prompts: Sequence[Prompt], size: int, name: str) -> None:
+    largest = max(max(prompt.ids) for prompt in prompts)
+    if largest >= size:
+        raise ModelError(
+            f"the tokenizer of {name} gives token id {largest}, the model knows {size}: the two do not belong together"
+        )
