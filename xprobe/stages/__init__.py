@@ -11,5 +11,5 @@ STAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "states": ((), "forward passes and the lens: shards"),
     "phases": (("states",), "signals, retrieval onsets, stability: layers.parquet, examples.parquet"),
     "probes": (("states", "phases"), "probes on hidden states: probes.parquet"),
-    "answers": (("states",), "generated answers, F1, error types: answers.jsonl, answers.parquet"),
+    "answers": (("states", "phases"), "generated answers, F1, error types: answers.jsonl, answers.parquet"),
 }

@@ -7,28 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from xprobe.config import ANSWER_COLUMNS, AnswerSettings
 from xprobe.events import Note, Stage
+from xprobe.results import read_tables
+from xprobe.runs.folder import EXAMPLES
 from xprobe.runs.lines import rewrite_lines
 from xprobe.scoring.error_types import classify
 from xprobe.scoring.languages import identify
 from xprobe.scoring.measures import score
 from xprobe.scoring.normalisers import Normaliser, get_normaliser
+from xprobe.scoring.relations import correlations, curves_by_outcome
 from xprobe.scoring.summaries import summarise
 from xprobe.stages.generation import LINES, AskedModel, Line, generate_missing, read_answers
 from xprobe.stages.run import Run
-from xprobe.stages.shards import gold_log_probabilities
+from xprobe.stages.shards import read_signals
 from xprobe.timing import Stopwatch
 
 NAME = "answers"
-ANSWERS = "answers.parquet"
+ANSWERS, CURVES = "answers.parquet", "answers_by_layer.parquet"
 KEYS = ["setting", "language", "question_id", "paragraph"]
+PHASES = ("onset", "sharpness", "late_readiness", "gold_log_probability")  # which F1 is correlated with
+SIGNALS = ("readiness", "rank", "log_probability")  # whose means are taken apart by outcome
 
 
 def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedModel]) -> None:
-    """Writes ``answers.parquet``, and enters the stage in the manifest. Needs the stage "states".
+    """Writes ``answers.parquet`` and ``answers_by_layer.parquet``, and enters the stage in the manifest.
+
+    Needs the stages "states" and "phases".
 
     Parameters
     ----------
@@ -57,10 +66,18 @@ def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedMo
     run.notify(Stage("scores"))
     with watch.timed("scores"):
         table = pd.concat([scored(line, normaliser, settings.threshold) for line in lines.values()], ignore_index=True)
-        gold = gold_log_probabilities(run.folder, run.manifest)
-        table = table.merge(gold, on=KEYS, how="left", validate="one_to_one")[list(ANSWER_COLUMNS)]
+        frame, signals = read_signals(run.folder, run.manifest)
+        (examples,) = read_tables(run.folder, run.manifest, (EXAMPLES,))
+        table = _with_phases(table, frame, signals, examples)
         summaries = summarise(table, study.bootstrap, study.seed)
-        digest = run.folder.write_table(ANSWERS, table)
+        for setting, found in correlations(table, PHASES, study.bootstrap, study.seed).items():
+            summaries[setting]["correlations"] = found
+        curves = curves_by_outcome(
+            table, {name: signals[name] for name in SIGNALS}, (table["error_type"] == "correct").to_numpy(),
+            study.bootstrap, study.seed,
+        )  # fmt: skip
+        with run.folder.writing_tables({ANSWERS: table[list(ANSWER_COLUMNS)], CURVES: curves}) as digests:
+            pass
     rewrite_lines(run.folder.path / LINES, list(lines.values()))
     results = {
         "normaliser": normaliser.name,
@@ -69,7 +86,25 @@ def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedMo
         "settings": summaries,
     }
     warnings = [warning for one in executions for warning in one.warnings]
-    run.entry(NAME, watch, tables={ANSWERS: digest}, results=results, warnings=warnings, executions=executions)
+    run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
+
+
+def _with_phases(
+    table: pd.DataFrame, frame: pd.DataFrame, signals: dict[str, NDArray[np.float64]], examples: pd.DataFrame
+) -> pd.DataFrame:
+    """The answers in the order of ``frame`` [N], with what the run knows of the same examples.
+
+    ``late_readiness`` is the mean readiness over the last quarter of the layers, without the last one, where the lens
+    is the model itself.
+    """
+    layers = signals["readiness"].shape[1]
+    late = signals["readiness"][:, min(layers * 3 // 4, layers - 2) : layers - 1].mean(1)
+    known = frame[KEYS].assign(
+        gold_log_probability=signals["log_probability"][:, -1] * frame["answer_tokens"].to_numpy(),
+        late_readiness=late,
+    )
+    known = known.merge(examples[[*KEYS, "onset", "sharpness"]], on=KEYS, how="left", validate="one_to_one")
+    return known.merge(table, on=KEYS, how="left", validate="one_to_one")
 
 
 def scored(line: Line, normaliser: Normaliser, threshold: float) -> pd.DataFrame:
@@ -82,7 +117,7 @@ def scored(line: Line, normaliser: Normaliser, threshold: float) -> pd.DataFrame
     >>> line = {"setting": "en-x", "paragraph": "p1", "context_language": "en", "context": "Ada sold 40 boats.",
     ...         "answers": [answer]}
     >>> row = scored(line, get_normaliser("xprobe"), 0.5).iloc[0]
-    >>> round(row["f1"], 3), bool(row["exact_match"]), row["error_type"]
+    >>> round(float(row["f1"]), 3), bool(row["exact_match"]), row["error_type"]
     (0.667, False, 'correct')
     """
     rows = []

@@ -106,24 +106,6 @@ def read_signals(folder: RunFolder, manifest: Manifest) -> tuple[pd.DataFrame, d
     return pd.DataFrame(rows), {name: np.concatenate(tables) for name, tables in signals.items()}
 
 
-def gold_log_probabilities(folder: RunFolder, manifest: Manifest) -> pd.DataFrame:
-    """The model's log-probability of the whole gold answer, in nats, for each example.
-
-    Columns: setting, language, question_id, paragraph, gold_log_probability.
-    """
-    import pandas as pd
-
-    rows = []
-    for key in manifest.groups:
-        arrays, metadata = folder.read_shard(folder.shard_name(key), ("logit", "logsumexp", "offsets"))
-        each = (arrays["logit"][:, -1] - arrays["logsumexp"][:, -1]).astype(np.float64)
-        totals = np.add.reduceat(each, arrays["offsets"][:-1])
-        for row, value in zip(metadata["examples"], totals.tolist(), strict=True):
-            names = ("setting", "language", "question_id", "paragraph")
-            rows.append({**{name: row[name] for name in names}, "gold_log_probability": value})
-    return pd.DataFrame(rows)
-
-
 def _describe(prompt: Prompt) -> dict[str, Any]:
     """What a shard keeps of an example: enough to analyse it without data or model."""
     example = prompt.example

@@ -106,6 +106,17 @@ def test_the_table_and_the_manifest_hold_what_is_promised(evaluated: Path) -> No
     assert set(entry.results["settings"]) == {"en-x", "x-x"}
     assert set(entry.results["settings"]["x-x"]["languages"]) == {"en", "de", "th"}
     assert entry.executions[0].strategy == "tree"
+    assert set(entry.results["settings"]["en-x"]["correlations"]) == {
+        *("onset", "sharpness", "late_readiness", "gold_log_probability")
+    }
+    curves = study.table("answers_by_layer.parquet")
+    layers = study.manifest.model.n_blocks + 1
+    assert len(curves) == 2 * layers * 3 * 2  # settings, layers, signals, outcomes
+    both = curves.query("setting == 'x-x' and signal == 'readiness' and layer == 2")
+    assert both["n"].sum() == (study.answers["setting"] == "x-x").sum()
+    weighted = (both["value"].fillna(0) * both["n"]).sum() / both["n"].sum()
+    whole = study.layers.query("setting == 'x-x' and signal == 'readiness' and layer == 2 and language == 'all'")
+    assert weighted == pytest.approx(float(whole["value"].iloc[0]))
     mean = study.answers.query("setting == 'en-x'")["f1"].mean()
     assert entry.results["settings"]["en-x"]["f1"]["value"] == pytest.approx(mean)
 
