@@ -26,8 +26,9 @@ PICTURE = ROOT / "docs" / "images" / "house.png"
 GROUND = ("events", "timing", "cache", "config", "arguments", "errors")
 # from left to right, so that few arrows cross; heights are computed
 COLUMNS = {
-    "models": 0, "capture": 0, "lenses": 0, "qa": 1, "phases": 2, "probes": 2, "runs": 3, "results": 3, "doctor": 4,
-    "stages": 1.5, "forecast": 0.9, "study": 2.1,
+    "models": 0, "capture": 0, "lenses": 0, "qa": 1, "phases": 2, "probes": 1.5, "scoring": 2.25, "runs": 3,
+    "results": 3, "doctor": 4,
+    "stages": 1.5, "forecast": 0.5, "study": 1.5, "evaluation": 2.5,
 }  # fmt: skip
 INK, QUIET, LINE = "#222222", "#8a8a86", "#2f5d8a"
 FILLS = {"room": "#e6edf5", "ground": "#f4f4f2", "package": "#f6e6d6"}

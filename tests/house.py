@@ -14,7 +14,7 @@ LIBRARY = ROOT / "xprobe"
 # room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study": ("stages", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
-    "evaluation": ("stages", "results", "models", "runs", "events", "config", "arguments", "errors"),
+    "evaluation": ("stages", "results", "models", "scoring", "runs", "events", "config", "arguments", "errors"),
     "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
     "stages": ("results", "lenses", "capture", "models", "qa", "probes", "scoring", "phases", "runs", "events",
                "timing", "config", "errors"),
@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("cache", "config", "errors"),
     "qa": ("cache", "config", "errors"),
     "probes": ("phases", "timing", "config", "arguments", "errors"),
-    "scoring": ("phases", "config", "errors"),
+    "scoring": ("phases", "config", "arguments", "errors"),
     "phases": ("timing", "config", "errors"),
     "runs": ("events", "timing", "config", "errors"),
     "events": (),

@@ -13,10 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xprobe.config import AnswerSettings, Execution, StudyConfig
+    from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
     from xprobe.evaluation import evaluate
     from xprobe.results import Study, load_study
+    from xprobe.scoring.settings import AnswerSettings
     from xprobe.study import run
 
 __version__ = "0.2.0"
@@ -27,7 +28,7 @@ _HOME = {
     "load_study": "xprobe.results",
     "StudyConfig": "xprobe.config",
     "Execution": "xprobe.config",
-    "AnswerSettings": "xprobe.config",
+    "AnswerSettings": "xprobe.scoring.settings",
     "evaluate": "xprobe.evaluation",
     "XprobeError": "xprobe.errors",
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.arguments import check_callable, check_instance, folder_path
-from xprobe.config import MODEL_IN_MEMORY, RECORDS_IN_MEMORY, AnswerSettings, Execution, StudyConfig
+from xprobe.config import MODEL_IN_MEMORY, RECORDS_IN_MEMORY, Execution, StudyConfig
 from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
 from xprobe.results import Study, load_study
@@ -16,6 +16,7 @@ from xprobe.runs.folder import RunFolder
 from xprobe.runs.identity import differences, model_to_load
 from xprobe.runs.lock import FolderLock
 from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
+from xprobe.scoring.settings import AnswerSettings
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel

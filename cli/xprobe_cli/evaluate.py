@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from xprobe.config import NORMALISERS, AnswerSettings
+from xprobe.scoring.settings import NORMALISERS, AnswerSettings
 from xprobe_cli.options import Folder, common, echo_json
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from xprobe.config import NORMALISERS
 from xprobe.errors import UsageError
 from xprobe.scoring.packages import load_package
+from xprobe.scoring.settings import NORMALISERS
 
 
 @dataclass(frozen=True)

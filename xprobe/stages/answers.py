@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from xprobe.config import ANSWER_COLUMNS, AnswerSettings
 from xprobe.events import Note, Stage
 from xprobe.results import read_tables
 from xprobe.runs.folder import EXAMPLES
@@ -21,6 +20,7 @@ from xprobe.scoring.languages import identify
 from xprobe.scoring.measures import score
 from xprobe.scoring.normalisers import Normaliser, get_normaliser
 from xprobe.scoring.relations import correlations, curves_by_outcome
+from xprobe.scoring.settings import ANSWER_COLUMNS, AnswerSettings
 from xprobe.scoring.summaries import summarise
 from xprobe.stages.generation import LINES, AskedModel, Line, generate_missing, read_answers
 from xprobe.stages.run import Run

@@ -13,7 +13,6 @@ from xprobe.capture.generation import Generated
 from xprobe.capture.plan import Wave
 from xprobe.capture.requests import Each, Group, Request
 from xprobe.capture.runner import Runner
-from xprobe.config import AnswerSettings
 from xprobe.errors import DataError
 from xprobe.events import Stage, Step
 from xprobe.models import loading
@@ -24,6 +23,7 @@ from xprobe.qa.stopping import stop_tokens
 from xprobe.runs.identity import checksum_of, run_key
 from xprobe.runs.lines import append_lines, read_lines
 from xprobe.runs.manifest import ExecutionEntry
+from xprobe.scoring.settings import AnswerSettings
 from xprobe.stages.opening import check_vocabulary, open_runner
 from xprobe.stages.questions import Questions
 from xprobe.stages.requests import strategy_sample

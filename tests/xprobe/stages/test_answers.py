@@ -18,12 +18,12 @@ from support.families import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xprobe
-from xprobe.config import ANSWER_COLUMNS
 from xprobe.errors import UsageError
 from xprobe.events import Note, Step
 from xprobe.qa.prompts import build_prompts
 from xprobe.qa.stopping import stop_tokens
 from xprobe.qa.templates import load_template
+from xprobe.scoring.settings import ANSWER_COLUMNS
 from xprobe.stages.generation import LINES
 from xprobe.stages.questions import read_questions
 
