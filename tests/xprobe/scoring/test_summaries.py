@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
+from xprobe.phases.bootstrap import ClusterBootstrap
+from xprobe.scoring.relations import curves_by_outcome, spearman
 from xprobe.scoring.summaries import summarise
 
 
@@ -70,3 +73,28 @@ def test_intervals_hold_a_planted_ratio_and_repeat() -> None:
         held += ratio["lo"] <= 0.6 <= ratio["hi"]
         assert summarise(table, draws=300, seed=trial) == found
     assert held >= 34  # of 40, 38 expected
+
+
+def test_spearman_is_that_of_scipy_and_its_interval_holds_a_planted_one() -> None:
+    generator = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(40), 5)
+    one = generator.normal(size=200) + generator.normal(size=40)[clusters]
+    other = np.round(one + 2 * generator.normal(size=200), 1)  # with ties
+    other[::17] = np.nan
+    known = ~np.isnan(other)
+    found = spearman(one, other, ClusterBootstrap(clusters, draws=400, seed=0))
+    assert found.value == pytest.approx(spearmanr(one[known], other[known]).statistic)
+    assert found.lo < found.value < found.hi
+    assert np.isnan(spearman(one, np.ones(200), ClusterBootstrap(clusters, draws=20, seed=0)).value)
+
+
+def test_curves_by_outcome_are_plain_means() -> None:
+    generator = np.random.default_rng(1)
+    frame = pd.DataFrame({"setting": ["en-x"] * 6 + ["x-x"] * 6, "paragraph": list("ppqqrr") * 2})
+    values, correct = generator.normal(size=(12, 3)), np.array([True, False] * 6)
+    values[0, 1] = np.nan
+    table = curves_by_outcome(frame, {"rank": values}, correct, draws=20, seed=0)
+    for row in table.itertuples():
+        rows = (frame["setting"] == row.setting).to_numpy() & (correct == (row.outcome == "correct"))
+        assert row.value == pytest.approx(np.nanmean(values[rows, row.layer]))
+        assert row.n == np.sum(~np.isnan(values[rows, row.layer]))
