@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from xprobe.errors import UsageError
+from xprobe.scoring.letters import base_language
 from xprobe.scoring.normalisers import Normaliser
 
 
@@ -47,7 +48,7 @@ def score(answer: str, golds: Sequence[str], language: str, normaliser: Normalis
         raise UsageError("golds is empty: an answer is scored against at least one gold answer")
     normaliser.check_language(language)
     own = normaliser.words(answer, language)
-    blank = "" if language in normaliser.without_blanks else " "
+    blank = "" if base_language(language) in normaliser.without_blanks else " "
     scores = [_score(own, normaliser.words(gold, language), blank) for gold in golds]
     return Score(max(one.f1 for one in scores), any(one.exact_match for one in scores))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from xprobe.errors import UsageError
+from xprobe.scoring.letters import base_language
 from xprobe.scoring.packages import load_package
 from xprobe.scoring.settings import NORMALISERS
 
@@ -123,30 +124,53 @@ _ARTICLES: Mapping[str, frozenset[str]] = {
         "el": "ο η το οι τα του τησ των τον την τη τουσ τισ ένασ μια μία ένα ενόσ μιασ έναν",
         "en": "a an the",
         "es": "el la los las un una unos unas",
-        "ro": "un o unei unui niște",
+        "ro": "un o unei unui unor niște",
     }.items()
 }
+_APOSTROPHES = re.compile("[\u2018\u2019\u02bc\u00b4\u0384`]")  # what people write for '
+_INNER = re.compile(r"(?<=[^\W\d_])['.](?=[^\W\d_])")  # U.S.; don't
+_THOUSANDS = re.compile(r"(?<=\d)[.,'](?=\d{3}(?!\d))")  # 1,000
+_DECIMALS = re.compile(r"(?<=\d)[.,](?=\d)")  # 3.5, which is not 35
+_DECIMAL_POINT = "\ue000"  # stands for it while punctuation is removed
+_THAI_SARA_AM = re.compile("\u0e4d([\u0e48-\u0e4b]?)\u0e32")  # NFKC takes this vowel apart; dictionaries do not
+_ROMANIAN_COMMAS = str.maketrans("\u015f\u0163\u015e\u0162", "\u0219\u021b\u0218\u021a")  # often written with cedillas
 _ARABIC_MARKS = re.compile("[\u0640\u064b-\u0652\u0670]")  # the long stroke, and vowel marks, which few texts write
 _ARABIC_ARTICLE = re.compile(r"^ال(?=\w{2,})")
 
 
 def _xprobe(text: str, language: str) -> list[str]:
-    """NFKC, case folding, no punctuation of any script, articles by language, words by a segmenter for zh and th."""
-    text = unicodedata.normalize("NFKC", text)
+    """Letters and numbers in one form, no punctuation of any script, articles by language, words by a segmenter.
+
+    A text of which nothing would be left, such as "A" or "∈", stays as it is.
+    """
+    language = base_language(language)
+    text = _one_form(text, language)
+    bare = text
+    for pattern, replacement in ((_INNER, ""), (_THOUSANDS, ""), (_DECIMALS, _DECIMAL_POINT)):
+        bare = pattern.sub(replacement, bare)
+    bare = "".join(" " if _is_sign(c) else c for c in bare).replace(_DECIMAL_POINT, ".")
+    words = [word for word in _segmented(bare, language) if word.strip()]
+    if language == "ar":
+        words = [_ARABIC_ARTICLE.sub("", word) for word in words]
+    return [word for word in words if word not in _ARTICLES.get(language, ())] or text.split()
+
+
+def _one_form(text: str, language: str) -> str:
+    """The text in NFKC and case-folded, digits of all scripts as ASCII digits, without invisible signs."""
+    text = unicodedata.normalize("NFKC", _APOSTROPHES.sub("'", text))
+    text = _THAI_SARA_AM.sub("\\1\u0e33", text)
+    text = "".join(_ascii_digit(c) for c in text if unicodedata.category(c) != "Cf")
     if language == "tr":  # its capital letters of i and ı are not those of other languages
         text = text.replace("İ", "i").replace("I", "ı")
-    text = "".join(" " if _is_punctuation(c) else c for c in _without_inner_punctuation(text).casefold())
+    if language == "ro":
+        text = text.translate(_ROMANIAN_COMMAS)
     if language == "ar":
         text = _ARABIC_MARKS.sub("", text)
-    words = [word for word in _segmented(text, language) if word.strip()]
-    if language == "ar":
-        return [_ARABIC_ARTICLE.sub("", word) for word in words]
-    return [word for word in words if word not in _ARTICLES.get(language, ())]
+    return text.casefold()
 
 
-def _without_inner_punctuation(text: str) -> str:
-    """The text without marks between two letters or digits that belong to one word: 1,000; U.S.; don't."""
-    return re.sub(r"(?<=\w)['’.,](?=\w)", "", text)
+def _ascii_digit(character: str) -> str:
+    return str(unicodedata.decimal(character, character))
 
 
 def _segmented(text: str, language: str) -> list[str]:
@@ -162,6 +186,12 @@ def _segmented(text: str, language: str) -> list[str]:
 @cache
 def _is_punctuation(character: str) -> bool:
     return unicodedata.category(character).startswith("P") or character in string.punctuation
+
+
+@cache
+def _is_sign(character: str) -> bool:
+    """Punctuation or a symbol. SQuAD's script removes the symbols of ASCII; € and £ are treated as its $ is."""
+    return unicodedata.category(character)[0] in "PS"
 
 
 _PARTS: dict[str, tuple[Callable[[str, str], list[str]], tuple[str, ...] | None, tuple[str, ...]]] = {
