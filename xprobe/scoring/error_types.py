@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-import unicodedata
 from functools import cache
 from pathlib import Path
 
-from xprobe.scoring.languages import SCRIPTS, identify, main_script
+from xprobe.scoring.languages import SCRIPTS, identify, is_known
+from xprobe.scoring.letters import WITHOUT_BLANKS, base_language, letter_words, main_script
 
 ERROR_TYPES = {
     "correct": "F1 is at least the threshold",
@@ -84,17 +84,45 @@ def is_wrong_language(answer: str, language: str, context: str) -> bool:
     >>> is_wrong_language("Denver Broncos", "th", "เดนเวอร์ บรองโกส์")
     False
     """
-    text, source = answer.casefold(), context.casefold()
-    if text.strip() in source:
+    if mostly_stands_in(answer, context):
         return False
-    words = re.findall(r"\w+", text)
-    if words and sum(word in source for word in words) * 2 > len(words):
-        return False
+    language = base_language(language)
     script, own = main_script(answer), SCRIPTS.get(language)
     if own is not None and script and script not in own and script != "LATIN":
         return True  # names are often left in Latin letters, but in no other foreign ones
-    guess = identify(answer)
+    if is_name(answer) or not is_known(language):
+        return False
+    guess = identify(answer, among={*SCRIPTS, language})
     return guess.certain and guess.language != language
+
+
+def mostly_stands_in(answer: str, context: str) -> bool:
+    """Whether an answer stands in the context, or words with more than half of its letters do. Case does not count.
+
+    Examples
+    --------
+    >>> context = "Under the Order of 1908 the city got its port."
+    >>> mostly_stands_in("Order of 1909", context), mostly_stands_in("in der Stadt", context)
+    (True, False)
+    """
+    text, source = (" ".join(part.casefold().split()) for part in (answer, context))
+    if text in source:
+        return True
+    words, known = letter_words(text), set(letter_words(source))
+    inside = [word for word in words if word in known or (main_script(word) in WITHOUT_BLANKS and word in source)]
+    return sum(map(len, inside)) * 2 > sum(map(len, words))
+
+
+def is_name(answer: str) -> bool:
+    """Whether all words of more than three letters begin with a capital letter.
+
+    Examples
+    --------
+    >>> is_name("Universidad Nacional de La Plata"), is_name("la universidad de la ciudad"), is_name("1908")
+    (True, False, False)
+    """
+    words = [word for word in letter_words(answer) if len(word) > 3 and not word[0].isdigit()]
+    return bool(words) and all(word[0].isupper() for word in words)
 
 
 def is_gibberish(answer: str) -> bool:
@@ -106,17 +134,18 @@ def is_gibberish(answer: str) -> bool:
     (True, True, False)
     """
     signs = [c for c in answer if not c.isspace()]
-    text = sum(c.isalnum() or _joins(c) for c in signs)
+    text = sum(len(word) for word in letter_words(answer))
     if len(signs) >= 8 and (text < 0.5 * len(signs) or answer.count("\ufffd") > 0.1 * len(signs)):
         return True
-    if re.search(r"(\D)\1{5,}", answer):
+    if re.search(r"([^\d\s])\1{5,}", answer):
         return True
-    words = re.findall(r"\w+", answer.casefold())
+    words = letter_words(answer.casefold())
     if len(words) >= FEWEST_WORDS:
         if len(set(words)) < DISTINCT * len(words):
             return True
-        return sum(len(word) == 1 and word.isascii() for word in words) > 0.6 * len(words)
-    return _repeats_a_piece(answer.casefold())
+        if sum(len(word) == 1 and word.isascii() for word in words) > 0.6 * len(words):
+            return True
+    return _repeats_a_piece("".join(words))
 
 
 @cache
@@ -126,12 +155,7 @@ def _refusals() -> re.Pattern[str]:
     return re.compile(every.replace(" ", r"\s+"), re.IGNORECASE)
 
 
-def _joins(character: str) -> bool:
-    """Vowel signs and the like, which letters of some scripts need and which are no letters by themselves."""
-    return unicodedata.category(character) in ("Mn", "Mc")
-
-
 def _repeats_a_piece(text: str) -> bool:
-    """Whether one piece of 2 to 12 signs, repeated at once, makes up most of a text without blanks."""
-    found = re.search(r"(\S{2,12}?)\1{3,}", text)
+    """Whether one piece of 2 to 40 signs, four times in a row, makes up most of a text."""
+    found = re.search(r"(\D{2,40}?)\1{3,}", text)
     return found is not None and len(found[0]) * 2 > len(text)

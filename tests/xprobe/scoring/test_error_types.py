@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from xprobe.scoring.error_types import ERROR_TYPES, classify, is_gibberish, is_wrong_language
-from xprobe.scoring.languages import identify, main_script
+from xprobe.scoring.languages import identify
+from xprobe.scoring.letters import main_script
 
 CONTEXT = (
     "The Panthers defense gave up just 308 points, ranking sixth in the league, while also leading the NFL in "
