@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -75,6 +76,18 @@ def test_the_mlqa_script(language: str, answer: str, gold: str, f1: float) -> No
         ("th", "กรุงเทพ  มหานคร", "กรุงเทพมหานคร"),
         ("zh", "北京，中国", "北京中国"),
         ("en", "1,000 dollars", "1000 dollars"),
+        ("de", "3,5 Millionen", "3.5 Millionen"),
+        ("en", "don´t", "don’t"),
+        ("en", "€5 million", "5 million"),
+        ("en", "co\u200boperation\ufeff", "cooperation"),  # signs that nobody sees
+        ("en", "A", "a"),  # an article may be the answer
+        ("zh", "⊆", "⊆"),
+        ("th", "นํ้า", "น้ำ"),  # two orders of the same signs
+        ("th", "๒๔ แต้ม", "24 แต้ม"),
+        ("ar", "٣٠٨ نقطة", "308 نقطة"),
+        ("hi", "२४ अंक", "24 अंक"),
+        ("ro", "oraşul Timişoara", "orașul Timișoara"),
+        ("zh-TW", "北京 中国", "北京中国"),
     ],
 )
 def test_equal_answers_of_xprobe(language: str, answer: str, gold: str) -> None:
@@ -90,6 +103,58 @@ def test_words_of_thai_and_chinese_are_found_where_no_blanks_are(language: str, 
     assert 0 < found.f1 < 1
     assert not found.exact_match
     assert score("完全不同" if language == "zh" else "คนละเรื่อง", [gold], language, XPROBE).f1 == 0
+
+
+@pytest.mark.parametrize(
+    ("language", "answer", "gold"),
+    [("en", "35", "3.5"), ("en", "the", "a"), ("en", "", "?"), ("th", "⊆", "⊂"), ("tr", "ılık", "ilik")],
+)
+def test_answers_that_only_look_equal(language: str, answer: str, gold: str) -> None:
+    assert score(answer, [gold], language, XPROBE) == (0.0, False)
+
+
+def test_thai_words_with_a_vowel_that_nfkc_takes_apart_are_found() -> None:
+    assert XPROBE.words("แม่น้ำทำให้", "th") == ["แม่น้ำ", "ทำให้"]
+    assert score("ในแม่น้ำสายใหญ่", ["แม่น้ำ"], "th", XPROBE).f1 == pytest.approx(0.4)  # 1 of 4 words, 1 of 1
+
+
+def by_the_definition(answer: str, gold: str) -> tuple[float, bool]:
+    """F1 and equality of two answers, step by step as SQuAD v1.1 defines them."""
+    words = []
+    for text in (answer.lower(), gold.lower()):
+        letters = "".join(letter for letter in text if letter not in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+        words.append([word for word in letters.split() if word not in {"a", "an", "the"}])
+    rest, common = list(words[1]), 0
+    for word in words[0]:
+        if word in rest:
+            rest.remove(word)
+            common += 1
+    f1 = 2 * common / (len(words[0]) + len(words[1])) if common else 0.0
+    return f1, words[0] == words[1]
+
+
+@given(
+    *[
+        st.lists(
+            st.sampled_from(["a", "The", "cat.", "cat", "sat;", "on,", "U.S.", "1,000", "mat!", "Ö", "—", "野马队"]),
+            max_size=7,
+        )
+    ]
+    * 2
+)
+def test_squad_follows_its_definition(answer: list[str], gold: list[str]) -> None:
+    pair = " ".join(answer), " ".join(gold)
+    found, (f1, equal) = score(pair[0], [pair[1]], "en", SQUAD), by_the_definition(*pair)
+    assert found.f1 == pytest.approx(f1)
+    assert found.exact_match is equal
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@given(st.text(max_size=30))
+def test_every_text_equals_itself_whatever_its_case_form(language: str, text: str) -> None:
+    found = score(unicodedata.normalize("NFD", text), [unicodedata.normalize("NFC", text)], language, XPROBE)
+    assert found.exact_match
+    assert found.f1 == bool(XPROBE.words(text, language))
 
 
 @given(st.text(max_size=30), st.lists(st.text(max_size=30), min_size=1, max_size=3), st.sampled_from(LANGUAGES))
