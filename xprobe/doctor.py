@@ -35,6 +35,9 @@ PIECES = {
     "accelerate": (False, ".gguf models, the demo model among them", "pip install 'xprobe[gguf]'"),
     "scikit-learn": (True, "probes and phases", "pip install scikit-learn"),
     "matplotlib": (False, "figures", "pip install 'xprobe[plot]'"),
+    "py3langid": (False, "error types of answers", "pip install 'xprobe[scoring]'"),
+    "rjieba": (False, "scores of Chinese answers", "pip install 'xprobe[scoring]'"),
+    "pythainlp": (False, "scores of Thai answers", "pip install 'xprobe[scoring]'"),
     "triton": (False, "fused kernels on a GPU", "pip install 'xprobe[gpu]'"),
     "sentencepiece": (
         False,
