@@ -2,7 +2,7 @@
 
 1. ``correct``: F1 is at least the threshold.
 2. ``blank``: no letter and no digit.
-3. ``refusal``: a phrase of ``refusals.toml``, in any of XQuAD's languages.
+3. ``refusal``: a phrase of ``refusals.toml``, in any of XQuAD's languages, that is not a quotation from the context.
 4. ``wrong language``: most letters are of a script that the expected language is not written in, or py3langid names
    another language with enough text and confidence (``languages``). Texts that stand in the context, or most of whose
    words do, are not of a wrong language: names and quotations are written alike in many languages.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -67,11 +68,23 @@ def classify(answer: str, f1: float, language: str, context: str, threshold: flo
         return "correct"
     if not any(c.isalnum() for c in answer):
         return "blank"
-    if _refusals().search(answer.replace("’", "'")):
+    if is_refusal(answer, context):
         return "refusal"
     if is_wrong_language(answer, language, context):
         return "wrong language"
     return "gibberish" if is_gibberish(answer) else "content"
+
+
+def is_refusal(answer: str, context: str) -> bool:
+    """Rule 3 of the module. A text that stands in the context is a quotation.
+
+    Examples
+    --------
+    >>> is_refusal("Δεν γνωρίζω.", "Ada sold 40 boats."), is_refusal("40 boats", "Ada sold 40 boats.")
+    (True, False)
+    """
+    text = unicodedata.normalize("NFC", answer).replace("’", "'")
+    return _refusals().search(text) is not None and not _stands_in(answer, context)
 
 
 def is_wrong_language(answer: str, language: str, context: str) -> bool:
@@ -105,12 +118,17 @@ def mostly_stands_in(answer: str, context: str) -> bool:
     >>> mostly_stands_in("Order of 1909", context), mostly_stands_in("in der Stadt", context)
     (True, False)
     """
-    text, source = (" ".join(part.casefold().split()) for part in (answer, context))
-    if text in source:
+    if _stands_in(answer, context):
         return True
+    text, source = answer.casefold(), context.casefold()
     words, known = letter_words(text), set(letter_words(source))
     inside = [word for word in words if word in known or (main_script(word) in WITHOUT_BLANKS and word in source)]
     return sum(map(len, inside)) * 2 > sum(map(len, words))
+
+
+def _stands_in(answer: str, context: str) -> bool:
+    text, source = (" ".join(part.casefold().split()) for part in (answer, context))
+    return text in source
 
 
 def is_name(answer: str) -> bool:
@@ -152,7 +170,7 @@ def is_gibberish(answer: str) -> bool:
 def _refusals() -> re.Pattern[str]:
     phrases = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))
     every = "|".join(f"(?:{phrase})" for language in phrases.values() for phrase in language)
-    return re.compile(every.replace(" ", r"\s+"), re.IGNORECASE)
+    return re.compile(unicodedata.normalize("NFC", every).replace(" ", r"\s+"), re.IGNORECASE)
 
 
 def _repeats_a_piece(text: str) -> bool:
