@@ -6,7 +6,7 @@
 4. ``wrong language``: most letters are of a script that the expected language is not written in, or py3langid names
    another language with enough text and confidence (``languages``). Texts that stand in the context, or most of whose
    words do, are not of a wrong language: names and quotations are written alike in many languages.
-5. ``gibberish``: the same words or letters again and again, or signs that are no text.
+5. ``gibberish``: the same words, syllables or letters again and again (``distinct_pieces``), or signs that are no text.
 6. ``content``: everything else. The answer is text of the right language, and wrong.
 """
 
@@ -30,8 +30,10 @@ ERROR_TYPES = {
     "content": "text of the right language, and wrong",
 }
 
-FEWEST_WORDS = 8  # with fewer, repetition says little
-DISTINCT = 0.4  # share of distinct words below which a text repeats itself
+FEWEST_WORDS = 8  # with fewer, single letters say little
+PIECE, FEWEST_SIGNS = 4, 20  # signs of a piece; a shorter text says little about repetition
+LAST_SIGNS = 160  # an answer that repeats itself does so to its end, and long sentences repeat some pieces anyway
+DISTINCT = 0.65  # share of distinct pieces below which a text repeats itself
 
 
 def classify(answer: str, f1: float, language: str, context: str, threshold: float = 0.5) -> str:
@@ -158,12 +160,27 @@ def is_gibberish(answer: str) -> bool:
     if re.search(r"([^\d\s])\1{5,}", answer):
         return True
     words = letter_words(answer.casefold())
-    if len(words) >= FEWEST_WORDS:
-        if len(set(words)) < DISTINCT * len(words):
-            return True
-        if sum(len(word) == 1 and word.isascii() for word in words) > 0.6 * len(words):
-            return True
-    return _repeats_a_piece("".join(words))
+    if len(words) >= FEWEST_WORDS and sum(len(word) == 1 and word.isascii() for word in words) > 0.6 * len(words):
+        return True
+    return distinct_pieces(answer) < DISTINCT
+
+
+def distinct_pieces(text: str) -> float:
+    """The share of distinct pieces of four signs among all such pieces of the last 160 signs of a text.
+
+    It is 1 for a text under 20 signs, near 1 for natural text in any script, and low where words or syllables come
+    again and again.
+
+    Examples
+    --------
+    >>> distinct_pieces("Ada sold 40 boats in spring."), distinct_pieces("of the of the of the of the of the")
+    (1.0, 0.22580645161290322)
+    """
+    text = " ".join(letter_words(text.casefold()))[-LAST_SIGNS:]
+    if len(text) < FEWEST_SIGNS:
+        return 1.0
+    pieces = [text[start : start + PIECE] for start in range(len(text) - PIECE + 1)]
+    return len(set(pieces)) / len(pieces)
 
 
 @cache
@@ -171,9 +188,3 @@ def _refusals() -> re.Pattern[str]:
     phrases = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))
     every = "|".join(f"(?:{phrase})" for language in phrases.values() for phrase in language)
     return re.compile(unicodedata.normalize("NFC", every).replace(" ", r"\s+"), re.IGNORECASE)
-
-
-def _repeats_a_piece(text: str) -> bool:
-    """Whether one piece of 2 to 40 signs, four times in a row, makes up most of a text."""
-    found = re.search(r"(\D{2,40}?)\1{3,}", text)
-    return found is not None and len(found[0]) * 2 > len(text)
