@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from xprobe.events import Note, Stage
 from xprobe.results import read_tables
 from xprobe.runs.folder import EXAMPLES
-from xprobe.runs.lines import rewrite_lines
 from xprobe.scoring.error_types import classify
 from xprobe.scoring.languages import identify
 from xprobe.scoring.measures import score
@@ -22,7 +21,7 @@ from xprobe.scoring.normalisers import Normaliser, get_normaliser
 from xprobe.scoring.relations import correlations, curves_by_outcome
 from xprobe.scoring.settings import ANSWER_COLUMNS, AnswerSettings
 from xprobe.scoring.summaries import summarise
-from xprobe.stages.generation import LINES, AskedModel, Line, generate_missing, read_answers
+from xprobe.stages.generation import LINES, AskedModel, Line, generate_missing, read_answers, tidy_answers
 from xprobe.stages.run import Run
 from xprobe.stages.shards import read_signals
 from xprobe.timing import Stopwatch
@@ -78,7 +77,7 @@ def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedMo
         )  # fmt: skip
         with run.folder.writing_tables({ANSWERS: table[list(ANSWER_COLUMNS)], CURVES: curves}) as digests:
             pass
-    rewrite_lines(run.folder.path / LINES, list(lines.values()))
+    tidy_answers(run, settings)
     results = {
         "normaliser": normaliser.name,
         "threshold": settings.threshold,

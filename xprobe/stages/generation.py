@@ -21,7 +21,7 @@ from xprobe.models.loading import LoadedModel
 from xprobe.qa.prompts import Prompt, build_prompts
 from xprobe.qa.stopping import stop_tokens
 from xprobe.runs.identity import checksum_of, run_key
-from xprobe.runs.lines import append_lines, read_lines
+from xprobe.runs.lines import append_lines, read_lines, rewrite_lines
 from xprobe.runs.manifest import ExecutionEntry
 from xprobe.scoring.settings import AnswerSettings
 from xprobe.stages.opening import check_vocabulary, open_runner
@@ -58,6 +58,16 @@ def read_answers(run: Run, settings: AnswerSettings) -> dict[str, Line]:
     key, groups = answers_key(run, settings), run.manifest.groups
     found = {line["group"]: line for line in read_lines(run.folder.path / LINES) if line.get("key") == key}
     return {group: found[group] for group in groups if group in found}
+
+
+def tidy_answers(run: Run, settings: AnswerSettings) -> None:
+    """Rewrites ``answers.jsonl`` in the order of the run: one line per group, and those of other settings after them.
+
+    An evaluation that was stopped then leaves the same file as one that was not.
+    """
+    path, key, own = run.folder.path / LINES, answers_key(run, settings), read_answers(run, settings)
+    others = {(line["key"], line["group"]): line for line in read_lines(path) if line.get("key") != key}
+    rewrite_lines(path, [*own.values(), *others.values()])
 
 
 def generate_missing(run: Run, asked: AskedModel, settings: AnswerSettings, watch: Stopwatch) -> ExecutionEntry:

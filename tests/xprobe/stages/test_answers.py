@@ -157,11 +157,16 @@ def test_only_missing_or_damaged_lines_are_generated_again(evaluated: Path, tmp_
     pd.testing.assert_frame_equal(xprobe.load_study(out).answers, xprobe.load_study(evaluated).answers)
 
 
-def test_another_number_of_tokens_makes_other_answers(evaluated: Path, tmp_path: Path) -> None:
+def test_another_number_of_tokens_makes_other_answers_beside_the_first(
+    evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = copied(evaluated, tmp_path)
     study = xprobe.evaluate(out, xprobe.AnswerSettings(max_new_tokens=2))
     assert study.answers["tokens"].max() <= 2
-    assert len((out / LINES).read_text().splitlines()) == len(study.manifest.groups)
+    assert len((out / LINES).read_text().splitlines()) == 2 * len(study.manifest.groups)
+    monkeypatch.setattr("xprobe.evaluation._open_model", lambda *arguments: pytest.fail("the model was opened"))
+    again = xprobe.evaluate(out, SHORT)  # the longer answers are still there
+    pd.testing.assert_frame_equal(again.answers, xprobe.load_study(evaluated).answers)
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same_tables(finished: Path, evaluated: Path, tmp_path: Path) -> None:
