@@ -152,7 +152,7 @@ def test_no_wrong_entry_is_reported_as_a_fault_of_xprobe(
         raise Reached("reached")
 
     monkeypatch.setattr(probes, "_train_all", reached)
-    monkeypatch.setattr(states, "_open", reached)
+    monkeypatch.setattr(states, "open_runner", reached)
     text = (out / MANIFEST).read_text()
     arguments = ["probe", str(out)] if command == "probe" else ["run", "--out", str(out), "--resume"]
     inner = [place for place in places(json.loads(text)) if len(place) <= 3 and place[0] != "prompt"]

@@ -55,7 +55,7 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "_open", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(states, "open_runner", lambda *_: pytest.fail("the model was loaded"))
 
 
 def tables(out: Path) -> dict[str, bytes]:
