@@ -29,7 +29,7 @@ def row_kernel(
     bias_ptr,  # [V]
     tokens_ptr,
     thresholds_ptr,  # [R, A]
-    sums_ptr,  # [S, 3, R]
+    sums_ptr,  # [S, 5, R]
     above_ptr,  # [S, R, A]
     top_ptr,
     top_ids_ptr,  # [S, R, K]

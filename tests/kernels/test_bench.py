@@ -332,3 +332,9 @@ def test_the_kernels_load_without_their_benchmark() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_missing_folder_for_the_json_is_named_before_anything_is_measured(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(program, "measure", lambda *args, **options: pytest.fail("it was measured"))
+    assert program.main(["--json", str(tmp_path / "none" / "x.json")]) == 2
+    assert f"--json: {tmp_path / 'none'} is not a folder" in capsys.readouterr().err

@@ -97,6 +97,24 @@ def test_a_lens_that_is_wrong_now_counts_as_fallen(copy, capsys) -> None:
     assert "FELL: llama-3-8b/many: lens triton: wrong: rank 7" in out
 
 
+@pytest.mark.parametrize("key", ["share_of_product", "times_naive"])
+def test_a_ratio_that_is_not_a_number_counts_as_fallen(copy, capsys, key) -> None:
+    change(copy, "bench.json", scaled("lens triton", key, float("nan")))
+    code, out = compared(copy, capsys)
+    assert code == 1
+    assert "FELL: llama-3-8b/many: lens triton:" in out
+
+
+def test_a_lens_that_is_missing_beside_others_counts_as_fallen(copy, capsys) -> None:
+    def remove(content: dict[str, Any]) -> None:
+        content["lens"][0]["variants"].remove(variant(content, "lens triton"))
+
+    change(copy, "bench.json", remove)
+    code, out = compared(copy, capsys)
+    assert code == 1
+    assert "FELL: llama-3-8b/many: lens triton: not measured now" in out
+
+
 @pytest.mark.parametrize(("key", "value"), [("device", "NVIDIA H100"), ("triton", "3.7.1")])
 def test_on_another_machine_falls_are_named_and_count_only_if_strict(copy, capsys, key, value) -> None:
     change(copy, "bench.json", lambda content: content["environment"].update({key: value}))

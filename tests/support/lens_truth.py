@@ -150,10 +150,6 @@ class Truth:
         plain = 0.0 if backend == "reference" else max(self.error[name], self.gain[name])
         if backend.startswith("cpu"):  # plain torch rounds as much, but may be lucky with few tokens
             plain = max(plain, self.rounded_gain[name])
-        if name == "kl" and backend in KERNELS:
-            # by the expected unembedding: two products in each of two rows, and errors that all logits share do not
-            # cancel
-            plain += 4 * float(self.raw_noise.max())
         return plain + self.rounding(backend, self.values[name])
 
     def rank_bounds(self, backend: str) -> tuple[Tensor, Tensor]:

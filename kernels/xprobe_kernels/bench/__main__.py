@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = Settings(**options | {"backends": tuple(options["backends"])})
         settings.check()
+        if target not in (None, "-") and not Path(target).resolve().parent.is_dir():
+            raise SettingsError(f"--json: {Path(target).resolve().parent} is not a folder")
         if figure:
             from xprobe_kernels.bench import figure as drawing
 
