@@ -12,7 +12,7 @@ from xprobe_kernels import attention
 from xprobe_kernels.transfer import upload
 
 from xprobe.arguments import check_least
-from xprobe.capture.generation import Generated, generate_in_batches, generate_on_tree
+from xprobe.capture.generation import Generated, generate_in_batches, generate_on_tree, log_probabilities
 from xprobe.capture.memory import is_out_of_memory, release_memory
 from xprobe.capture.plan import (
     STRATEGIES,
@@ -86,7 +86,9 @@ class Engine:
         self.max_shared_tokens = rotary_limit(model.config)
         self.parity_error: float | None = None
         self._largest_part = 0  # most requests in one pass of the last capture
-        self._space = RowBuffers(anatomy.n_layers, anatomy.head.width, model.dtype, anatomy.head.weight.device)
+        shape = (anatomy.head.width, model.dtype, anatomy.head.weight.device)
+        self._space = RowBuffers(anatomy.n_layers, *shape)
+        self._last_layer = RowBuffers(1, *shape, first_layer=anatomy.n_layers - 1)
 
     @property
     def strategy(self) -> Strategy:
@@ -293,6 +295,56 @@ class Engine:
             else:
                 answers = generate_in_batches(self.model, texts, most, stop, self.batch_tokens)
             found.update(zip(part, answers, strict=True))
+
+        self._run_parts(requests, self.strategy, self.batch_tokens, run)
+        return [found[i] for i in range(len(requests))]
+
+    def log_probabilities(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Callable[[int], None] | None = None
+    ) -> list[float]:
+        """How probable each continuation is after its prompt, in nats: the sum over its tokens.
+
+        Prompts that share their beginnings share the passes, as in ``capture``; only rows of the last layer are kept,
+        and only for one pass. Where no strategy was chosen yet, it is chosen first.
+
+        Parameters
+        ----------
+        texts : sequence of (token ids of the prompt, token ids of the continuation)
+        progress : callable (count), optional
+            Called after each pass with the number of texts that it ran.
+
+        Raises
+        ------
+        UsageError
+            A prompt or a continuation is empty, or a text cannot be run.
+        RuntimeError, MemoryError
+            As ``capture``.
+        """
+        if empty := [index for index, text in enumerate(texts) if not all(map(len, text))]:
+            raise UsageError(f"text {empty[0]} has an empty prompt or continuation: each needs at least one token")
+        requests = [
+            Request((*prompt, *answer[:-1]), {"answer": Each(range(len(prompt) - 1, len(prompt) + len(answer) - 1))})
+            for prompt, answer in texts
+        ]
+        check_requests(requests, self.limits, [f"text {index}" for index in range(len(requests))])
+        predicted = TokenLimits(self.anatomy.head.vocab_size)
+        for index, (_, answer) in enumerate(texts):
+            predicted.check(tuple(answer), f"the continuation of text {index}")
+        if self._strategy is None and len(requests) > 1:
+            self.choose_strategy(requests)
+        tensor_parallel.send_order("log_probabilities", [(tuple(one), tuple(other)) for one, other in texts])
+        found: dict[int, float] = {}
+
+        def run(part: Sequence[int]) -> None:
+            some = [requests[i] for i in part]
+            rows = self._last_layer.rows_for(some)
+            self._run(some, range(len(some)), rows, self.strategy)
+            targets = [token for i in part for token in texts[i][1]]
+            values = log_probabilities(rows["answer"][0], targets, self.anatomy.head)
+            ends = rows.offsets["answer"].tolist()
+            found.update(zip(part, (sum(values[a:b]) for a, b in zip(ends, ends[1:], strict=False)), strict=True))
+            if progress is not None:
+                progress(len(part))
 
         self._run_parts(requests, self.strategy, self.batch_tokens, run)
         return [found[i] for i in range(len(requests))]

@@ -26,6 +26,8 @@ from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import model_code_errors
 from xprobe.models.passes import pad
 
+ROWS = 4096  # most rows in one call of the lens
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -181,3 +183,21 @@ def _most_probable(rows: Tensor, head: Unembedding) -> tuple[list[int], list[flo
     readout = lens(rows, head, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), top_k=1, check=False)
     ids, logits = cast(Tensor, readout.top_ids), cast(Tensor, readout.top_logits)
     return ids[:, 0].tolist(), (logits[:, 0] - readout.logsumexp).tolist()
+
+
+def log_probabilities(rows: Tensor, targets: Sequence[int], head: Unembedding) -> list[float]:
+    """Log-probability of a token after each of the rows [n, D] of the last layer, in nats.
+
+    Examples
+    --------
+    >>> head = Unembedding(torch.eye(2), norm="none")
+    >>> [round(value, 3) for value in log_probabilities(torch.tensor([[0.0, 0.0]]), [1], head)]
+    [-0.693]
+    """
+    found: list[float] = []
+    for part in torch.arange(len(rows)).split(ROWS):
+        some = rows[part[0] : part[-1] + 1].to(head.weight.device)
+        ids = upload(torch.tensor(targets[part[0] : part[-1] + 1]), some.device)
+        readout = lens(some, head, ids, check=False)
+        found += (readout.logits[:, 0].double() - readout.logsumexp.double()).tolist()
+    return found

@@ -30,10 +30,13 @@ class Rows:
     ----------
     tensors : dict of str to Tensor [L + 1, R, D]
     offsets : dict of str to int64 Tensor [N + 1]
+    first_layer : int
+        The layer of the first rows. Rows of lower layers are not kept; [L + 1] is then fewer.
     """
 
     tensors: Mapping[str, Tensor]
     offsets: Mapping[str, Tensor]
+    first_layer: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         """Rows [L + 1, R, D] of the reads called ``name``.
@@ -64,7 +67,7 @@ class Rows:
 
     def copy(self) -> Rows:
         """A copy in separate memory, which the next pass does not overwrite."""
-        return Rows({name: tensor.clone() for name, tensor in self.tensors.items()}, self.offsets)
+        return Rows({name: tensor.clone() for name, tensor in self.tensors.items()}, self.offsets, self.first_layer)
 
     def part(self, start: int, stop: int) -> Rows:
         """The rows of requests ``start`` to ``stop - 1``, in the same memory."""
@@ -73,14 +76,20 @@ class Rows:
             own = self.offsets[name][start : stop + 1]
             first, last = int(own[0]), int(own[-1])
             tensors[name], offsets[name] = tensor[:, first:last], own - first
-        return Rows(tensors, offsets)
+        return Rows(tensors, offsets, self.first_layer)
 
 
 class RowBuffers:
-    """Memory for captured rows. It is allocated once, used for each wave, and grows only for a larger wave."""
+    """Memory for captured rows. It is allocated once, used for each wave, and grows only for a larger wave.
 
-    def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    ``layers`` layers are kept, from ``first_layer`` on.
+    """
+
+    def __init__(
+        self, layers: int, width: int, dtype: torch.dtype, device: torch.device, first_layer: int = 0
+    ) -> None:
         self.layers, self.width, self.dtype, self.device = layers, width, dtype, device
+        self.first_layer = first_layer
         self._memory: dict[str, Tensor] = {}
 
     def reserve(self, counts: Mapping[str, int]) -> None:
@@ -102,7 +111,7 @@ class RowBuffers:
             name: self._memory[name][: self.layers * self.width * ends[-1]].view(self.layers, -1, self.width)
             for name, ends in offsets.items()
         }
-        return Rows(tensors, {name: torch.tensor(ends) for name, ends in offsets.items()})
+        return Rows(tensors, {name: torch.tensor(ends) for name, ends in offsets.items()}, self.first_layer)
 
 
 class Receiver:
@@ -128,15 +137,17 @@ class Receiver:
             mean = [(place, first, read) for place, first, read in reads if isinstance(read, Mean)]
             tensor = into.tensors[name]
             self._copies.append(_CopyEach(each, locate, tensor) if each else _CopyMean(mean, locate, tensor))
-        self._checked = False
+        self._checked, self._first_layer = False, into.first_layer
 
     def __call__(self, layer: int, hidden: Tensor) -> None:
+        if layer < self._first_layer:
+            return
         if not self._checked:
             for copy in self._copies:
                 check_spans(copy.spans.host, *hidden.shape[:2])
             self._checked = True
         for copy in self._copies:
-            copy(layer, hidden)
+            copy(layer - self._first_layer, hidden)
 
 
 class _Spans:

@@ -93,11 +93,15 @@ class Text:
 
 
 class Tokens(NamedTuple):
-    """Token ids of a text, the number of them that belong to the prompt, and the token spans of its parts."""
+    """Token ids of a text, the number of them that belong to the prompt, and the token spans of its parts.
+
+    ``context_offsets`` are the characters of the context that each of its tokens holds.
+    """
 
     ids: tuple[int, ...]
     length: int
     spans: dict[str, Span]
+    context_offsets: tuple[Span, ...]
 
 
 class _Encoded(NamedTuple):
@@ -134,6 +138,8 @@ def encode_texts(
     >>> (tokens,) = encode_texts([text], tokenizer, chat=False)
     >>> tokens.ids, tokens.length, tokens.spans["question"]
     ((1, 2, 3, 4, 5, 1), 5, (4, 5))
+    >>> tokens.context_offsets
+    ((0, 3), (4, 8), (9, 11), (12, 17))
     """
     reader = _Reader(tokenizer, chat)
     results = reader.read(texts, _encode_with(tokenizer))
@@ -183,7 +189,7 @@ class _Reader:
         for name, span in spans.items():
             self._verify_span(head, span, prompt, places[name])
         self._verify_answer(answer, text.answer)
-        return Tokens((*head.ids, *answer), len(head.ids), spans)
+        return Tokens((*head.ids, *answer), len(head.ids), spans, _inside(head.offsets, spans, places["context"]))
 
     def _split(
         self, text: Text, prompt: str, head: _Encoded, whole: _Encoded, encode: _Encode
@@ -296,6 +302,15 @@ def _overlapping(offsets: list[Span], place: Span) -> Span:
     start, stop = place
     inside = [index for index, (a, b) in enumerate(offsets) if a < stop and b > start and a < b]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def _inside(offsets: list[Span], spans: dict[str, Span], place: Span) -> tuple[Span, ...]:
+    """The characters of each token of the context, counted from the context's first character."""
+    first, last = place
+    return tuple(
+        (min(max(start, first), last) - first, min(max(stop, first), last) - first)
+        for start, stop in offsets[slice(*spans["context"])]
+    )
 
 
 @lru_cache(maxsize=256)  # prompts on one context come one after the other

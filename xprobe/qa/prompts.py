@@ -39,6 +39,8 @@ class Prompt:
     spans : dict of str to (int, int)
         Token positions (start, stop) of ``context``, ``question`` and ``answer_in_context``. The other positions of the
         prompt belong to the template.
+    context_offsets : tuple of (int, int)
+        Characters (start, stop) of ``example.context`` that each token of the context holds.
 
     Examples
     --------
@@ -53,6 +55,7 @@ class Prompt:
     ids: tuple[int, ...]
     length: int
     spans: dict[str, Span]
+    context_offsets: tuple[Span, ...] = ()
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -199,7 +202,8 @@ def build_prompts(
             if window is not None and len(result.ids) > window:
                 outcomes[index] = Skipped(example, TOO_LONG, f"{len(result.ids)} tokens, window {window}")
             else:
-                outcomes[index] = Prompt(example, result.ids, result.length, result.spans)
+                offsets = _in_context(result.context_offsets, texts[index], example.context)
+                outcomes[index] = Prompt(example, result.ids, result.length, result.spans, offsets)
         else:
             reason = CONTROL_TOKEN if isinstance(result, ControlTokenError) else NOT_VERIFIED
             outcomes[index] = Skipped(example, reason, str(result))
@@ -231,6 +235,12 @@ def _prompt_text(example: Example, template: Template, chat: ChatFormat | None) 
         answer_start -= leading  # the context comes first, and the template removed blanks before it
     pieces = [("template", chat.before), *pieces, ("template", chat.tail)]
     return Text(tuple(pieces), "", example.answer, answer_start)
+
+
+def _in_context(offsets: tuple[Span, ...], text: Text, context: str) -> tuple[Span, ...]:
+    """Characters of the context as the data has it; a chat template may have removed blanks before it."""
+    removed = context.index(next(piece for name, piece in text.pieces if name == "context"))
+    return tuple((start + removed, stop + removed) for start, stop in offsets) if removed else offsets
 
 
 def _crop(pieces: list[tuple[str, str]], start: int, stop: int) -> list[tuple[str, str]]:

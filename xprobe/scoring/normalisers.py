@@ -14,8 +14,8 @@ from functools import cache
 
 from xprobe.errors import UsageError
 from xprobe.scoring.letters import base_language
-from xprobe.scoring.packages import load_package
 from xprobe.scoring.settings import NORMALISERS
+from xprobe.scoring.words import split_words
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,8 @@ def _ascii_digit(character: str) -> str:
 
 
 def _segmented(text: str, language: str) -> list[str]:
-    otherwise = "choose another normaliser (normaliser='squad', --norm squad)"
-    if language == "zh":
-        return list(load_package("rjieba", "rjieba", "words of Chinese", otherwise).cut(text))
-    if language == "th":
-        module = load_package("pythainlp.tokenize", "pythainlp", "words of Thai", otherwise)
-        return list(module.word_tokenize(text, engine="newmm", keep_whitespace=False))
+    if language in ("zh", "th"):
+        return split_words(text, language, "choose another normaliser (normaliser='squad', --norm squad)")
     return text.split()
 
 
