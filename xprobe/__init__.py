@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
-    from xprobe.evaluation import evaluate
+    from xprobe.evaluation import evaluate, forecast_oracle, oracle
     from xprobe.results import Study, load_study
-    from xprobe.scoring.settings import AnswerSettings
+    from xprobe.scoring.settings import AnswerSettings, OracleSettings
     from xprobe.study import run
 
 __version__ = "0.2.0"
@@ -29,15 +29,18 @@ _HOME = {
     "StudyConfig": "xprobe.config",
     "Execution": "xprobe.config",
     "AnswerSettings": "xprobe.scoring.settings",
+    "OracleSettings": "xprobe.scoring.settings",
     "evaluate": "xprobe.evaluation",
+    "oracle": "xprobe.evaluation",
+    "forecast_oracle": "xprobe.evaluation",
     "XprobeError": "xprobe.errors",
 }
 
 _MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
 
 __all__ = [
-    "AnswerSettings", "Execution", "Study", "StudyConfig", "XprobeError", "__version__", "evaluate", "load_study",
-    "run",
+    "AnswerSettings", "Execution", "OracleSettings", "Study", "StudyConfig", "XprobeError", "__version__", "evaluate",
+    "forecast_oracle", "load_study", "oracle", "run",
 ]  # fmt: skip
 
 

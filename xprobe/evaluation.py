@@ -1,9 +1,11 @@
-"""Answers of a finished run: generated, scored, and kept in its folder."""
+"""Stages that a finished run is given later: its answers, scored, and the words that they hang on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,13 @@ from xprobe.runs.folder import RunFolder
 from xprobe.runs.identity import differences, model_to_load
 from xprobe.runs.lock import FolderLock
 from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
-from xprobe.scoring.settings import AnswerSettings
+from xprobe.scoring.settings import AnswerSettings, OracleSettings
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel
-    from xprobe.stages.generation import AskedModel
+    from xprobe.stages.opening import AskedModel
+    from xprobe.stages.oracle import OracleForecast
+    from xprobe.stages.run import Run
 
 
 def evaluate(
@@ -67,29 +71,128 @@ def evaluate(
     >>> study = xprobe.evaluate("runs/demo")                # doctest: +SKIP
     >>> study.answers.groupby("language")["f1"].mean()      # doctest: +SKIP
     """
-    from xprobe.models import in_memory
     from xprobe.stages import answers
-    from xprobe.stages.run import Run
 
     settings = AnswerSettings() if settings is None else settings
     check_instance("settings", settings, AnswerSettings)
-    check_callable("progress", progress)
-    place = path.path if isinstance(path, Study) else folder_path("path", path)
-    folder, notify = RunFolder.open(place), CallerNotify(progress)
-    states = folder.read_finished().stages["states"]
+    return _add_stage(path, partial(answers.compute, settings=settings), model, tokenizer, records, progress, options)
+
+
+def oracle(
+    path: str | Path | Study,
+    settings: OracleSettings | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    records: Any = None,
+    progress: Notify | None = None,
+    **options: Any,
+) -> Study:
+    """Finds, for every answer of a finished run, the words of the context that it hangs on (oracle definition 1).
+
+    Words are removed from the context, one span after the other, and the log-probability of the answer is measured
+    again. The span whose removal costs most is the evidence; its F1 with the gold answer says whether the model found
+    the answer, whatever it then said. Answers are generated first where the run has none. A call that was stopped goes
+    on where it was.
+
+    Parameters
+    ----------
+    path : path or Study
+        The run folder, or a study that was read from it. Gets ``oracle.jsonl`` and ``oracle.parquet``.
+    settings : OracleSettings, optional
+    model, tokenizer, records, progress, **options
+        As for ``evaluate``.
+
+    Raises
+    ------
+    UsageError
+        As ``evaluate``.
+    RunFolderError
+        The run is not finished, or its folder cannot be used.
+    XprobeError
+        The model failed; what was written stays.
+
+    Examples
+    --------
+    >>> import xprobe
+    >>> study = xprobe.oracle("runs/demo", xprobe.OracleSettings(limit=4))                  # doctest: +SKIP
+    >>> study.oracle.query("target == 'own' and question")[["evidence", "f1"]].head()       # doctest: +SKIP
+    """
+    from xprobe.stages import oracle as stage
+
+    settings = OracleSettings() if settings is None else settings
+    check_instance("settings", settings, OracleSettings)
+    return _add_stage(path, partial(stage.compute, settings=settings), model, tokenizer, records, progress, options)
+
+
+def forecast_oracle(
+    path: str | Path | Study, settings: OracleSettings | None = None, *, records: Any = None, **options: Any
+) -> OracleForecast:
+    """What ``oracle`` would take, in tokens and time. No weights are read. The run must have answers.
+
+    Raises
+    ------
+    UsageError, RunFolderError
+        As ``oracle``; or the run has no answers.
+
+    Examples
+    --------
+    >>> import xprobe
+    >>> print(xprobe.forecast_oracle("runs/demo"))           # doctest: +SKIP
+    1152 answers, about 86,400 removals, 4.1 million tokens, 32 times those of the states; 51 minutes at their speed
+    """
+    from xprobe.stages import oracle as stage
+
+    settings = OracleSettings() if settings is None else settings
+    check_instance("settings", settings, OracleSettings)
+    folder, run = _open_run(path, CallerNotify(None), options)
+    asked = _open_model(folder, run.manifest, None, records)
+    return stage.forecast_run(run, settings, asked)
+
+
+def _open_run(path: str | Path | Study, notify: CallerNotify, options: dict[str, Any]) -> tuple[RunFolder, Run]:
+    """A finished run, and how its next stage is computed.
+
+    Raises
+    ------
+    UsageError, RunFolderError
+        It is no finished run, or an option is unknown.
+    """
+    from xprobe.stages.run import Run
+
+    folder = RunFolder.open(path.path if isinstance(path, Study) else folder_path("path", path))
+    manifest = folder.read_finished()
+    states = manifest.stages["states"]
     recorded = states.executions[-1].options if states.executions else Execution()
     unknown = sorted(set(options) - set(vars(recorded)))
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(vars(recorded)))}")
-    execution = recorded.resumed_with(options)
+    return folder, Run(folder, manifest, recorded.resumed_with(options), notify)
+
+
+def _add_stage(
+    path: str | Path | Study,
+    compute: Callable[..., None],
+    model: Any,
+    tokenizer: Any,
+    records: Any,
+    progress: Notify | None,
+    options: dict[str, Any],
+) -> Study:
+    """Computes a stage of a finished run that needs its model, and writes the manifest."""
+    from xprobe.models import in_memory
+
+    check_callable("progress", progress)
+    notify = CallerNotify(progress)
+    folder, run = _open_run(path, notify, options)
     loaded = None if model is None else in_memory.wrap_model(model, tokenizer)
     with FolderLock(folder.path) as lock, nullcontext() if loaded is None else in_memory.evaluation_mode(loaded.model):
         if lock.warning:
             notify(Note(lock.warning))
-        run = Run(folder, folder.read_finished(), execution, notify)
-        answers.compute(run, settings, lambda: _open_model(folder, run.manifest, loaded, records))
+        run.manifest = folder.read_finished()  # as it is now that no other process writes it
+        compute(run, open_model=lambda: _open_model(folder, run.manifest, loaded, records))
         folder.write_manifest(run.manifest)
-    return load_study(place)
+    return load_study(folder.path)
 
 
 def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | None, records: Any) -> AskedModel:
@@ -101,7 +204,7 @@ def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | Non
         They are not here, or are not those of the run: names every difference.
     """
     from xprobe.models.loading import resolve
-    from xprobe.stages.generation import AskedModel
+    from xprobe.stages.opening import AskedModel
     from xprobe.stages.questions import read_questions
 
     if manifest.model.kind == MODEL_IN_MEMORY and loaded is None:
@@ -120,5 +223,5 @@ def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | Non
     )
     changed = differences(manifest, now, folder.read_study())
     if changed:
-        raise UsageError(f"cannot add answers to the run in {folder.path}: {'; '.join(changed)}")
+        raise UsageError(f"cannot add to the run in {folder.path}: {'; '.join(changed)}")
     return AskedModel(questions, source, loaded)

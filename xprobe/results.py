@@ -182,6 +182,21 @@ class Study(Mapping[str, SettingResult]):
             )
         return self.table("answers.parquet")
 
+    @property
+    def oracle(self) -> pd.DataFrame:
+        """One row per search for the evidence of an answer; see docs/performance.md. ``xprobe.oracle`` writes them.
+
+        Raises
+        ------
+        UsageError
+            The run has none.
+        """
+        if "oracle" not in self.manifest.stages:
+            raise UsageError(
+                f"the run in {self.path} has no oracle: xprobe.oracle({str(self.path)!r}) or `xprobe oracle` computes it"
+            )
+        return self.table("oracle.parquet")
+
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.
 

@@ -127,6 +127,21 @@ class LayerwiseEngine:
             "Use a machine that holds the model in memory (stream=False, --no-stream)"
         )
 
+    def log_probabilities(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Callable[[int], None] | None = None
+    ) -> list[float]:
+        """Refuses: every call would read the whole model from the disk again.
+
+        Raises
+        ------
+        UsageError
+            Always.
+        """
+        raise UsageError(
+            "a streamed model cannot be asked again and again: each call would read the whole model from the disk. Use "
+            "a machine that holds the model in memory (stream=False, --no-stream)"
+        )
+
     def run(self, plan: Plan, wanted: Container[str]) -> Iterator[tuple[Wave, Rows]]:
         """Makes one sweep, then yields every wave of ``plan`` that holds a group of ``wanted``, with its rows.
 

@@ -80,6 +80,17 @@ class Runner(Protocol):
             This runner cannot generate.
         """
 
+    def log_probabilities(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Callable[[int], None] | None = None
+    ) -> list[float]:
+        """How probable each continuation is after its prompt, in nats: the sum over its tokens.
+
+        Raises
+        ------
+        UsageError
+            A text cannot be run, or this runner cannot run texts that depend on earlier results.
+        """
+
     def warn(self, message: str) -> None:
         """Adds a warning to the report."""
 

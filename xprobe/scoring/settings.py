@@ -1,4 +1,4 @@
-"""How answers are generated and scored: what the manifest keeps of an evaluation."""
+"""How answers are generated and scored, and how the oracle looks for evidence: what the manifest keeps of both."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ NORMALISERS: dict[str, str] = {
 ANSWER_COLUMNS = (
     "setting", "language", "question_id", "paragraph", "context_language", "answer", "gold", "f1", "exact_match",
     "error_type", "answer_language", "normaliser", "tokens", "stopped", "log_probability", "gold_log_probability",
+)  # fmt: skip
+
+# removal -> what it does to the tokens of a span
+REMOVALS: dict[str, str] = {
+    "delete": "the tokens are left out, and those after them move up",
+    "replace": "a neutral token stands in the place of each, so the length stays",
+}
+TARGETS: dict[str, str] = {
+    "own": "the model's own answer, whatever it is",
+    "gold": "the gold answer",
+}
+ORACLE_COLUMNS = (
+    "setting", "language", "question_id", "paragraph", "context_language", "target", "question", "evidence", "start",
+    "stop", "words", "drop", "log_probability", "sentence", "sentence_drop", "sentence_hit", "sentence_chance", "f1",
+    "exact_match", "chance_f1", "normaliser",
 )  # fmt: skip
 
 
@@ -56,8 +71,62 @@ class AnswerSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
             check_least("max_new_tokens", self.max_new_tokens, 1)
-        if self.normaliser not in NORMALISERS:
-            raise UsageError(f"unknown normaliser {self.normaliser!r}; known: {', '.join(NORMALISERS)}")
+        _check_normaliser(self.normaliser)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if not number or not 0 < self.threshold <= 1:
             raise UsageError(f"threshold must be a number above 0 and at most 1, got {self.threshold!r}")
+
+
+@dataclass(frozen=True)
+class OracleSettings:
+    """How the oracle looks for the evidence of an answer.
+
+    Parameters
+    ----------
+    removal : str
+        One of ``REMOVALS``.
+    spans : bool
+        Whether to look for words inside the best sentence. Without it the evidence is a sentence, at about a tenth of
+        the cost.
+    without_question : bool
+        Whether to search again without the question in the prompt, as a control.
+    limit : int, optional
+        Most questions, in the order in which ``limit`` of a study takes them; all by default.
+    normaliser : str
+        One of ``NORMALISERS``.
+
+    Raises
+    ------
+    UsageError
+        A value is out of its range.
+
+    Examples
+    --------
+    >>> OracleSettings(removal="replace").spans
+    True
+    >>> OracleSettings(removal="mask")
+    Traceback (most recent call last):
+        ...
+    xprobe.errors.UsageError: unknown removal 'mask'; known: delete, replace
+    """
+
+    removal: str = "delete"
+    spans: bool = True
+    without_question: bool = True
+    limit: int | None = None
+    normaliser: str = "xprobe"
+
+    def __post_init__(self) -> None:
+        if self.removal not in REMOVALS:
+            raise UsageError(f"unknown removal {self.removal!r}; known: {', '.join(REMOVALS)}")
+        for name in ("spans", "without_question"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.limit is not None:
+            check_least("limit", self.limit, 1)
+        _check_normaliser(self.normaliser)
+
+
+def _check_normaliser(name: str) -> None:
+    if name not in NORMALISERS:
+        raise UsageError(f"unknown normaliser {name!r}; known: {', '.join(NORMALISERS)}")

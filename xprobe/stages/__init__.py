@@ -12,4 +12,5 @@ STAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "phases": (("states",), "signals, retrieval onsets, stability: layers.parquet, examples.parquet"),
     "probes": (("states", "phases"), "probes on hidden states: probes.parquet"),
     "answers": (("states", "phases"), "generated answers, F1, error types: answers.jsonl, answers.parquet"),
+    "oracle": (("states", "answers"), "the words that an answer hangs on: oracle.jsonl, oracle.parquet"),
 }

@@ -128,7 +128,7 @@ def scored(line: Line, normaliser: Normaliser, threshold: float) -> pd.DataFrame
                 "setting": line["setting"],
                 "paragraph": line["paragraph"],
                 "context_language": line["context_language"],
-                **{name: value for name, value in answer.items() if name != "gold"},
+                **{name: value for name, value in answer.items() if name not in ("gold", "ids")},
                 "gold": answer["gold"][0],
                 "f1": f1,
                 "exact_match": exact_match,

@@ -6,26 +6,21 @@ A line holds the context and the gold answers too, so that answers are scored wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from xprobe.capture.generation import Generated
 from xprobe.capture.plan import Wave
 from xprobe.capture.requests import Each, Group, Request
 from xprobe.capture.runner import Runner
-from xprobe.errors import DataError
-from xprobe.events import Stage, Step
-from xprobe.models import loading
+from xprobe.events import Step
 from xprobe.models.anatomy import input_device
-from xprobe.models.loading import LoadedModel
-from xprobe.qa.prompts import Prompt, build_prompts
+from xprobe.qa.prompts import Prompt
 from xprobe.qa.stopping import stop_tokens
 from xprobe.runs.identity import checksum_of, run_key
 from xprobe.runs.lines import append_lines, read_lines, rewrite_lines
 from xprobe.runs.manifest import ExecutionEntry
 from xprobe.scoring.settings import AnswerSettings
-from xprobe.stages.opening import check_vocabulary, open_runner
-from xprobe.stages.questions import Questions
+from xprobe.stages.opening import AskedModel, open_prompts
 from xprobe.stages.requests import strategy_sample
 from xprobe.stages.run import Run
 from xprobe.timing import Stopwatch
@@ -33,17 +28,8 @@ from xprobe.timing import Stopwatch
 LINES = "answers.jsonl"
 STEP = "answers"  # of the events that count examples
 FEWEST_TOKENS, MOST_TOKENS = 32, 128  # bounds of the default number of new tokens
-DEFINITION = 1  # raised when other answers would be generated
+DEFINITION = 2  # raised when other answers would be generated, or lines hold other things
 Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class AskedModel:
-    """The model of a run and its questions, as they are read again."""
-
-    questions: Questions
-    source: loading.Source
-    loaded: LoadedModel | None = None
 
 
 def answers_key(run: Run, settings: AnswerSettings) -> str:
@@ -80,18 +66,8 @@ def generate_missing(run: Run, asked: AskedModel, settings: AnswerSettings, watc
     XprobeError
         Says what is wrong and what is kept: lines that were written stay valid.
     """
-    questions = asked.questions
-    run.notify(Stage("loading the model"))
-    with watch.timed("load"):
-        runner, tokenizer = open_runner(run, asked.source, asked.loaded)
-    run.notify(Stage("building prompts"))
-    with watch.timed("prompts"):
-        window = loading.window(runner.model.config)
-        prompts, skipped = build_prompts(questions.examples, tokenizer, questions.template, window)
-    if not prompts:
-        raise DataError(f"none of {len(questions.examples)} examples can be used, the first: {skipped[0]}")
-    check_vocabulary(prompts, runner.anatomy.head.vocab_size, asked.source.name)
-    stop = stop_tokens(tokenizer, questions.template, getattr(runner.model, "generation_config", None))
+    runner, tokenizer, prompts = open_prompts(run, asked, watch)
+    stop = stop_tokens(tokenizer, asked.questions.template, getattr(runner.model, "generation_config", None))
     limits = most_tokens(prompts, settings.max_new_tokens)
     requests = {id(prompt): _request(prompt) for prompt in prompts}
     by_group: dict[str, list[Prompt]] = {}
@@ -173,6 +149,7 @@ def _line(prompts: Sequence[Prompt], answers: Sequence[Generated], tokenizer: An
                 "answer": tokenizer.decode(
                     answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 ).strip(),
+                "ids": list(answer.ids),
                 "tokens": len(answer.ids),
                 "log_probability": sum(answer.log_probabilities),
                 "stopped": answer.stopped,

@@ -1,8 +1,9 @@
-"""Opens the model of a run: the runner that gives rows or answers, and the tokenizer."""
+"""Opens the model of a run: the runner that gives rows or answers, the tokenizer, and the prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from xprobe_kernels import available_backends
@@ -10,14 +11,57 @@ from xprobe_kernels import available_backends
 from xprobe.capture.engine import Engine
 from xprobe.capture.layerwise import LayerwiseEngine
 from xprobe.capture.runner import Runner
-from xprobe.errors import ModelError, UsageError
-from xprobe.events import Note, Step
+from xprobe.errors import DataError, ModelError, UsageError
+from xprobe.events import Note, Stage, Step
 from xprobe.models import in_memory, loading
 from xprobe.models.anatomy import input_device, inspect
 from xprobe.models.loading import LoadedModel
 from xprobe.models.streaming import streamed as streaming
-from xprobe.qa.prompts import Prompt
+from xprobe.qa.prompts import Prompt, build_prompts
+from xprobe.stages.questions import Questions
 from xprobe.stages.run import Run
+from xprobe.timing import Stopwatch
+
+
+@dataclass(frozen=True)
+class AskedModel:
+    """The model of a run and its questions, as they are read again."""
+
+    questions: Questions
+    source: loading.Source
+    loaded: LoadedModel | None = None
+
+
+def open_prompts(run: Run, asked: AskedModel, watch: Stopwatch) -> tuple[Runner, Any, list[Prompt]]:
+    """The runner of the model, its tokenizer, and the prompts of the run.
+
+    Raises
+    ------
+    XprobeError
+        The model cannot be loaded, or no example can be used.
+    """
+    run.notify(Stage("loading the model"))
+    with watch.timed("load"):
+        runner, tokenizer = open_runner(run, asked.source, asked.loaded)
+    run.notify(Stage("building prompts"))
+    with watch.timed("prompts"):
+        prompts = usable_prompts(asked.questions, tokenizer, loading.window(runner.model.config))
+    check_vocabulary(prompts, runner.anatomy.head.vocab_size, asked.source.name)
+    return runner, tokenizer, prompts
+
+
+def usable_prompts(questions: Questions, tokenizer: Any, window: int | None) -> list[Prompt]:
+    """The prompts of all examples that can be used.
+
+    Raises
+    ------
+    DataError
+        None can: names the first and why.
+    """
+    prompts, skipped = build_prompts(questions.examples, tokenizer, questions.template, window)
+    if not prompts:
+        raise DataError(f"none of {len(questions.examples)} examples can be used, the first: {skipped[0]}")
+    return prompts
 
 
 def open_runner(run: Run, source: loading.Source, loaded: LoadedModel | None) -> tuple[Runner, Any]:

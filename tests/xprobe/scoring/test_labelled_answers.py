@@ -1,7 +1,8 @@
 """The rules of error types against labels by hand, on wrong answers of real models to the built-in questions.
 
 ``labelled_answers.json`` holds answers with an F1 under 0.5. One person read them and labelled each ``blank``,
-``refusal``, ``wrong language``, ``gibberish`` or ``content``. The rule on repetition was chosen on those of SmolLM2.
+``refusal``, ``wrong language``, ``gibberish`` or ``content``. The rule on repetition was chosen on those of SmolLM2;
+the labels of Qwen2.5-Coder came later, by a reader who did not know the rules.
 ``python tests/xprobe/scoring/test_labelled_answers.py`` prints the confusion table.
 """
 
@@ -44,6 +45,7 @@ def test_the_rules_agree_with_labels_by_hand(model: str) -> None:
 
 def test_there_are_enough_labels() -> None:
     assert len(ANSWERS) >= 150
+    assert len(MODELS) == 2
     assert {answer["label"] for answer in ANSWERS} <= set(ERROR_TYPES)
     assert min(Counter(answer["label"] for answer in ANSWERS).values()) >= 40
 

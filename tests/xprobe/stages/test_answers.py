@@ -219,7 +219,7 @@ def test_another_model_at_the_runs_place_is_refused(tmp_path: Path) -> None:
     xprobe.run(str(model), out=tmp_path / "run", **{**OPTIONS, "languages": ("en",), "limit": 2})
     shutil.rmtree(model)
     save_tiny_model(tmp_path / "model", seed=1)
-    with pytest.raises(UsageError, match=r"cannot add answers to the run in .*: model .* has other bytes"):
+    with pytest.raises(UsageError, match=r"cannot add to the run in .*: model .* has other bytes"):
         xprobe.evaluate(tmp_path / "run", SHORT)
     shutil.rmtree(model)
     with pytest.raises(UsageError, match="no model lies at"):
