@@ -23,7 +23,7 @@ from xprobe.scoring.settings import AnswerSettings, OracleSettings
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel
     from xprobe.stages.opening import AskedModel
-    from xprobe.stages.oracle import OracleForecast
+    from xprobe.stages.oracle_forecast import OracleForecast
     from xprobe.stages.run import Run
 
 
@@ -141,13 +141,13 @@ def forecast_oracle(
     >>> print(xprobe.forecast_oracle("runs/demo"))           # doctest: +SKIP
     1152 answers, about 86,400 removals, 4.1 million tokens, 32 times those of the states; 51 minutes at their speed
     """
-    from xprobe.stages import oracle as stage
+    from xprobe.stages.oracle_forecast import forecast_run
 
     settings = OracleSettings() if settings is None else settings
     check_instance("settings", settings, OracleSettings)
     folder, run = _open_run(path, CallerNotify(None), options)
     asked = _open_model(folder, run.manifest, None, records)
-    return stage.forecast_run(run, settings, asked)
+    return forecast_run(run, settings, asked)
 
 
 def _open_run(path: str | Path | Study, notify: CallerNotify, options: dict[str, Any]) -> tuple[RunFolder, Run]:

@@ -193,7 +193,8 @@ class Study(Mapping[str, SettingResult]):
         """
         if "oracle" not in self.manifest.stages:
             raise UsageError(
-                f"the run in {self.path} has no oracle: xprobe.oracle({str(self.path)!r}) or `xprobe oracle` computes it"
+                f"the run in {self.path} has no oracle: xprobe.oracle({str(self.path)!r}) or `xprobe oracle` computes "
+                "it"
             )
         return self.table("oracle.parquet")
 

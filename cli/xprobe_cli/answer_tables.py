@@ -1,4 +1,4 @@
-"""The table of `xprobe evaluate`: F1, EM, ratios and error types by setting and language."""
+"""The tables of `xprobe evaluate` (F1, EM, ratios, error types) and of `xprobe oracle`, by setting and language."""
 
 from __future__ import annotations
 
@@ -46,6 +46,62 @@ def _setting(study: Study, setting: str, summary: dict[str, Any]) -> str:
 def plain_answers(study: Study) -> dict[str, Any]:
     """What `xprobe evaluate --json` prints."""
     entry = study.manifest.stages["answers"]
+    return {
+        "run_dir": str(study.path),
+        "model": study.manifest.model.name,
+        **entry.results,
+        "seconds": entry.seconds,
+        "warnings": entry.warnings,
+    }
+
+
+def oracle_report(study: Study) -> str:
+    """The oracle of every setting, beside the answers and the controls, and the path of the run."""
+    results = study.manifest.stages["oracle"].results
+    parts = [_oracle_setting(study, setting, summary) for setting, summary in results["settings"].items()]
+    return "\n\n".join([*parts, ORACLE_NOTE, f"files     {study.path}"])
+
+
+ORACLE_NOTE = """\
+own, gold: the evidence of the model's own answer, of the gold answer
+without q.: the same without the question in the prompt; random: spans of the same length
+sentence: how often the evidence lies in a sentence that holds the answer"""
+
+
+def _oracle_setting(study: Study, setting: str, summary: dict[str, Any]) -> str:
+    results = study.manifest.stages["oracle"].results
+    title = (
+        f"{study.manifest.model.name} · {setting} · {counted(summary['n'], 'answer')} · oracle definition "
+        f"{results['definition']} · removal {results['removal']} · normaliser {results['normaliser']}"
+    )
+    heads = [
+        "language", f"{'F1 of answers':<20}", f"{'oracle F1, own':<20}", "without q.", "random",
+        f"{'oracle F1, gold':<20}", "without q.", "random", "sentence: own", "gold", "random",
+    ]  # fmt: skip
+    header = "  ".join(heads)
+    lines = [title, "", header, "─" * len(header)]
+    for name, row in [*summary["languages"].items(), ("all", summary)]:
+        cells = [f"{name:<8}", f"{estimate(row['answer_f1'], 3):<20}"]
+        for target in ("own", "gold"):
+            found = row.get(target, {})
+            cells += [
+                f"{estimate(found['f1'], 3) if found else '–':<20}",
+                f"{_value(found, 'f1_without_question'):>10}",
+                f"{_value(found, 'random_f1'):>6}",
+            ]
+        sentence = [_value(row.get(target, {}), "sentence_hit") for target in ("own", "gold")]
+        cells += [f"{sentence[0]:>13}", f"{sentence[1]:>4}", f"{_value(row, 'random_sentence'):>6}"]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _value(figures: dict[str, Any], name: str) -> str:
+    return number(figures[name]["value"], 2) if name in figures else "–"
+
+
+def plain_oracle(study: Study) -> dict[str, Any]:
+    """What `xprobe oracle --json` prints."""
+    entry = study.manifest.stages["oracle"]
     return {
         "run_dir": str(study.path),
         "model": study.manifest.model.name,

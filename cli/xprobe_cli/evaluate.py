@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from xprobe.scoring.settings import NORMALISERS, AnswerSettings
-from xprobe_cli.options import Folder, common, echo_json
+from xprobe_cli.options import Folder, common, echo_json, of_run, with_model
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
 
@@ -53,13 +52,7 @@ def _help() -> str:
     type=click.IntRange(min=1),
     help="Most tokens of an answer. [default: as many as the longest gold answer in that language, but 32 to 128]",
 )
-@click.option("--device", help="A torch device: cpu, cuda, cuda:1, ... [default: that of the run]")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens in one pass. [default: that of the run]")
-@click.option(
-    "--stream/--no-stream", default=None, help="A streamed model cannot generate: --no-stream loads it whole."
-)
-@click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code.")
-@click.option("--allow-pickle", is_flag=True, help="Load weights from pickles. A pickle can run any code.")
+@with_model
 @common
 @click.pass_context
 def command(
@@ -70,15 +63,10 @@ def command(
     from xprobe.evaluation import evaluate
     from xprobe_cli.answer_tables import answer_report, plain_answers
 
-    given = {
-        name: value
-        for name, value in options.items()
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
     settings = AnswerSettings(max_new_tokens, normaliser, threshold)
     try:
         with Progress() as progress, Stoppable(progress) as stoppable:
-            study = evaluate(run, settings, progress=stoppable, **given)
+            study = evaluate(run, settings, progress=stoppable, **of_run(context, options))
     except Stopped as stopped:
         click.echo("xprobe: interrupted: answers that were generated are kept; the same command goes on", err=True)
         return EXIT_CODES[stopped.signal]

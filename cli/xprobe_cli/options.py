@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
@@ -56,6 +57,32 @@ def help_without_command(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(2)
+
+
+def of_run(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user gave; the others stay those of the run."""
+    return {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+
+
+def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of commands that load the model of a run. ``of_run`` keeps those that the user gave."""
+    for option in reversed([
+        click.option("--device", help="A torch device: cpu, cuda, cuda:1, ... [default: that of the run]"),
+        click.option(
+            "--batch-tokens", type=click.IntRange(min=1), help="Most tokens in one pass. [default: that of the run]"
+        ),
+        click.option(
+            "--stream/--no-stream", default=None, help="A streamed model cannot do this: --no-stream loads it whole."
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code."),
+        click.option("--allow-pickle", is_flag=True, help="Load weights from pickles. A pickle can run any code."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -323,7 +324,9 @@ class Engine:
         if empty := [index for index, text in enumerate(texts) if not all(map(len, text))]:
             raise UsageError(f"text {empty[0]} has an empty prompt or continuation: each needs at least one token")
         requests = [
-            Request((*prompt, *answer[:-1]), {"answer": Each(range(len(prompt) - 1, len(prompt) + len(answer) - 1))})
+            Request(
+                (*prompt, *answer[:-1]), {"answer": Each(tuple(range(len(prompt) - 1, len(prompt) + len(answer) - 1)))}
+            )
             for prompt, answer in texts
         ]
         check_requests(requests, self.limits, [f"text {index}" for index in range(len(requests))])
@@ -342,7 +345,7 @@ class Engine:
             targets = [token for i in part for token in texts[i][1]]
             values = log_probabilities(rows["answer"][0], targets, self.anatomy.head)
             ends = rows.offsets["answer"].tolist()
-            found.update(zip(part, (sum(values[a:b]) for a, b in zip(ends, ends[1:], strict=False)), strict=True))
+            found.update(zip(part, (sum(values[a:b]) for a, b in pairwise(ends)), strict=True))
             if progress is not None:
                 progress(len(part))
 

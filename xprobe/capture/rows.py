@@ -85,9 +85,7 @@ class RowBuffers:
     ``layers`` layers are kept, from ``first_layer`` on.
     """
 
-    def __init__(
-        self, layers: int, width: int, dtype: torch.dtype, device: torch.device, first_layer: int = 0
-    ) -> None:
+    def __init__(self, layers: int, width: int, dtype: torch.dtype, device: torch.device, first_layer: int = 0) -> None:
         self.layers, self.width, self.dtype, self.device = layers, width, dtype, device
         self.first_layer = first_layer
         self._memory: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from xprobe.scoring.words import Span, sentence_spans, word_spans
@@ -95,7 +96,9 @@ class Words:
 
     def overlapping(self, characters: Span) -> Span:
         """The words that hold one of these characters; (0, 0) if there are none."""
-        inside = [i for i, (start, stop) in enumerate(self.characters) if start < characters[1] and stop > characters[0]]
+        inside = [
+            i for i, (start, stop) in enumerate(self.characters) if start < characters[1] and stop > characters[0]
+        ]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
     def spans_of_length(self, count: int) -> list[Span]:
@@ -106,7 +109,7 @@ class Words:
 def _equal_parts(start: int, stop: int) -> list[Span]:
     parts = -(-(stop - start) // MOST_WORDS)
     cuts = [start + (stop - start) * part // parts for part in range(parts + 1)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 class Found(NamedTuple):

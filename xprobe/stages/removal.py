@@ -1,7 +1,7 @@
 """Prompts with words of the context removed, and the log-probability of an answer after each.
 
-A prompt with a removed span shares its beginning, up to the removal, with every other prompt on the same context. So all
-removals of a wave of examples run together, on the packed tree.
+A prompt with a removed span shares its beginning, up to the removal, with every other prompt on the same context. So
+all removals of a wave of examples run together, on the packed tree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from xprobe.capture.plan import Strategy, part_tokens, split
 from xprobe.capture.requests import Each, Request
 from xprobe.qa.prompts import Prompt
-from xprobe.scoring.evidence import Search, Words
+from xprobe.scoring.evidence import Search
 from xprobe.scoring.words import Span
 
 Tokens = tuple[int, ...]
@@ -65,6 +65,7 @@ class Case:
     Examples
     --------
     >>> from xprobe.qa.records import Example
+    >>> from xprobe.scoring.evidence import Words
     >>> example = Example("en-x", "en", "q1", "p1", "en", "Ada sold 40", "How many", "40", 9)
     >>> spans = {"context": (1, 4), "question": (4, 6), "answer_in_context": (3, 4)}
     >>> prompt = Prompt(example, (1, 11, 12, 13, 14, 15, 9, 13), 7, spans, ((0, 3), (3, 8), (8, 11)))
@@ -98,9 +99,7 @@ class Case:
         return hidden.without(self._whole, [(first + start, first + stop)]), self.target
 
 
-def run_searches(
-    cases: Sequence[Case], hidden: Hidden, measure: Callable[[list[Text]], Sequence[float]]
-) -> None:
+def run_searches(cases: Sequence[Case], hidden: Hidden, measure: Callable[[list[Text]], Sequence[float]]) -> None:
     """Runs the searches of all cases to their ends, step by step together. Texts that are equal are measured once.
 
     Parameters
@@ -127,12 +126,8 @@ def run_searches(
                 case.search.take([case.log_probability - known[case.text(span, hidden)] for span in spans])
 
 
-def count_tokens(
-    texts: Sequence[Text], batch_tokens: int, strategy: Strategy, max_shared_tokens: int | None
-) -> int:
+def count_tokens(texts: Sequence[Text], batch_tokens: int, strategy: Strategy, max_shared_tokens: int | None) -> int:
     """Tokens that the forward passes over ``texts`` run."""
-    requests = [
-        Request((*prompt, *answer[:-1]), {"answer": Each((len(prompt) - 1,))}) for prompt, answer in texts
-    ]
+    requests = [Request((*prompt, *answer[:-1]), {"answer": Each((len(prompt) - 1,))}) for prompt, answer in texts]
     parts = split(requests, range(len(requests)), batch_tokens, strategy, max_shared_tokens)
     return sum(part_tokens(requests, part, strategy) for part in parts)
