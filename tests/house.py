@@ -39,9 +39,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # room -> what it holds, in one line; docs/architecture.md shows it
 ABOUT = {
     "study": "`xprobe.run`: the stages in order",
-    "evaluation": "`xprobe.evaluate`: answers added to a finished run",
+    "evaluation": "`xprobe.evaluate`, `xprobe.oracle`: stages added to a finished run",
     "forecast": "what a run would take: tokens, memory, time (`--dry-run`)",
-    "stages": "run folder in, run folder out: states, phases, probes, answers",
+    "stages": "run folder in, run folder out: states, phases, probes, answers, oracle",
     "results": "`Study` and `SettingResult`: a finished run as data frames",
     "doctor": "what works on this machine",
     "lenses": "the logit lens over captured rows; the calls to `xprobe_kernels.lens`",
@@ -49,7 +49,7 @@ ABOUT = {
     "models": "loading, finding blocks and head, parity check, models larger than memory",
     "qa": "questions: readers, the built-in set, templates, prompts",
     "probes": "scikit-learn probes, their controls, their training",
-    "scoring": "normalisers, F1 and EM, error types, summaries of answers",
+    "scoring": "normalisers, F1 and EM, error types, the search for evidence, summaries",
     "phases": "signals, retrieval onsets, S(l), alpha, bootstrap; numbers in, numbers out",
     "runs": "the run folder: manifest, shards, journal, lock",
     "events": "what a run reports while it works: `Stage`, `Step`, `Note`",

@@ -49,7 +49,8 @@ def retrieval_model(folder: Path, *, retrieves: bool) -> Path:
         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    weights = dict.fromkeys(GOLD, 1.0) if retrieves else {word: random.Random(word).random() for word in FILLERS}
+    random_weights = {word: random.Random(word).random() for word in FILLERS}
+    weights = dict.fromkeys(GOLD, 1.0) if retrieves else random_weights
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:

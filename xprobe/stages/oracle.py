@@ -169,8 +169,10 @@ def scored(line: Line, normaliser: Normaliser) -> pd.DataFrame:
     ...         "words": [[0, 3], [4, 8], [9, 11], [13, 16], [17, 21]], "sentences": [[0, 11], [13, 21]],
     ...         "searches": [found]}
     >>> row = scored(line, get_normaliser("xprobe")).iloc[0]
-    >>> print(row["evidence"], row["f1"], row["chance_f1"], row["answer_f1"], row["sentence_hit"], row["sentence_chance"])
-    40 1.0 0.2 0.0 True 0.5
+    >>> print(row["evidence"], row["f1"], row["chance_f1"], row["answer_f1"])
+    40 1.0 0.2 0.0
+    >>> print(row["sentence_hit"], row["sentence_chance"])
+    True 0.5
     """
     context, language, gold = line["context"], line["context_language"], tuple(line["gold"])
     start = line["answer_start"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_long_sentence_is_searched_in_equal_parts() -> None:
     assert max(sizes) - min(sizes) <= 1
     assert words.sentences[0][0] == 0
     assert words.sentences[-1][1] == len(places)
-    assert all(one[1] == other[0] for one, other in zip(words.sentences, words.sentences[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in pairwise(words.sentences))
 
 
 def numbered(sentences: list[int]) -> Words:
@@ -65,7 +66,7 @@ def numbered(sentences: list[int]) -> Words:
     count = sum(sentences)
     cuts = [sum(sentences[:i]) for i in range(len(sentences) + 1)]
     spans = tuple((3 * i, 3 * i + 2) for i in range(count))
-    return Words(spans, tuple((i, i + 1) for i in range(count)), tuple(zip(cuts, cuts[1:], strict=False)))
+    return Words(spans, tuple((i, i + 1) for i in range(count)), tuple(pairwise(cuts)))
 
 
 def ended(search: Search, drop) -> Search:

@@ -264,7 +264,7 @@ def test_answers_are_generated_first_where_the_run_has_none(tiny: Path, tmp_path
     study = xprobe.run(str(tiny), out=tmp_path / "run", **options)
     with pytest.raises(UsageError, match=r"has no oracle: xprobe.oracle\("):
         _ = study.oracle
-    with pytest.raises(UsageError, match="has no answers yet: xprobe.evaluate"):
+    with pytest.raises(UsageError, match=r"has no answers yet: xprobe\.evaluate"):
         xprobe.forecast_oracle(study)
     after = xprobe.oracle(study, xprobe.OracleSettings(spans=False))
     assert len(after.answers) == 2
