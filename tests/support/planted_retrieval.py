@@ -46,7 +46,8 @@ def retrieval_model(folder: Path, *, retrieves: bool) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=1, bos_token_id=None,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=1,
+        bos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     random_weights = {word: random.Random(word).random() for word in FILLERS}
