@@ -262,7 +262,7 @@ def _without_scale(model: Any, chain: list[Call], head_module: Any, state: Tenso
                 bias = weight @ inner["bias"] + (0 if bias is None else bias)
             weight = weight @ inner["weight"]
         elif position == 0:
-            norm, norm_name = _read_norm(call, model.config), call.name
+            norm, norm_name = read_norm(call.module, call.name, call.inputs, model.config), call.name
         else:
             raise ModelError(
                 f"{type(model).__name__}: unknown module {call.name!r} between the final norm and the head"
@@ -276,9 +276,30 @@ def _without_scale(model: Any, chain: list[Call], head_module: Any, state: Tenso
     return Unembedding(weight, bias=bias, **norm), norm_name
 
 
-def _read_norm(call: Call, config: Any) -> dict[str, Any]:
-    """The kind, gamma, beta and epsilon of a norm: the candidate that gives its output on rows of several sizes."""
-    module = call.module
+def read_norm(module: nn.Module, name: str, inputs: Tensor, config: Any) -> dict[str, Any]:
+    """The kind, gamma, beta and epsilon of a norm: the candidate that gives its output on rows of several sizes.
+
+    Parameters
+    ----------
+    module : Module
+    name : str
+        Of the module, for the message.
+    inputs : Tensor [..., D]
+        What it is called with: only shape, dtype and device count.
+    config : PreTrainedConfig
+        Of the model; its epsilons are candidates.
+
+    Raises
+    ------
+    ModelError
+        It is neither RMSNorm nor LayerNorm.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> read_norm(nn.LayerNorm(8, eps=1e-5), "norm", torch.zeros(1, 8), LlamaConfig())["norm"]
+    'layer'
+    """
     own = own_weights(module)
     weight, beta = own.get("weight"), own.get("bias")
     gammas = [None] if weight is None else [weight, 1 + weight.float()]
@@ -287,15 +308,15 @@ def _read_norm(call: Call, config: Any) -> dict[str, Any]:
         v for k, v in config.get_text_config(decoder=True).to_dict().items() if "eps" in k and isinstance(v, float)
     }
     generator = torch.Generator().manual_seed(0)
-    shape = (16, call.inputs.shape[-1])
+    shape = (16, inputs.shape[-1])
     # the mean is half the spread: if the mean were much larger, the spread would be lost in rounding
     rows = (torch.randn(shape, generator=generator) + 0.5) * torch.logspace(-5, 2, 16)[:, None]
-    narrow = call.inputs.dtype
+    narrow = inputs.dtype
     if getattr(module, "eps", 0.0) is None:  # torch's RMSNorm then takes the epsilon of the dtype it runs in
         epsilons |= {torch.finfo(narrow).eps, torch.finfo(torch.promote_types(narrow, torch.float32)).eps}
     wider = narrow if getattr(module, "eps", 0.0) is None else torch.float64
     with _with_precision([module], wider) as wide, torch.inference_mode():
-        rows = rows.to(call.outputs.device, wide if own else call.inputs.dtype)
+        rows = rows.to(inputs.device, wide if own else inputs.dtype)
         wanted = module(rows).double()
     best: tuple[float, dict[str, Any]] = (float("inf"), {})
     for kind, gamma, eps in product(("rms", "layer"), gammas, sorted(epsilons | {1e-5, 1e-6})):
@@ -306,9 +327,7 @@ def _read_norm(call: Call, config: Any) -> dict[str, Any]:
             best = (error, spec)
     # most norms compute in fp32, whatever the dtype of their input
     if not best[0] < 16 * max(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps):
-        raise ModelError(
-            f"{type(module).__name__} ({call.name}) is neither RMSNorm nor LayerNorm: off by {best[0]:.1e}"
-        )
+        raise ModelError(f"{type(module).__name__} ({name}) is neither RMSNorm nor LayerNorm: off by {best[0]:.1e}")
     return best[1]
 
 

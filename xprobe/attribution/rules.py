@@ -1,0 +1,215 @@
+"""Rules that say how relevance passes through the parts of a block, as changes of one model that are undone.
+
+Relevance is gradient times input. What makes a rule is the gradient: parts that are not linear are replaced, in the
+backward pass only, by linear ones. The forward pass computes the same numbers as before.
+
+``gradient``  nothing is replaced
+``cp``        attention weights, norm denominators and gates are constants, so relevance is conserved
+``attnlrp``   AttnLRP: half of the relevance of a product goes to each factor; the softmax keeps its gradient
+
+Sources: Ali et al. 2022, "XAI for Transformers: Better Explanations through Conservative Propagation" (arXiv
+2202.07304) for ``cp``; Achtibat et al. 2024, "AttnLRP" (arXiv 2402.05602) for ``attnlrp``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xprobe.attribution.parts import Parts, find_parts
+from xprobe.errors import ModelError, UsageError
+from xprobe.models.anatomy import Anatomy
+
+RULES: dict[str, str] = {
+    "cp": "attention weights, norm denominators and gates are constants; conserves relevance",
+    "gradient": "gradient times input, nothing is changed",
+    "attnlrp": "AttnLRP: products share their relevance, the softmax keeps its gradient",
+}
+_BUSY = "_xprobe_rule"  # attribute of a model whose parts are replaced
+
+
+@contextmanager
+def rule_applied(model: Any, anatomy: Anatomy, rule: str) -> Iterator[None]:
+    """Replaces the backward pass of parts of ``model`` inside the context. The forward pass gives the same numbers.
+
+    Everything is undone on exit, also after an exception. Other models are not touched.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    anatomy : Anatomy
+        Where its blocks are (``xprobe.models.anatomy.inspect``).
+    rule : str
+        One of ``RULES``.
+
+    Raises
+    ------
+    UsageError
+        The rule is unknown, or the model is inside another such context, in this thread or another.
+    ModelError
+        A part of the model is of a kind that the rule does not know: names it.
+
+    Examples
+    --------
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> from xprobe.models.anatomy import inspect
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
+    >>> model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes)).eval()
+    >>> ids = torch.tensor([[5, 6, 7]])
+    >>> with torch.no_grad(), rule_applied(model, inspect(model), "cp"):
+    ...     changed = model(ids).logits
+    >>> torch.equal(changed, model(ids).logits)
+    True
+    """
+    if rule not in RULES:
+        raise UsageError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
+    token = object()
+    if vars(model).setdefault(_BUSY, token) is not token:  # one step, also between threads
+        raise UsageError("this model is being attributed already: wait for that to end, or use another copy of it")
+    try:
+        with ExitStack() as stack:
+            if rule != "gradient":
+                parts = find_parts(model, anatomy)
+                _replace_norms(parts, stack)
+                _replace_activations(parts, rule, stack)
+                _hold_routers(parts, stack)
+                _replace_attention(model, rule, stack)
+            yield
+    finally:
+        vars(model).pop(_BUSY, None)
+
+
+# -- the parts ------------------------------------------------------------------------------------------------------
+
+
+def same_value(value: Tensor, linear: Tensor) -> Tensor:
+    """The numbers of ``value`` with the gradient of ``linear``.
+
+    Examples
+    --------
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> y = same_value(x * x, 3 * x)
+    >>> y.backward()
+    >>> y.item(), x.grad.item()
+    (9.0, 3.0)
+    """
+    return value.detach() + (linear - linear.detach())
+
+
+def scaled_gradient(value: Tensor, factor: float) -> Tensor:
+    """The same numbers with ``factor`` times the gradient."""
+    return same_value(value, value * factor)
+
+
+def proportional(value: Tensor, inputs: Tensor) -> Tensor:
+    """``value`` as a multiple of ``inputs``, element by element, with the multiples as constants."""
+    ratio = torch.where(inputs == 0, 0, value / inputs).detach()
+    return same_value(value, inputs * ratio)
+
+
+def _replace_norms(parts: Parts, stack: ExitStack) -> None:
+    for module, spec in parts.norms:
+        original = module.forward
+
+        def forward(hidden: Tensor, *args: Any, original: Any = original, spec: Any = spec, **kwargs: Any) -> Tensor:
+            return same_value(original(hidden, *args, **kwargs), spec.linear(hidden))
+
+        _set_forward(module, forward, stack)
+
+
+def _replace_activations(parts: Parts, rule: str, stack: ExitStack) -> None:
+    for activation in parts.activations:
+        original = activation.module.forward
+
+        def forward(
+            inputs: Tensor, *args: Any, original: Any = original, gate: bool = activation.gated, **kwargs: Any
+        ) -> Tensor:
+            value = original(inputs, *args, **kwargs)
+            return value.detach() if gate and rule == "cp" else proportional(value, inputs)
+
+        _set_forward(activation.module, forward, stack)
+        if activation.gated and rule == "attnlrp":  # the product of gate and value: half for each
+            hook = activation.parent.register_forward_hook(lambda module, args, output: _halved(output))
+            stack.callback(hook.remove)
+
+
+def _halved(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (scaled_gradient(output[0], 0.5), *output[1:])
+    return scaled_gradient(output, 0.5)
+
+
+def _hold_routers(parts: Parts, stack: ExitStack) -> None:
+    """The weights of experts are constants under every rule."""
+    for module in parts.routers:
+        stack.callback(module.register_forward_hook(lambda module, args, output: _detached(output)).remove)
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, tuple | list):
+        return type(output)(_detached(part) for part in output)
+    return output.detach() if isinstance(output, Tensor) else output
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any], stack: ExitStack) -> None:
+    """Gives one module another forward. If it had one of its own before, that comes back."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+
+    def restore() -> None:
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
+
+    stack.callback(restore)
+
+
+# -- attention ------------------------------------------------------------------------------------------------------
+
+
+def _replace_attention(model: Any, rule: str, stack: ExitStack) -> None:
+    """Puts a function in front of the model's own attention that changes the gradients of its inputs."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    configs = {id(c): c for c in (model.config, model.base_model.config, model.config.get_text_config(decoder=True))}
+    known = AttentionInterface()
+    masks = AttentionMaskInterface()
+    for config in configs.values():
+        own = config._attn_implementation
+        name = f"xprobe_{rule}_{own}"
+        AttentionInterface.register(name, _attention(rule, own))
+        if own in masks:
+            AttentionMaskInterface.register(name, masks[own])
+        stack.callback(setattr, config, "_attn_implementation", own)
+        config._attn_implementation = name
+    if not known:
+        raise ModelError(f"{type(model).__name__}: this version of transformers has no attention interface")
+
+
+def _attention(rule: str, own: str) -> Callable[..., Any]:
+    """The model's own attention ``own``, with other gradients."""
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if rule == "cp":
+            query, key = query.detach(), key.detach()
+        else:  # the product of weights and values: half for each; that of queries and keys: half of that half
+            query, key, value = scaled_gradient(query, 0.25), scaled_gradient(key, 0.25), scaled_gradient(value, 0.5)
+        return _function(module, own)(module, query, key, value, *args, **kwargs)
+
+    return attend
+
+
+def _function(module: nn.Module, own: str) -> Callable[..., Any]:
+    from transformers import AttentionInterface
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found = AttentionInterface().get(own, eager) if own != "eager" else eager
+    if found is None:
+        raise ModelError(f"{type(module).__name__} does not use the attention interface of transformers")
+    return found
