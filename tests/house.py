@@ -14,14 +14,15 @@ LIBRARY = ROOT / "xprobe"
 # room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study": ("stages", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
-    "evaluation": ("stages", "results", "models", "scoring", "runs", "events", "config", "arguments", "errors"),
+    "evaluation": ("stages", "results", "attribution", "models", "scoring", "runs", "events", "config", "arguments",
+                   "errors"),
     "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
-    "stages": ("results", "lenses", "attribution", "capture", "models", "qa", "probes", "scoring", "phases", "runs", "events",
-               "timing", "config", "errors"),
+    "stages": ("results", "lenses", "attribution", "capture", "models", "qa", "probes", "scoring", "phases", "runs",
+               "events", "timing", "config", "errors"),
     "results": ("phases", "runs", "config", "arguments", "errors"),
     "doctor": ("models", "qa", "runs", "cache", "config", "errors"),
     "lenses": ("capture", "config", "errors"),
-    "attribution": ("capture", "models", "config", "errors"),
+    "attribution": ("capture", "models", "config", "arguments", "errors"),
     "capture": ("models", "config", "arguments", "errors"),
     "models": ("cache", "config", "errors"),
     "qa": ("cache", "config", "errors"),
@@ -40,9 +41,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # room -> what it holds, in one line; docs/architecture.md shows it
 ABOUT = {
     "study": "`xprobe.run`: the stages in order",
-    "evaluation": "`xprobe.evaluate`, `xprobe.oracle`: stages added to a finished run",
+    "evaluation": "`xprobe.evaluate`, `xprobe.oracle`, `xprobe.attribute`: stages added to a finished run",
     "forecast": "what a run would take: tokens, memory, time (`--dry-run`)",
-    "stages": "run folder in, run folder out: states, phases, probes, answers, oracle",
+    "stages": "run folder in, run folder out: states, phases, probes, answers, oracle, relevance",
     "results": "`Study` and `SettingResult`: a finished run as data frames",
     "doctor": "what works on this machine",
     "lenses": "the logit lens over captured rows; the calls to `xprobe_kernels.lens`",

@@ -13,9 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xprobe.attribution.settings import RelevanceSettings
     from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
-    from xprobe.evaluation import evaluate, forecast_oracle, oracle
+    from xprobe.evaluation import attribute, evaluate, forecast_oracle, oracle
     from xprobe.results import Study, load_study
     from xprobe.scoring.settings import AnswerSettings, OracleSettings
     from xprobe.study import run
@@ -30,6 +31,8 @@ _HOME = {
     "Execution": "xprobe.config",
     "AnswerSettings": "xprobe.scoring.settings",
     "OracleSettings": "xprobe.scoring.settings",
+    "RelevanceSettings": "xprobe.attribution.settings",
+    "attribute": "xprobe.evaluation",
     "evaluate": "xprobe.evaluation",
     "oracle": "xprobe.evaluation",
     "forecast_oracle": "xprobe.evaluation",
@@ -39,8 +42,8 @@ _HOME = {
 _MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
 
 __all__ = [
-    "AnswerSettings", "Execution", "OracleSettings", "Study", "StudyConfig", "XprobeError", "__version__", "evaluate",
-    "forecast_oracle", "load_study", "oracle", "run",
+    "AnswerSettings", "Execution", "OracleSettings", "RelevanceSettings", "Study", "StudyConfig", "XprobeError",
+    "__version__", "attribute", "evaluate", "forecast_oracle", "load_study", "oracle", "run",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.arguments import check_callable, check_instance, folder_path
+from xprobe.attribution.settings import RelevanceSettings
 from xprobe.config import MODEL_IN_MEMORY, RECORDS_IN_MEMORY, Execution, StudyConfig
 from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
@@ -123,6 +124,54 @@ def oracle(
     settings = OracleSettings() if settings is None else settings
     check_instance("settings", settings, OracleSettings)
     return _add_stage(path, partial(stage.compute, settings=settings), model, tokenizer, records, progress, options)
+
+
+def attribute(
+    path: str | Path | Study,
+    settings: RelevanceSettings | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    records: Any = None,
+    progress: Notify | None = None,
+    **options: Any,
+) -> Study:
+    """Computes, for every example of a finished run, how much each token matters for the gold answer at each layer.
+
+    One backward pass per example, under a rule that says how relevance passes attention, norms and gates. A call that
+    was stopped goes on where it was.
+
+    Parameters
+    ----------
+    path : path or Study
+        The run folder, or a study that was read from it. Gets ``relevance.jsonl``, ``relevance.parquet`` and
+        ``relevance_by_layer.parquet``.
+    settings : RelevanceSettings, optional
+    model, tokenizer, records, progress, **options
+        As for ``evaluate``.
+
+    Raises
+    ------
+    UsageError
+        As ``evaluate``.
+    ModelError
+        The rule does not know a part of the model: names it.
+    RunFolderError
+        The run is not finished, or its folder cannot be used.
+    XprobeError
+        The model failed; what was written stays.
+
+    Examples
+    --------
+    >>> import xprobe
+    >>> study = xprobe.attribute("runs/demo", xprobe.RelevanceSettings(limit=4))        # doctest: +SKIP
+    >>> study.relevance.query("group == 'question'")[["language", "mrd"]].head()        # doctest: +SKIP
+    """
+    from xprobe.stages import relevance
+
+    settings = RelevanceSettings() if settings is None else settings
+    check_instance("settings", settings, RelevanceSettings)
+    return _add_stage(path, partial(relevance.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
 def forecast_oracle(

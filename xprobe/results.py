@@ -198,6 +198,22 @@ class Study(Mapping[str, SettingResult]):
             )
         return self.table("oracle.parquet")
 
+    @property
+    def relevance(self) -> pd.DataFrame:
+        """One row per example and group of tokens; see docs/attribution.md. ``xprobe.attribute`` writes them.
+
+        Raises
+        ------
+        UsageError
+            The run has none.
+        """
+        if "relevance" not in self.manifest.stages:
+            raise UsageError(
+                f"the run in {self.path} has no relevance: xprobe.attribute({str(self.path)!r}) or `xprobe attribute` "
+                "computes it"
+            )
+        return self.table("relevance.parquet")
+
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.
 

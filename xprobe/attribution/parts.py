@@ -139,8 +139,9 @@ def _has_experts(module: nn.Module) -> bool:
 def _expert_sizes(module: nn.Module) -> tuple[int, int] | None:
     """Numbers of the two stacked matrices of experts: into the activation, and out of it."""
     into, out = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-    stacked = isinstance(into, nn.Parameter) and isinstance(out, nn.Parameter) and into.ndim == out.ndim == 3
-    return (into.numel(), out.numel()) if stacked else None
+    if isinstance(into, nn.Parameter) and isinstance(out, nn.Parameter) and into.ndim == out.ndim == 3:
+        return into.numel(), out.numel()
+    return None
 
 
 def _is_gate(parent: nn.Module, name: str) -> bool:

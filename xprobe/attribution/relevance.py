@@ -1,30 +1,45 @@
 """Relevance of every token at every layer for an answer: one backward pass through the blocks.
 
 R[l, t] = sum over D of h[l, t] * d y / d h[l, t], with y the sum of the logits of the answer's tokens (or of their
-log-probabilities). The backward pass goes block by block: only the states between blocks are kept, and a block is run
-again, with gradients, when its turn comes.
+log-probabilities). The backward pass goes block by block, so its memory is bounded: the states between blocks are kept,
+and the graphs of as many blocks as fit into ``KEPT_BYTES``. The other blocks are run again when their turn comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from xprobe_kernels import Unembedding
 from xprobe_kernels.transfer import upload
 
 from xprobe.attribution.parts import Norm
-from xprobe.attribution.rules import rule_applied, same_value
+from xprobe.attribution.rules import replace_forward, rule_applied, same_value
+from xprobe.attribution.settings import RelevanceSettings
+from xprobe.capture.memory import is_out_of_memory, release_memory
+from xprobe.capture.plan import part_tokens, split
+from xprobe.capture.requests import Each, Request
+from xprobe.capture.runner import Warnings
 from xprobe.errors import UsageError
+from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device
-from xprobe.models.block_io import hidden_argument, hidden_input, hidden_output, model_code_errors, with_hidden_input
+from xprobe.models.block_io import (
+    hidden_input,
+    hidden_output,
+    model_code_errors,
+    with_hidden_input,
+    with_hidden_output,
+)
 from xprobe.models.passes import pad
 
-ATTRIBUTED = ("logit", "log_probability")
+# most bytes of the graphs of blocks, by device; blocks beyond run again in the backward pass
+KEPT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+SHARE = 8  # a batch has at most this part of the tokens of a pass, because its graphs are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +80,7 @@ def relevance(
     texts : sequence of (token ids of the prompt, token ids of the answer)
         They share one batch, padded on the right. The last answer token is not run.
     rule : str
-        One of ``xprobe.attribution.rules.RULES``.
+        One of ``xprobe.attribution.settings.RULES``.
     attributed : str
         ``logit`` or ``log_probability``, summed over the answer's tokens.
 
@@ -91,12 +106,78 @@ def relevance(
     >>> found.values.shape, [round(float(share), 3) for share in found.conserved]
     (torch.Size([3, 4]), [1.0, 1.0, 1.0])
     """
-    if attributed not in ATTRIBUTED:
-        raise UsageError(f"unknown quantity {attributed!r}; known: {', '.join(ATTRIBUTED)}")
+    RelevanceSettings(rule, attributed)
     if empty := [index for index, text in enumerate(texts) if not all(map(len, text))]:
         raise UsageError(f"text {empty[0]} has an empty prompt or answer: each needs at least one token")
     with rule_applied(model, anatomy, rule), frozen(model), model_code_errors(model):
         return _backward(model, anatomy, texts, rule, attributed)
+
+
+class GradientRunner:
+    """Computes the relevance of many texts, in batches.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    anatomy : Anatomy
+    rule, attributed : str
+        As for ``relevance``.
+    batch_tokens : int
+        Most tokens of one forward pass of the study. A batch with gradients has an eighth of them, or one text.
+    notify : callable (message), optional
+        Called with each warning.
+
+    Raises
+    ------
+    UsageError
+        The rule is unknown, or several processes share the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        rule: str = "cp",
+        attributed: str = "logit",
+        batch_tokens: int = 4096,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        if tensor_parallel.size() > 1:
+            raise UsageError("relevance needs the whole model in one process: leave tensor_parallel")
+        settings = RelevanceSettings(rule, attributed)
+        self.model, self.anatomy, self.rule, self.attributed = model, anatomy, settings.rule, settings.attributed
+        self.batch_tokens = max(1, batch_tokens // SHARE)
+        self.warn = Warnings(notify)
+
+    def run(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Relevance]:
+        """The relevance of every text, in their order. If memory runs out, it goes on with smaller batches.
+
+        Raises
+        ------
+        UsageError, ModelError
+            As ``relevance``.
+        RuntimeError, MemoryError
+            Memory runs out even for one text, or the model fails.
+        """
+        requests = [Request((*prompt, *answer[:-1]), {"last": Each((0,))}) for prompt, answer in texts]
+        found: dict[int, Relevance] = {}
+        waiting = split(requests, range(len(requests)), self.batch_tokens, "plain")
+        while waiting:
+            part = waiting[0]
+            try:
+                results = relevance(self.model, self.anatomy, [texts[i] for i in part], self.rule, self.attributed)
+                found.update(zip(part, results, strict=True))
+                waiting.pop(0)
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+            release_memory()  # after the handler: the error's traceback holds the tensors of the batch
+            self.batch_tokens = max(1, part_tokens(requests, part, "plain") // 2)
+            self.warn(f"memory ran out: going on with at most {self.batch_tokens} tokens in a batch")
+            left = [i for some in waiting for i in some]
+            waiting = split(requests, left, self.batch_tokens, "plain")
+        return [found[i] for i in range(len(texts))]
 
 
 @contextmanager
@@ -117,17 +198,15 @@ def _backward(
 ) -> list[Relevance]:
     ids = [(*prompt, *answer[:-1]) for prompt, answer in texts]
     calls = _forward(model, anatomy, pad(ids, input_device(model)))
-    top = calls[-1].output.detach().requires_grad_()
-    answers = _attributed(top, texts, anatomy.head, rule, attributed)
+    top = calls[-1].result.detach().requires_grad_()
+    with torch.enable_grad():
+        answers = _attributed(top, texts, anatomy.head, rule, attributed)
     (gradient,) = torch.autograd.grad(answers.sum(), top)
     rows = [_product(top.detach(), gradient)]
-    for block, call in zip(reversed(anatomy.blocks), reversed(calls), strict=True):
-        with torch.enable_grad():
-            hidden = call.hidden.detach().requires_grad_()
-            args, kwargs = with_hidden_input(call.args, call.kwargs, hidden)
-            output = hidden_output(block(*args, **kwargs))
-        (gradient,) = torch.autograd.grad(output, hidden, gradient.to(output))
-        rows.append(_product(hidden.detach(), gradient))
+    while calls:
+        call = calls.pop()
+        gradient = call.gradient(gradient)
+        rows.append(_product(call.hidden.detach(), gradient))
     wide = torch.stack([row.to(rows[0].device) for row in reversed(rows)], 1)  # [B, L + 1, T]
     return [
         Relevance(values[:, : len(own)], float(answer))
@@ -143,28 +222,50 @@ def _product(hidden: Tensor, gradient: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a block: its arguments, its hidden input, and its hidden output."""
+    """One call of a block: how to repeat it, its hidden input (a leaf), and its hidden output."""
 
+    run: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden: Tensor
-    output: Tensor
+    result: Tensor
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient of the input, given that of the output. Runs the block again if its graph was not kept."""
+        result = self.result
+        if not result.requires_grad:
+            with torch.enable_grad():
+                args, kwargs = with_hidden_input(self.args, self.kwargs, self.hidden)
+                result = hidden_output(self.run(*args, **kwargs))
+        return torch.autograd.grad(result, self.hidden, gradient.to(result))[0]
 
 
 def _forward(model: Any, anatomy: Anatomy, ids: Tensor) -> list[_Call]:
-    """The calls of all blocks in a forward pass without gradients."""
+    """The calls of all blocks in a forward pass. Graphs of blocks are kept while they fit into ``KEPT_BYTES``."""
     calls: list[_Call] = []
+    kept, most = 0, KEPT_BYTES.get(ids.device.type, KEPT_BYTES["cpu"])
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        hidden = hidden_input(args, kwargs)
-        place = hidden_argument(args, kwargs)
-        if isinstance(place, int):
-            args = (*args[:place], hidden, *args[place + 1 :])
-        calls.append(_Call(args, kwargs, hidden, hidden_output(output)))
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        if not isinstance(tensor, nn.Parameter):
+            kept += tensor.numel() * tensor.itemsize
+        return tensor
+
+    def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_input(args, kwargs).detach().requires_grad_()
+            args, kwargs = with_hidden_input(args, kwargs, hidden)
+            with torch.set_grad_enabled(kept < most), saved_tensors_hooks(count, lambda tensor: tensor):
+                output = run(*args, **kwargs)
+            result = hidden_output(output)
+            calls.append(_Call(run, args, kwargs, hidden, result))
+            return with_hidden_output(output, result.detach())
+
+        return forward
 
     with ExitStack() as stack, torch.no_grad():
         for block in anatomy.blocks:
-            stack.callback(block.register_forward_hook(note, with_kwargs=True).remove)
+            replace_forward(block, recorded(block.forward), stack)
         model.base_model(input_ids=ids, use_cache=False)
     return calls
 

@@ -22,14 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from xprobe.attribution.parts import Parts, find_parts
+from xprobe.attribution.settings import check_rule
 from xprobe.errors import ModelError, UsageError
 from xprobe.models.anatomy import Anatomy
 
-RULES: dict[str, str] = {
-    "cp": "attention weights, norm denominators and gates are constants; conserves relevance",
-    "gradient": "gradient times input, nothing is changed",
-    "attnlrp": "AttnLRP: products share their relevance, the softmax keeps its gradient",
-}
 _BUSY = "_xprobe_rule"  # attribute of a model whose parts are replaced
 
 
@@ -45,7 +41,7 @@ def rule_applied(model: Any, anatomy: Anatomy, rule: str) -> Iterator[None]:
     anatomy : Anatomy
         Where its blocks are (``xprobe.models.anatomy.inspect``).
     rule : str
-        One of ``RULES``.
+        One of ``xprobe.attribution.settings.RULES``.
 
     Raises
     ------
@@ -66,8 +62,7 @@ def rule_applied(model: Any, anatomy: Anatomy, rule: str) -> Iterator[None]:
     >>> torch.equal(changed, model(ids).logits)
     True
     """
-    if rule not in RULES:
-        raise UsageError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
+    check_rule(rule)
     token = object()
     if vars(model).setdefault(_BUSY, token) is not token:  # one step, also between threads
         raise UsageError("this model is being attributed already: wait for that to end, or use another copy of it")
@@ -119,7 +114,7 @@ def _replace_norms(parts: Parts, stack: ExitStack) -> None:
         def forward(hidden: Tensor, *args: Any, original: Any = original, spec: Any = spec, **kwargs: Any) -> Tensor:
             return same_value(original(hidden, *args, **kwargs), spec.linear(hidden))
 
-        _set_forward(module, forward, stack)
+        replace_forward(module, forward, stack)
 
 
 def _replace_activations(parts: Parts, rule: str, stack: ExitStack) -> None:
@@ -132,7 +127,7 @@ def _replace_activations(parts: Parts, rule: str, stack: ExitStack) -> None:
             value = original(inputs, *args, **kwargs)
             return value.detach() if gate and rule == "cp" else proportional(value, inputs)
 
-        _set_forward(activation.module, forward, stack)
+        replace_forward(activation.module, forward, stack)
         if activation.gated and rule == "attnlrp":  # the product of gate and value: half for each
             hook = activation.parent.register_forward_hook(lambda module, args, output: _halved(output))
             stack.callback(hook.remove)
@@ -156,7 +151,7 @@ def _detached(output: Any) -> Any:
     return output.detach() if isinstance(output, Tensor) else output
 
 
-def _set_forward(module: nn.Module, forward: Callable[..., Any], stack: ExitStack) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., Any], stack: ExitStack) -> None:
     """Gives one module another forward. If it had one of its own before, that comes back."""
     before = vars(module).get("forward")
     vars(module)["forward"] = forward

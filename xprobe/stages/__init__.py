@@ -13,4 +13,5 @@ STAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "probes": (("states", "phases"), "probes on hidden states: probes.parquet"),
     "answers": (("states", "phases"), "generated answers, F1, error types: answers.jsonl, answers.parquet"),
     "oracle": (("states", "answers"), "the words that an answer hangs on: oracle.jsonl, oracle.parquet"),
+    "relevance": (("states", "phases"), "relevance of tokens by layer: relevance.jsonl, relevance.parquet"),
 }

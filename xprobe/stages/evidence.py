@@ -13,7 +13,6 @@ from typing import Any
 
 from xprobe.models import loading
 from xprobe.qa.prompts import Prompt
-from xprobe.qa.selection import order_questions
 from xprobe.runs.identity import checksum_of
 from xprobe.runs.lines import read_lines, rewrite_lines
 from xprobe.scoring.evidence import DEFINITION, Search, Words
@@ -52,15 +51,6 @@ def generated_answers(run: Run) -> dict[Key, Line]:
     }  # fmt: skip
 
 
-def chosen_answers(generated: dict[Key, Line], limit: int | None) -> dict[Key, Line]:
-    """The answers to the first ``limit`` questions, in the order in which a study takes them."""
-    paragraphs: dict[str, dict[str, None]] = {}
-    for (_, _, question), line in generated.items():
-        paragraphs.setdefault(line["paragraph"], {})[question] = None
-    taken = set(order_questions([list(questions) for questions in paragraphs.values()])[:limit])
-    return {key: line for key, line in generated.items() if key[2] in taken}
-
-
 @dataclass
 class _Guess(Search):
     """A search that takes the words of the gold answer for the evidence."""
@@ -82,6 +72,8 @@ class Searches:
     prompts : sequence of Prompt
     generated : dict of Key to Line
         Every answer of the run (``generated_answers``).
+    wanted : sequence of Key
+        The answers to search the evidence of.
     settings : OracleSettings
     budget : int
         Most tokens in one pass.
@@ -89,14 +81,18 @@ class Searches:
     Attributes
     ----------
     wanted : dict of Key to Line
-        The answers to search the evidence of.
     waves : list of list of Prompt
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], generated: dict[Key, Line], settings: OracleSettings, budget: int
+        self,
+        prompts: Sequence[Prompt],
+        generated: dict[Key, Line],
+        wanted: Sequence[Key],
+        settings: OracleSettings,
+        budget: int,
     ) -> None:
-        self.wanted = chosen_answers(generated, settings.limit)
+        self.wanted = {key: generated[key] for key in wanted}
         self.waves: list[list[Prompt]] = []
         self._settings = settings
         self._longest = _longest_answers(generated.values())

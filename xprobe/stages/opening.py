@@ -18,6 +18,9 @@ from xprobe.models.anatomy import input_device, inspect
 from xprobe.models.loading import LoadedModel
 from xprobe.models.streaming import streamed as streaming
 from xprobe.qa.prompts import Prompt, build_prompts
+from xprobe.qa.selection import order_questions
+from xprobe.results import read_tables
+from xprobe.runs.folder import EXAMPLES
 from xprobe.stages.questions import Questions
 from xprobe.stages.run import Run
 from xprobe.timing import Stopwatch
@@ -108,3 +111,17 @@ def check_vocabulary(prompts: Sequence[Prompt], size: int, name: str) -> None:
         raise ModelError(
             f"the tokenizer of {name} gives token id {largest}, the model knows {size}: the two do not belong together"
         )
+
+
+def first_questions(run: Run, limit: int | None) -> list[tuple[str, str, str]]:
+    """(setting, language, question id) of every example of the first ``limit`` questions, in the order of the run.
+
+    The questions come in the order in which ``limit`` of a study takes them.
+    """
+    (examples,) = read_tables(run.folder, run.manifest, (EXAMPLES,))
+    paragraphs: dict[str, dict[str, None]] = {}
+    for paragraph, question in zip(examples["paragraph"], examples["question_id"], strict=True):
+        paragraphs.setdefault(paragraph, {})[question] = None
+    taken = set(order_questions([list(questions) for questions in paragraphs.values()])[:limit])
+    keys = zip(examples["setting"], examples["language"], examples["question_id"], strict=True)
+    return [key for key in keys if key[2] in taken]

@@ -6,7 +6,7 @@ model -> prompts with words of the context removed -> drops of log-probability -
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,6 @@ from xprobe.stages.evidence import (
     Searches,
     answer_settings,
     batch_tokens,
-    chosen_answers,
     evidence_line,
     generated_answers,
     hidden_by,
@@ -43,7 +42,7 @@ from xprobe.stages.evidence import (
     read_evidence,
     tidy_evidence,
 )
-from xprobe.stages.opening import AskedModel, open_prompts
+from xprobe.stages.opening import AskedModel, first_questions, open_prompts
 from xprobe.stages.oracle_forecast import forecast
 from xprobe.stages.removal import Text, run_searches
 from xprobe.stages.requests import strategy_sample, study_request
@@ -78,10 +77,10 @@ def compute(run: Run, settings: OracleSettings, open_model: Callable[[], AskedMo
         generated = generated_answers(run)
     for one in generated.values():
         normaliser.check_language(one["context_language"])
-    wanted = chosen_answers(generated, settings.limit)
+    wanted = first_questions(run, settings.limit)
     before = run.manifest.stages.get(NAME)
-    if wanted.keys() - read_evidence(run, settings).keys():
-        executions = [_search_missing(run, open_model(), settings, generated, watch)]
+    if set(wanted) - read_evidence(run, settings).keys():
+        executions = [_search_missing(run, open_model(), settings, generated, wanted, watch)]
     else:
         run.notify(Note(f"the evidence is that in {LINES}"))
         executions = before.executions if before is not None else [run.execution_entry()]
@@ -99,7 +98,12 @@ def compute(run: Run, settings: OracleSettings, open_model: Callable[[], AskedMo
 
 
 def _search_missing(
-    run: Run, asked: AskedModel, settings: OracleSettings, generated: dict[Key, Line], watch: Stopwatch
+    run: Run,
+    asked: AskedModel,
+    settings: OracleSettings,
+    generated: dict[Key, Line],
+    wanted: Sequence[Key],
+    watch: Stopwatch,
 ) -> ExecutionEntry:
     """Searches the evidence of the examples that ``oracle.jsonl`` lacks, wave by wave.
 
@@ -117,7 +121,7 @@ def _search_missing(
     strategy, limit = runner.report().strategy, rotary_limit(runner.model.config)
     run.notify(Note(f"the oracle: {forecast(run, settings, prompts, tokenizer, strategy, limit)}", important=True))
     have, steps = read_evidence(run, settings), _Steps(path, key, runner)
-    searches = Searches(prompts, generated, settings, batch_tokens(run))
+    searches = Searches(prompts, generated, wanted, settings, batch_tokens(run))
     total = len(searches.wanted)
     done = len(searches.wanted.keys() & have.keys())
     run.notify(Step(NAME, done, total))

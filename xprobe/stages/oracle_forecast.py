@@ -13,7 +13,7 @@ from xprobe.models import loading
 from xprobe.qa.prompts import Prompt
 from xprobe.scoring.settings import OracleSettings
 from xprobe.stages.evidence import Searches, batch_tokens, generated_answers, hidden_by
-from xprobe.stages.opening import AskedModel, usable_prompts
+from xprobe.stages.opening import AskedModel, first_questions, usable_prompts
 from xprobe.stages.removal import Text, count_tokens, run_searches
 from xprobe.stages.requests import study_request
 from xprobe.stages.run import Run
@@ -79,8 +79,8 @@ def forecast(
     Which words are removed depends on the results. The forecast takes the sentence and the words of the gold answer.
     """
     budget = batch_tokens(run)
-    searches = Searches(prompts, generated_answers(run), settings, budget)
-    wanted = searches.wanted
+    wanted = first_questions(run, settings.limit)
+    searches = Searches(prompts, generated_answers(run), wanted, settings, budget)
     sample = searches.waves[:: max(1, len(searches.waves) // SAMPLE)][:SAMPLE]
     hidden = hidden_by(settings, tokenizer)
     removals = tokens = 0

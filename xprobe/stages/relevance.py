@@ -1,0 +1,202 @@
+"""Stage "relevance": which tokens matter at which depth for the gold answer.
+
+model -> prompts -> one backward pass for each answer -> relevance.jsonl -> depths, shares -> relevance.parquet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from xprobe.attribution.relevance import GradientRunner, Relevance
+from xprobe.attribution.settings import GROUPS, RELEVANCE_COLUMNS, RELEVANCE_LAYER_COLUMNS, RelevanceSettings
+from xprobe.errors import UsageError
+from xprobe.events import Note, Stage, Step
+from xprobe.models.anatomy import input_device
+from xprobe.phases.depth import major_relevance_depth, relevance_shares, weighted_depth
+from xprobe.phases.relevance import relevance_by_layer, summarise_relevance
+from xprobe.qa.prompts import Prompt
+from xprobe.runs.identity import checksum_of, run_key
+from xprobe.runs.lines import append_lines, read_lines, rewrite_lines
+from xprobe.runs.manifest import ExecutionEntry
+from xprobe.stages.opening import AskedModel, first_questions, open_prompts
+from xprobe.stages.run import Run
+from xprobe.timing import Stopwatch
+
+NAME = "relevance"
+LINES, TABLE, BY_LAYER = "relevance.jsonl", "relevance.parquet", "relevance_by_layer.parquet"
+DEFINITION = 1  # raised when lines hold other figures
+WRITTEN = 16  # examples whose lines are written together
+KEYS = ("setting", "language", "question_id", "paragraph")
+Line = dict[str, Any]
+Key = tuple[str, str, str]
+
+
+def compute(run: Run, settings: RelevanceSettings, open_model: Callable[[], AskedModel]) -> None:
+    """Writes ``relevance.parquet`` and ``relevance_by_layer.parquet``, and enters the stage in the manifest.
+
+    Parameters
+    ----------
+    run : Run
+    settings : RelevanceSettings
+    open_model : callable () -> AskedModel
+        Called only if ``relevance.jsonl`` lacks an example.
+
+    Raises
+    ------
+    XprobeError
+        Says what is wrong and what is kept.
+    """
+    if run.execution.stream:
+        raise UsageError(
+            "a streamed model cannot be attributed: the backward pass needs its blocks again. Use a machine that holds "
+            "the model in memory (stream=False, --no-stream)"
+        )
+    watch, study = Stopwatch(), run.manifest.study
+    wanted = first_questions(run, settings.limit)
+    before = run.manifest.stages.get(NAME)
+    if set(wanted) - read_relevance(run, settings).keys():
+        executions = [_compute_missing(run, open_model(), settings, wanted, watch)]
+    else:
+        run.notify(Note(f"the relevance is that in {LINES}"))
+        executions = before.executions if before is not None else [run.execution_entry()]
+    run.notify(Stage("depths"))
+    with watch.timed("depths"):
+        found = read_relevance(run, settings)
+        lines = [found[key] for key in wanted]
+        frame = pd.DataFrame([{name: line[name] for name in KEYS} for line in lines])
+        table = pd.DataFrame([row for line in lines for row in _rows(line, settings)])[list(RELEVANCE_COLUMNS)]
+        every = np.array([line["shares"] for line in lines], dtype=np.float64)  # [N, L + 1, groups]
+        present = np.array([[name in line["groups"] for name in GROUPS] for line in lines])
+        shares = {
+            name: np.where(present[:, i, None], every[:, :, i], np.nan)
+            for i, name in enumerate(GROUPS)
+            if present[:, i].any()
+        }
+        curves = relevance_by_layer(frame, shares, study.bootstrap, study.seed)[list(RELEVANCE_LAYER_COLUMNS)]
+        conserved = np.array([line["conserved"] for line in lines], dtype=np.float64)
+        summaries = summarise_relevance(table, conserved, KEYS, study.bootstrap, study.seed)
+        with run.folder.writing_tables({TABLE: table, BY_LAYER: curves}) as digests:
+            pass
+    _tidy(run, settings, wanted)
+    results = {**asdict(settings), "definition": DEFINITION, "settings": summaries}
+    warnings = [warning for one in executions for warning in one.warnings]
+    run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
+
+
+def relevance_key(run: Run, settings: RelevanceSettings) -> str:
+    """Checksum of everything that the relevance of an example depends on."""
+    parts = {"run": run_key(run.manifest.to_dict()), "definition": DEFINITION}
+    return checksum_of(parts | {"rule": settings.rule, "attributed": settings.attributed})
+
+
+def read_relevance(run: Run, settings: RelevanceSettings) -> dict[Key, Line]:
+    """The lines of this rule in ``relevance.jsonl``, by example."""
+    key = relevance_key(run, settings)
+    lines = [line for line in read_lines(run.folder.path / LINES) if line.get("key") == key]
+    return {(line["setting"], line["language"], line["question_id"]): line for line in lines}
+
+
+def _tidy(run: Run, settings: RelevanceSettings, wanted: Sequence[Key]) -> None:
+    """Rewrites ``relevance.jsonl``: the wanted examples in their order, then all other lines."""
+    own, key = read_relevance(run, settings), relevance_key(run, settings)
+    rest = [line for name, line in own.items() if name not in set(wanted)]
+    others = [line for line in read_lines(run.folder.path / LINES) if line.get("key") != key]
+    rewrite_lines(run.folder.path / LINES, [*(own[name] for name in wanted), *rest, *others])
+
+
+def _compute_missing(
+    run: Run, asked: AskedModel, settings: RelevanceSettings, wanted: Sequence[Key], watch: Stopwatch
+) -> ExecutionEntry:
+    """Computes the relevance of the examples that ``relevance.jsonl`` lacks, a few at a time."""
+    runner, _, prompts = open_prompts(run, asked, watch)
+    execution = run.execution_entry(str(input_device(runner.model)))
+    tokens = run.execution.tokens_on(str(input_device(runner.model)))
+    gradients = GradientRunner(
+        runner.model, runner.anatomy, settings.rule, settings.attributed, tokens, lambda text: run.notify(Note(text))
+    )
+    have, key = read_relevance(run, settings), relevance_key(run, settings)
+    missing = set(wanted) - have.keys()
+    chosen = [prompt for prompt in prompts if _key(prompt) in missing]
+    done, total = len(wanted) - len(chosen), len(wanted)
+    run.notify(Step(NAME, done, total))
+    with run.failing(lambda: f"{done} of {total} examples are kept in {run.folder.path / LINES}"):
+        for start in range(0, len(chosen), WRITTEN):
+            some = chosen[start : start + WRITTEN]
+            with watch.timed("backward"):
+                results = gradients.run([(prompt.ids[: prompt.length], prompt.targets) for prompt in some])
+            lines = [{"key": key, **_line(prompt, result)} for prompt, result in zip(some, results, strict=True)]
+            append_lines(run.folder.path / LINES, lines)
+            done += len(some)
+            run.notify(Step(NAME, done, total))
+    execution.warnings = [*runner.report().warnings, *gradients.warn.messages]
+    return execution
+
+
+def _key(prompt: Prompt) -> Key:
+    return prompt.example.setting, prompt.example.language, prompt.example.question_id
+
+
+def token_groups(prompt: Prompt) -> np.ndarray:
+    """The group of every token that the model is fed, as an index into ``GROUPS``: [T], int64.
+
+    Examples
+    --------
+    >>> from xprobe.qa.records import Example
+    >>> example = Example("en-x", "en", "q1", "p1", "en", "Ada sold 40", "How many", "40", 9)
+    >>> spans = {"context": (1, 4), "question": (4, 6), "answer_in_context": (3, 4)}
+    >>> token_groups(Prompt(example, (1, 11, 12, 13, 14, 15, 9, 13, 16), 7, spans)).tolist()
+    [3, 2, 2, 1, 0, 0, 3, 4]
+    """
+    order = {name: index for index, name in enumerate(GROUPS)}
+    groups = np.full(len(prompt.ids) - 1, order["template"], dtype=np.int64)
+    for name, span in (("context", "context"), ("question", "question"), ("answer", "answer_in_context")):
+        groups[slice(*prompt.spans[span])] = order[name]
+    groups[prompt.length :] = order["given"]
+    return groups
+
+
+def _line(prompt: Prompt, result: Relevance) -> Line:
+    """The line of one example: shares by layer, what is conserved, and the depths of every group."""
+    values = result.values.double().cpu().numpy()
+    groups = token_groups(prompt)
+    depths = {
+        "mrd": major_relevance_depth(values),
+        "mrd_positive": major_relevance_depth(values, positive=True),
+        "mrd_with_embeddings": major_relevance_depth(values, embeddings=True),
+    }
+    weights = np.abs(values[1:]).sum(0)
+    found: dict[str, Any] = {}
+    for index, name in enumerate(GROUPS):
+        members = np.flatnonzero(groups == index)
+        if not len(members):
+            continue
+        means = {key: weighted_depth(own[members], weights[members])[0] for key, own in depths.items()}
+        quartiles = weighted_depth(depths["mrd"][members], weights[members])[1]
+        found[name] = {
+            "tokens": len(members),
+            "share": float(weights[members].sum() / weights.sum()),
+            **means,
+            **{f"mrd_q{i + 1}": float(value) for i, value in enumerate(quartiles)},
+        }
+    example = prompt.example
+    return {
+        **{name: getattr(example, name) for name in KEYS},
+        "attributed": result.attributed,
+        "conserved": [round(float(share), 7) for share in result.conserved],
+        "shares": [[round(float(share), 7) for share in row] for row in relevance_shares(values, groups, len(GROUPS))],
+        "groups": found,
+    }
+
+
+def _rows(line: Line, settings: RelevanceSettings) -> list[dict[str, Any]]:
+    """The rows of ``relevance.parquet`` of one example."""
+    shared = {name: line[name] for name in KEYS}
+    return [
+        {**shared, "rule": settings.rule, "group": name, "attributed": line["attributed"], **figures}
+        for name, figures in line["groups"].items()
+    ]
