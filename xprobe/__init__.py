@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from xprobe.attribution.settings import RelevanceSettings
     from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
-    from xprobe.evaluation import attribute, evaluate, forecast_oracle, oracle
+    from xprobe.evaluation import attribute, attribute_example, evaluate, forecast_oracle, oracle
     from xprobe.results import Study, load_study
     from xprobe.scoring.settings import AnswerSettings, OracleSettings
     from xprobe.study import run
@@ -33,6 +33,7 @@ _HOME = {
     "OracleSettings": "xprobe.scoring.settings",
     "RelevanceSettings": "xprobe.attribution.settings",
     "attribute": "xprobe.evaluation",
+    "attribute_example": "xprobe.evaluation",
     "evaluate": "xprobe.evaluation",
     "oracle": "xprobe.evaluation",
     "forecast_oracle": "xprobe.evaluation",
@@ -43,7 +44,7 @@ _MODULES = ("errors", "events", "probes")  # modules for users: no import of the
 
 __all__ = [
     "AnswerSettings", "Execution", "OracleSettings", "RelevanceSettings", "Study", "StudyConfig", "XprobeError",
-    "__version__", "attribute", "evaluate", "forecast_oracle", "load_study", "oracle", "run",
+    "__version__", "attribute", "attribute_example", "evaluate", "forecast_oracle", "load_study", "oracle", "run",
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel
     from xprobe.stages.opening import AskedModel
     from xprobe.stages.oracle_forecast import OracleForecast
+    from xprobe.stages.relevance import ExampleRelevance
     from xprobe.stages.run import Run
 
 
@@ -172,6 +173,51 @@ def attribute(
     settings = RelevanceSettings() if settings is None else settings
     check_instance("settings", settings, RelevanceSettings)
     return _add_stage(path, partial(relevance.compute, settings=settings), model, tokenizer, records, progress, options)
+
+
+def attribute_example(
+    path: str | Path | Study,
+    example: str,
+    settings: RelevanceSettings | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    records: Any = None,
+    **options: Any,
+) -> ExampleRelevance:
+    """The relevance of every token of one example, layer by layer. Nothing is written.
+
+    Parameters
+    ----------
+    path : path or Study
+    example : str
+        setting/language/question id, such as ``en-x/de/p01q1``.
+    settings : RelevanceSettings, optional
+    model, tokenizer, records, **options
+        As for ``evaluate``.
+
+    Raises
+    ------
+    UsageError
+        As ``evaluate``; or the run has no such example.
+    ModelError
+        The rule does not know a part of the model.
+
+    Examples
+    --------
+    >>> import xprobe
+    >>> found = xprobe.attribute_example("runs/demo", "en-x/de/p01q1")       # doctest: +SKIP
+    >>> found.values.shape == (31, len(found.tokens))                        # doctest: +SKIP
+    True
+    """
+    from xprobe.models import in_memory
+    from xprobe.stages.relevance import relevance_of_example
+
+    settings = RelevanceSettings() if settings is None else settings
+    check_instance("settings", settings, RelevanceSettings)
+    folder, run = _open_run(path, CallerNotify(None), options)
+    loaded = None if model is None else in_memory.wrap_model(model, tokenizer)
+    return relevance_of_example(run, settings, example, _open_model(folder, run.manifest, loaded, records))
 
 
 def forecast_oracle(

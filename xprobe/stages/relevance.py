@@ -6,11 +6,12 @@ model -> prompts -> one backward pass for each answer -> relevance.jsonl -> dept
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from xprobe.attribution.relevance import GradientRunner, Relevance
 from xprobe.attribution.settings import GROUPS, RELEVANCE_COLUMNS, RELEVANCE_LAYER_COLUMNS, RelevanceSettings
@@ -51,11 +52,7 @@ def compute(run: Run, settings: RelevanceSettings, open_model: Callable[[], Aske
     XprobeError
         Says what is wrong and what is kept.
     """
-    if run.execution.stream:
-        raise UsageError(
-            "a streamed model cannot be attributed: the backward pass needs its blocks again. Use a machine that holds "
-            "the model in memory (stream=False, --no-stream)"
-        )
+    _refuse_streamed(run)
     watch, study = Stopwatch(), run.manifest.study
     wanted = first_questions(run, settings.limit)
     before = run.manifest.stages.get(NAME)
@@ -86,6 +83,72 @@ def compute(run: Run, settings: RelevanceSettings, open_model: Callable[[], Aske
     results = {**asdict(settings), "definition": DEFINITION, "settings": summaries}
     warnings = [warning for one in executions for warning in one.warnings]
     run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleRelevance:
+    """The relevance of every token of one example.
+
+    Attributes
+    ----------
+    id : str
+        setting/language/question id.
+    tokens : list of str
+        What each token decodes to.
+    groups : list of str
+        Names of ``xprobe.attribution.settings.GROUPS``.
+    values : array [L + 1, T]
+    mrd : array [T]
+        Major relevance depth.
+    conserved : array [L + 1]
+    rule : str
+    """
+
+    id: str
+    tokens: list[str]
+    groups: list[str]
+    values: NDArray[np.float64]
+    mrd: NDArray[np.float64]
+    conserved: NDArray[np.float64]
+    rule: str
+
+
+def relevance_of_example(run: Run, settings: RelevanceSettings, name: str, asked: AskedModel) -> ExampleRelevance:
+    """The relevance of one example of a run, computed now.
+
+    Raises
+    ------
+    UsageError
+        The run has no such example.
+    """
+    _refuse_streamed(run)
+    wanted = tuple(name.split("/", 2))
+    known = first_questions(run, None)
+    if wanted not in known:
+        raise UsageError(f"the run in {run.folder.path} has no example {name!r}; the first is {'/'.join(known[0])}")
+    runner, tokenizer, prompts = open_prompts(run, asked, Stopwatch())
+    prompt = next(prompt for prompt in prompts if _key(prompt) == wanted)
+    gradients = GradientRunner(runner.model, runner.anatomy, settings.rule, settings.attributed)
+    (result,) = gradients.run([(prompt.ids[: prompt.length], prompt.targets)])
+    values = result.values.double().cpu().numpy()
+    names = list(GROUPS)
+    return ExampleRelevance(
+        name,
+        [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in prompt.ids[:-1]],
+        [names[group] for group in token_groups(prompt)],
+        values,
+        major_relevance_depth(values),
+        result.conserved.double().cpu().numpy(),
+        settings.rule,
+    )
+
+
+def _refuse_streamed(run: Run) -> None:
+    if run.execution.stream:
+        raise UsageError(
+            "a streamed model cannot be attributed: the backward pass needs its blocks again. Use a machine that holds "
+            "the model in memory (stream=False, --no-stream)"
+        )
 
 
 def relevance_key(run: Run, settings: RelevanceSettings) -> str:

@@ -1,0 +1,104 @@
+"""`xprobe attribute`: relevance of the tokens of a run, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xprobe.attribution.settings import ATTRIBUTED, RULES, RelevanceSettings
+from xprobe_cli.options import Folder, common, echo_json, of_run, with_model
+from xprobe_cli.progress import Progress
+from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
+
+
+def _help() -> str:
+    """The text of `xprobe attribute --help`, with one line for each rule and quantity."""
+    width = max(map(len, (*RULES, *ATTRIBUTED)))
+    return "\n".join([
+        "Compute how much each token of the prompts of RUN matters for the gold answer, at every layer.",
+        "",
+        "Relevance is gradient times input, summed over the hidden state of a token: one backward pass for each",
+        "example. The table shows the major relevance depth (MRD) of question and answer, and the share of the",
+        "relevance by layer. A command that was stopped goes on where it was.",
+        "",
+        "Rules (--rule):",
+        "",
+        "\b",
+        *(f"{name:<{width}}  {description}" for name, description in RULES.items()),
+        "",
+        "Of what (--of):",
+        "",
+        "\b",
+        *(f"{name:<{width}}  {description}" for name, description in ATTRIBUTED.items()),
+    ])  # fmt: skip
+
+
+@click.command("attribute", help=_help())
+@click.argument("run", type=Folder())
+@click.option(
+    "--rule",
+    type=click.Choice(list(RULES)),
+    default=RelevanceSettings.rule,
+    show_default=True,
+    help="How relevance passes what is not linear.",
+)
+@click.option(
+    "--of",
+    "attributed",
+    type=click.Choice(list(ATTRIBUTED)),
+    default=RelevanceSettings.attributed,
+    show_default=True,
+    help="What the relevance is of.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Most questions, spread over the paragraphs; each in all languages and settings of the run. [default: all]",
+)
+@click.option(
+    "--show",
+    metavar="EXAMPLE",
+    help="Show the heat map of one example (setting/language/question id) instead; nothing is written to the run.",
+)
+@click.option(
+    "--figure", type=click.Path(path_type=Path), metavar="FILE.png", help="With --show: draw it (needs matplotlib)."
+)
+@with_model
+@common
+@click.pass_context
+def command(
+    context: click.Context, run: Path, rule: str, attributed: str, limit: int | None, show: str | None,
+    figure: Path | None, as_json: bool, **options: Any,
+) -> int:  # fmt: skip
+    """Runs `xprobe attribute`; ``_help`` has the text for users."""
+    from xprobe.evaluation import attribute, attribute_example
+    from xprobe_cli.relevance_tables import heat_map, plain_example, plain_relevance, relevance_report, save_heat_map
+
+    if figure is not None and show is None:
+        raise click.UsageError("--figure draws one example: name it with --show")
+    settings = RelevanceSettings(rule, attributed, limit)
+    given = of_run(context, options)
+    if show is not None:
+        found = attribute_example(run, show, settings, **given)
+        if figure is not None:
+            save_heat_map(found, figure)
+        if as_json:
+            echo_json(plain_example(found))
+        else:
+            click.echo(heat_map(found))
+        return 0
+    try:
+        with Progress() as progress, Stoppable(progress) as stoppable:
+            study = attribute(run, settings, progress=stoppable, **given)
+    except Stopped as stopped:
+        click.echo("xprobe: interrupted: what was computed is kept; the same command goes on", err=True)
+        return EXIT_CODES[stopped.signal]
+    if as_json:
+        echo_json(plain_relevance(study))
+    else:
+        click.echo(relevance_report(study))
+    for warning in study.manifest.stages["relevance"].warnings:
+        click.echo(f"xprobe: {warning}", err=True)
+    return 0
