@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from xprobe.errors import ModelError
 from xprobe.models.anatomy import Anatomy, sample_ids
 from xprobe.models.block_io import compute_logits
-from xprobe.models.head import read_norm
+from xprobe.models.norms import read_norm
 
 INERT = ("Dropout", "Identity", "Rotary", "Linear", "Conv1D")  # in the name of a class: linear, or not in the way
 SINKS = ("sinks",)  # parameters that only count among attention weights

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from xprobe_kernels import attention
-from xprobe_kernels.transfer import upload
 
 from xprobe.arguments import check_least
 from xprobe.capture.generation import Generated, generate_in_batches, generate_on_tree, log_probabilities
 from xprobe.capture.memory import is_out_of_memory, release_memory
+from xprobe.capture.passes import make_pass, run_pass
 from xprobe.capture.plan import (
     STRATEGIES,
     Plan,
@@ -32,18 +32,13 @@ from xprobe.capture.requests import Each, Group, Request, check_groups, check_re
 from xprobe.capture.rows import Receiver, RowBuffers, Rows
 from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement, short_sample
-from xprobe.capture.tree import make_tree
-from xprobe.capture.tree_attention import Layout, packed_attention
 from xprobe.errors import UsageError
 from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import model_code_errors
 from xprobe.models.parity import TeacherForced, check_parity, check_prompts, rounding_warning
-from xprobe.models.passes import Pass, pad
+from xprobe.models.passes import pad
 from xprobe.models.token_limits import TokenLimits
-
-# The length of a packed sequence is a multiple of this
-MULTIPLE = 64
 
 
 class Engine:
@@ -407,29 +402,3 @@ def _candidates(kernel: bool) -> list[tuple[Strategy, bool]]:
     """Strategies to try, the fastest first, each with whether the attention kernel is used."""
     candidates: list[tuple[Strategy, bool]] = [("tree", True), ("tree", False), ("prefix", False)]
     return candidates if kernel else candidates[1:]
-
-
-def make_pass(
-    model: Any, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy, kernel: bool = False
-) -> Pass:
-    """The forward pass over ``part`` of ``requests``, as ``tree`` or ``plain``. It writes its rows into ``into``.
-
-    ``kernel``: packed trees may use the attention kernel.
-    """
-    device = input_device(model)
-    if strategy == "plain":
-        ids = pad([requests[i].ids for i in part], device)
-        return Pass({"input_ids": ids}, Receiver(requests, part, lambda i, start, stop: [(i, start, stop)], into))
-    tree = make_tree([requests[i].ids for i in part]).padded(MULTIPLE)
-    layout = Layout(tree, device, kernel)
-    receiver = Receiver(
-        requests, part, lambda i, start, stop: [(0, *piece) for piece in tree.pieces(i, start, stop)], into
-    )
-    inputs = {"input_ids": upload(torch.tensor([tree.ids]), device), "position_ids": layout.positions[None]}
-    return Pass(inputs, receiver, partial(packed_attention, model, layout))
-
-
-def run_pass(model: Any, anatomy: Anatomy, forward_pass: Pass) -> None:
-    """Runs one forward pass of the decoder without its head."""
-    with torch.inference_mode(), watch_states(anatomy.blocks, forward_pass.receive), forward_pass.active():
-        model.base_model(**forward_pass.inputs, use_cache=False)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from xprobe_kernels import attention
 
-from xprobe.capture.engine import make_pass
 from xprobe.capture.generation import Generated
 from xprobe.capture.memory import is_out_of_memory
+from xprobe.capture.passes import make_pass
 from xprobe.capture.plan import STRATEGIES, Plan, Strategy, Wave, make_plan, rotary_limit, split
 from xprobe.capture.products import fast_products
 from xprobe.capture.requests import Group, Request, check_groups, check_requests, check_sample

@@ -17,7 +17,7 @@ from xprobe.config import Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models import loading
 from xprobe.models.anatomy import inspect
-from xprobe.models.head import own_weights
+from xprobe.models.norms import own_weights
 
 PROMPTS = family_of_prompts()
 SAMPLE = [PROMPTS[0], PROMPTS[2], PROMPTS[3], PROMPTS[-1]]
