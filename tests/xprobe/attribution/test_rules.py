@@ -242,6 +242,7 @@ def test_attention_under_attnlrp_is_the_published_rules_by_hand() -> None:
     with rule_applied(model, anatomy, "attnlrp"):
         from transformers import AttentionInterface
 
+        attention.num_key_value_groups = 1  # here, a key for each head
         attend = AttentionInterface()[model.config._attn_implementation]
         inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         found, _ = attend(attention, *inputs, mask[None, None], scaling=scale)
