@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from xprobe_kernels import Unembedding
 from xprobe_kernels.transfer import upload
 
-from xprobe.attribution.parts import Norm
-from xprobe.attribution.rules import replace_forward, rule_applied, same_value
+from xprobe.attribution.parts import Norm, Parts
+from xprobe.attribution.rules import known_parts, replace_forward, rule_applied, same_value
 from xprobe.attribution.settings import RelevanceSettings
 from xprobe.capture.memory import is_out_of_memory, release_memory
 from xprobe.capture.plan import part_tokens, split
@@ -69,6 +69,7 @@ def relevance(
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     rule: str = "cp",
     attributed: str = "logit",
+    parts: Parts | None = None,
 ) -> list[Relevance]:
     """Relevance of every token for the answer that follows it.
 
@@ -83,6 +84,8 @@ def relevance(
         One of ``xprobe.attribution.settings.RULES``.
     attributed : str
         ``logit`` or ``log_probability``, summed over the answer's tokens.
+    parts : Parts, optional
+        Those that ``xprobe.attribution.rules.known_parts`` found; looked for here if None.
 
     Returns
     -------
@@ -109,7 +112,7 @@ def relevance(
     RelevanceSettings(rule, attributed)
     if empty := [index for index, text in enumerate(texts) if not all(map(len, text))]:
         raise UsageError(f"text {empty[0]} has an empty prompt or answer: each needs at least one token")
-    with rule_applied(model, anatomy, rule), frozen(model), model_code_errors(model):
+    with rule_applied(model, anatomy, rule, parts), frozen(model), model_code_errors(model):
         return _backward(model, anatomy, texts, rule, attributed)
 
 
@@ -131,6 +134,8 @@ class GradientRunner:
     ------
     UsageError
         The rule is unknown, or several processes share the model.
+    ModelError
+        The rule does not know a part of the model.
     """
 
     def __init__(
@@ -148,6 +153,7 @@ class GradientRunner:
         self.model, self.anatomy, self.rule, self.attributed = model, anatomy, settings.rule, settings.attributed
         self.batch_tokens = max(1, batch_tokens // SHARE)
         self.warn = Warnings(notify)
+        self._parts = None if rule == "gradient" else known_parts(model, anatomy)
 
     def run(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Relevance]:
         """The relevance of every text, in their order. If memory runs out, it goes on with smaller batches.
@@ -165,7 +171,9 @@ class GradientRunner:
         while waiting:
             part = waiting[0]
             try:
-                results = relevance(self.model, self.anatomy, [texts[i] for i in part], self.rule, self.attributed)
+                results = relevance(
+                    self.model, self.anatomy, [texts[i] for i in part], self.rule, self.attributed, self._parts
+                )
                 found.update(zip(part, results, strict=True))
                 waiting.pop(0)
                 continue

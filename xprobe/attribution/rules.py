@@ -20,17 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from xprobe.attribution.parts import Parts, find_parts
 from xprobe.attribution.settings import check_rule
 from xprobe.errors import ModelError, UsageError
-from xprobe.models.anatomy import Anatomy
+from xprobe.models.anatomy import Anatomy, sample_ids
+from xprobe.models.block_io import hidden_input, hidden_output, with_hidden_input
 
 _BUSY = "_xprobe_rule"  # attribute of a model whose parts are replaced
+CONSERVED = {8: 1e-6, 4: 1e-4, 2: 2e-2}  # share of relevance that a known block may lose by rounding, by bytes
 
 
 @contextmanager
-def rule_applied(model: Any, anatomy: Anatomy, rule: str) -> Iterator[None]:
+def rule_applied(model: Any, anatomy: Anatomy, rule: str, parts: Parts | None = None) -> Iterator[None]:
     """Replaces the backward pass of parts of ``model`` inside the context. The forward pass gives the same numbers.
 
     Everything is undone on exit, also after an exception. Other models are not touched.
@@ -42,6 +45,8 @@ def rule_applied(model: Any, anatomy: Anatomy, rule: str) -> Iterator[None]:
         Where its blocks are (``xprobe.models.anatomy.inspect``).
     rule : str
         One of ``xprobe.attribution.settings.RULES``.
+    parts : Parts, optional
+        Those that ``known_parts`` found; looked for here if None.
 
     Raises
     ------
@@ -63,20 +68,91 @@ def rule_applied(model: Any, anatomy: Anatomy, rule: str) -> Iterator[None]:
     True
     """
     check_rule(rule)
+    with _claimed(model):
+        if rule == "gradient":
+            yield
+            return
+        parts = _known_parts(model, anatomy) if parts is None else parts
+        with _replaced(model, parts, rule):
+            yield
+
+
+def known_parts(model: Any, anatomy: Anatomy) -> Parts:
+    """The parts of a model that rules replace, after a check that these are all: for many calls of ``rule_applied``.
+
+    Raises
+    ------
+    UsageError
+        The model is being attributed.
+    ModelError
+        A part of the model is of a kind that the rules do not know.
+    """
+    with _claimed(model):
+        return _known_parts(model, anatomy)
+
+
+@contextmanager
+def _claimed(model: Any) -> Iterator[None]:
     token = object()
     if vars(model).setdefault(_BUSY, token) is not token:  # one step, also between threads
         raise UsageError("this model is being attributed already: wait for that to end, or use another copy of it")
     try:
-        with ExitStack() as stack:
-            if rule != "gradient":
-                parts = find_parts(model, anatomy)
-                _replace_norms(parts, stack)
-                _replace_activations(parts, rule, stack)
-                _hold_routers(parts, stack)
-                _replace_attention(model, rule, stack)
-            yield
+        yield
     finally:
         vars(model).pop(_BUSY, None)
+
+
+@contextmanager
+def _replaced(model: Any, parts: Parts, rule: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        _replace_norms(parts, stack)
+        _replace_activations(parts, rule, stack)
+        _hold_routers(parts, stack)
+        _replace_attention(model, rule, stack)
+        yield
+
+
+def _known_parts(model: Any, anatomy: Anatomy) -> Parts:
+    parts = find_parts(model, anatomy)
+    with _replaced(model, parts, "cp"):
+        _check_blocks(model, anatomy)
+    return parts
+
+
+def _check_blocks(model: Any, anatomy: Anatomy) -> None:
+    """Checks that every block conserves under ``cp`` once its biases are 0. What does not is not linear, and unknown.
+
+    This finds products and attention that blocks compute outside of their modules.
+
+    Raises
+    ------
+    ModelError
+        Names the block and what it loses.
+    """
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    with ExitStack() as stack, torch.no_grad():
+        for block in anatomy.blocks:
+            hook = block.register_forward_pre_hook(
+                lambda module, args, kwargs: calls.append((module, args, kwargs)), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        model.base_model(input_ids=sample_ids(model), use_cache=False)
+    for number, (block, args, kwargs) in enumerate(calls):
+        biases = {name: torch.zeros_like(own) for name, own in block.named_parameters() if "bias" in name}
+        hidden = hidden_input(args, kwargs).detach().requires_grad_()
+        args, kwargs = with_hidden_input(args, kwargs, hidden)
+        with torch.enable_grad():
+            output = hidden_output(functional_call(block, biases, args, kwargs))
+        arriving = torch.randn(output.shape, generator=torch.Generator().manual_seed(number)).to(output)
+        (gradient,) = torch.autograd.grad(output, hidden, arriving)
+        terms = (arriving * output.detach()).double()
+        lost = float(((gradient * hidden.detach()).double().sum() - terms.sum()).abs() / terms.abs().sum())
+        if not lost < CONSERVED[output.dtype.itemsize]:
+            raise ModelError(
+                f"{type(model).__name__}: block {number} ({type(block).__name__}) computes something outside of its "
+                f"modules that the rules of attribution do not know (it loses {lost:.1e} of the relevance without its "
+                "biases); the rule 'gradient' needs no such knowledge"
+            )
 
 
 # -- the parts ------------------------------------------------------------------------------------------------------

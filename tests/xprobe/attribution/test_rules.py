@@ -205,13 +205,20 @@ def test_a_part_of_an_unknown_kind_is_named_and_refused() -> None:
     assert all(torch.isfinite(found.values).all() for found in relevance(model, anatomy, TEXTS, "gradient"))
 
 
-@pytest.mark.parametrize("family", ["bloom", "gpt_oss"])
+@pytest.mark.parametrize("family", ["bloom", "gpt_oss", "gptj", "gpt_neo", "falcon", "mpt", "lfm2"])
 def test_families_that_the_rules_do_not_know_are_refused(family: str) -> None:
+    """Some by a module of an unknown kind, the others because a block without biases does not conserve."""
     if family not in FAMILIES:
         pytest.skip(f"this transformers has no {family}")
     model = tiny_model(family)
-    with pytest.raises(ModelError, match="do not know how relevance passes it; the rule 'gradient'"):
-        find_parts(model, inspect(model))
+    anatomy = inspect(model)
+    before = model(torch.tensor([TEXTS[0][0]])).logits.detach()
+    with pytest.raises(ModelError, match="do not know.*; the rule 'gradient' needs no such knowledge"):
+        relevance(model, anatomy, TEXTS, "cp")
+    with pytest.raises(ModelError, match="do not know"):
+        GradientRunner(model, anatomy, "attnlrp")
+    assert torch.equal(model(torch.tensor([TEXTS[0][0]])).logits, before)
+    assert all(torch.isfinite(found.values).all() for found in relevance(model, anatomy, TEXTS, "gradient"))
 
 
 # -- by hand ----------------------------------------------------------------------------------------------------------
