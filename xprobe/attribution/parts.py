@@ -147,16 +147,16 @@ def _expert_sizes(module: nn.Module) -> tuple[int, int] | None:
 def _is_gate(parent: nn.Module, name: str) -> bool:
     """Whether an activation gates another product: by the sizes of the matrices before and after it."""
     if (experts := _expert_sizes(parent)) is not None:
-        before, after = experts
+        ratios = {experts[0] / experts[1]}
     else:
         sizes = [size for child in parent.children() if (size := _width(child)) is not None]
-        narrow = min((size for pair in sizes for size in pair), default=0)
-        before = sum(size[1] for size in sizes if size[0] == narrow and size[1] > narrow)
-        after = sum(size[0] for size in sizes if size[1] == narrow and size[0] > narrow)
-    if before == 2 * after > 0:
-        return True
-    if before == after > 0:
-        return False
+        ratios = set()
+        for place, (inner, outer) in enumerate(sizes):  # the matrix after the activation
+            others = [*sizes[:place], *sizes[place + 1 :]]
+            if others and all(width == outer for width, _ in others):
+                ratios.add(sum(width for _, width in others) / inner)
+    if ratios in ({1.0}, {2.0}):
+        return ratios == {2.0}
     raise ModelError(f"{name} ({type(parent).__name__}) has an activation between matrices of sizes that are unknown")
 
 

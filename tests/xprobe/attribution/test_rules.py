@@ -11,7 +11,7 @@ from support.families import FAMILIES, random_ids, tiny_model
 from torch import Tensor, nn
 
 from xprobe.attribution import relevance as module
-from xprobe.attribution.parts import Norm, find_parts
+from xprobe.attribution.parts import Norm
 from xprobe.attribution.relevance import GradientRunner, relevance
 from xprobe.attribution.rules import proportional, rule_applied
 from xprobe.attribution.settings import RULES
@@ -213,7 +213,7 @@ def test_families_that_the_rules_do_not_know_are_refused(family: str) -> None:
     model = tiny_model(family)
     anatomy = inspect(model)
     before = model(torch.tensor([TEXTS[0][0]])).logits.detach()
-    with pytest.raises(ModelError, match="do not know.*; the rule 'gradient' needs no such knowledge"):
+    with pytest.raises(ModelError, match=r"do not know.*; the rule 'gradient' needs no such knowledge"):
         relevance(model, anatomy, TEXTS, "cp")
     with pytest.raises(ModelError, match="do not know"):
         GradientRunner(model, anatomy, "attnlrp")
