@@ -38,6 +38,7 @@ PIECES = {
     "py3langid": (False, "error types of answers", "pip install 'xprobe[scoring]'"),
     "rjieba": (False, "scores of Chinese answers", "pip install 'xprobe[scoring]'"),
     "pythainlp": (False, "scores of Thai answers", "pip install 'xprobe[scoring]'"),
+    "uniseg": (False, "words and sentences for the oracle", "pip install 'xprobe[scoring]'"),
     "triton": (False, "fused kernels on a GPU", "pip install 'xprobe[gpu]'"),
     "sentencepiece": (
         False,

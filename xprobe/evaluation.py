@@ -1,13 +1,13 @@
-"""Stages that a finished run is given later: its answers, scored, and the words that they hang on."""
+"""Stages that a finished run is given later: answers, the words that they hang on, and the relevance of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xprobe.arguments import check_callable, check_instance, folder_path
 from xprobe.attribution.settings import RelevanceSettings
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from xprobe.stages.oracle_forecast import OracleForecast
     from xprobe.stages.relevance import ExampleRelevance
     from xprobe.stages.run import Run
+
+Settings = TypeVar("Settings")
 
 
 def evaluate(
@@ -75,8 +77,7 @@ def evaluate(
     """
     from xprobe.stages import answers
 
-    settings = AnswerSettings() if settings is None else settings
-    check_instance("settings", settings, AnswerSettings)
+    settings = _settings(settings, AnswerSettings)
     return _add_stage(path, partial(answers.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
@@ -122,8 +123,7 @@ def oracle(
     """
     from xprobe.stages import oracle as stage
 
-    settings = OracleSettings() if settings is None else settings
-    check_instance("settings", settings, OracleSettings)
+    settings = _settings(settings, OracleSettings)
     return _add_stage(path, partial(stage.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
@@ -170,8 +170,7 @@ def attribute(
     """
     from xprobe.stages import relevance
 
-    settings = RelevanceSettings() if settings is None else settings
-    check_instance("settings", settings, RelevanceSettings)
+    settings = _settings(settings, RelevanceSettings)
     return _add_stage(path, partial(relevance.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
@@ -213,11 +212,11 @@ def attribute_example(
     from xprobe.models import in_memory
     from xprobe.stages.relevance import relevance_of_example
 
-    settings = RelevanceSettings() if settings is None else settings
-    check_instance("settings", settings, RelevanceSettings)
+    settings = _settings(settings, RelevanceSettings)
     folder, run = _open_run(path, CallerNotify(None), options)
     loaded = None if model is None else in_memory.wrap_model(model, tokenizer)
-    return relevance_of_example(run, settings, example, _open_model(folder, run.manifest, loaded, records))
+    with nullcontext() if loaded is None else in_memory.evaluation_mode(loaded.model):
+        return relevance_of_example(run, settings, example, _open_model(folder, run.manifest, loaded, records))
 
 
 def forecast_oracle(
@@ -238,11 +237,24 @@ def forecast_oracle(
     """
     from xprobe.stages.oracle_forecast import forecast_run
 
-    settings = OracleSettings() if settings is None else settings
-    check_instance("settings", settings, OracleSettings)
+    settings = _settings(settings, OracleSettings)
     folder, run = _open_run(path, CallerNotify(None), options)
     asked = _open_model(folder, run.manifest, None, records)
     return forecast_run(run, settings, asked)
+
+
+def _settings(given: Settings | None, kind: type[Settings]) -> Settings:
+    """The settings that were given, or the default ones.
+
+    Raises
+    ------
+    UsageError
+        They are of another kind.
+    """
+    if given is None:
+        return kind()
+    check_instance("settings", given, kind)
+    return given
 
 
 def _open_run(path: str | Path | Study, notify: CallerNotify, options: dict[str, Any]) -> tuple[RunFolder, Run]:
@@ -285,7 +297,7 @@ def _add_stage(
         if lock.warning:
             notify(Note(lock.warning))
         run.manifest = folder.read_finished()  # as it is now that no other process writes it
-        compute(run, open_model=lambda: _open_model(folder, run.manifest, loaded, records))
+        compute(run, open_model=cache(lambda: _open_model(folder, run.manifest, loaded, records)))
         folder.write_manifest(run.manifest)
     return load_study(folder.path)
 

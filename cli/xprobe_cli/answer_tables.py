@@ -43,18 +43,6 @@ def _setting(study: Study, setting: str, summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plain_answers(study: Study) -> dict[str, Any]:
-    """What `xprobe evaluate --json` prints."""
-    entry = study.manifest.stages["answers"]
-    return {
-        "run_dir": str(study.path),
-        "model": study.manifest.model.name,
-        **entry.results,
-        "seconds": entry.seconds,
-        "warnings": entry.warnings,
-    }
-
-
 def oracle_report(study: Study) -> str:
     """The oracle of every setting, beside the answers and the controls, and the path of the run."""
     results = study.manifest.stages["oracle"].results
@@ -97,15 +85,3 @@ def _oracle_setting(study: Study, setting: str, summary: dict[str, Any]) -> str:
 
 def _value(figures: dict[str, Any], name: str) -> str:
     return number(figures[name]["value"], 2) if name in figures else "–"
-
-
-def plain_oracle(study: Study) -> dict[str, Any]:
-    """What `xprobe oracle --json` prints."""
-    entry = study.manifest.stages["oracle"]
-    return {
-        "run_dir": str(study.path),
-        "model": study.manifest.model.name,
-        **entry.results,
-        "seconds": entry.seconds,
-        "warnings": entry.warnings,
-    }

@@ -8,9 +8,8 @@ from typing import Any
 import click
 
 from xprobe.attribution.settings import ATTRIBUTED, RULES, RelevanceSettings
+from xprobe_cli.added_stage import add_stage
 from xprobe_cli.options import Folder, common, echo_json, of_run, with_model
-from xprobe_cli.progress import Progress
-from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
 
 
 def _help() -> str:
@@ -74,7 +73,7 @@ def command(
 ) -> int:  # fmt: skip
     """Runs `xprobe attribute`; ``_help`` has the text for users."""
     from xprobe.evaluation import attribute, attribute_example
-    from xprobe_cli.relevance_tables import heat_map, plain_example, plain_relevance, relevance_report, save_heat_map
+    from xprobe_cli.relevance_tables import heat_map, plain_example, relevance_report, save_heat_map
 
     if figure is not None and show is None:
         raise click.UsageError("--figure draws one example: name it with --show")
@@ -89,16 +88,9 @@ def command(
         else:
             click.echo(heat_map(found))
         return 0
-    try:
-        with Progress() as progress, Stoppable(progress) as stoppable:
-            study = attribute(run, settings, progress=stoppable, **given)
-    except Stopped as stopped:
-        click.echo("xprobe: interrupted: what was computed is kept; the same command goes on", err=True)
-        return EXIT_CODES[stopped.signal]
-    if as_json:
-        echo_json(plain_relevance(study))
-    else:
-        click.echo(relevance_report(study))
-    for warning in study.manifest.stages["relevance"].warnings:
-        click.echo(f"xprobe: {warning}", err=True)
-    return 0
+    return add_stage(
+        "relevance",
+        lambda progress: attribute(run, settings, progress=progress, **given),
+        relevance_report,
+        as_json=as_json,
+    )

@@ -8,9 +8,8 @@ from typing import Any
 import click
 
 from xprobe.scoring.settings import NORMALISERS, AnswerSettings
-from xprobe_cli.options import Folder, common, echo_json, of_run, with_model
-from xprobe_cli.progress import Progress
-from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
+from xprobe_cli.added_stage import add_stage
+from xprobe_cli.options import Folder, common, of_run, with_model
 
 
 def _help() -> str:
@@ -61,19 +60,12 @@ def command(
 ) -> int:  # fmt: skip
     """Runs `xprobe evaluate`; ``_help`` has the text for users."""
     from xprobe.evaluation import evaluate
-    from xprobe_cli.answer_tables import answer_report, plain_answers
+    from xprobe_cli.answer_tables import answer_report
 
     settings = AnswerSettings(max_new_tokens, normaliser, threshold)
-    try:
-        with Progress() as progress, Stoppable(progress) as stoppable:
-            study = evaluate(run, settings, progress=stoppable, **of_run(context, options))
-    except Stopped as stopped:
-        click.echo("xprobe: interrupted: answers that were generated are kept; the same command goes on", err=True)
-        return EXIT_CODES[stopped.signal]
-    if as_json:
-        echo_json(plain_answers(study))
-    else:
-        click.echo(answer_report(study))
-    for warning in study.manifest.stages["answers"].warnings:
-        click.echo(f"xprobe: {warning}", err=True)
-    return 0
+    return add_stage(
+        "answers",
+        lambda progress: evaluate(run, settings, progress=progress, **of_run(context, options)),
+        answer_report,
+        as_json=as_json,
+    )

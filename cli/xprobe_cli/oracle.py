@@ -8,9 +8,8 @@ from typing import Any
 import click
 
 from xprobe.scoring.settings import NORMALISERS, REMOVALS, OracleSettings
+from xprobe_cli.added_stage import add_stage
 from xprobe_cli.options import Folder, common, echo_json, of_run, with_model
-from xprobe_cli.progress import Progress
-from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
 
 
 def _help() -> str:
@@ -67,7 +66,7 @@ def command(
 ) -> int:  # fmt: skip
     """Runs `xprobe oracle`; ``_help`` has the text for users."""
     from xprobe.evaluation import forecast_oracle, oracle
-    from xprobe_cli.answer_tables import oracle_report, plain_oracle
+    from xprobe_cli.answer_tables import oracle_report
 
     settings = OracleSettings(removal, not sentences, not no_control, limit, normaliser)
     given = of_run(context, options)
@@ -78,16 +77,6 @@ def command(
         else:
             click.echo(str(forecast))
         return 0
-    try:
-        with Progress() as progress, Stoppable(progress) as stoppable:
-            study = oracle(run, settings, progress=stoppable, **given)
-    except Stopped as stopped:
-        click.echo("xprobe: interrupted: what was found is kept; the same command goes on", err=True)
-        return EXIT_CODES[stopped.signal]
-    if as_json:
-        echo_json(plain_oracle(study))
-    else:
-        click.echo(oracle_report(study))
-    for warning in study.manifest.stages["oracle"].warnings:
-        click.echo(f"xprobe: {warning}", err=True)
-    return 0
+    return add_stage(
+        "oracle", lambda progress: oracle(run, settings, progress=progress, **given), oracle_report, as_json=as_json
+    )

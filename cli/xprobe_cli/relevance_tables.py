@@ -59,18 +59,6 @@ def _depths(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def plain_relevance(study: Study) -> dict[str, Any]:
-    """What `xprobe attribute --json` prints."""
-    entry = study.manifest.stages["relevance"]
-    return {
-        "run_dir": str(study.path),
-        "model": study.manifest.model.name,
-        **entry.results,
-        "seconds": entry.seconds,
-        "warnings": entry.warnings,
-    }
-
-
 def plain_example(found: ExampleRelevance) -> dict[str, Any]:
     """What `xprobe attribute --show EXAMPLE --json` prints."""
     return {

@@ -109,7 +109,7 @@ def relevance(
     >>> found.values.shape, [round(float(share), 3) for share in found.conserved]
     (torch.Size([3, 4]), [1.0, 1.0, 1.0])
     """
-    RelevanceSettings(rule, attributed)
+    RelevanceSettings(rule, attributed)  # refuses unknown ones
     if empty := [index for index, text in enumerate(texts) if not all(map(len, text))]:
         raise UsageError(f"text {empty[0]} has an empty prompt or answer: each needs at least one token")
     with rule_applied(model, anatomy, rule, parts), frozen(model), model_code_errors(model):

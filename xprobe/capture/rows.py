@@ -31,7 +31,7 @@ class Rows:
     tensors : dict of str to Tensor [L + 1, R, D]
     offsets : dict of str to int64 Tensor [N + 1]
     first_layer : int
-        The layer of the first rows. Rows of lower layers are not kept; [L + 1] is then fewer.
+        The layer of the first rows; those of lower layers are not kept. The tensors then hold fewer than L + 1 layers.
     """
 
     tensors: Mapping[str, Tensor]

@@ -21,7 +21,7 @@ from xprobe.scoring.normalisers import Normaliser, get_normaliser
 from xprobe.scoring.relations import correlations, curves_by_outcome
 from xprobe.scoring.settings import ANSWER_COLUMNS, AnswerSettings
 from xprobe.scoring.summaries import summarise
-from xprobe.stages.generation import LINES, AskedModel, Line, generate_missing, read_answers, tidy_answers
+from xprobe.stages.generation import LINES, AskedModel, Line, generate_missing, kept_answers
 from xprobe.stages.run import Run
 from xprobe.stages.shards import read_signals
 from xprobe.timing import Stopwatch
@@ -54,17 +54,20 @@ def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedMo
     normaliser = get_normaliser(settings.normaliser)
     for language in sorted({group.split("/")[1] for group in run.manifest.groups}):
         normaliser.check_language(language)  # before anything is generated
-    lines = read_answers(run, settings)
+    kept = kept_answers(run, settings)
+    lines = kept.read()
     before = run.manifest.stages.get(NAME)
-    if len(lines) < len(run.manifest.groups):
+    if set(run.manifest.groups) - lines.keys():
         executions = [generate_missing(run, open_model(), settings, watch)]
-        lines = read_answers(run, settings)
+        lines = kept.read()
     else:
         run.notify(Note(f"the answers are those in {LINES}"))
         executions = before.executions if before is not None else [run.execution_entry()]
     run.notify(Stage("scores"))
     with watch.timed("scores"):
-        table = pd.concat([scored(line, normaliser, settings.threshold) for line in lines.values()], ignore_index=True)
+        table = pd.concat(
+            [scored(lines[group], normaliser, settings.threshold) for group in run.manifest.groups], ignore_index=True
+        )
         frame, signals = read_signals(run.folder, run.manifest)
         (examples,) = read_tables(run.folder, run.manifest, (EXAMPLES,))
         table = _with_phases(table, frame, signals, examples)
@@ -77,7 +80,7 @@ def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedMo
         )  # fmt: skip
         with run.folder.writing_tables({ANSWERS: table[list(ANSWER_COLUMNS)], CURVES: curves}) as digests:
             pass
-    tidy_answers(run, settings)
+    kept.tidy(run.manifest.groups)
     results = {
         "normaliser": normaliser.name,
         "threshold": settings.threshold,

@@ -14,12 +14,13 @@ from typing import Any
 from xprobe.models import loading
 from xprobe.qa.prompts import Prompt
 from xprobe.runs.identity import checksum_of
-from xprobe.runs.lines import read_lines, rewrite_lines
+from xprobe.runs.lines import KeptLines
 from xprobe.scoring.evidence import DEFINITION, Search, Words
 from xprobe.scoring.settings import AnswerSettings, OracleSettings
 from xprobe.scoring.words import Span, word_spans
-from xprobe.stages.generation import answers_key, read_answers
-from xprobe.stages.removal import MOST_TARGET_TOKENS, Case, Hidden, Text, Tokens, filler_token
+from xprobe.stages.generation import answers_key, kept_answers
+from xprobe.stages.opening import ExampleKey, key_of, key_of_line
+from xprobe.stages.removal import MOST_TARGET_TOKENS, Case, Removal, Text, Tokens, filler_token
 from xprobe.stages.run import Run
 
 LINES = "oracle.jsonl"
@@ -27,7 +28,6 @@ ANSWERS = "answers"  # the stage that generates
 MOST_SPAN = 8  # words of the evidence
 WAVE = 16  # a wave of examples runs about so many times the tokens of one pass; then it is written
 Line = dict[str, Any]
-Key = tuple[str, str, str]  # setting, language, question id
 
 
 def answer_settings(run: Run, settings: OracleSettings) -> AnswerSettings:
@@ -38,15 +38,15 @@ def answer_settings(run: Run, settings: OracleSettings) -> AnswerSettings:
     return AnswerSettings(**{name: entry.results[name] for name in ("max_new_tokens", "normaliser", "threshold")})
 
 
-def generated_answers(run: Run) -> dict[Key, Line]:
+def generated_answers(run: Run) -> dict[ExampleKey, Line]:
     """Every generated answer of the run, with its context and gold answers, in the order of the run."""
-    lines = read_answers(run, answer_settings(run, OracleSettings())).values()
+    kept = kept_answers(run, answer_settings(run, OracleSettings())).read()
     shared = ("setting", "paragraph", "context_language", "context")
     return {
         (line["setting"], answer["language"], answer["question_id"]): {
             **{name: line[name] for name in shared}, **answer
         }
-        for line in lines
+        for line in (kept[group] for group in run.manifest.groups if group in kept)
         for answer in line["answers"]
     }  # fmt: skip
 
@@ -70,9 +70,9 @@ class Searches:
     Parameters
     ----------
     prompts : sequence of Prompt
-    generated : dict of Key to Line
+    generated : dict of ExampleKey to Line
         Every answer of the run (``generated_answers``).
-    wanted : sequence of Key
+    wanted : sequence of ExampleKey
         The answers to search the evidence of.
     settings : OracleSettings
     budget : int
@@ -80,15 +80,15 @@ class Searches:
 
     Attributes
     ----------
-    wanted : dict of Key to Line
+    wanted : dict of ExampleKey to Line
     waves : list of list of Prompt
     """
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        generated: dict[Key, Line],
-        wanted: Sequence[Key],
+        generated: dict[ExampleKey, Line],
+        wanted: Sequence[ExampleKey],
         settings: OracleSettings,
         budget: int,
     ) -> None:
@@ -105,13 +105,13 @@ class Searches:
             filled += size
             self.waves[-1].append(prompt)
 
-    def cases(self, wave: Sequence[Prompt], *, guess: bool = False) -> dict[Key, list[Case]]:
+    def cases(self, wave: Sequence[Prompt], *, guess: bool = False) -> dict[ExampleKey, list[Case]]:
         """The searches of a wave: own and gold answer, with and without the question. Equal texts share a search.
 
         ``guess``: the searches take the words of the gold answer for the evidence, whatever they are given.
         """
         searches: dict[Text, Search] = {}
-        found: dict[Key, list[Case]] = {}
+        found: dict[ExampleKey, list[Case]] = {}
         for prompt in wave:
             example, settings = prompt.example, self._settings
             words = _words(prompt)
@@ -124,7 +124,7 @@ class Searches:
                         _Guess(words, most, settings.spans, gold=gold) if guess else Search(words, most, settings.spans)
                     )
                     case = Case(prompt, name, ids, asked, new)
-                    case.search = searches.setdefault(case.text(None, Hidden()), new)
+                    case.search = searches.setdefault(case.text(None, Removal()), new)
                     own.append(case)
         return found
 
@@ -175,18 +175,14 @@ def _longest_answers(lines: Iterable[Line]) -> dict[str, int]:
     return longest
 
 
-def hidden_by(settings: OracleSettings, tokenizer: Any) -> Hidden:
+def removal_for(settings: OracleSettings, tokenizer: Any) -> Removal:
     """What takes the place of removed tokens."""
-    return Hidden(filler_token(tokenizer) if settings.removal == "replace" else None)
+    return Removal(filler_token(tokenizer) if settings.removal == "replace" else None)
 
 
 def batch_tokens(run: Run) -> int:
     """Most tokens in one pass, on the device of this execution."""
     return run.execution.tokens_on(loading.pick_device(run.execution.device))
-
-
-def key_of(prompt: Prompt) -> Key:
-    return prompt.example.setting, prompt.example.language, prompt.example.question_id
 
 
 # -- the lines of oracle.jsonl ---------------------------------------------------------------------------------------
@@ -199,20 +195,9 @@ def oracle_key(run: Run, settings: OracleSettings) -> str:
     return checksum_of(parts | {name: getattr(settings, name) for name in names})
 
 
-def read_evidence(run: Run, settings: OracleSettings) -> dict[Key, Line]:
-    key = oracle_key(run, settings)
-    lines = [line for line in read_lines(run.folder.path / LINES) if line.get("key") == key and "step" not in line]
-    return {(line["setting"], line["language"], line["question_id"]): line for line in lines}
-
-
-def tidy_evidence(run: Run, settings: OracleSettings, wanted: Iterable[Key]) -> None:
-    """Rewrites ``oracle.jsonl``: the wanted examples in their order, then all others; no steps of searches."""
-    own, key = read_evidence(run, settings), oracle_key(run, settings)
-    lines = [line for line in read_lines(run.folder.path / LINES) if "step" not in line]
-    first = {name: own[name] for name in wanted}
-    rest = {name: line for name, line in own.items() if name not in first}
-    others = [line for line in lines if line.get("key") != key]
-    rewrite_lines(run.folder.path / LINES, [*first.values(), *rest.values(), *others])
+def kept_evidence(run: Run, settings: OracleSettings) -> KeptLines:
+    """The lines of these settings in ``oracle.jsonl``, by example; and steps of searches, which have no name."""
+    return KeptLines(run.folder.path / LINES, oracle_key(run, settings), key_of_line)
 
 
 def evidence_line(generated: Line, prompt: Prompt, cases: Sequence[Case]) -> Line:

@@ -17,7 +17,7 @@ from xprobe.models.anatomy import input_device
 from xprobe.qa.prompts import Prompt
 from xprobe.qa.stopping import stop_tokens
 from xprobe.runs.identity import checksum_of, run_key
-from xprobe.runs.lines import append_lines, read_lines, rewrite_lines
+from xprobe.runs.lines import KeptLines
 from xprobe.runs.manifest import ExecutionEntry
 from xprobe.scoring.settings import AnswerSettings
 from xprobe.stages.opening import AskedModel, open_prompts
@@ -39,21 +39,9 @@ def answers_key(run: Run, settings: AnswerSettings) -> str:
     )
 
 
-def read_answers(run: Run, settings: AnswerSettings) -> dict[str, Line]:
-    """The lines of this run in ``answers.jsonl``, by group, in the order of the run."""
-    key, groups = answers_key(run, settings), run.manifest.groups
-    found = {line["group"]: line for line in read_lines(run.folder.path / LINES) if line.get("key") == key}
-    return {group: found[group] for group in groups if group in found}
-
-
-def tidy_answers(run: Run, settings: AnswerSettings) -> None:
-    """Rewrites ``answers.jsonl`` in the order of the run: one line per group, and those of other settings after them.
-
-    An evaluation that was stopped then leaves the same file as one that was not.
-    """
-    path, key, own = run.folder.path / LINES, answers_key(run, settings), read_answers(run, settings)
-    others = {(line["key"], line["group"]): line for line in read_lines(path) if line.get("key") != key}
-    rewrite_lines(path, [*own.values(), *others.values()])
+def kept_answers(run: Run, settings: AnswerSettings) -> KeptLines:
+    """The lines of this run in ``answers.jsonl``, by group."""
+    return KeptLines(run.folder.path / LINES, answers_key(run, settings), lambda line: line["group"])
 
 
 def generate_missing(run: Run, asked: AskedModel, settings: AnswerSettings, watch: Stopwatch) -> ExecutionEntry:
@@ -77,7 +65,8 @@ def generate_missing(run: Run, asked: AskedModel, settings: AnswerSettings, watc
     with run.failing(lambda: f"what {run.folder.path} holds stays"), watch.timed("check of sharing"):
         runner.choose_strategy(strategy_sample(list(requests.values())))
     execution = run.execution_entry(str(input_device(runner.model)))
-    have = read_answers(run, settings)
+    kept = kept_answers(run, settings)
+    have = kept.read()
     done = sum(len(by_group[key]) for key in have if key in by_group)
     run.notify(Step(STEP, done, len(prompts)))
     with run.failing(lambda: f"{done} of {len(prompts)} answers are kept in {run.folder.path / LINES}"):
@@ -87,11 +76,9 @@ def generate_missing(run: Run, asked: AskedModel, settings: AnswerSettings, watc
             with watch.timed("generation"):
                 answers = _generate_wave(runner, wave, by_group, limits, stop)
             lines = [
-                {"key": answers_key(run, settings), **_line(members, texts, tokenizer)}
-                for members, texts in answers
-                if members[0].example.group not in have
+                _line(members, texts, tokenizer) for members, texts in answers if members[0].example.group not in have
             ]
-            append_lines(run.folder.path / LINES, lines)
+            kept.append(lines)
             done += sum(len(line["answers"]) for line in lines)
             run.notify(Step(STEP, done, len(prompts)))
     report = runner.report()

@@ -25,17 +25,21 @@ from xprobe.stages.questions import Questions
 from xprobe.stages.run import Run
 from xprobe.timing import Stopwatch
 
+ExampleKey = tuple[str, str, str]  # setting, language, question id
+Opened = tuple[Runner, Any, list[Prompt]]  # with the tokenizer
 
-@dataclass(frozen=True)
+
+@dataclass
 class AskedModel:
-    """The model of a run and its questions, as they are read again."""
+    """The model of a run and its questions, as they are read again. Stages in one call share ``opened``."""
 
     questions: Questions
     source: loading.Source
     loaded: LoadedModel | None = None
+    opened: Opened | None = None
 
 
-def open_prompts(run: Run, asked: AskedModel, watch: Stopwatch) -> tuple[Runner, Any, list[Prompt]]:
+def open_prompts(run: Run, asked: AskedModel, watch: Stopwatch) -> Opened:
     """The runner of the model, its tokenizer, and the prompts of the run.
 
     Raises
@@ -43,6 +47,8 @@ def open_prompts(run: Run, asked: AskedModel, watch: Stopwatch) -> tuple[Runner,
     XprobeError
         The model cannot be loaded, or no example can be used.
     """
+    if asked.opened is not None:
+        return asked.opened
     run.notify(Stage("loading the model"))
     with watch.timed("load"):
         runner, tokenizer = open_runner(run, asked.source, asked.loaded)
@@ -50,7 +56,8 @@ def open_prompts(run: Run, asked: AskedModel, watch: Stopwatch) -> tuple[Runner,
     with watch.timed("prompts"):
         prompts = usable_prompts(asked.questions, tokenizer, loading.window(runner.model.config))
     check_vocabulary(prompts, runner.anatomy.head.vocab_size, asked.source.name)
-    return runner, tokenizer, prompts
+    asked.opened = runner, tokenizer, prompts
+    return asked.opened
 
 
 def usable_prompts(questions: Questions, tokenizer: Any, window: int | None) -> list[Prompt]:
@@ -113,8 +120,18 @@ def check_vocabulary(prompts: Sequence[Prompt], size: int, name: str) -> None:
         )
 
 
-def first_questions(run: Run, limit: int | None) -> list[tuple[str, str, str]]:
-    """(setting, language, question id) of every example of the first ``limit`` questions, in the order of the run.
+def key_of(prompt: Prompt) -> ExampleKey:
+    """The name of a prompt's example."""
+    return prompt.example.setting, prompt.example.language, prompt.example.question_id
+
+
+def key_of_line(line: dict[str, Any]) -> ExampleKey | None:
+    """The name of the example that a kept line is about; None for a line about none."""
+    return (line["setting"], line["language"], line["question_id"]) if "question_id" in line else None
+
+
+def first_questions(run: Run, limit: int | None) -> list[ExampleKey]:
+    """Every example of the first ``limit`` questions, in the order of the run.
 
     The questions come in the order in which ``limit`` of a study takes them.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 
 import pandas as pd
 
@@ -18,7 +17,7 @@ from xprobe.capture.runner import Runner
 from xprobe.events import Note, Stage, Step
 from xprobe.models.anatomy import input_device
 from xprobe.runs.identity import checksum_of
-from xprobe.runs.lines import append_lines, read_lines
+from xprobe.runs.lines import KeptLines
 from xprobe.runs.manifest import ExecutionEntry
 from xprobe.scoring.evidence import DEFINITION
 from xprobe.scoring.measures import score
@@ -29,20 +28,16 @@ from xprobe.scoring.words import Span
 from xprobe.stages import answers
 from xprobe.stages.evidence import (
     LINES,
-    Key,
     Line,
     Searches,
     answer_settings,
     batch_tokens,
     evidence_line,
     generated_answers,
-    hidden_by,
-    key_of,
-    oracle_key,
-    read_evidence,
-    tidy_evidence,
+    kept_evidence,
+    removal_for,
 )
-from xprobe.stages.opening import AskedModel, first_questions, open_prompts
+from xprobe.stages.opening import AskedModel, ExampleKey, first_questions, key_of, open_prompts
 from xprobe.stages.oracle_forecast import forecast
 from xprobe.stages.removal import Text, run_searches
 from xprobe.stages.requests import strategy_sample, study_request
@@ -72,26 +67,27 @@ def compute(run: Run, settings: OracleSettings, open_model: Callable[[], AskedMo
     watch, study = Stopwatch(), run.manifest.study
     normaliser = get_normaliser(settings.normaliser)
     generated = generated_answers(run)
-    if len(generated) < run.manifest.counts.examples:
+    if answers.NAME not in run.manifest.stages or len(generated) < run.manifest.counts.examples:
         answers.compute(run, answer_settings(run, settings), open_model)
+        run.folder.write_manifest(run.manifest)  # the answers stay, whatever happens to the searches
         generated = generated_answers(run)
     for one in generated.values():
         normaliser.check_language(one["context_language"])
     wanted = first_questions(run, settings.limit)
-    before = run.manifest.stages.get(NAME)
-    if set(wanted) - read_evidence(run, settings).keys():
+    before, kept = run.manifest.stages.get(NAME), kept_evidence(run, settings)
+    if set(wanted) - kept.read().keys():
         executions = [_search_missing(run, open_model(), settings, generated, wanted, watch)]
     else:
         run.notify(Note(f"the evidence is that in {LINES}"))
         executions = before.executions if before is not None else [run.execution_entry()]
     run.notify(Stage("scores"))
     with watch.timed("scores"):
-        found = read_evidence(run, settings)
+        found = kept.read()
         table = pd.concat([scored(found[key], normaliser) for key in wanted], ignore_index=True)
         summaries = summarise_oracle(table, study.bootstrap, study.seed)
         with run.folder.writing_tables({TABLE: table[list(ORACLE_COLUMNS)]}) as digests:
             pass
-    tidy_evidence(run, settings, wanted)
+    kept.tidy(wanted)
     results = {**asdict(settings), "definition": DEFINITION, "settings": summaries}
     warnings = [warning for one in executions for warning in one.warnings]
     run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
@@ -101,8 +97,8 @@ def _search_missing(
     run: Run,
     asked: AskedModel,
     settings: OracleSettings,
-    generated: dict[Key, Line],
-    wanted: Sequence[Key],
+    generated: dict[ExampleKey, Line],
+    wanted: Sequence[ExampleKey],
     watch: Stopwatch,
 ) -> ExecutionEntry:
     """Searches the evidence of the examples that ``oracle.jsonl`` lacks, wave by wave.
@@ -113,31 +109,31 @@ def _search_missing(
         Says what is wrong and what is kept: lines that were written stay valid.
     """
     runner, tokenizer, prompts = open_prompts(run, asked, watch)
-    path, key = run.folder.path / LINES, oracle_key(run, settings)
-    hidden = hidden_by(settings, tokenizer)
+    kept = kept_evidence(run, settings)
+    removal = removal_for(settings, tokenizer)
     with run.failing(lambda: f"what {run.folder.path} holds stays"), watch.timed("check of sharing"):
         runner.choose_strategy(strategy_sample([study_request(prompt) for prompt in prompts]))
     execution = run.execution_entry(str(input_device(runner.model)))
     strategy, limit = runner.report().strategy, rotary_limit(runner.model.config)
     run.notify(Note(f"the oracle: {forecast(run, settings, prompts, tokenizer, strategy, limit)}", important=True))
-    have, steps = read_evidence(run, settings), _Steps(path, key, runner)
+    have, steps = kept.read(), _Steps(kept, runner)
     searches = Searches(prompts, generated, wanted, settings, batch_tokens(run))
     total = len(searches.wanted)
     done = len(searches.wanted.keys() & have.keys())
     run.notify(Step(NAME, done, total))
-    with run.failing(lambda: f"{done} of {total} examples are kept in {path}"):
+    with run.failing(lambda: f"{done} of {total} examples are kept in {kept.path}"):
         for wave in searches.waves:
             if all(key_of(prompt) in have for prompt in wave):
                 continue
             with watch.timed("removals"):
                 cases = searches.cases(wave)
-                run_searches([case for own in cases.values() for case in own], hidden, steps.measure)
+                run_searches([case for own in cases.values() for case in own], removal, steps.measure)
             lines = [
-                {"key": key, **evidence_line(searches.wanted[key_of(prompt)], prompt, cases[key_of(prompt)])}
+                evidence_line(searches.wanted[key_of(prompt)], prompt, cases[key_of(prompt)])
                 for prompt in wave
                 if key_of(prompt) not in have
             ]
-            append_lines(path, lines)
+            kept.append(lines)
             done += len(lines)
             run.notify(Step(NAME, done, total))
     report = runner.report()
@@ -148,17 +144,16 @@ def _search_missing(
 class _Steps:
     """Measures the steps of searches. Each is kept as a line, so a step is not measured again after a kill."""
 
-    def __init__(self, path: Path, key: str, runner: Runner) -> None:
-        self._path, self._key, self._runner = path, key, runner
-        self._kept = {line["step"]: line["values"] for line in read_lines(path) if "step" in line}
+    def __init__(self, kept: KeptLines, runner: Runner) -> None:
+        self._kept, self._runner = kept, runner
+        self._known = {line["step"]: line["values"] for line in kept.own_lines() if "step" in line}
 
     def measure(self, texts: list[Text]) -> list[float]:
-        step = checksum_of({"key": self._key, "texts": [[list(prompt), list(answer)] for prompt, answer in texts]})
-        if step not in self._kept:
-            values = self._runner.log_probabilities(texts)
-            append_lines(self._path, [{"key": self._key, "step": step, "values": values}])
-            self._kept[step] = values
-        return self._kept[step]
+        step = checksum_of({"texts": [[list(prompt), list(answer)] for prompt, answer in texts]})
+        if step not in self._known:
+            self._known[step] = self._runner.log_probabilities(texts)
+            self._kept.append([{"step": step, "values": self._known[step]}])
+        return self._known[step]
 
 
 def scored(line: Line, normaliser: Normaliser) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from xprobe.errors import UsageError
 from xprobe.models import loading
 from xprobe.qa.prompts import Prompt
 from xprobe.scoring.settings import OracleSettings
-from xprobe.stages.evidence import Searches, batch_tokens, generated_answers, hidden_by
+from xprobe.stages.evidence import Searches, batch_tokens, generated_answers, removal_for
 from xprobe.stages.opening import AskedModel, first_questions, usable_prompts
 from xprobe.stages.removal import Text, count_tokens, run_searches
 from xprobe.stages.requests import study_request
@@ -49,7 +49,7 @@ class OracleForecast:
         return asdict(self)
 
     def __str__(self) -> str:
-        times = f", {self.tokens / self.states_tokens:.0f} times those of the states" if self.states_tokens else ""
+        times = f", {self.tokens / self.states_tokens:.1f} times those of the states" if self.states_tokens else ""
         speed = "" if self.seconds is None else f"; {_duration(self.seconds)} at their speed"
         return (
             f"{self.examples} answers, about {self.removals:,} removals, {_millions(self.tokens)} million tokens{times}"
@@ -82,7 +82,7 @@ def forecast(
     wanted = first_questions(run, settings.limit)
     searches = Searches(prompts, generated_answers(run), wanted, settings, budget)
     sample = searches.waves[:: max(1, len(searches.waves) // SAMPLE)][:SAMPLE]
-    hidden = hidden_by(settings, tokenizer)
+    removal = removal_for(settings, tokenizer)
     removals = tokens = 0
 
     def measure(texts: list[Text]) -> list[float]:
@@ -93,7 +93,7 @@ def forecast(
 
     for wave in sample:
         cases = searches.cases(wave, guess=True).values()
-        run_searches([case for own in cases for case in own], hidden, measure)
+        run_searches([case for own in cases for case in own], removal, measure)
     scale = len(wanted) / max(1, sum(map(len, sample)))
     groups = group_requests([study_request(prompt) for prompt in prompts])
     whole = make_plan(groups, budget, strategy, max_shared_tokens).tokens_run

@@ -22,9 +22,9 @@ from xprobe.phases.depth import major_relevance_depth, relevance_shares, weighte
 from xprobe.phases.relevance import relevance_by_layer, summarise_relevance
 from xprobe.qa.prompts import Prompt
 from xprobe.runs.identity import checksum_of, run_key
-from xprobe.runs.lines import append_lines, read_lines, rewrite_lines
+from xprobe.runs.lines import KeptLines
 from xprobe.runs.manifest import ExecutionEntry
-from xprobe.stages.opening import AskedModel, first_questions, open_prompts
+from xprobe.stages.opening import AskedModel, ExampleKey, first_questions, key_of, key_of_line, open_prompts
 from xprobe.stages.run import Run
 from xprobe.timing import Stopwatch
 
@@ -34,7 +34,6 @@ DEFINITION = 1  # raised when lines hold other figures
 WRITTEN = 16  # examples whose lines are written together
 KEYS = ("setting", "language", "question_id", "paragraph")
 Line = dict[str, Any]
-Key = tuple[str, str, str]
 
 
 def compute(run: Run, settings: RelevanceSettings, open_model: Callable[[], AskedModel]) -> None:
@@ -55,15 +54,15 @@ def compute(run: Run, settings: RelevanceSettings, open_model: Callable[[], Aske
     _refuse_streamed(run)
     watch, study = Stopwatch(), run.manifest.study
     wanted = first_questions(run, settings.limit)
-    before = run.manifest.stages.get(NAME)
-    if set(wanted) - read_relevance(run, settings).keys():
+    before, kept = run.manifest.stages.get(NAME), kept_relevance(run, settings)
+    if set(wanted) - kept.read().keys():
         executions = [_compute_missing(run, open_model(), settings, wanted, watch)]
     else:
         run.notify(Note(f"the relevance is that in {LINES}"))
         executions = before.executions if before is not None else [run.execution_entry()]
     run.notify(Stage("depths"))
     with watch.timed("depths"):
-        found = read_relevance(run, settings)
+        found = kept.read()
         lines = [found[key] for key in wanted]
         frame = pd.DataFrame([{name: line[name] for name in KEYS} for line in lines])
         table = pd.DataFrame([row for line in lines for row in _rows(line, settings)])[list(RELEVANCE_COLUMNS)]
@@ -79,7 +78,7 @@ def compute(run: Run, settings: RelevanceSettings, open_model: Callable[[], Aske
         summaries = summarise_relevance(table, conserved, KEYS, study.bootstrap, study.seed)
         with run.folder.writing_tables({TABLE: table, BY_LAYER: curves}) as digests:
             pass
-    _tidy(run, settings, wanted)
+    kept.tidy(wanted)
     results = {**asdict(settings), "definition": DEFINITION, "settings": summaries}
     warnings = [warning for one in executions for warning in one.warnings]
     run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
@@ -127,7 +126,7 @@ def relevance_of_example(run: Run, settings: RelevanceSettings, name: str, asked
     if wanted not in known:
         raise UsageError(f"the run in {run.folder.path} has no example {name!r}; the first is {'/'.join(known[0])}")
     runner, tokenizer, prompts = open_prompts(run, asked, Stopwatch())
-    prompt = next(prompt for prompt in prompts if _key(prompt) == wanted)
+    prompt = next(prompt for prompt in prompts if key_of(prompt) == wanted)
     gradients = GradientRunner(runner.model, runner.anatomy, settings.rule, settings.attributed)
     (result,) = gradients.run([(prompt.ids[: prompt.length], prompt.targets)])
     values = result.values.double().cpu().numpy()
@@ -157,23 +156,13 @@ def relevance_key(run: Run, settings: RelevanceSettings) -> str:
     return checksum_of(parts | {"rule": settings.rule, "attributed": settings.attributed})
 
 
-def read_relevance(run: Run, settings: RelevanceSettings) -> dict[Key, Line]:
+def kept_relevance(run: Run, settings: RelevanceSettings) -> KeptLines:
     """The lines of this rule in ``relevance.jsonl``, by example."""
-    key = relevance_key(run, settings)
-    lines = [line for line in read_lines(run.folder.path / LINES) if line.get("key") == key]
-    return {(line["setting"], line["language"], line["question_id"]): line for line in lines}
-
-
-def _tidy(run: Run, settings: RelevanceSettings, wanted: Sequence[Key]) -> None:
-    """Rewrites ``relevance.jsonl``: the wanted examples in their order, then all other lines."""
-    own, key = read_relevance(run, settings), relevance_key(run, settings)
-    rest = [line for name, line in own.items() if name not in set(wanted)]
-    others = [line for line in read_lines(run.folder.path / LINES) if line.get("key") != key]
-    rewrite_lines(run.folder.path / LINES, [*(own[name] for name in wanted), *rest, *others])
+    return KeptLines(run.folder.path / LINES, relevance_key(run, settings), key_of_line)
 
 
 def _compute_missing(
-    run: Run, asked: AskedModel, settings: RelevanceSettings, wanted: Sequence[Key], watch: Stopwatch
+    run: Run, asked: AskedModel, settings: RelevanceSettings, wanted: Sequence[ExampleKey], watch: Stopwatch
 ) -> ExecutionEntry:
     """Computes the relevance of the examples that ``relevance.jsonl`` lacks, a few at a time."""
     runner, _, prompts = open_prompts(run, asked, watch)
@@ -182,9 +171,9 @@ def _compute_missing(
     gradients = GradientRunner(
         runner.model, runner.anatomy, settings.rule, settings.attributed, tokens, lambda text: run.notify(Note(text))
     )
-    have, key = read_relevance(run, settings), relevance_key(run, settings)
-    missing = set(wanted) - have.keys()
-    chosen = [prompt for prompt in prompts if _key(prompt) in missing]
+    kept = kept_relevance(run, settings)
+    missing = set(wanted) - kept.read().keys()
+    chosen = [prompt for prompt in prompts if key_of(prompt) in missing]
     done, total = len(wanted) - len(chosen), len(wanted)
     run.notify(Step(NAME, done, total))
     with run.failing(lambda: f"{done} of {total} examples are kept in {run.folder.path / LINES}"):
@@ -192,16 +181,12 @@ def _compute_missing(
             some = chosen[start : start + WRITTEN]
             with watch.timed("backward"):
                 results = gradients.run([(prompt.ids[: prompt.length], prompt.targets) for prompt in some])
-            lines = [{"key": key, **_line(prompt, result)} for prompt, result in zip(some, results, strict=True)]
-            append_lines(run.folder.path / LINES, lines)
+            lines = [_line(prompt, result) for prompt, result in zip(some, results, strict=True)]
+            kept.append(lines)
             done += len(some)
             run.notify(Step(NAME, done, total))
     execution.warnings = [*runner.report().warnings, *gradients.warn.messages]
     return execution
-
-
-def _key(prompt: Prompt) -> Key:
-    return prompt.example.setting, prompt.example.language, prompt.example.question_id
 
 
 def token_groups(prompt: Prompt) -> np.ndarray:

@@ -23,8 +23,8 @@ MOST_TARGET_TOKENS = 32  # of an answer; a longer one counts by its beginning
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What takes the place of removed tokens: nothing, or the token ``filler``."""
+class Removal:
+    """How tokens are removed: nothing takes their place, or the token ``filler`` that of each."""
 
     filler: int | None = None
 
@@ -33,7 +33,7 @@ class Hidden:
 
         Examples
         --------
-        >>> Hidden().without((5, 6, 7, 8), [(1, 3)]), Hidden(filler=0).without((5, 6, 7, 8), [(1, 3)])
+        >>> Removal().without((5, 6, 7, 8), [(1, 3)]), Removal(filler=0).without((5, 6, 7, 8), [(1, 3)])
         ((5, 8), (5, 0, 0, 8))
         """
         for start, stop in sorted(spans, reverse=True):
@@ -71,7 +71,7 @@ class Case:
     >>> prompt = Prompt(example, (1, 11, 12, 13, 14, 15, 9, 13), 7, spans, ((0, 3), (3, 8), (8, 11)))
     >>> words = Words.find(example.context, "en", prompt.context_offsets)
     >>> case = Case(prompt, "gold", (13,), asked=False, search=Search(words, most=2))
-    >>> case.text(None, Hidden()), case.text((1, 3), Hidden())
+    >>> case.text(None, Removal()), case.text((1, 3), Removal())
     (((1, 11, 12, 13, 9), (13,)), ((1, 11, 9), (13,)))
     """
 
@@ -85,9 +85,9 @@ class Case:
 
     def __post_init__(self) -> None:
         ids = self.prompt.ids[: self.prompt.length]
-        self._whole = ids if self.asked else Hidden().without(ids, [self.prompt.spans["question"]])
+        self._whole = ids if self.asked else Removal().without(ids, [self.prompt.spans["question"]])
 
-    def text(self, span: Span | None, hidden: Hidden) -> Text:
+    def text(self, span: Span | None, removal: Removal) -> Text:
         """The text without the words of ``span``."""
         if span is None:
             return self._whole, self.target
@@ -96,34 +96,34 @@ class Case:
         question = self.prompt.spans["question"]
         if not self.asked and question[0] < first:
             first -= question[1] - question[0]
-        return hidden.without(self._whole, [(first + start, first + stop)]), self.target
+        return removal.without(self._whole, [(first + start, first + stop)]), self.target
 
 
-def run_searches(cases: Sequence[Case], hidden: Hidden, measure: Callable[[list[Text]], Sequence[float]]) -> None:
+def run_searches(cases: Sequence[Case], removal: Removal, measure: Callable[[list[Text]], Sequence[float]]) -> None:
     """Runs the searches of all cases to their ends, step by step together. Texts that are equal are measured once.
 
     Parameters
     ----------
     cases : sequence of Case
         Cases with equal texts may share one ``Search``.
-    hidden : Hidden
+    removal : Removal
     measure : callable (texts) -> sequence of float
         The log-probability of each answer after its prompt.
     """
     known: dict[Text, float] = {}
     searches = {id(case.search): case for case in cases}
     while any((wanted := {key: case.search.wanted() for key, case in searches.items()}).values()):
-        texts = {case.text(None, hidden): None for case in cases}
+        texts = {case.text(None, removal): None for case in cases}
         for key, spans in wanted.items():
-            texts |= {searches[key].text(span, hidden): None for span in spans}
+            texts |= {searches[key].text(span, removal): None for span in spans}
         missing = [text for text in texts if text not in known]
         known |= dict(zip(missing, measure(missing), strict=True))
         for case in cases:
-            case.log_probability = known[case.text(None, hidden)]
+            case.log_probability = known[case.text(None, removal)]
         for key, spans in wanted.items():
             case = searches[key]
             if spans:
-                case.search.take([case.log_probability - known[case.text(span, hidden)] for span in spans])
+                case.search.take([case.log_probability - known[case.text(span, removal)] for span in spans])
 
 
 def count_tokens(texts: Sequence[Text], batch_tokens: int, strategy: Strategy, max_shared_tokens: int | None) -> int:

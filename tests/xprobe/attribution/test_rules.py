@@ -221,6 +221,20 @@ def test_families_that_the_rules_do_not_know_are_refused(family: str) -> None:
     assert all(torch.isfinite(found.values).all() for found in relevance(model, anatomy, TEXTS, "gradient"))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2"])
+def test_16_bits_are_taken(family: str) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    for found in relevance(model, inspect(model), TEXTS, "cp"):
+        assert torch.isfinite(found.values).all()
+
+
+@pytest.mark.parametrize("family", ["gptj", "falcon"])
+def test_what_blocks_lose_is_not_lost_in_the_rounding_of_16_bits(family: str) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match="do not know"):
+        relevance(model, inspect(model), TEXTS, "cp")
+
+
 # -- by hand ----------------------------------------------------------------------------------------------------------
 
 

@@ -271,6 +271,41 @@ def test_answers_are_generated_first_where_the_run_has_none(tiny: Path, tmp_path
     assert len(after.oracle) == 8
 
 
+def test_a_stop_between_answers_and_searches_keeps_the_answers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the model is loaded once for both."""
+    from xprobe.capture.engine import Engine
+    from xprobe.models import loading
+
+    options = {**OPTIONS, "languages": ("en",), "limit": 2}
+    study = xprobe.run(str(tiny), out=tmp_path / "run", **options)
+    loads: list[Any] = []
+    load = loading.load
+    monkeypatch.setattr(loading, "load", lambda *given, **named: loads.append(1) or load(*given, **named))
+    with monkeypatch.context() as patch:
+
+        def stop(self: Any, texts: Any, *rest: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Engine, "log_probabilities", stop)
+        with pytest.raises(KeyboardInterrupt):
+            xprobe.oracle(study, xprobe.OracleSettings(spans=False))
+    assert len(loads) == 1
+    assert len(xprobe.load_study(study.path).answers) == 2
+    assert len(xprobe.oracle(study, xprobe.OracleSettings(spans=False)).oracle) == 8
+
+
+def test_steps_of_other_settings_stay_when_a_search_ends(evaluated: Path, tmp_path: Path) -> None:
+    from xprobe.runs.lines import append_lines
+
+    out = copied(evaluated, tmp_path)
+    append_lines(out / LINES, [{"key": "of other settings", "step": "s", "values": [1.0]}])
+    xprobe.oracle(out, xprobe.OracleSettings(limit=1, spans=False))
+    lines = [json.loads(line) for line in (out / LINES).read_text().splitlines()]
+    assert [line["key"] for line in lines if "step" in line] == ["of other settings"]
+
+
 def test_an_answer_without_tokens_hangs_on_nothing(evaluated: Path, tmp_path: Path) -> None:
     from xprobe.runs.lines import read_lines, rewrite_lines
     from xprobe.stages.generation import LINES as ANSWER_LINES

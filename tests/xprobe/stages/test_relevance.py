@@ -161,6 +161,21 @@ def test_one_example_is_shown_token_by_token(attributed: Path) -> None:
         xprobe.attribute_example(attributed, "en-x/xx/q")
 
 
+def test_a_model_in_memory_is_attributed_without_dropout_and_left_in_training(tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    options = {**OPTIONS, "languages": ("en",), "limit": 2}
+    study = xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "run", **options)
+    row = study.examples.iloc[0]
+    name = f"{row['setting']}/{row['language']}/{row['question_id']}"
+    still = xprobe.attribute_example(study, name, model=model.eval(), tokenizer=tokenizer)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    found = xprobe.attribute_example(study, name, model=model.train(), tokenizer=tokenizer)
+    assert np.array_equal(found.values, still.values)
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
