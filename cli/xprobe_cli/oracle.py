@@ -46,7 +46,7 @@ def _help() -> str:
     show_default=True,
     help="What happens to the tokens of a span.",
 )
-@click.option("--sentences", is_flag=True, help="Stop at the sentence: about a tenth of the cost.")
+@click.option("--sentences", is_flag=True, help="Stop at the sentence: under a tenth of the cost.")
 @click.option("--no-control", is_flag=True, help="Do not search again without the question.")
 @click.option(
     "--norm",

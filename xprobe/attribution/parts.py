@@ -44,7 +44,9 @@ class Norm:
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.kind == "layer":
             wide = wide - wide.mean(-1, keepdim=True)
-        out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps).detach()
+        with torch.no_grad():
+            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        out = wide * scale
         return (out if self.gamma is None else out * self.gamma.to(out)).to(hidden.dtype)
 
 

@@ -257,7 +257,7 @@ def _forward(model: Any, anatomy: Anatomy, ids: Tensor) -> list[_Call]:
         nonlocal kept
         if not isinstance(tensor, nn.Parameter):
             kept += tensor.numel() * tensor.itemsize
-        return tensor
+        return tensor.detach()  # a node that kept its own output would keep itself, for ever where nothing runs it
 
     def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

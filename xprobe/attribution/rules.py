@@ -194,7 +194,8 @@ def scaled_gradient(value: Tensor, factor: float) -> Tensor:
 
 def proportional(value: Tensor, inputs: Tensor) -> Tensor:
     """``value`` as a multiple of ``inputs``, element by element, with the multiples as constants."""
-    ratio = torch.where(inputs == 0, 0, value / inputs).detach()
+    with torch.no_grad():
+        ratio = torch.where(inputs == 0, 0, value / inputs)
     return same_value(value, inputs * ratio)
 
 
@@ -203,7 +204,9 @@ def _replace_norms(parts: Parts, stack: ExitStack) -> None:
         original = module.forward
 
         def forward(hidden: Tensor, *args: Any, original: Any = original, spec: Any = spec, **kwargs: Any) -> Tensor:
-            return same_value(original(hidden, *args, **kwargs), spec.linear(hidden))
+            with torch.no_grad():
+                value = original(hidden, *args, **kwargs)
+            return same_value(value, spec.linear(hidden))
 
         replace_forward(module, forward, stack)
 
@@ -215,8 +218,9 @@ def _replace_activations(parts: Parts, rule: str, stack: ExitStack) -> None:
         def forward(
             inputs: Tensor, *args: Any, original: Any = original, gate: bool = activation.gated, **kwargs: Any
         ) -> Tensor:
-            value = original(inputs, *args, **kwargs)
-            return value.detach() if gate and rule == "cp" else proportional(value, inputs)
+            with torch.no_grad():
+                value = original(inputs, *args, **kwargs)
+            return value if gate and rule == "cp" else proportional(value, inputs)
 
         replace_forward(activation.module, forward, stack)
         if activation.gated and rule == "attnlrp":  # the product of gate and value: half for each

@@ -86,7 +86,7 @@ class OracleSettings:
     removal : str
         One of ``REMOVALS``.
     spans : bool
-        Whether to look for words inside the best sentence. Without it the evidence is a sentence, at about a tenth of
+        Whether to look for words inside the best sentence. Without it the evidence is a sentence, at under a tenth of
         the cost.
     without_question : bool
         Whether to search again without the question in the prompt, as a control.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
@@ -310,6 +311,22 @@ def test_norms_conserve_and_a_layer_norm_takes_the_mean_off() -> None:
     proportional(value, x).sum().backward()
     assert x.grad is not None
     assert (x * x.grad).tolist() == pytest.approx(value.tolist())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_tensor_stays_alive(rule: str) -> None:
+    model = tiny_model("llama")
+    runner = GradientRunner(model, inspect(model), rule)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+
+    runner.run(TEXTS)
+    before = alive()
+    for _ in range(3):
+        runner.run(TEXTS)
+    assert alive() <= before
 
 
 # -- the runner -------------------------------------------------------------------------------------------------------
