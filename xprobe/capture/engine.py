@@ -12,6 +12,9 @@ import torch
 from xprobe_kernels import attention
 
 from xprobe.arguments import check_least
+from xprobe.capture.edited import edit_sample, run_plain
+from xprobe.capture.edited_tree import run_on_tree
+from xprobe.capture.edits import check_edits
 from xprobe.capture.generation import Generated, generate_in_batches, generate_on_tree, log_probabilities
 from xprobe.capture.memory import is_out_of_memory, release_memory
 from xprobe.capture.passes import make_pass, run_pass
@@ -20,21 +23,22 @@ from xprobe.capture.plan import (
     Plan,
     Strategy,
     Wave,
+    candidates,
     make_plan,
     part_tokens,
-    prefix_length,
     rotary_limit,
     split,
 )
-from xprobe.capture.prefix import shared_cache
+from xprobe.capture.prefix import run_on_prefix
 from xprobe.capture.products import fast_products
 from xprobe.capture.requests import Each, Group, Request, check_groups, check_requests, check_sample
-from xprobe.capture.rows import Receiver, RowBuffers, Rows
+from xprobe.capture.rows import RowBuffers, Rows
 from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
 from xprobe.capture.sharing import CarriesState, Isolation, NotIsolated, carries_state, disagreement, short_sample
+from xprobe.capture.tree_attention import NotShareable
 from xprobe.errors import UsageError
 from xprobe.models import tensor_parallel
-from xprobe.models.anatomy import Anatomy, input_device, watch_states
+from xprobe.models.anatomy import Anatomy, input_device
 from xprobe.models.block_io import model_code_errors
 from xprobe.models.parity import TeacherForced, check_parity, check_prompts, rounding_warning
 from xprobe.models.passes import pad
@@ -81,6 +85,7 @@ class Engine:
         self.kernel = attention.available(input_device(model))
         self.max_shared_tokens = rotary_limit(model.config)
         self.parity_error: float | None = None
+        self._edits_checked, self._edits_on_tree = False, True
         self._largest_part = 0  # most requests in one pass of the last capture
         shape = (anatomy.head.width, model.dtype, anatomy.head.weight.device)
         self._space = RowBuffers(anatomy.n_layers, *shape)
@@ -156,7 +161,7 @@ class Engine:
         if stateful is not None:
             self.warn(f"{name} cannot share beginnings: {stateful}")
             return self._use_plain_batches(wanted, noise())
-        for strategy, kernel in _candidates(self.kernel):
+        for strategy, kernel in candidates(self.kernel):
             self.kernel = kernel
             try:
                 reason = self._why_not(strategy, requests, budget, wanted, noise)
@@ -216,11 +221,13 @@ class Engine:
             if any(group.key in wanted for group in wave.groups):
                 yield wave, self.capture_wave(wave.requests)
 
-    def capture(self, requests: Sequence[Request]) -> Rows:
+    def capture(self, requests: Sequence[Request], *, last_layer: bool = False) -> Rows:
         """Runs ``requests`` and returns their rows.
 
         Where no strategy was chosen yet, it is chosen first, by a check on a few of these requests. A request that is
-        alone is run as it is.
+        alone is run as it is. Requests may have edits (``xprobe.capture.edits``).
+
+        ``last_layer``: only rows of the last layer are kept.
 
         Raises
         ------
@@ -230,21 +237,26 @@ class Engine:
             Memory runs out even for one request at a time, or the model fails.
         """
         check_requests(requests, self.limits)
-        strategy = self._strategy
-        if strategy is None and len(requests) > 1:
+        check_edits(requests, self.anatomy.n_layers, self.anatomy.head.width)
+        if self._strategy is None and len({request.ids for request in requests}) > 1:
             self.choose_strategy(requests)
-        elif strategy is None:
-            strategy = "plain"
-        return self.capture_wave(requests, strategy).copy()
+        strategy = self._strategy or "plain"
+        if strategy == "tree" and any(request.edits for request in requests) and not self._edits_checked:
+            self.check_edits_on_tree(requests)
+        return self.capture_wave(requests, strategy, last_layer).copy()
 
-    def capture_wave(self, requests: Sequence[Request], strategy: Strategy | None = None) -> Rows:
+    def capture_wave(
+        self, requests: Sequence[Request], strategy: Strategy | None = None, last_layer: bool = False
+    ) -> Rows:
         """Like ``capture``, into memory of the engine: the next call overwrites the rows.
 
         ``strategy`` replaces the engine's own; neither is checked here. Raises what ``capture`` raises.
         """
         check_requests(requests, self.limits)
-        tensor_parallel.send_order("capture_wave", requests, strategy)
-        return self._capture(requests, strategy or self.strategy, self.batch_tokens)
+        check_edits(requests, self.anatomy.n_layers, self.anatomy.head.width)
+        tensor_parallel.send_order("capture_wave", requests, strategy, last_layer)
+        space = self._last_layer if last_layer else self._space
+        return self._capture(requests, strategy or self.strategy, self.batch_tokens, space)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], stop: Collection[int]
@@ -347,8 +359,27 @@ class Engine:
         self._run_parts(requests, self.strategy, self.batch_tokens, run)
         return [found[i] for i in range(len(requests))]
 
-    def _capture(self, requests: Sequence[Request], strategy: Strategy, budget: int) -> Rows:
-        rows = self._space.rows_for(requests)
+    def check_edits_on_tree(self, requests: Sequence[Request]) -> None:
+        """Compares edits on the tree with those of plain runs; where they disagree, edits are run plainly from now on."""
+        tensor_parallel.send_order("check_edits_on_tree", requests)
+        sample = edit_sample(short_sample(requests, self.model.config, self.max_shared_tokens), self.anatomy)
+        wanted = self._capture(sample, "plain", 1).copy()
+        try:
+            budget = sum(len(request.ids) for request in sample)
+            reason = self._disagreement(self._capture(sample, "tree", budget).copy(), wanted, None)
+        except NotShareable as error:
+            reason = str(error)
+        self._edits_checked = True
+        if reason is not None:
+            self._edits_on_tree = False
+            self.warn(f"{type(self.model).__name__}: edits are run with {STRATEGIES['plain']} ({reason})")
+
+    def _capture(
+        self, requests: Sequence[Request], strategy: Strategy, budget: int, space: RowBuffers | None = None
+    ) -> Rows:
+        rows = (space or self._space).rows_for(requests)
+        if any(request.edits for request in requests) and not (strategy == "tree" and self._edits_on_tree):
+            strategy = "plain"
         self._run_parts(requests, strategy, budget, lambda part: self._run(requests, part, rows, strategy))
         return rows
 
@@ -381,24 +412,12 @@ class Engine:
                 self.model.base_model(
                     input_ids=pad([requests[part[0]].ids[:1]], input_device(self.model)), use_cache=False
                 )
-            if strategy == "prefix":
-                self._run_on_prefix(requests, part, into)
+            if any(requests[i].edits for i in part):
+                if strategy == "tree":
+                    run_on_tree(self.model, self.anatomy, requests, part, into, self.batch_tokens, kernel=self.kernel)
+                else:
+                    run_plain(self.model, self.anatomy, requests, part, into)
+            elif strategy == "prefix":
+                run_on_prefix(self.model, self.anatomy, requests, part, into)
             else:
                 run_pass(self.model, self.anatomy, make_pass(self.model, requests, part, into, strategy, self.kernel))
-
-    def _run_on_prefix(self, requests: Sequence[Request], part: Sequence[int], into: Rows) -> None:
-        shared = prefix_length([requests[i] for i in part])
-        if shared == 0:
-            run_pass(self.model, self.anatomy, make_pass(self.model, requests, part, into, "plain"))
-            return
-        cache = shared_cache(self.model, list(requests[part[0]].ids[:shared]))
-        ids = pad([requests[i].ids[shared:] for i in part], input_device(self.model))
-        receiver = Receiver(requests, part, lambda place, start, stop: [(place, start - shared, stop - shared)], into)
-        with watch_states(self.anatomy.blocks, receiver):
-            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-
-
-def _candidates(kernel: bool) -> list[tuple[Strategy, bool]]:
-    """Strategies to try, the fastest first, each with whether the attention kernel is used."""
-    candidates: list[tuple[Strategy, bool]] = [("tree", True), ("tree", False), ("prefix", False)]
-    return candidates if kernel else candidates[1:]

@@ -27,6 +27,18 @@ STRATEGIES: dict[Strategy, str] = {
 }
 
 
+def candidates(kernel: bool) -> list[tuple[Strategy, bool]]:
+    """Strategies to try, the fastest first, each with whether the attention kernel is used.
+
+    Examples
+    --------
+    >>> candidates(kernel=False)
+    [('tree', False), ('prefix', False)]
+    """
+    every: list[tuple[Strategy, bool]] = [("tree", True), ("tree", False), ("prefix", False)]
+    return every if kernel else every[1:]
+
+
 @dataclass(frozen=True)
 class Wave:
     """Groups that are computed together."""

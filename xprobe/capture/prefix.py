@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from xprobe_kernels.transfer import upload
 
+from xprobe.capture.passes import make_pass, run_pass
+from xprobe.capture.plan import prefix_length
+from xprobe.capture.requests import Request
+from xprobe.capture.rows import Receiver, Rows
 from xprobe.capture.tree_attention import NotShareable
-from xprobe.models.anatomy import input_device
+from xprobe.models.anatomy import Anatomy, input_device, watch_states
+from xprobe.models.passes import pad
 
 
 def shared_cache(model: Any, ids: list[int]) -> Any:
@@ -31,6 +37,19 @@ def shared_cache(model: Any, ids: list[int]) -> Any:
         layers.append(_Shared(keys, values))
     cache.layers = layers
     return cache
+
+
+def run_on_prefix(model: Any, anatomy: Anatomy, requests: Sequence[Request], part: Sequence[int], into: Rows) -> None:
+    """Runs ``part`` of ``requests`` as a padded batch on a cache of their common beginning, where that pays."""
+    shared = prefix_length([requests[i] for i in part])
+    if shared == 0:
+        run_pass(model, anatomy, make_pass(model, requests, part, into, "plain"))
+        return
+    cache = shared_cache(model, list(requests[part[0]].ids[:shared]))
+    ids = pad([requests[i].ids[shared:] for i in part], input_device(model))
+    receiver = Receiver(requests, part, lambda place, start, stop: [(place, start - shared, stop - shared)], into)
+    with watch_states(anatomy.blocks, receiver):
+        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
 
 
 class _Shared(DynamicLayer):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from xprobe.capture.edits import Edit
 from xprobe.errors import UsageError
 from xprobe.models.token_limits import TokenLimits, is_whole, show
 
@@ -76,6 +77,8 @@ class Request:
         The rows to keep, by a name of the caller's choice.
     group : str
         Requests of one group have a common beginning. They are stored together, and may share a cache.
+    edits : tuple of Edit
+        States to replace (``xprobe.capture.edits``). The rows that are kept are those after the edits.
 
     A request does not know the model. ``Engine`` checks requests before it runs any (``check_requests``).
 
@@ -89,10 +92,13 @@ class Request:
     ids: tuple[int, ...]
     reads: Mapping[str, Read]
     group: str = ""
+    edits: tuple[Edit, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.ids, list | range):
             object.__setattr__(self, "ids", tuple(self.ids))
+        if isinstance(self.edits, list):
+            object.__setattr__(self, "edits", tuple(self.edits))
 
     @cached_property
     def first_read(self) -> int:
@@ -197,7 +203,7 @@ def check_groups(groups: Sequence[Group], limits: TokenLimits) -> None:
     Raises
     ------
     UsageError
-        As ``check_requests``. The message names the group and the request's index in it.
+        As ``check_requests``, or a request has edits. The message names the group and the request's index in it.
 
     Examples
     --------
@@ -208,7 +214,11 @@ def check_groups(groups: Sequence[Group], limits: TokenLimits) -> None:
     xprobe.errors.UsageError: request 0 of group 'page 1': ids[1] is 999, but token ids of this model are ...
     """
     names = [f"request {index} of group {group.key!r}" for group in groups for index in range(len(group.requests))]
-    check_requests([request for group in groups for request in group.requests], limits, names)
+    requests = [request for group in groups for request in group.requests]
+    check_requests(requests, limits, names)
+    for name, request in zip(names, requests, strict=True):
+        if request.edits:
+            raise UsageError(f"{name} has edits: a plan stores states as they are; Engine.capture runs edits")
 
 
 def _check_reads(request: Request, name: str) -> None:

@@ -121,7 +121,8 @@ class Receiver:
     part : sequence of int
         The requests that the pass runs over, by index.
     locate : callable
-        Gives the spans of a request's positions in the hidden states of the pass.
+        Gives the spans of a request's positions in the hidden states of the pass; none for positions that the pass does
+        not hold. Their rows stay as they are.
     into : Rows
         Buffers for all ``requests``.
     """
@@ -135,6 +136,7 @@ class Receiver:
             mean = [(place, first, read) for place, first, read in reads if isinstance(read, Mean)]
             tensor = into.tensors[name]
             self._copies.append(_CopyEach(each, locate, tensor) if each else _CopyMean(mean, locate, tensor))
+        self._copies = [copy for copy in self._copies if len(copy.spans.host)]
         self._checked, self._first_layer = False, into.first_layer
 
     def __call__(self, layer: int, hidden: Tensor) -> None:
@@ -152,7 +154,7 @@ class _Spans:
     """Spans [S, 3] of (batch, start, stop), on each device that blocks run on."""
 
     def __init__(self, spans: list[tuple[int, int, int]]) -> None:
-        self.host = torch.tensor(spans)
+        self.host = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
         self._copies: dict[torch.device, Tensor] = {}
 
     def to(self, device: torch.device) -> Tensor:
@@ -169,8 +171,9 @@ class _CopyEach:
         targets: list[int] = []
         for place, first, read in reads:
             for step, position in enumerate(read.positions):
-                spans += locate(place, position, position + 1)
-                targets.append(first + step)
+                own_spans = locate(place, position, position + 1)
+                spans += own_spans
+                targets += [first + step] * len(own_spans)
         self.spans, self._into = _Spans(spans), into
         self._targets = upload(torch.tensor(targets), into.device)
 
@@ -193,11 +196,13 @@ class _CopyMean:
         targets: list[int] = []
         for place, target, read in reads:
             own_pieces = locate(place, read.start, read.stop)
+            if not own_pieces:
+                continue
             owned.append(list(range(len(pieces), len(pieces) + len(own_pieces))))
             targets.append(target)
             pieces += own_pieces
         self.spans, self._into = _Spans(pieces), into
-        most = max(map(len, owned))
+        most = max(map(len, owned), default=0)
         table = torch.tensor([own + [own[0]] * (most - len(own)) for own in owned])
         counted = torch.tensor([[1.0] * len(own) + [0.0] * (most - len(own)) for own in owned], dtype=torch.float64)
         lengths = (self.spans.host[:, 2] - self.spans.host[:, 1])[table] * counted

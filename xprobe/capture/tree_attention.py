@@ -13,7 +13,7 @@ https://flashinfer.ai/2024/02/02/cascade-inference.html)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -131,19 +131,7 @@ class Layout:
             )
             return output[None]
         wide = torch.promote_types(query.dtype, torch.float32)
-        heads, tokens, width = query.shape[1], query.shape[2], value.shape[-1]
-        out = torch.empty(heads, tokens, width, dtype=wide, device=query.device)
-        norms = torch.empty(heads, tokens, dtype=wide, device=query.device)  # log of the softmax's denominator
-        for batch in layout.batches:
-            q, k, v = (t[0][:, batch.indices].transpose(0, 1) for t in (query, key, value))
-            longest = batch.indices.shape[1]
-            if rule.plain(longest - 1):
-                part, norm = fused(q, k, v, rule.scale, causal=True)
-            else:
-                positions = torch.arange(longest, device=query.device)
-                part, norm = rule.explicit(q, k, v, positions, positions)
-            out[:, batch.targets] = part.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
-            norms[:, batch.targets] = norm.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
+        out, norms = within_segments(layout.batches, query, key, value, rule)
         for segment, deepest in layout.shared:
             own, below = slice(segment.start, segment.stop), slice(segment.stop, segment.end)
             q, k, v = query[:, :, below], key[:, :, own], value[:, :, own]
@@ -157,6 +145,27 @@ class Layout:
         if sinks is not None:
             out *= torch.sigmoid(norms - sinks.to(wide)[:, None])[..., None]
         return out.to(query.dtype).transpose(0, 1)[None].contiguous()
+
+
+def within_segments(
+    batches: Sequence[Batch], query: Tensor, key: Tensor, value: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Attention [H, N, d] of tokens on their own segments, and the log of its denominator [H, N], in fp32 or wider."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    heads, tokens, width = query.shape[1], query.shape[2], value.shape[-1]
+    out = torch.empty(heads, tokens, width, dtype=wide, device=query.device)
+    norms = torch.empty(heads, tokens, dtype=wide, device=query.device)
+    for batch in batches:
+        q, k, v = (t[0][:, batch.indices].transpose(0, 1) for t in (query, key, value))
+        longest = batch.indices.shape[1]
+        if rule.plain(longest - 1):
+            part, norm = fused(q, k, v, rule.scale, causal=True)
+        else:
+            positions = torch.arange(longest, device=query.device)
+            part, norm = rule.explicit(q, k, v, positions, positions)
+        out[:, batch.targets] = part.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
+        norms[:, batch.targets] = norm.transpose(0, 1).flatten(1, 2)[:, batch.real].to(wide)
+    return out, norms
 
 
 @contextmanager

@@ -76,6 +76,67 @@ def _part(tree: Tree, start: int, stop: int) -> Part | None:
     return Part(start, stop, members, None if bool(mask.all()) else mask, torch.tensor(tree.positions[start:stop]))
 
 
+@dataclass(frozen=True, eq=False)
+class PlacedPart:
+    """A part on a device, for some of the new tokens: ``rows`` [m] by index, ``mask`` [m, stop - start] or None."""
+
+    part: Part
+    rows: Tensor
+    positions: Tensor
+    mask: Tensor | None
+
+
+def group_heads(query: Tensor, groups: int) -> Tensor:
+    """Queries [1, H, n, d] as [n, G, H / G, d]: heads that share keys are queries of one product."""
+    return query[0].transpose(0, 1).reshape(query.shape[2], groups, query.shape[1] // groups, -1)
+
+
+def merge_parts(
+    out: Tensor,
+    norms: Tensor,
+    grouped: Tensor,
+    kept: tuple[Tensor, Tensor],
+    parts: Sequence[PlacedPart],
+    positions: Tensor,
+    furthest: int,
+    rule: Rule,
+) -> None:
+    """Adds the attention of new tokens on the parts of a tree, in place.
+
+    Parameters
+    ----------
+    out, norms : Tensor [n, G, H / G, d], [n, G, H / G], fp32 or wider
+        The attention of the n new tokens so far, and the logarithm of its denominator.
+    grouped : Tensor [n, G, H / G, d]
+        Their queries (``group_heads``).
+    kept : keys and values [1, G, N, d] of the tree's tokens
+    parts : sequence of PlacedPart
+    positions : int64 Tensor [n]
+        Of the new tokens.
+    furthest : int
+        The largest of them; on a GPU, asking for it would wait for the device.
+    rule : Rule
+    """
+    keys, values = kept
+    groups, repeat = grouped.shape[1:3]
+    for placed in parts:
+        rows, span = placed.rows, slice(placed.part.start, placed.part.stop)
+        some = grouped[rows].permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, G, H / G * m, d]
+        if placed.mask is None and rule.plain(furthest - int(placed.part.positions.min())):
+            found, norm = fused(some, keys[:, :, span], values[:, :, span], rule.scale, causal=False)
+        else:
+            mask = None if placed.mask is None else placed.mask.repeat(repeat, 1)
+            found, norm = rule.explicit(
+                some, keys[:, :, span], values[:, :, span], positions[rows].repeat(repeat), placed.positions, mask
+            )
+        shape = (groups, repeat, len(rows))
+        found = found[0].unflatten(1, shape[1:]).permute(2, 0, 1, 3).to(out.dtype)
+        norm = norm[0].reshape(shape).permute(2, 0, 1).to(out.dtype)
+        before = norms[rows]
+        out[rows] = torch.lerp(found, out[rows], torch.sigmoid(before - norm)[..., None])
+        norms[rows] = torch.logaddexp(before, norm)
+
+
 class Decoding:
     """Attention of the next tokens of P prompts; a ``PackedAttention``.
 
@@ -114,7 +175,7 @@ class Decoding:
             self._placed = cache(self._place)
         return self._lengths[self._live] + self._step
 
-    def _place(self, device: torch.device) -> tuple[Tensor, list[tuple[Part, Tensor, Tensor, Tensor | None]]]:
+    def _place(self, device: torch.device) -> tuple[Tensor, list[PlacedPart]]:
         """The live prompts on a device; of each part its live members, its positions and its mask."""
         row_of = {prompt: row for row, prompt in enumerate(self._live)}
         placed = []
@@ -124,7 +185,7 @@ class Decoding:
                 continue
             rows = upload(torch.tensor([row for _, row in kept]), device)
             mask = None if part.mask is None else upload(part.mask[[k for k, _ in kept]], device)
-            placed.append((part, rows, upload(part.positions, device), mask))
+            placed.append(PlacedPart(part, rows, upload(part.positions, device), mask))
         return upload(torch.tensor(self._live), device), placed
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
@@ -132,36 +193,19 @@ class Decoding:
         self._layer += 1
         if self._layer >= len(self._kept) or query.shape[2] != len(self._live):
             raise NotShareable("another number of attention layers or tokens than in the pass before")
-        device, (heads, count), groups = query.device, query.shape[1:3], key.shape[1]
+        device, heads, groups = query.device, query.shape[1], key.shape[1]
         wide = torch.promote_types(query.dtype, torch.float32)
         live, parts = self._placed(device)
         own_keys, own_values = self._own(key[0], value[0], live)
-        # [n, G, H / G, d]: heads that share keys are queries of one product
-        grouped = query[0].transpose(0, 1).reshape(count, groups, heads // groups, -1)
+        grouped = group_heads(query, groups)
         seen = torch.arange(self._step + 1, device=device)
         now = seen[-1:].expand(heads // groups)
         out, norms = rule.explicit(grouped, own_keys, own_values, now, seen)  # [n, G, H / G, d], [n, G, H / G]
         out, norms = out.to(wide), norms.to(wide)
         positions = upload(self._lengths[self._live], device) + self._step
         keys, values = self._kept[self._layer]
-        for part, rows, key_positions, mask in parts:
-            span = slice(part.start, part.stop)
-            some = grouped[rows].permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, G, H / G * m, d]
-            furthest = int(self._lengths[self._live].max()) + self._step - int(part.positions.min())
-            if mask is None and rule.plain(furthest):
-                found, norm = fused(some, keys[:, :, span], values[:, :, span], rule.scale, causal=False)
-            else:
-                repeat = heads // groups
-                own_mask = None if mask is None else mask.repeat(repeat, 1)
-                found, norm = rule.explicit(
-                    some, keys[:, :, span], values[:, :, span], positions[rows].repeat(repeat), key_positions, own_mask
-                )
-            shape = (groups, heads // groups, len(rows))
-            found = found[0].unflatten(1, shape[1:]).permute(2, 0, 1, 3).to(wide)
-            norm = norm[0].reshape(shape).permute(2, 0, 1).to(wide)
-            before = norms[rows]
-            out[rows] = torch.lerp(found, out[rows], torch.sigmoid(before - norm)[..., None])
-            norms[rows] = torch.logaddexp(before, norm)
+        furthest = int(self._lengths[self._live].max()) + self._step
+        merge_parts(out, norms, grouped, (keys, values), parts, positions, furthest, rule)
         if sinks is not None:
             out = out * torch.sigmoid(norms - sinks.to(wide).view(groups, -1))[..., None]
         return out.flatten(1, 2)[None].to(query.dtype)
