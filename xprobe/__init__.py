@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from xprobe.attribution.settings import RelevanceSettings
     from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
-    from xprobe.evaluation import attribute, attribute_example, evaluate, forecast_oracle, oracle
+    from xprobe.evaluation import attribute, attribute_example, evaluate, forecast_oracle, oracle, patch
+    from xprobe.phases.patch_settings import PatchSettings
     from xprobe.results import Study, load_study
     from xprobe.scoring.settings import AnswerSettings, OracleSettings
     from xprobe.study import run
@@ -32,19 +33,22 @@ _HOME = {
     "AnswerSettings": "xprobe.scoring.settings",
     "OracleSettings": "xprobe.scoring.settings",
     "RelevanceSettings": "xprobe.attribution.settings",
+    "PatchSettings": "xprobe.phases.patch_settings",
     "attribute": "xprobe.evaluation",
     "attribute_example": "xprobe.evaluation",
     "evaluate": "xprobe.evaluation",
     "oracle": "xprobe.evaluation",
     "forecast_oracle": "xprobe.evaluation",
+    "patch": "xprobe.evaluation",
     "XprobeError": "xprobe.errors",
 }
 
 _MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
 
 __all__ = [
-    "AnswerSettings", "Execution", "OracleSettings", "RelevanceSettings", "Study", "StudyConfig", "XprobeError",
-    "__version__", "attribute", "attribute_example", "evaluate", "forecast_oracle", "load_study", "oracle", "run",
+    "AnswerSettings", "Execution", "OracleSettings", "PatchSettings", "RelevanceSettings", "Study", "StudyConfig",
+    "XprobeError", "__version__", "attribute", "attribute_example", "evaluate", "forecast_oracle", "load_study",
+    "oracle", "patch", "run",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from xprobe.attribution.settings import RelevanceSettings
 from xprobe.config import MODEL_IN_MEMORY, RECORDS_IN_MEMORY, Execution, StudyConfig
 from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
+from xprobe.phases.patch_settings import PatchSettings
 from xprobe.results import Study, load_study
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.identity import differences, model_to_load
@@ -172,6 +173,53 @@ def attribute(
 
     settings = _settings(settings, RelevanceSettings)
     return _add_stage(path, partial(relevance.compute, settings=settings), model, tokenizer, records, progress, options)
+
+
+def patch(
+    path: str | Path | Study,
+    settings: PatchSettings | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    records: Any = None,
+    progress: Notify | None = None,
+    **options: Any,
+) -> Study:
+    """Puts the states of one question into the run of another, layer by layer, and measures where the answer moves.
+
+    So it finds the layers at which the model uses the question and has the answer: the causal boundaries. A call that
+    was stopped goes on where it was.
+
+    Parameters
+    ----------
+    path : path or Study
+        The run folder, or a study that was read from it. Gets ``patching.jsonl``, ``patching.parquet`` and
+        ``patching_by_layer.parquet``.
+    settings : PatchSettings, optional
+    model, tokenizer, records, progress, **options
+        As for ``evaluate``.
+
+    Raises
+    ------
+    UsageError
+        As ``evaluate``.
+    DataError
+        No two questions on a paragraph can be told apart by the first token of their answers.
+    RunFolderError
+        The run is not finished, or its folder cannot be used.
+    XprobeError
+        The model failed; what was written stays.
+
+    Examples
+    --------
+    >>> import xprobe
+    >>> study = xprobe.patch("runs/demo", xprobe.PatchSettings(limit=6))                    # doctest: +SKIP
+    >>> study.patching.query("kind == 'answer'").groupby("layer")["other"].mean()           # doctest: +SKIP
+    """
+    from xprobe.stages import patching
+
+    settings = _settings(settings, PatchSettings)
+    return _add_stage(path, partial(patching.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
 def attribute_example(

@@ -214,6 +214,22 @@ class Study(Mapping[str, SettingResult]):
             )
         return self.table("relevance.parquet")
 
+    @property
+    def patching(self) -> pd.DataFrame:
+        """One row per pair of questions, kind of patch and layer; see docs/causes.md. ``xprobe.patch`` writes them.
+
+        Raises
+        ------
+        UsageError
+            The run has none.
+        """
+        if "patching" not in self.manifest.stages:
+            raise UsageError(
+                f"the run in {self.path} has no patches: xprobe.patch({str(self.path)!r}) or `xprobe patch` computes "
+                "them"
+            )
+        return self.table("patching.parquet")
+
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.
 

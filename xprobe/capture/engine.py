@@ -360,7 +360,7 @@ class Engine:
         return [found[i] for i in range(len(requests))]
 
     def check_edits_on_tree(self, requests: Sequence[Request]) -> None:
-        """Compares edits on the tree with those of plain runs; where they disagree, edits are run plainly from now on."""
+        """Compares edits on the tree with those of plain runs. Without agreement, edits are run plainly from now on."""
         tensor_parallel.send_order("check_edits_on_tree", requests)
         sample = edit_sample(short_sample(requests, self.model.config, self.max_shared_tokens), self.anatomy)
         wanted = self._capture(sample, "plain", 1).copy()

@@ -194,10 +194,25 @@ def log_probabilities(rows: Tensor, targets: Sequence[int], head: Unembedding) -
     >>> [round(value, 3) for value in log_probabilities(torch.tensor([[0.0, 0.0]]), [1], head)]
     [-0.693]
     """
-    found: list[float] = []
+    return [value for (value,) in token_log_probabilities(rows, [(target,) for target in targets], head)]
+
+
+def token_log_probabilities(
+    rows: Tensor, targets: Sequence[tuple[int, ...]], head: Unembedding
+) -> list[tuple[float, ...]]:
+    """Log-probabilities of several tokens, as many for each row, after the rows [n, D] of the last layer, in nats.
+
+    Examples
+    --------
+    >>> head = Unembedding(torch.eye(2), norm="none")
+    >>> ((one, other),) = token_log_probabilities(torch.tensor([[0.0, 1.0]]), [(0, 1)], head)
+    >>> round(other - one, 6)
+    1.0
+    """
+    found: list[tuple[float, ...]] = []
     for part in torch.arange(len(rows)).split(ROWS):
         some = rows[part[0] : part[-1] + 1].to(head.weight.device)
         ids = upload(torch.tensor(targets[part[0] : part[-1] + 1]), some.device)
         readout = lens(some, head, ids, check=False)
-        found += (readout.logits[:, 0].double() - readout.logsumexp.double()).tolist()
+        found += map(tuple, (readout.logits.double() - readout.logsumexp.double()[:, None]).tolist())
     return found

@@ -14,4 +14,5 @@ STAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "answers": (("states", "phases"), "generated answers, F1, error types: answers.jsonl, answers.parquet"),
     "oracle": (("states", "answers"), "the words that an answer hangs on: oracle.jsonl, oracle.parquet"),
     "relevance": (("states", "phases"), "relevance of tokens by layer: relevance.jsonl, relevance.parquet"),
+    "patching": (("states", "phases"), "patched states, causal boundaries: patching.jsonl, patching.parquet"),
 }
