@@ -26,9 +26,9 @@ PICTURE = ROOT / "docs" / "images" / "house.png"
 GROUND = ("events", "timing", "cache", "config", "arguments", "errors")
 # from left to right, so that few arrows cross; heights are computed
 COLUMNS = {
-    "models": 0, "capture": 0, "lenses": 0, "qa": 1, "phases": 2, "probes": 1.5, "scoring": 2.25, "runs": 3,
-    "results": 3, "doctor": 4,
-    "stages": 1.5, "forecast": 0.5, "study": 1.5, "evaluation": 2.5,
+    "models": 0.8, "capture": 0.8, "qa": 1.7, "phases": 3, "probes": 2.5, "scoring": 3.3, "runs": 4.1, "results": 4.1,
+    "doctor": 5, "single_prompt": 0, "lenses": 0.8, "attribution": 1.6,
+    "stages": 2.5, "forecast": 1.6, "study": 2.5, "evaluation": 3.4,
 }  # fmt: skip
 INK, QUIET, LINE = "#222222", "#8a8a86", "#2f5d8a"
 FILLS = {"room": "#e6edf5", "ground": "#f4f4f2", "package": "#f6e6d6"}

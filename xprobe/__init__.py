@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xprobe.phases.patch_settings import PatchSettings
     from xprobe.results import Study, load_study
     from xprobe.scoring.settings import AnswerSettings, OracleSettings
+    from xprobe.single_prompt import PatchedPrompt, PromptEdit, patch_prompt
     from xprobe.study import run
 
 __version__ = "0.2.0"
@@ -40,15 +41,18 @@ _HOME = {
     "oracle": "xprobe.evaluation",
     "forecast_oracle": "xprobe.evaluation",
     "patch": "xprobe.evaluation",
+    "patch_prompt": "xprobe.single_prompt",
+    "PatchedPrompt": "xprobe.single_prompt",
+    "PromptEdit": "xprobe.single_prompt",
     "XprobeError": "xprobe.errors",
 }
 
 _MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
 
 __all__ = [
-    "AnswerSettings", "Execution", "OracleSettings", "PatchSettings", "RelevanceSettings", "Study", "StudyConfig",
-    "XprobeError", "__version__", "attribute", "attribute_example", "evaluate", "forecast_oracle", "load_study",
-    "oracle", "patch", "run",
+    "AnswerSettings", "Execution", "OracleSettings", "PatchSettings", "PatchedPrompt", "PromptEdit",
+    "RelevanceSettings", "Study", "StudyConfig", "XprobeError", "__version__", "attribute", "attribute_example",
+    "evaluate", "forecast_oracle", "load_study", "oracle", "patch", "patch_prompt", "run",
 ]  # fmt: skip
 
 

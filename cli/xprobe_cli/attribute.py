@@ -73,10 +73,13 @@ def command(
 ) -> int:  # fmt: skip
     """Runs `xprobe attribute`; ``_help`` has the text for users."""
     from xprobe.evaluation import attribute, attribute_example
+    from xprobe_cli.figures import check_figure
     from xprobe_cli.relevance_tables import heat_map, plain_example, relevance_report, save_heat_map
 
     if figure is not None and show is None:
         raise click.UsageError("--figure draws one example: name it with --show")
+    if figure is not None:
+        check_figure(figure)
     settings = RelevanceSettings(rule, attributed, limit)
     given = of_run(context, options)
     if show is not None:

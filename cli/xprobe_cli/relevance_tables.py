@@ -114,19 +114,9 @@ def _shown(token: str) -> str:
 
 
 def save_heat_map(found: ExampleRelevance, path: Path) -> None:
-    """Draws the heat map as a figure.
+    """Draws the heat map as a figure. ``xprobe_cli.figures.check_figure`` has passed the path."""
+    import matplotlib
 
-    Raises
-    ------
-    UsageError
-        matplotlib is not installed.
-    """
-    from xprobe.errors import UsageError
-
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError("figures need matplotlib: pip install 'xprobe[plot]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -85,7 +85,7 @@ class Engine:
         self.kernel = attention.available(input_device(model))
         self.max_shared_tokens = rotary_limit(model.config)
         self.parity_error: float | None = None
-        self._edits_checked, self._edits_on_tree = False, True
+        self._edits_on_tree: bool | None = None  # until it is checked
         self._largest_part = 0  # most requests in one pass of the last capture
         shape = (anatomy.head.width, model.dtype, anatomy.head.weight.device)
         self._space = RowBuffers(anatomy.n_layers, *shape)
@@ -241,7 +241,7 @@ class Engine:
         if self._strategy is None and len({request.ids for request in requests}) > 1:
             self.choose_strategy(requests)
         strategy = self._strategy or "plain"
-        if strategy == "tree" and any(request.edits for request in requests) and not self._edits_checked:
+        if strategy == "tree" and self._edits_on_tree is None and any(request.edits for request in requests):
             self.check_edits_on_tree(requests)
         return self.capture_wave(requests, strategy, last_layer).copy()
 
@@ -255,8 +255,7 @@ class Engine:
         check_requests(requests, self.limits)
         check_edits(requests, self.anatomy.n_layers, self.anatomy.head.width)
         tensor_parallel.send_order("capture_wave", requests, strategy, last_layer)
-        space = self._last_layer if last_layer else self._space
-        return self._capture(requests, strategy or self.strategy, self.batch_tokens, space)
+        return self._capture(requests, strategy or self.strategy, self.batch_tokens, last_layer)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], stop: Collection[int]
@@ -363,22 +362,18 @@ class Engine:
         """Compares edits on the tree with those of plain runs. Without agreement, edits are run plainly from now on."""
         tensor_parallel.send_order("check_edits_on_tree", requests)
         sample = edit_sample(short_sample(requests, self.model.config, self.max_shared_tokens), self.anatomy)
-        wanted = self._capture(sample, "plain", 1).copy()
+        wanted, budget = self._capture(sample, "plain", 1).copy(), sum(len(request.ids) for request in sample)
         try:
-            budget = sum(len(request.ids) for request in sample)
             reason = self._disagreement(self._capture(sample, "tree", budget).copy(), wanted, None)
         except NotShareable as error:
             reason = str(error)
-        self._edits_checked = True
+        self._edits_on_tree = reason is None
         if reason is not None:
-            self._edits_on_tree = False
             self.warn(f"{type(self.model).__name__}: edits are run with {STRATEGIES['plain']} ({reason})")
 
-    def _capture(
-        self, requests: Sequence[Request], strategy: Strategy, budget: int, space: RowBuffers | None = None
-    ) -> Rows:
-        rows = (space or self._space).rows_for(requests)
-        if any(request.edits for request in requests) and not (strategy == "tree" and self._edits_on_tree):
+    def _capture(self, requests: Sequence[Request], strategy: Strategy, budget: int, last_layer: bool = False) -> Rows:
+        rows = (self._last_layer if last_layer else self._space).rows_for(requests)
+        if any(request.edits for request in requests) and (strategy != "tree" or self._edits_on_tree is False):
             strategy = "plain"
         self._run_parts(requests, strategy, budget, lambda part: self._run(requests, part, rows, strategy))
         return rows

@@ -93,7 +93,7 @@ def choose_pairs(prompts: Sequence[Prompt], settings: PatchSettings, seed: int) 
                 if cross == settings.cross:
                     break
                 one = own[(turn + step) % len(own)]
-                theirs = languages[others[(turn + step) % len(others)]]
+                theirs = languages[others[(turn + step + step // len(own)) % len(others)]]
                 partner = _partner(one, [theirs[question] for question in order if question in theirs], order)
                 if partner is not None and (key_of(one), key_of(partner)) not in taken:
                     found.append(Pair(one, partner, "cross"))

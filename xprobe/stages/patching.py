@@ -151,7 +151,7 @@ def _compute_missing(
 def patch(engine: Engine, pairs: Sequence[Pair]) -> list[Line]:
     """Runs every pair with every patch at every layer, and measures the first token in which both answers differ.
 
-    Its log-probability is read where the prompt ends, or the beginning that both answers share. So no other answer token
+    Its log-probability is read where the prompt ends, or the beginning that both answers share. No other answer token
     is run, and the ends are exact: a patch of the last state at the last layer says the other answer, one below the
     first block nothing.
 

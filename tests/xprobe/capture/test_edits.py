@@ -14,6 +14,7 @@ from torch import Tensor
 from xprobe.capture.edits import Edit, RandomStates, StatesOf, random_like
 from xprobe.capture.engine import Engine
 from xprobe.capture.requests import Each, Mean, Request, group_requests
+from xprobe.capture.tree_decoding import merge_parts
 from xprobe.errors import UsageError
 from xprobe.models.anatomy import inspect
 
@@ -177,7 +178,7 @@ def test_a_failing_pass_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no")
 
     monkeypatch.setattr("xprobe.capture.edited_tree.merge_parts", fail)
-    engine._edits_checked = True
+    engine._edits_on_tree = True
     with pytest.raises(RuntimeError, match="no"):
         engine.capture(cases(engine.anatomy.n_layers, engine.anatomy.head.width))
     assert not any("forward" in vars(block) or block._forward_hooks for block in engine.anatomy.blocks)
@@ -188,10 +189,9 @@ def test_where_the_tree_disagrees_edits_are_run_plainly(monkeypatch: pytest.Monk
     model = tiny_model("llama")
     notes: list[str] = []
     engine = Engine(model, inspect(model), 4096, notes.append)
-    true = engine_module_merge()
 
     def wrong(out: Tensor, *args: Any) -> None:
-        true(out, *args)
+        merge_parts(out, *args)
         out *= 1.5
 
     monkeypatch.setattr("xprobe.capture.edited_tree.merge_parts", wrong)
@@ -199,16 +199,10 @@ def test_where_the_tree_disagrees_edits_are_run_plainly(monkeypatch: pytest.Monk
     assert any("edits are run with padded batches of whole prompts" in note for note in notes)
 
 
-def engine_module_merge() -> Any:
-    from xprobe.capture.edited_tree import merge_parts
-
-    return merge_parts
-
-
 def test_only_the_blocks_above_an_edit_run_and_only_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     engine = Engine(model, inspect(model), 4096)
-    engine.strategy, engine._edits_checked = "tree", True
+    engine.strategy, engine._edits_on_tree = "tree", True
     sizes: list[list[int]] = [[] for _ in engine.anatomy.blocks]
     for place, block in enumerate(engine.anatomy.blocks):
         norm = block.input_layernorm
