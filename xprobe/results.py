@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +231,18 @@ class Study(Mapping[str, SettingResult]):
             )
         return self.table("patching.parquet")
 
+    def evaluate(self, settings: Any = None, **options: Any) -> Study:
+        """This run with the stage "answers"; as ``xprobe.evaluate``."""
+        return _public("evaluate")(self, settings, **options)
+
+    def attribute(self, settings: Any = None, **options: Any) -> Study:
+        """This run with the stage "relevance"; as ``xprobe.attribute``."""
+        return _public("attribute")(self, settings, **options)
+
+    def patch(self, settings: Any = None, **options: Any) -> Study:
+        """This run with the stage "patching"; as ``xprobe.patch``."""
+        return _public("patch")(self, settings, **options)
+
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.
 
@@ -268,6 +281,11 @@ class Study(Mapping[str, SettingResult]):
     def _repr_html_(self) -> str:
         parts = "".join(result._repr_html_() for result in self.values())
         return f"<p><code>{escape(repr(self))}</code></p>{parts}"
+
+
+def _public(name: str) -> Any:
+    """A function of ``xprobe`` by name: its stages read results, so results cannot import them."""
+    return getattr(import_module("xprobe"), name)
 
 
 def load_study(path: str | Path) -> Study:

@@ -50,7 +50,7 @@ def _curves(axes: Any, study: Study, setting: str) -> None:
         some = own[(own["pairs"] == pairs) & (own["kind"] == kind)]
         if some.empty:
             continue
-        axes.plot(some["layer"], some["value"], style, color=colour, label=label)
+        axes.plot(some["layer"], some["value"], style, color=colour, label=label, linewidth=2)
         if style == "-":
             axes.fill_between(some["layer"], some["lo"], some["hi"], color=colour, alpha=0.15, linewidth=0)
     signals = study[setting].signals
@@ -84,4 +84,4 @@ def _boundaries(axes: Any, study: Study, setting: str, same: dict[str, Any]) -> 
     axes.invert_yaxis()
     axes.set_xlim(0, study.manifest.model.n_blocks)
     axes.set_xlabel("layer")
-    axes.set_title("question used up to (green), answer held from (red),\nretrieval onset as read (orange)", fontsize=9)
+    axes.set_title("question used up to (green), answer held from (red),\nretrieval onset as read (orange)", fontsize=8)

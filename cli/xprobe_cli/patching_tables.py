@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from xprobe_cli.tables import bar, counted, estimate, number
+from xprobe_cli.tables import bar, estimate, number
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -77,12 +77,12 @@ def _boundary(value: dict[str, float | None] | None) -> str:
 
 
 def _language_pairs(cross: dict[str, Any]) -> list[str]:
-    cells = [
-        f"{name} {number(row['answer_boundary']['value'], 0)}"
-        for name, row in cross.get("language_pairs", {}).items()
-        if row["answer_boundary"]["value"] is not None
-    ]
-    total = len(cross.get("language_pairs", {}))
-    if not cells:
-        return [f"answer held from, by language>other: too few pairs for any of {counted(total, 'pair')} of languages"]
-    return [f"answer held from, by language>other ({len(cells)} of {total} known): {'  '.join(cells)}"]
+    """A row for each language of the question that is run, a column for each language of the other question."""
+    known = cross.get("language_pairs", {})
+    names = list(dict.fromkeys(name for pair in known for name in pair.split(">")))
+    lines = ["answer held from, by language (rows) and language of the other question (columns)"]
+    lines.append("  ".join([f"{'':<8}", *(f"{name:>5}" for name in names)]))
+    for language in names:
+        cells = (known.get(f"{language}>{other}", {}).get("answer_boundary", {}).get("value") for other in names)
+        lines.append("  ".join([f"{language:<8}", *(f"{number(value, 0):>5}" for value in cells)]))
+    return lines

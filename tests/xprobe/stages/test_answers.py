@@ -161,7 +161,7 @@ def test_another_number_of_tokens_makes_other_answers_beside_the_first(
     evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = copied(evaluated, tmp_path)
-    study = xprobe.evaluate(out, xprobe.AnswerSettings(max_new_tokens=2))
+    study = xprobe.load_study(out).evaluate(xprobe.AnswerSettings(max_new_tokens=2))
     assert study.answers["tokens"].max() <= 2
     assert len((out / LINES).read_text().splitlines()) == 2 * len(study.manifest.groups)
     monkeypatch.setattr("xprobe.evaluation._open_model", lambda *arguments: pytest.fail("the model was opened"))

@@ -58,7 +58,7 @@ def test_planted_causes_are_found(tmp_path: Path, question_block: int, answer_bl
     model = causes_model(tmp_path / "model", question_block, answer_block)
     data = causes_set(tmp_path / "data")
     run = xprobe.run(str(model), data=str(data), setting="en-x", out=tmp_path / "run", **OPTIONS)
-    study = xprobe.patch(run)
+    study = run.patch()  # as xprobe.patch(run)
     found = study.manifest.stages["patching"].results["settings"]["en-x"]
     exact = {"value": answer_block, "lo": answer_block, "hi": answer_block}
     for pairs in ("same", "cross"):

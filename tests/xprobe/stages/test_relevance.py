@@ -58,7 +58,7 @@ def test_planted_depths_are_found(tmp_path: Path, question_block: int, answer_bl
     model = reading_model(tmp_path / "model", question_block, answer_block)
     data = retrieval_set(tmp_path / "data", ("en",), paragraphs=3)
     options = {**OPTIONS, "limit": None, "languages": ("en",), "data": str(data), "template": "plain"}
-    study = xprobe.attribute(xprobe.run(str(model), setting="en-x", out=tmp_path / "run", **options))
+    study = xprobe.run(str(model), setting="en-x", out=tmp_path / "run", **options).attribute()
     table = study.relevance.set_index(["question_id", "group"])
     found = study.manifest.stages["relevance"].results["settings"]["en-x"]
     assert found["mrd"]["question"]["value"] == question_block - 1
