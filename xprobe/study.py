@@ -208,10 +208,7 @@ def _forget_later_stages(run: Run, reason: str, *, only_damaged: bool = False) -
         entry = run.manifest.stages[name]
         if only_damaged and all(run.folder.holds_table(table, digest) for table, digest in entry.tables.items()):
             continue
-        del run.manifest.stages[name]
-        for table in entry.tables:
-            (run.folder.path / table).unlink(missing_ok=True)
-        run.notify(Note(f"the stage {name!r} {reason}: compute it again", important=True))
+        run.forget(name, reason)
     if not only_damaged:
         run.manifest.stages.pop("phases", None)  # which is computed next
 

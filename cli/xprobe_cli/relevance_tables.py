@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,8 @@ def plain_example(found: ExampleRelevance) -> dict[str, Any]:
     return {
         "example": found.id,
         "rule": found.rule,
+        "attributed": found.attributed,
+        "y": found.y,
         "conserved": found.conserved.tolist(),
         "tokens": [
             {"text": text, "group": group, "mrd": None if depth != depth else depth, "relevance": values}
@@ -91,8 +94,10 @@ def heat_map(found: ExampleRelevance) -> str:
     levels = (amounts / largest.clip(min=1e-30)) ** 0.5  # the root shows small shares, too
     layers = found.values.shape[0]
     ruler = "".join(str(layer // 10 % 10) if layer % 10 == 0 else "·" for layer in range(layers))
+    of = f"of the {found.attributed.replace('_', ' ')} of the gold answer, {number(found.y, 2)}"
     lines = [
-        f"{found.id} · rule {found.rule} · |relevance| as a share of the largest of each layer (root)",
+        f"{found.id} · rule {found.rule} · {of}",
+        "|relevance| as a share of the largest of each layer (root)",
         "",
         f"{'group':<9} {'token':<{TOKEN}} {ruler}  MRD",
     ]
@@ -132,7 +137,11 @@ def save_heat_map(found: ExampleRelevance, path: Path) -> None:
     depths = [(row, found.mrd[i]) for row, i in enumerate(rows) if found.mrd[i] == found.mrd[i]]
     axes.plot([depth for _, depth in depths], [row for row, _ in depths], "k|", markersize=6)
     axes.set_xlabel("layer")
-    axes.set_title(f"{found.id}, rule {found.rule}: relevance, each layer scaled; | major relevance depth", fontsize=8)
+    title = f"{found.id}, rule {found.rule}, of the {found.attributed.replace('_', ' ')}"
+    axes.set_title(f"{title}\neach layer scaled; | major relevance depth", fontsize=8)
+    for row, (before, after) in enumerate(pairwise(rows)):
+        if after > before + 1:  # tokens between them are left out
+            axes.axhline(row + 0.5, color="black", linewidth=0.4, linestyle=":")
     figure.colorbar(image, ax=axes, shrink=0.5)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -68,6 +68,7 @@ def test_one_example_is_shown_and_nothing_is_written(
         (["--limit", "0"], 2, "0 is not in the range x>=1"),
         (["--figure", "x.png"], 2, "--figure draws one example: name it with --show"),
         (["--show", "en-x/de/none"], 2, "has no example 'en-x/de/none'"),
+        (["--show", "en-x/de/p01q1", "--figure", "heat.xyz"], 2, "name a file that ends in one of"),
         (["--stream"], 2, "a streamed model cannot be attributed"),
     ],
 )

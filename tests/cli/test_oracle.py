@@ -73,7 +73,7 @@ def test_without_controls_and_spans_the_table_shows_dashes(
     [
         (["--removal", "mask"], 2, "'mask' is not one of"),
         (["--limit", "0"], 2, "0 is not in the range x>=1"),
-        (["--stream"], 2, "a streamed model cannot be asked again and again"),
+        (["--stream"], 2, "a streamed model cannot be searched for evidence"),
         (["--device", "cuda:77"], 2, "cuda:77"),
     ],
 )

@@ -9,7 +9,7 @@ from xprobe.errors import UsageError
 
 # rule -> what it does to the backward pass; xprobe.attribution.rules defines each
 RULES: dict[str, str] = {
-    "cp": "attention weights, norm denominators and gates are constants; conserves relevance",
+    "cp": "attention weights, norm denominators and gates are constants; conserves the relevance of logits",
     "gradient": "gradient times input, nothing is changed",
     "attnlrp": "AttnLRP: products share their relevance, the softmax keeps its gradient",
 }
@@ -27,7 +27,7 @@ GROUPS: dict[str, str] = {
 }
 RELEVANCE_COLUMNS = (
     "setting", "language", "question_id", "paragraph", "rule", "group", "tokens", "share", "mrd", "mrd_q1", "mrd_q2",
-    "mrd_q3", "mrd_positive", "mrd_with_embeddings", "attributed",
+    "mrd_q3", "mrd_positive", "mrd_with_embeddings", "attributed", "y",
 )  # fmt: skip
 RELEVANCE_LAYER_COLUMNS = ("setting", "language", "layer", "group", "value", "lo", "hi", "n")
 
@@ -66,7 +66,7 @@ class RelevanceSettings:
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
-        if self.attributed not in ATTRIBUTED:
+        if not isinstance(self.attributed, str) or self.attributed not in ATTRIBUTED:
             raise UsageError(f"unknown quantity {self.attributed!r}; known: {', '.join(ATTRIBUTED)}")
         if self.limit is not None:
             check_least("limit", self.limit, 1)
@@ -74,5 +74,5 @@ class RelevanceSettings:
 
 def check_rule(rule: str) -> None:
     """Raises UsageError if the rule is none of ``RULES``."""
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise UsageError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from xprobe.config import DEFAULT_MODEL
 from xprobe.errors import UsageError
 from xprobe.runs.manifest import Manifest
 
@@ -72,7 +73,7 @@ def model_to_load(manifest: Manifest, folder: Path) -> str:
         No model lies at either.
     """
     name, entry = manifest.study.model, manifest.model
-    if entry.kind not in ("folder", "gguf") or Path(name).exists():
+    if entry.kind not in ("folder", "gguf") or name == DEFAULT_MODEL or Path(name).exists():
         return name
     if not Path(entry.location).exists():
         places = " or ".join(dict.fromkeys((name, entry.location)))

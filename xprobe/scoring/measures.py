@@ -44,6 +44,8 @@ def score(answer: str, golds: Sequence[str], language: str, normaliser: Normalis
     >>> score("the Panthers' defense", ["Panthers"], "en", get_normaliser("squad"))
     Score(f1=0.6666666666666666, exact_match=False)
     """
+    if isinstance(golds, str):
+        raise UsageError(f"golds must be a list of gold answers, got the text {golds!r}")
     if not golds:
         raise UsageError("golds is empty: an answer is scored against at least one gold answer")
     normaliser.check_language(language)

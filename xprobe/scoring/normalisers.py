@@ -129,7 +129,8 @@ _ARTICLES: Mapping[str, frozenset[str]] = {
 }
 _APOSTROPHES = re.compile("[\u2018\u2019\u02bc\u00b4\u0384`]")  # what people write for '
 _INNER = re.compile(r"(?<=[^\W\d_])['.](?=[^\W\d_])")  # U.S.; don't
-_THOUSANDS = re.compile(r"(?<=\d)[.,'](?=\d{3}(?!\d))")  # 1,000
+_THOUSANDS = re.compile(r"(?<=\d)(?<!\b0)[.,'](?=\d{3}(?!\d))")  # 1,000, but not 0.125
+_ARABIC_SEPARATORS = str.maketrans("\u066b\u066c", ".,")  # of decimals, of thousands
 _DECIMALS = re.compile(r"(?<=\d)[.,](?=\d)")  # 3.5, which is not 35
 _DECIMAL_POINT = "\ue000"  # stands for it while punctuation is removed
 _THAI_SARA_AM = re.compile("\u0e4d([\u0e48-\u0e4b]?)\u0e32")  # NFKC takes this vowel apart; dictionaries do not
@@ -166,7 +167,7 @@ def _one_form(text: str, language: str) -> str:
         text = text.translate(_ROMANIAN_COMMAS)
     if language == "ar":
         text = _ARABIC_MARKS.sub("", text)
-    return text.casefold()
+    return text.translate(_ARABIC_SEPARATORS).casefold()
 
 
 def _ascii_digit(character: str) -> str:

@@ -117,7 +117,7 @@ class OracleSettings:
     normaliser: str = "xprobe"
 
     def __post_init__(self) -> None:
-        if self.removal not in REMOVALS:
+        if not isinstance(self.removal, str) or self.removal not in REMOVALS:
             raise UsageError(f"unknown removal {self.removal!r}; known: {', '.join(REMOVALS)}")
         for name in ("spans", "without_question"):
             if not isinstance(getattr(self, name), bool):
@@ -128,5 +128,5 @@ class OracleSettings:
 
 
 def _check_normaliser(name: str) -> None:
-    if name not in NORMALISERS:
+    if not isinstance(name, str) or name not in NORMALISERS:
         raise UsageError(f"unknown normaliser {name!r}; known: {', '.join(NORMALISERS)}")

@@ -27,6 +27,7 @@ from xprobe.stages.shards import read_signals
 from xprobe.timing import Stopwatch
 
 NAME = "answers"
+ORACLE = "oracle"  # the stage that is about these answers
 ANSWERS, CURVES = "answers.parquet", "answers_by_layer.parquet"
 KEYS = ["setting", "language", "question_id", "paragraph"]
 PHASES = ("onset", "sharpness", "late_readiness", "gold_log_probability")  # which F1 is correlated with
@@ -89,6 +90,9 @@ def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedMo
     }
     warnings = [warning for one in executions for warning in one.warnings]
     run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
+    oracle = run.manifest.stages.get(ORACLE)
+    if oracle is not None and oracle.results.get("answers_key") != kept.key:
+        run.forget(ORACLE, "was computed for other answers")
 
 
 def _with_phases(

@@ -14,6 +14,7 @@ import pandas as pd
 
 from xprobe.capture.plan import rotary_limit
 from xprobe.capture.runner import Runner
+from xprobe.errors import UsageError
 from xprobe.events import Note, Stage, Step
 from xprobe.models.anatomy import input_device
 from xprobe.runs.identity import checksum_of
@@ -37,6 +38,7 @@ from xprobe.stages.evidence import (
     kept_evidence,
     removal_for,
 )
+from xprobe.stages.generation import answers_key
 from xprobe.stages.opening import AskedModel, ExampleKey, first_questions, key_of, open_prompts
 from xprobe.stages.oracle_forecast import forecast
 from xprobe.stages.removal import Text, run_searches
@@ -64,6 +66,11 @@ def compute(run: Run, settings: OracleSettings, open_model: Callable[[], AskedMo
     XprobeError
         Says what is wrong and what is kept.
     """
+    if run.execution.stream:
+        raise UsageError(
+            "a streamed model cannot be searched for evidence: each removal would read the whole model from the disk. "
+            "Use a machine that holds the model in memory (stream=False, --no-stream)"
+        )
     watch, study = Stopwatch(), run.manifest.study
     normaliser = get_normaliser(settings.normaliser)
     generated = generated_answers(run)
@@ -88,7 +95,8 @@ def compute(run: Run, settings: OracleSettings, open_model: Callable[[], AskedMo
         with run.folder.writing_tables({TABLE: table[list(ORACLE_COLUMNS)]}) as digests:
             pass
     kept.tidy(wanted)
-    results = {**asdict(settings), "definition": DEFINITION, "settings": summaries}
+    about = {"definition": DEFINITION, "answers_key": answers_key(run, answer_settings(run, settings))}
+    results = {**asdict(settings), **about, "settings": summaries}
     warnings = [warning for one in executions for warning in one.warnings]
     run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
 

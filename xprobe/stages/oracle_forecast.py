@@ -52,18 +52,22 @@ class OracleForecast:
         times = f", {self.tokens / self.states_tokens:.1f} times those of the states" if self.states_tokens else ""
         speed = "" if self.seconds is None else f"; {_duration(self.seconds)} at their speed"
         return (
-            f"{self.examples} answers, about {self.removals:,} removals, {_millions(self.tokens)} million tokens{times}"
-            f"{speed}"
+            f"{_counted(self.examples, 'answer')}, about {_counted(self.removals, 'removal')}, "
+            f"{_tokens(self.tokens)}{times}{speed}"
         )
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f}" if count >= 1e5 else f"{count / 1e6:.2g}"
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e6:.1f} million tokens" if count >= 1e6 else f"{count:,} tokens"
 
 
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
-    return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} minutes"
+    return f"{minutes / 60:.1f} hours" if minutes >= 90 else _counted(max(1, round(minutes)), "minute")
 
 
 def forecast(

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from xprobe.arguments import check_instance
 from xprobe.attribution.relevance import GradientRunner, Relevance
 from xprobe.attribution.settings import GROUPS, RELEVANCE_COLUMNS, RELEVANCE_LAYER_COLUMNS, RelevanceSettings
 from xprobe.errors import UsageError
@@ -30,8 +31,10 @@ from xprobe.timing import Stopwatch
 
 NAME = "relevance"
 LINES, TABLE, BY_LAYER = "relevance.jsonl", "relevance.parquet", "relevance_by_layer.parquet"
-DEFINITION = 1  # raised when lines hold other figures
+DEFINITION = 2  # raised when lines hold other figures
 WRITTEN = 16  # examples whose lines are written together
+UNREADABLE = "\ufffd"
+LONGEST_CHARACTER = 8  # tokens that are decoded together to find a character
 KEYS = ("setting", "language", "question_id", "paragraph")
 Line = dict[str, Any]
 
@@ -67,12 +70,8 @@ def compute(run: Run, settings: RelevanceSettings, open_model: Callable[[], Aske
         frame = pd.DataFrame([{name: line[name] for name in KEYS} for line in lines])
         table = pd.DataFrame([row for line in lines for row in _rows(line, settings)])[list(RELEVANCE_COLUMNS)]
         every = np.array([line["shares"] for line in lines], dtype=np.float64)  # [N, L + 1, groups]
-        present = np.array([[name in line["groups"] for name in GROUPS] for line in lines])
-        shares = {
-            name: np.where(present[:, i, None], every[:, :, i], np.nan)
-            for i, name in enumerate(GROUPS)
-            if present[:, i].any()
-        }
+        present = {name for line in lines for name in line["groups"]}
+        shares = {name: every[:, :, i] for i, name in enumerate(GROUPS) if name in present}  # 0 without tokens
         curves = relevance_by_layer(frame, shares, study.bootstrap, study.seed)[list(RELEVANCE_LAYER_COLUMNS)]
         conserved = np.array([line["conserved"] for line in lines], dtype=np.float64)
         summaries = summarise_relevance(table, conserved, KEYS, study.bootstrap, study.seed)
@@ -93,14 +92,17 @@ class ExampleRelevance:
     id : str
         setting/language/question id.
     tokens : list of str
-        What each token decodes to.
+        What each token decodes to; a character of several tokens stands at the first of them (``readable_tokens``).
     groups : list of str
         Names of ``xprobe.attribution.settings.GROUPS``.
     values : array [L + 1, T]
     mrd : array [T]
         Major relevance depth.
     conserved : array [L + 1]
-    rule : str
+    rule, attributed : str
+        As ``RelevanceSettings`` has them.
+    y : float
+        What the relevance is of.
     """
 
     id: str
@@ -110,6 +112,8 @@ class ExampleRelevance:
     mrd: NDArray[np.float64]
     conserved: NDArray[np.float64]
     rule: str
+    attributed: str
+    y: float
 
 
 def relevance_of_example(run: Run, settings: RelevanceSettings, name: str, asked: AskedModel) -> ExampleRelevance:
@@ -121,6 +125,7 @@ def relevance_of_example(run: Run, settings: RelevanceSettings, name: str, asked
         The run has no such example.
     """
     _refuse_streamed(run)
+    check_instance("example", name, str)
     wanted = tuple(name.split("/", 2))
     known = first_questions(run, None)
     if wanted not in known:
@@ -133,13 +138,34 @@ def relevance_of_example(run: Run, settings: RelevanceSettings, name: str, asked
     names = list(GROUPS)
     return ExampleRelevance(
         name,
-        [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in prompt.ids[:-1]],
+        readable_tokens(tokenizer, prompt.ids[:-1]),
         [names[group] for group in token_groups(prompt)],
         values,
         major_relevance_depth(values),
         result.conserved.double().cpu().numpy(),
         settings.rule,
+        settings.attributed,
+        result.attributed,
     )
+
+
+def readable_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token decodes to. Where a character has several tokens, the first has the text and the others ``+``."""
+    found = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
+    start = 0
+    while start < len(found):
+        stop = start + 1
+        if UNREADABLE in found[start]:
+            together = found[start]
+            while UNREADABLE in together and stop < min(len(found), start + LONGEST_CHARACTER):
+                stop += 1
+                together = tokenizer.decode(list(ids[start:stop]), clean_up_tokenization_spaces=False)
+            if UNREADABLE not in together:
+                found[start:stop] = [together, *["+"] * (stop - start - 1)]
+            else:
+                stop = start + 1
+        start = stop
+    return found
 
 
 def _refuse_streamed(run: Run) -> None:
@@ -217,24 +243,28 @@ def _line(prompt: Prompt, result: Relevance) -> Line:
         "mrd_positive": major_relevance_depth(values, positive=True),
         "mrd_with_embeddings": major_relevance_depth(values, embeddings=True),
     }
-    weights = np.abs(values[1:]).sum(0)
+    weights = {  # what each depth is a mean over: the relevance that it counts
+        "mrd": np.abs(values[1:]).sum(0),
+        "mrd_positive": np.maximum(values[1:], 0).sum(0),
+        "mrd_with_embeddings": np.abs(values).sum(0),
+    }
     found: dict[str, Any] = {}
     for index, name in enumerate(GROUPS):
         members = np.flatnonzero(groups == index)
         if not len(members):
             continue
-        means = {key: weighted_depth(own[members], weights[members])[0] for key, own in depths.items()}
-        quartiles = weighted_depth(depths["mrd"][members], weights[members])[1]
+        means = {key: weighted_depth(own[members], weights[key][members])[0] for key, own in depths.items()}
+        quartiles = weighted_depth(depths["mrd"][members], weights["mrd"][members])[1]
         found[name] = {
             "tokens": len(members),
-            "share": float(weights[members].sum() / weights.sum()),
+            "share": float(weights["mrd"][members].sum() / weights["mrd"].sum()),
             **means,
             **{f"mrd_q{i + 1}": float(value) for i, value in enumerate(quartiles)},
         }
     example = prompt.example
     return {
         **{name: getattr(example, name) for name in KEYS},
-        "attributed": result.attributed,
+        "y": result.attributed,
         "conserved": [round(float(share), 7) for share in result.conserved],
         "shares": [[round(float(share), 7) for share in row] for row in relevance_shares(values, groups, len(GROUPS))],
         "groups": found,
@@ -245,6 +275,6 @@ def _rows(line: Line, settings: RelevanceSettings) -> list[dict[str, Any]]:
     """The rows of ``relevance.parquet`` of one example."""
     shared = {name: line[name] for name in KEYS}
     return [
-        {**shared, "rule": settings.rule, "group": name, "attributed": line["attributed"], **figures}
+        {**shared, "rule": settings.rule, "group": name, "attributed": settings.attributed, "y": line["y"], **figures}
         for name, figures in line["groups"].items()
     ]

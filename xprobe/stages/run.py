@@ -9,7 +9,7 @@ from typing import Any
 
 from xprobe.config import Execution
 from xprobe.errors import UsageError, XprobeError
-from xprobe.events import CallerNotify
+from xprobe.events import CallerNotify, Note
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.identity import execution_key
 from xprobe.runs.manifest import ExecutionEntry, Manifest, StageEntry
@@ -56,8 +56,17 @@ class Run:
             )
         execution = self.execution_entry(device)
         seconds = {name: round(value, 3) for name, value in watch.seconds.items()}
+        before = self.manifest.stages.get(stage)
+        if before is not None and parts.get("executions") is before.executions:  # only its tables are written again
+            seconds = {**before.seconds, **seconds}
         self.manifest.stages[stage] = StageEntry(**{"executions": [execution], "seconds": seconds, **parts})
         return self.manifest.stages[stage]
+
+    def forget(self, stage: str, reason: str) -> None:
+        """Removes a stage's tables and its entry in the manifest, and says so."""
+        for table in self.manifest.stages.pop(stage).tables:
+            (self.folder.path / table).unlink(missing_ok=True)
+        self.notify(Note(f"the stage {stage!r} {reason}: compute it again", important=True))
 
     def execution_entry(self, device: str = "cpu") -> ExecutionEntry:
         """How this process computes a stage."""

@@ -76,6 +76,8 @@ def test_the_mlqa_script(language: str, answer: str, gold: str, f1: float) -> No
         ("th", "กรุงเทพ  มหานคร", "กรุงเทพมหานคร"),
         ("zh", "北京，中国", "北京中国"),
         ("en", "1,000 dollars", "1000 dollars"),
+        ("ar", "١٬٠٠٠", "1000"),
+        ("ar", "٣٫٥", "3.5"),
         ("de", "3,5 Millionen", "3.5 Millionen"),
         ("en", "don´t", "don’t"),
         ("en", "€5 million", "5 million"),
@@ -107,7 +109,14 @@ def test_words_of_thai_and_chinese_are_found_where_no_blanks_are(language: str, 
 
 @pytest.mark.parametrize(
     ("language", "answer", "gold"),
-    [("en", "35", "3.5"), ("en", "the", "a"), ("en", "", "?"), ("th", "⊆", "⊂"), ("tr", "ılık", "ilik")],
+    [
+        ("en", "35", "3.5"),
+        ("en", "0125", "0.125"),
+        ("en", "the", "a"),
+        ("en", "", "?"),
+        ("th", "⊆", "⊂"),
+        ("tr", "ılık", "ilik"),
+    ],
 )
 def test_answers_that_only_look_equal(language: str, answer: str, gold: str) -> None:
     assert score(answer, [gold], language, XPROBE) == (0.0, False)

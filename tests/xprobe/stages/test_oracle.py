@@ -192,6 +192,18 @@ def test_a_larger_limit_keeps_what_was_found(evaluated: Path, found: Path, tmp_p
     pd.testing.assert_frame_equal(xprobe.load_study(out).oracle[exact], xprobe.load_study(found).oracle[exact])
 
 
+def test_an_oracle_of_other_answers_is_removed(found: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(found, tmp_path / "copy")
+    events: list[Any] = []
+    tokens = xprobe.load_study(out).manifest.stages["answers"].results["max_new_tokens"]
+    same = xprobe.evaluate(out, xprobe.AnswerSettings(tokens, normaliser="squad"), progress=events.append)
+    assert "oracle" in same.manifest.stages  # the answers are the same
+    other = xprobe.evaluate(out, xprobe.AnswerSettings(max_new_tokens=2), progress=events.append)
+    assert "oracle" not in other.manifest.stages
+    assert not (out / "oracle.parquet").exists()
+    assert any("the stage 'oracle' was computed for other answers: compute it again" in str(event) for event in events)
+
+
 def test_sentences_alone_cost_less_and_are_kept_apart(found: Path, tmp_path: Path) -> None:
     out = copied(found, tmp_path)
     whole = xprobe.forecast_oracle(out)
@@ -326,7 +338,7 @@ def test_an_answer_without_tokens_hangs_on_nothing(evaluated: Path, tmp_path: Pa
     [
         ({"settings": "delete"}, "settings must be an OracleSettings, got 'delete'"),
         ({"backend_": 1}, "unknown option 'backend_'"),
-        ({"stream": True}, "a streamed model cannot be asked again and again"),
+        ({"stream": True}, "a streamed model cannot be searched for evidence"),
         ({"settings": xprobe.OracleSettings(normaliser="mlqa"), "device": "cuda:77"}, "cuda:77"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from support.planted_retrieval import reading_model, retrieval_set
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,7 +100,8 @@ def test_tables_hold_what_the_runner_computes(tiny: Path, finished: Path, tmp_pa
         depths = major_relevance_depth(values)[members]
         assert row["tokens"] == len(depths)
         assert row["mrd"] == pytest.approx((depths * weights).sum() / weights.sum(), rel=1e-3)
-        assert row["attributed"] == pytest.approx(found.attributed, rel=1e-3, abs=1e-4)
+        assert row["attributed"] == "logit"
+        assert row["y"] == pytest.approx(found.attributed, rel=1e-3, abs=1e-4)
         if key[0] == "en-x":
             shares.append(relevance_shares(values, groups, len(GROUPS))[:, 0])
     own = curves.query("setting == 'en-x' and language == 'all' and group == 'question'")
@@ -147,6 +149,40 @@ def test_a_killed_attribution_goes_on_and_gives_the_same_tables(
     pd.testing.assert_frame_equal(study.relevance[exact], whole[exact])
     pd.testing.assert_frame_equal(study.relevance, whole, rtol=1e-3)
     assert len((out / LINES).read_text().splitlines()) == 16
+
+
+def test_each_depth_is_weighted_by_the_relevance_that_it_counts() -> None:
+    """A token whose positive part is rounding has a positive depth of rounding: it must not count."""
+    from xprobe.attribution.relevance import Relevance
+    from xprobe.qa.prompts import Prompt
+    from xprobe.qa.records import Example
+    from xprobe.stages.relevance import _line
+
+    example = Example("en-x", "en", "q1", "p1", "en", "Ada sold 40", "How many", "40", 9)
+    prompt = Prompt(example, (1, 2, 3), 2, {"question": (0, 2), "context": (0, 0), "answer_in_context": (0, 0)})
+    values = torch.tensor([[8.0, 0.0], [-5.0, 0.0], [-5.0, 1.0], [0.0, 0.0], [1e-9, 0.0]])
+    found = _line(prompt, Relevance(values, 1.0))["groups"]["question"]
+    assert found["mrd_positive"] == pytest.approx(2.0, abs=1e-6)
+    assert found["mrd"] == pytest.approx((2 * 10 + 2 * 1) / 11)
+    assert found["mrd_with_embeddings"] == pytest.approx((2 * 18 + 2 * 1) / 19)
+
+
+def test_characters_of_several_tokens_are_readable() -> None:
+    from xprobe.stages.relevance import readable_tokens
+
+    pieces = [b" a", "\u95ee".encode()[:1], "\u95ee".encode()[1:], b"?", b"\xff", b"b"]
+
+    class Bytes:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
+
+    assert readable_tokens(Bytes(), list(range(6))) == [" a", "\u95ee", "+", "?", "\ufffd", "b"]
+
+
+def test_shares_of_all_groups_sum_to_one(attributed: Path) -> None:
+    curves = xprobe.load_study(attributed).table("relevance_by_layer.parquet")
+    sums = curves.groupby(["setting", "language", "layer"])["value"].sum()
+    assert sums.to_numpy() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_one_example_is_shown_token_by_token(attributed: Path) -> None:
