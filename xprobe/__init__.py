@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
     from xprobe.evaluation import attribute, attribute_example, evaluate, forecast_oracle, oracle, patch
+    from xprobe.lenses.fit import fit_lens
+    from xprobe.lenses.settings import FitSettings
     from xprobe.phases.patch_settings import PatchSettings
     from xprobe.results import Study, load_study
     from xprobe.scoring.settings import AnswerSettings, OracleSettings
-    from xprobe.single_prompt import PatchedPrompt, PromptEdit, patch_prompt
+    from xprobe.single_prompt.lens import PromptLens, lens_prompt
+    from xprobe.single_prompt.patch import PatchedPrompt, PromptEdit, patch_prompt
     from xprobe.study import run
 
 __version__ = "0.2.0"
@@ -34,6 +37,8 @@ _HOME = {
     "AnswerSettings": "xprobe.scoring.settings",
     "OracleSettings": "xprobe.scoring.settings",
     "RelevanceSettings": "xprobe.attribution.settings",
+    "FitSettings": "xprobe.lenses.settings",
+    "fit_lens": "xprobe.lenses.fit",
     "PatchSettings": "xprobe.phases.patch_settings",
     "attribute": "xprobe.evaluation",
     "attribute_example": "xprobe.evaluation",
@@ -41,18 +46,21 @@ _HOME = {
     "oracle": "xprobe.evaluation",
     "forecast_oracle": "xprobe.evaluation",
     "patch": "xprobe.evaluation",
-    "patch_prompt": "xprobe.single_prompt",
-    "PatchedPrompt": "xprobe.single_prompt",
-    "PromptEdit": "xprobe.single_prompt",
+    "patch_prompt": "xprobe.single_prompt.patch",
+    "PatchedPrompt": "xprobe.single_prompt.patch",
+    "lens_prompt": "xprobe.single_prompt.lens",
+    "PromptLens": "xprobe.single_prompt.lens",
+    "PromptEdit": "xprobe.single_prompt.patch",
     "XprobeError": "xprobe.errors",
 }
 
 _MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
 
 __all__ = [
-    "AnswerSettings", "Execution", "OracleSettings", "PatchSettings", "PatchedPrompt", "PromptEdit",
-    "RelevanceSettings", "Study", "StudyConfig", "XprobeError", "__version__", "attribute", "attribute_example",
-    "evaluate", "forecast_oracle", "load_study", "oracle", "patch", "patch_prompt", "run",
+    "AnswerSettings", "Execution", "FitSettings", "OracleSettings", "PatchSettings", "PatchedPrompt", "PromptEdit",
+    "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "XprobeError", "__version__", "attribute",
+    "attribute_example", "evaluate", "fit_lens", "forecast_oracle", "lens_prompt", "load_study", "oracle", "patch",
+    "patch_prompt", "run",
 ]  # fmt: skip
 
 

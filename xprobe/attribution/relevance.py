@@ -7,8 +7,8 @@ and the graphs of as many blocks as fit into ``KEPT_BYTES``. The other blocks ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from xprobe.models.block_io import (
     with_hidden_input,
     with_hidden_output,
 )
-from xprobe.models.passes import pad
+from xprobe.models.passes import frozen, pad
 
 # most bytes of the graphs of blocks, by device; blocks beyond run again in the backward pass
 KEPT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -186,19 +186,6 @@ class GradientRunner:
             left = [i for some in waiting for i in some]
             waiting = split(requests, left, self.batch_tokens, "plain")
         return [found[i] for i in range(len(texts))]
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """No parameter of the model gets a gradient inside the context."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xprobe.arguments import check_least
 from xprobe.errors import UsageError
 
 LOGIT = "logit"
@@ -14,6 +15,8 @@ LENSES: dict[str, str] = {
     "jacobian": "the mean derivative of the last layer's state by this one (Gurnee et al. 2026)",
     "regression": "least squares from this layer's state to the last one (Din et al. 2023)",
 }
+FIRST = 16  # positions at the beginning of a text that are left out of a fit
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of a regression, as shares of the variance of each entry of the state
 FITTED = ("regression", "jacobian")
 TARGETS: dict[str, str] = {
     "last": "the output of the last block",
@@ -60,3 +63,55 @@ class LensName:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.place}" if self.place else self.kind
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a lens is fitted.
+
+    Parameters
+    ----------
+    kind : str
+        ``regression`` or ``jacobian``.
+    target : str
+        ``last``: the output of the last block. ``penultimate``: that of the block before it, where the last one adds
+        what is frequent rather than what is meant.
+    texts : int, optional
+        Most texts; all by default.
+    tokens : int
+        Most tokens of each; the rest is left out.
+    first : int
+        Positions at the beginning of each text that are left out.
+    ridge : float, optional
+        Of the regression, as a share of the variance of each entry. By default the one of ``RIDGES`` with which the
+        maps of both halves of the texts explain most of the other half, for each layer.
+
+    Raises
+    ------
+    UsageError
+        A value is out of its range.
+
+    Examples
+    --------
+    >>> FitSettings("jacobian", texts=24).tokens
+    128
+    """
+
+    kind: str = "regression"
+    target: str = "last"
+    texts: int | None = None
+    tokens: int = 128
+    first: int = FIRST
+    ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("kind", self.kind, FITTED), ("target", self.target, tuple(TARGETS))):
+            if value not in known:
+                raise UsageError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        if self.texts is not None:
+            check_least("texts", self.texts, 2)
+        check_least("first", self.first, 0)
+        check_least("tokens", self.tokens, self.first + 2)
+        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
+        if self.ridge is not None and (not number or not 0 <= self.ridge < float("inf")):
+            raise UsageError(f"ridge must be a number of at least 0, got {self.ridge!r}")

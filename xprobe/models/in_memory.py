@@ -16,9 +16,9 @@ from xprobe.config import MODEL_IN_MEMORY, Execution
 from xprobe.errors import ModelError, UsageError
 from xprobe.models.completeness import MERGE
 from xprobe.models.configuration import check_decoder, window
-from xprobe.models.loading import LoadedModel, use_plain_experts
+from xprobe.models.loading import LoadedModel, load, use_plain_experts
 from xprobe.models.messages import quiet
-from xprobe.models.sources import Source
+from xprobe.models.sources import Source, resolve
 
 SAMPLE = 256  # number of values of each tensor in the fingerprint
 IDENTITY = f"configuration, tokenizer, names of hooks, and of every tensor name, shape, dtype and up to {SAMPLE} values"
@@ -106,6 +106,23 @@ def wrap_model(model: Any, tokenizer: Any) -> LoadedModel:
         )
     source = InMemorySource(name, MODEL_IN_MEMORY, "", fingerprint(model, tokenizer))
     return LoadedModel(source, model, tokenizer, window(model.config))
+
+
+def load_or_wrap(model: Any, tokenizer: Any, dtype: str, device: str) -> LoadedModel:
+    """A model by name, or one in memory with its tokenizer.
+
+    Raises
+    ------
+    UsageError
+        A model by name has a tokenizer beside it; or as ``wrap_model``.
+    ModelError
+        The model cannot be loaded.
+    """
+    if not isinstance(model, str):
+        return wrap_model(model, tokenizer)
+    if tokenizer is not None:
+        raise UsageError("tokenizer belongs to a model in memory: leave it out, a model by name brings its own")
+    return load(resolve(model), Execution(device=device), dtype=dtype)
 
 
 def _is_plain(value: Any) -> bool:

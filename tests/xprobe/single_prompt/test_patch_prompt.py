@@ -97,7 +97,7 @@ def test_a_model_in_memory_gives_the_same_and_stays_as_it_was(folder: Path, load
 def test_many_runs_share_the_beginning(folder: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     edits = [PromptEdit(layer, position, SOURCE) for layer in range(5) for position in range(-3, 0)]
     plain = xprobe.patch_prompt(str(folder), PROMPT, edits, answers=answers_of(loaded[1]))
-    monkeypatch.setattr("xprobe.single_prompt.PLAIN_TOKENS", 60)
+    monkeypatch.setattr("xprobe.single_prompt.patch.PLAIN_TOKENS", 60)
     shared = xprobe.patch_prompt(str(folder), PROMPT, edits, answers=answers_of(loaded[1]))
     columns = answers_of(loaded[1])
     assert shared.table[columns].to_numpy() == pytest.approx(plain.table[columns].to_numpy(), abs=1e-4)

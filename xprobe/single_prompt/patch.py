@@ -158,7 +158,7 @@ def patch_prompt(
     for number, entry in enumerate(runs):
         if not entry or not all(isinstance(one, PromptEdit) for one in entry):
             raise UsageError(f"edits[{number}] must be a PromptEdit, or a list of them, got {entry!r}")
-    loaded = _load(model, tokenizer, dtype, device)
+    loaded = in_memory.load_or_wrap(model, tokenizer, dtype, device)
     with in_memory.evaluation_mode(loaded.model) if not isinstance(model, str) else nullcontext():
         return _patch(loaded, prompt, runs, list(answers), top)
 
@@ -169,17 +169,6 @@ def _listed(edits: Any) -> list[Any]:
     if not isinstance(edits, list | tuple):
         raise UsageError(f"edits must be a list of PromptEdit, got {edits!r}")
     return list(edits)
-
-
-def _load(model: Any, tokenizer: Any, dtype: str, device: str) -> LoadedModel:
-    from xprobe.config import Execution
-    from xprobe.models import in_memory, loading
-
-    if isinstance(model, str):
-        if tokenizer is not None:
-            raise UsageError("tokenizer belongs to a model in memory: leave it out, a model by name brings its own")
-        return loading.load(loading.resolve(model), Execution(device=device), dtype=dtype)
-    return in_memory.wrap_model(model, tokenizer)
 
 
 def _patch(

@@ -1,0 +1,1 @@
+"""Tools for one prompt, without a run folder and a question set."""
