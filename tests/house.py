@@ -13,10 +13,10 @@ LIBRARY = ROOT / "xprobe"
 
 # room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "study": ("stages", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
+    "study": ("stages", "lenses", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
     "evaluation": ("stages", "results", "attribution", "models", "scoring", "phases", "runs", "events", "config",
                    "arguments", "errors"),
-    "single_prompt": ("capture", "models", "config", "arguments", "errors"),
+    "single_prompt": ("lenses", "capture", "models", "config", "arguments", "errors"),
     "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
     "stages": ("results", "lenses", "attribution", "capture", "models", "qa", "probes", "scoring", "phases", "runs",
                "events", "timing", "config", "arguments", "errors"),
@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ABOUT = {
     "study": "`xprobe.run`: the stages in order",
     "evaluation": "stages added to a finished run: `xprobe.evaluate`, `oracle`, `attribute`, `patch`",
-    "single_prompt": "`xprobe.patch_prompt`: one prompt, without a run folder",
+    "single_prompt": "`xprobe.lens_prompt`, `xprobe.patch_prompt`: one prompt, without a run folder",
     "forecast": "what a run would take: tokens, memory, time (`--dry-run`)",
     "stages": "run folder in, run folder out: states, phases, probes, answers, oracle, relevance, patching",
     "results": "`Study` and `SettingResult`: a finished run as data frames",

@@ -87,6 +87,8 @@ class StudyConfig:
     dtype : str
         ``auto``: float32 on a CPU, the checkpoint's dtype on an accelerator. A run that is continued keeps the dtype
         that it began with.
+    lens : str
+        What reads the states: ``logit``, or ``tuned:FOLDER``, ``jacobian:FILE``, ``regression:FILE`` (docs/lenses.md).
     strict : bool
         Make bad records fatal.
     seed, bootstrap, permutations : int
@@ -116,6 +118,7 @@ class StudyConfig:
     probes: tuple[str, ...] | None = None
     template: str = "auto"
     dtype: str = "auto"
+    lens: str = "logit"
     strict: bool = False
     seed: int = 0
     bootstrap: int = 1000

@@ -375,6 +375,7 @@ def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | Non
         model=ModelEntry(source.name, source.kind, source.location, source.fingerprint()),
         data=DataEntry(questions.data.name, list(questions.data.files), questions.data.fingerprint),
         template_sha256=questions.template_sha256,
+        lens_sha256=manifest.lens_sha256,  # no stage that is added reads with the lens
     )
     changed = differences(manifest, now, folder.read_study())
     if changed:

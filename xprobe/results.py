@@ -132,6 +132,11 @@ class Study(Mapping[str, SettingResult]):
         """The settings of this run, in order."""
         return tuple(self.manifest.stages["phases"].results["settings"])
 
+    @property
+    def lens(self) -> str:
+        """What read the states, as ``StudyConfig.lens`` names it."""
+        return self.manifest.study.lens
+
     __eq__, __hash__ = object.__eq__, object.__hash__  # a mapping would compare data frames
 
     def __len__(self) -> int:
@@ -266,6 +271,7 @@ class Study(Mapping[str, SettingResult]):
         return {
             "run_dir": str(self.path),
             "model": manifest.model.name,
+            "lens": self.lens,
             "settings": {setting: result.to_dict() for setting, result in self.items()},
             "phase_definition": manifest.stages["phases"].results["phase_definition"],
             "parity_error": manifest.stages["states"].results["parity_error"],

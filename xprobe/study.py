@@ -308,6 +308,7 @@ def _begin(
     RunFolderError
         The manifest was changed, and does not fit the shards.
     """
+    from xprobe.lenses.files import lens_checksum
     from xprobe.models.in_memory import IDENTITY
 
     data = questions.data
@@ -318,6 +319,7 @@ def _begin(
         ),
         data=DataEntry(data.name, list(data.files), data.fingerprint),
         template_sha256=questions.template_sha256,
+        lens_sha256=lens_checksum(study.lens),
     )
     folder = RunFolder.create(path, resume=True) if resume else RunFolder(path)
     if not resume or not folder.has_manifest():

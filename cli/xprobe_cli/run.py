@@ -102,6 +102,13 @@ from xprobe_cli.tables import counted
     help="Wording of the prompt. FILE is a TOML file (docs/prompts.md).",
 )
 @click.option(
+    "--lens",
+    default="logit",
+    show_default=True,
+    metavar="KIND[:PLACE]",
+    help="What reads the states: logit, tuned:FOLDER, jacobian:FILE or regression:FILE (docs/lenses.md).",
+)
+@click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="auto",

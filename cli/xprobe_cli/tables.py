@@ -26,6 +26,8 @@ def _setting_report(result: SettingResult, width: int) -> str:
     title = (
         f"{name} · {result.setting} · {counted(summary['n'], 'example')}, {counted(summary['paragraphs'], 'paragraph')}"
     )
+    if (lens := result.study.lens) != "logit":
+        title += f" · lens {lens}"
     return "\n".join([title, "", *_layer_lines(result, bars=width >= BARS_FROM), "", *_summary_lines(result)])
 
 

@@ -64,6 +64,27 @@ def load_lens(name: str, width: int, layers: int, model: str = "") -> tuple[Tran
     return transport, _warnings(where, transport, model, layers)
 
 
+def lens_checksum(name: str) -> str:
+    """SHA-256 of the file of a lens; empty for ``logit``.
+
+    Raises
+    ------
+    UsageError
+        The name is wrong, or there is no such file.
+
+    Examples
+    --------
+    >>> lens_checksum("logit")
+    ''
+    """
+    parsed = LensName.parse(name)
+    if parsed.kind == LOGIT:
+        return ""
+    tuned = parsed.kind == "tuned"
+    path = find_file(parsed.place, folder=tuned)
+    return _sha256(path / "params.pt" if tuned else path)
+
+
 def _warnings(where: str, transport: Transport, model: str, layers: int) -> list[str]:
     found = []
     recorded = str(transport.about.get("model") or "")
@@ -128,8 +149,11 @@ def _load(path: Path) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _read_jacobian(path: Path, kind: str) -> Transport:

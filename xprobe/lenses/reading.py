@@ -1,4 +1,4 @@
-"""The logit lens over captured rows: all layers and answer positions, in parts that fit into memory."""
+"""The lens over captured rows: all layers and answer positions, in parts that fit into memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from xprobe_kernels import Unembedding, lens
 from xprobe_kernels.transfer import HostCopy
 
 from xprobe.capture.memory import is_out_of_memory, release_memory
+from xprobe.lenses.transport import Transport
 
 FIELDS = ("logit", "logsumexp", "rank", "entropy", "kl")
 ROW_BYTES = 256 << 20  # most bytes of rows in one call of the lens
@@ -57,7 +58,9 @@ class Reading:
         return np.ascontiguousarray(flat.reshape(self._layers, -1).T.numpy().astype(dtype))
 
 
-def read_answers(rows: Tensor, targets: Tensor, head: Unembedding, backend: str = "auto") -> AnswerReadout:
+def read_answers(
+    rows: Tensor, targets: Tensor, head: Unembedding, backend: str = "auto", transport: Transport | None = None
+) -> AnswerReadout:
     """Runs the lens over every layer's row at every answer position, with the model's own norm and head.
 
     Parameters
@@ -69,6 +72,8 @@ def read_answers(rows: Tensor, targets: Tensor, head: Unembedding, backend: str 
     head : Unembedding
     backend : str
         ``auto`` or one of ``xprobe_kernels.available_backends()``.
+    transport : Transport, optional
+        Maps of another lens than the logit lens, applied before the norm.
 
     Examples
     --------
@@ -77,10 +82,12 @@ def read_answers(rows: Tensor, targets: Tensor, head: Unembedding, backend: str 
     >>> read_answers(rows, torch.tensor([3]), head).rank.tolist()
     [[1, 4]]
     """
-    return start_reading(rows, targets, head, backend).values()
+    return start_reading(rows, targets, head, backend, transport).values()
 
 
-def start_reading(rows: Tensor, targets: Tensor, head: Unembedding, backend: str = "auto") -> Reading:
+def start_reading(
+    rows: Tensor, targets: Tensor, head: Unembedding, backend: str = "auto", transport: Transport | None = None
+) -> Reading:
     """Starts the work of ``read_answers``. It does not wait for a GPU; on a CPU the work is done on return.
 
     If memory runs out, it continues with half as many positions at a time. The values of a position do not depend on
@@ -93,7 +100,7 @@ def start_reading(rows: Tensor, targets: Tensor, head: Unembedding, backend: str
     while start < positions:
         part = slice(start, min(start + step, positions))
         try:
-            parts.append(_start(rows[:, part], targets[part], head, backend))
+            parts.append(_start(rows[:, part], targets[part], head, backend, transport))
             start += step
             continue
         except (MemoryError, RuntimeError) as error:
@@ -104,9 +111,11 @@ def start_reading(rows: Tensor, targets: Tensor, head: Unembedding, backend: str
     return Reading(parts, layers)
 
 
-def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str) -> HostCopy:
+def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str, transport: Transport | None) -> HostCopy:
     device = head.weight.device
     rows = rows.to(device)  # rows of a streamed model are in a file
+    if transport is not None:
+        rows = transport.apply(rows)
     layers, positions, width = rows.shape
     final = torch.arange(positions) + (layers - 1) * positions
     values = lens(

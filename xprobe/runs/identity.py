@@ -36,6 +36,8 @@ def differences(before: Manifest, now: Manifest, old: dict[str, Any]) -> list[st
         reasons += _other_bytes("data", before.data, now.data)
     if before.template_sha256 != now.template_sha256:
         reasons.append("the wording of the template has changed")
+    if before.lens_sha256 != now.lens_sha256 and "lens" not in changed:
+        reasons.append("the file of the lens has other bytes")
     return reasons
 
 
@@ -88,8 +90,10 @@ def run_key(values: dict[str, Any]) -> str:
     """
     parts = {name: values.get(name) for name in ("study", "model", "data")}
     study, model, data = (part if isinstance(part, dict) else {} for part in parts.values())
+    lens = {"lens": values["lens_sha256"]} if values.get("lens_sha256") else {}
     return checksum_of(
         {
+            **lens,
             "study": {name: value for name, value in study.items() if name not in MAY_CHANGE},
             "model": model.get("files_sha256"),
             "data": data.get("files_sha256"),

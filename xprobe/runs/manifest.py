@@ -128,6 +128,7 @@ class Manifest:
     model: ModelEntry = field(default_factory=ModelEntry)
     data: DataEntry = field(default_factory=DataEntry)
     template_sha256: str = ""
+    lens_sha256: str = ""  # of the file of the lens; empty for the logit lens
     selection: dict[str, Any] = field(default_factory=dict)
     prompt: dict[str, Any] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)

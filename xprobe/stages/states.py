@@ -22,7 +22,9 @@ from xprobe.capture.rows import Rows
 from xprobe.capture.runner import Runner
 from xprobe.errors import DataError, XprobeError
 from xprobe.events import Note, Stage, Step
+from xprobe.lenses.files import load_lens
 from xprobe.lenses.reading import AnswerReadout, start_reading
+from xprobe.lenses.transport import Transport
 from xprobe.models import loading
 from xprobe.models.anatomy import input_device
 from xprobe.models.loading import LoadedModel
@@ -73,6 +75,10 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     if not prompts:
         raise DataError(f"none of {len(questions.examples)} examples can be used, the first: {skipped[0]}")
     check_vocabulary(prompts, runner.anatomy.head.vocab_size, source.name)
+    anatomy = runner.anatomy
+    transport, remarks = load_lens(run.manifest.study.lens, anatomy.head.width, anatomy.n_layers, source.name)
+    for message in remarks:
+        runner.warn(message)
     requests = [study_request(prompt) for prompt in prompts]
     groups = group_requests(requests)
     with run.failing(lambda: f"what {run.folder.path} holds stays"):
@@ -97,7 +103,7 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     run.folder.write_manifest(run.manifest)
 
     try:
-        _compute_missing(run, runner, plan, prompts, watch, execution.key)
+        _compute_missing(run, runner, plan, prompts, watch, execution.key, transport)
     except BaseException:
         _describe_execution(entry, runner)
         with suppress(XprobeError):  # the first error says what is wrong
@@ -126,15 +132,23 @@ class WaveReadout:
     backend : str
     store_rows : bool
         Whether the hidden rows at prompt end and question are kept as well.
+    transport : Transport, optional
+        Maps of another lens than the logit lens. Rows are kept as they are.
     """
 
     def __init__(
-        self, rows: Rows, prompts: Sequence[Prompt], head: Unembedding, backend: str, store_rows: bool
+        self,
+        rows: Rows,
+        prompts: Sequence[Prompt],
+        head: Unembedding,
+        backend: str,
+        store_rows: bool,
+        transport: Transport | None = None,
     ) -> None:
         self.offsets = rows.offsets[ANSWER]
         answers = rows[ANSWER]
         targets = upload(torch.tensor([token for prompt in prompts for token in prompt.targets]), answers.device)
-        self._reading = start_reading(answers, targets, head, backend)
+        self._reading = start_reading(answers, targets, head, backend, transport)
         kept = {"targets": targets}
         if store_rows:
             kept |= {"prompt_end": rows.first(ANSWER), "question_mean": rows[QUESTION]}
@@ -155,7 +169,13 @@ class WaveReadout:
 
 
 def _compute_missing(
-    run: Run, runner: Runner, plan: Plan, prompts: Sequence[Prompt], watch: Stopwatch, execution: str
+    run: Run,
+    runner: Runner,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    watch: Stopwatch,
+    execution: str,
+    transport: Transport | None,
 ) -> None:
     """Computes the groups that have no shard yet, and reports how many examples are done."""
     by_group: dict[str, list[Prompt]] = {}
@@ -175,6 +195,7 @@ def _compute_missing(
         write_shards(
             runner, plan, by_group, missing, run.folder, watch, written,
             backend=run.execution.backend, store_rows=run.manifest.study.store_rows, execution=execution,
+            transport=transport,
         )  # fmt: skip
 
 
@@ -190,6 +211,7 @@ def write_shards(
     backend: str = "auto",
     store_rows: bool = True,
     execution: str = "",
+    transport: Transport | None = None,
 ) -> None:
     """Computes every wave of ``plan`` that holds a group of ``wanted``, and writes those groups' shards.
 
@@ -205,6 +227,8 @@ def write_shards(
         Called from the caller's thread with the number of examples written since the last call.
     execution : str
         Key of the stage's execution, for the journal.
+    transport : Transport, optional
+        Maps of another lens than the logit lens.
 
     Raises
     ------
@@ -225,7 +249,7 @@ def write_shards(
             if wave is None or rows is None:
                 return
             with watch.timed("lens", device):
-                read = WaveReadout(rows, prompts_of(wave), head, backend, store_rows)
+                read = WaveReadout(rows, prompts_of(wave), head, backend, store_rows, transport)
             yield wave, read
 
     def write(piece: tuple[Wave, WaveReadout], kept: Callable[[int], None]) -> None:
