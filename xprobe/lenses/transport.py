@@ -79,17 +79,20 @@ class Transport:
                 f"{rows.shape[-1]} and {len(rows)} layers"
             )
         factors, bias = self._on(rows)
-        chosen = rows if len(self.layers) == len(rows) else rows[list(self.layers)]
-        own = chosen.to(factors[0].dtype)
+        first, together = self.layers[0], self.layers[-1] - self.layers[0] + 1 == len(self.layers)
+        where = slice(first, last + 1) if together else list(self.layers)  # a slice takes no copy
+        own = rows[where].to(factors[0].dtype)
         moved = own
         for factor in reversed(factors):
             moved = torch.bmm(moved, factor.transpose(1, 2))
         if bias is not None:
-            moved = moved + bias[:, None]
+            moved += bias[:, None]
         if self.residual:
-            moved = moved + own
+            moved += own
+        if together:
+            return torch.cat([rows[:first], moved.to(rows.dtype), rows[last + 1 :]])
         out = rows.clone()
-        out[list(self.layers)] = moved.to(rows.dtype)
+        out[where] = moved.to(rows.dtype)
         return out
 
     def _on(self, rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:

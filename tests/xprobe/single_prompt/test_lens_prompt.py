@@ -1,4 +1,4 @@
-"""The lens of one prompt: what it shows, in every script and width, and what it refuses. tests/xprobe/lenses has numbers."""
+"""The lens of one prompt: what it shows, in every script and width, and what it refuses."""
 
 from __future__ import annotations
 
@@ -92,10 +92,8 @@ def test_the_command_fits_a_lens_and_reads_with_it(
     assert f"use it   --lens regression:{file}" in said
     assert main(["lens", model, PROMPT, "--lens", f"regression:{file}"]) == 0
     assert f"lens regression:{file}" in capsys.readouterr().out
-    assert (
-        main(["fit-lens", model, "--kind", "jacobian", "--out", str(file), "--texts", "2", "--tokens", "24", "--json"])
-        == 0
-    )
+    options = ["--kind", "jacobian", "--texts", "2", "--tokens", "24", "--json"]
+    assert main(["fit-lens", model, "--out", str(file), *options]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["lens"] == f"jacobian:{file}"
     assert [row["layer"] for row in value["layers"]] == [1, 2, 3]
