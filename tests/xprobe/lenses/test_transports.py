@@ -151,9 +151,14 @@ def by_autograd(model: Any, ids: list[int], layer: int, target: int, first: int)
     return torch.stack(per_source).mean(0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 @pytest.mark.parametrize("rows", [5, 32])
-def test_jacobians_are_those_of_autograd(family: str, rows: int) -> None:
+@pytest.mark.parametrize("batched", [True, False])
+def test_jacobians_are_those_of_autograd(
+    family: str, rows: int, batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not batched:
+        monkeypatch.setattr("xprobe.lenses.jacobian._together", lambda *arguments: None)
     model = tiny_model(family)
     ids = random_ids(1, 9, seed=4)[0].tolist()
     with frozen(model):
