@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from xprobe.lenses.settings import FITTED, LENSES, TARGETS, FitSettings
-from xprobe_cli.options import common, echo_json
+from xprobe_cli.options import common, echo_json, loads_model
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
 
@@ -51,12 +51,11 @@ def _help() -> str:
 @click.option(
     "--tokens", type=click.IntRange(min=2), default=FitSettings.tokens, show_default=True, help="Most tokens of a text."
 )
-@click.option("--dtype", default="auto", show_default=True, help="A torch dtype, such as float32 or bfloat16.")
-@click.option("--device", default="auto", show_default=True, help="A torch device: cpu, cuda, cuda:1, ...")
+@loads_model
 @common
 def command(
-    model: str, kind: str, out: Path, text: str, target: str, texts: int | None, tokens: int, dtype: str, device: str,
-    as_json: bool,
+    model: str, kind: str, out: Path, text: str, target: str, texts: int | None, tokens: int, as_json: bool,
+    **options: Any,
 ) -> int:  # fmt: skip
     """Runs `xprobe fit-lens`; ``_help`` has the text for users."""
     from xprobe.lenses.fit import fit_lens
@@ -64,7 +63,7 @@ def command(
     settings = FitSettings(kind, target, texts, tokens)
     try:
         with Progress() as progress, Stoppable(progress) as stoppable:
-            fitted = fit_lens(model, out, settings, text=text, dtype=dtype, device=device, progress=stoppable)
+            fitted = fit_lens(model, out, settings, text=text, **options, progress=stoppable)
     except Stopped as stopped:
         click.echo("xprobe: interrupted: what was computed is kept; the same command goes on", err=True)
         return EXIT_CODES[stopped.signal]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from xprobe.lenses.settings import LENSES
-from xprobe_cli.options import common, echo_json
+from xprobe_cli.options import common, echo_json, loads_model
 
 POSITIONS = ("last", "all", "answer")
 
@@ -42,12 +42,11 @@ def _help() -> str:
 @click.option(
     "--save", type=click.Path(path_type=Path), metavar="PAGE.html", help="Write a page with all positions and tokens."
 )
-@click.option("--dtype", default="auto", show_default=True, help="A torch dtype, such as float32 or bfloat16.")
-@click.option("--device", default="auto", show_default=True, help="A torch device: cpu, cuda, cuda:1, ...")
+@loads_model
 @common
 def command(
-    model: str, prompt: str, answer: str | None, lens: str, positions: str, top: int, save: Path | None, dtype: str,
-    device: str, as_json: bool,
+    model: str, prompt: str, answer: str | None, lens: str, positions: str, top: int, save: Path | None, as_json: bool,
+    **options: Any,
 ) -> int:  # fmt: skip
     """Runs `xprobe lens`; ``_help`` has the text for users."""
     if save is not None and not save.parent.is_dir():
@@ -57,7 +56,7 @@ def command(
     from xprobe.single_prompt.lens import lens_prompt
 
     found = lens_prompt(
-        model, prompt, lens=lens, answer=answer, positions=positions, top=top, dtype=dtype, device=device,
+        model, prompt, lens=lens, answer=answer, positions=positions, top=top, **options,
         notify=lambda message: click.echo(f"xprobe: {message}", err=True),
     )  # fmt: skip
     if save is not None:

@@ -85,6 +85,18 @@ def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def loads_model(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of commands that load a model that is named on the command line."""
+    for option in reversed([
+        click.option("--dtype", default="auto", show_default=True, help="A torch dtype: float32, bfloat16, ..."),
+        click.option("--device", default="auto", show_default=True, help="A torch device: cpu, cuda, cuda:1, ..."),
+        click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code."),
+        click.option("--allow-pickle", is_flag=True, help="Load weights from pickles. A pickle can run any code."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds ``--json`` and ``--debug`` to a command."""
     return json_option(debug_option(command))

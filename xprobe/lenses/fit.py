@@ -75,9 +75,9 @@ def fit_lens(
     text: str | Path | Sequence[str] = BUILTIN,
     tokenizer: Any = None,
     dtype: str = "auto",
-    device: str = "auto",
     batch_tokens: int = 4096,
     progress: Notify | None = None,
+    **options: Any,
 ) -> FittedLens:
     """Fits a lens for a model, and writes it to a file in the format of published Jacobian lenses.
 
@@ -95,11 +95,13 @@ def fit_lens(
         12 in each of 12 languages.
     tokenizer : PreTrainedTokenizerBase, optional
         Of a model in memory.
-    dtype, device : str
+    dtype : str
         As for ``xprobe.run``, where ``model`` is a name.
     batch_tokens : int
         Most tokens in one forward pass.
     progress : callable (event), optional
+    **options
+        ``device``, ``trust_remote_code``, ``allow_pickle``, as for ``xprobe.run``.
 
     Raises
     ------
@@ -126,7 +128,7 @@ def fit_lens(
     notify = progress or (lambda event: None)
     texts = read_texts(text)
     notify(Stage("loading the model"))
-    loaded = in_memory.load_or_wrap(model, tokenizer, dtype, device)
+    loaded = in_memory.load_or_wrap(model, tokenizer, dtype, options)
     ids = encode_texts(loaded.tokenizer, texts, settings, loaded.window)
     with in_memory.evaluation_mode(loaded.model):
         anatomy = inspect(loaded.model)

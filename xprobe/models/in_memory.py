@@ -22,6 +22,7 @@ from xprobe.models.sources import Source, resolve
 
 SAMPLE = 256  # number of values of each tensor in the fingerprint
 IDENTITY = f"configuration, tokenizer, names of hooks, and of every tensor name, shape, dtype and up to {SAMPLE} values"
+LOADING = ("device", "trust_remote_code", "allow_pickle")  # options of Execution that concern the loading of a model
 _LIBRARIES = ("transformers.", "accelerate.", "torch.")  # hooks of these belong to the model
 _IGNORED = (
     "_name_or_path",
@@ -108,21 +109,29 @@ def wrap_model(model: Any, tokenizer: Any) -> LoadedModel:
     return LoadedModel(source, model, tokenizer, window(model.config))
 
 
-def load_or_wrap(model: Any, tokenizer: Any, dtype: str, device: str) -> LoadedModel:
+def load_or_wrap(model: Any, tokenizer: Any, dtype: str, options: dict[str, Any]) -> LoadedModel:
     """A model by name, or one in memory with its tokenizer.
+
+    Parameters
+    ----------
+    options : dict
+        Of ``LOADING``.
 
     Raises
     ------
     UsageError
-        A model by name has a tokenizer beside it; or as ``wrap_model``.
+        A model by name has a tokenizer beside it, or an option is unknown; or as ``wrap_model``.
     ModelError
         The model cannot be loaded.
     """
+    unknown = sorted(set(options) - set(LOADING))
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r}; known: dtype, {', '.join(LOADING)}")
     if not isinstance(model, str):
         return wrap_model(model, tokenizer)
     if tokenizer is not None:
         raise UsageError("tokenizer belongs to a model in memory: leave it out, a model by name brings its own")
-    return load(resolve(model), Execution(device=device), dtype=dtype)
+    return load(resolve(model), Execution(**options), dtype=dtype)
 
 
 def _is_plain(value: Any) -> bool:

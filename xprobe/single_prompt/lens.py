@@ -116,8 +116,8 @@ def lens_prompt(
     top: int = 5,
     tokenizer: Any = None,
     dtype: str = "auto",
-    device: str = "auto",
     notify: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> PromptLens:
     """Reads every layer of a prompt with a lens.
 
@@ -138,10 +138,12 @@ def lens_prompt(
         How many of the most probable tokens, 1 to 32.
     tokenizer : PreTrainedTokenizerBase, optional
         Of a model in memory.
-    dtype, device : str
+    dtype : str
         As for ``xprobe.run``, where ``model`` is a name.
     notify : callable (message), optional
         Called with each warning.
+    **options
+        ``device``, ``trust_remote_code``, ``allow_pickle``, as for ``xprobe.run``.
 
     Raises
     ------
@@ -170,7 +172,7 @@ def lens_prompt(
         check_instance("answer", answer, str)
     elif positions == "answer":
         raise UsageError("positions 'answer' needs an answer")
-    loaded = in_memory.load_or_wrap(model, tokenizer, dtype, device)
+    loaded = in_memory.load_or_wrap(model, tokenizer, dtype, options)
     with in_memory.evaluation_mode(loaded.model):
         return _read(loaded, prompt, lens, answer, positions, top, notify or (lambda message: None))
 

@@ -108,7 +108,7 @@ def patch_prompt(
     tokenizer: Any = None,
     top: int = 3,
     dtype: str = "auto",
-    device: str = "auto",
+    **options: Any,
 ) -> PatchedPrompt:
     """Runs a prompt again and again, each time with other states at one layer, and reads the next token.
 
@@ -126,8 +126,10 @@ def patch_prompt(
         Of a model in memory.
     top : int
         How many of the most probable next tokens are shown, 1 to 32.
-    dtype, device : str
+    dtype : str
         As for ``xprobe.run``, where ``model`` is a name.
+    **options
+        ``device``, ``trust_remote_code``, ``allow_pickle``, as for ``xprobe.run``.
 
     Raises
     ------
@@ -158,7 +160,7 @@ def patch_prompt(
     for number, entry in enumerate(runs):
         if not entry or not all(isinstance(one, PromptEdit) for one in entry):
             raise UsageError(f"edits[{number}] must be a PromptEdit, or a list of them, got {entry!r}")
-    loaded = in_memory.load_or_wrap(model, tokenizer, dtype, device)
+    loaded = in_memory.load_or_wrap(model, tokenizer, dtype, options)
     with in_memory.evaluation_mode(loaded.model) if not isinstance(model, str) else nullcontext():
         return _patch(loaded, prompt, runs, list(answers), top)
 
