@@ -26,7 +26,7 @@ PICTURE = ROOT / "docs" / "images" / "house.png"
 GROUND = ("events", "timing", "cache", "config", "arguments", "errors")
 # from left to right, so that few arrows cross; heights are computed
 COLUMNS = {
-    "models": 0.8, "capture": 0.8, "qa": 1.7, "phases": 3, "probes": 2.5, "scoring": 3.3, "runs": 4.1, "results": 4.1,
+    "models": 0.8, "capture": 0.8, "qa": 1.9, "phases": 3, "probes": 2.5, "scoring": 3.3, "runs": 4.1, "results": 4.1,
     "doctor": 5, "single_prompt": 0, "lenses": 0.8, "attribution": 1.6,
     "stages": 2.5, "forecast": 1.6, "study": 2.5, "evaluation": 3.4,
 }  # fmt: skip

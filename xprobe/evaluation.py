@@ -204,7 +204,7 @@ def patch(
     UsageError
         As ``evaluate``.
     DataError
-        No two questions on a paragraph can be told apart by the first token of their answers.
+        No two questions on a paragraph have answers that differ in a token.
     RunFolderError
         The run is not finished, or its folder cannot be used.
     XprobeError

@@ -74,4 +74,6 @@ def command(
         click.echo(f"{kind} lens of {model} · {fitted.texts} texts, {fitted.tokens:,} tokens · target {target}\n")
         click.echo(fitted.table.round(3).to_string())
         click.echo(f"\nuse it   --lens {fitted.name}")
+    if fitted.warning:
+        click.echo(f"xprobe: {fitted.warning}", err=True)
     return 0

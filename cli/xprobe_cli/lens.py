@@ -40,7 +40,10 @@ def _help() -> str:
 )
 @click.option("--top", type=click.IntRange(1, 32), default=5, show_default=True, help="Tokens of each layer.")
 @click.option(
-    "--save", type=click.Path(path_type=Path), metavar="PAGE.html", help="Write a page with all positions and tokens."
+    "--save",
+    type=click.Path(path_type=Path),
+    metavar="PAGE.html",
+    help="Write a page of the positions that are read, with the --top tokens of each.",
 )
 @loads_model
 @common

@@ -52,7 +52,7 @@ def _layers(study: Study, setting: str) -> list[str]:
 def _boundaries(study: Study, setting: str, summary: dict[str, Any]) -> list[str]:
     read = study[setting].summary
     header = "  ".join(
-        ["language", "pairs", "told apart", f"{'contrast (nats)':<19}", f"{'question used up to':<19}",
+        ["language", f"{'told apart':<10}", f"{'contrast (nats)':<19}", f"{'question used up to':<19}",
          f"{'answer held from':<16}", "retrieval onset (read)"]
     )  # fmt: skip
     lines = [header, "─" * len(header)]
@@ -63,7 +63,7 @@ def _boundaries(study: Study, setting: str, summary: dict[str, Any]) -> list[str
             lines.append(
                 "  ".join(
                     [
-                        f"{name if pairs == 'same' else 'cross':<8}", f"{row['n']:>5}", f"{row['told_apart']:>10.0%}",
+                        f"{name if pairs == 'same' else 'cross':<8}", f"{row['n']:>3} of {row['pairs']:<3}",
                         f"{estimate(row['contrast'], 1):<19}", f"{_boundary(row.get('question_boundary')):<19}",
                         f"{_boundary(row['answer_boundary']):<16}", _boundary(onset),
                     ]
@@ -82,6 +82,8 @@ def _language_pairs(cross: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys(name for pair in known for name in pair.split(">")))
     lines = ["answer held from, by language (rows) and language of the other question (columns)"]
     lines.append("  ".join([f"{'':<8}", *(f"{name:>5}" for name in names)]))
+    if all(one["answer_boundary"]["value"] is None for one in known.values()):
+        return ["no boundary for any pair of languages: too few pairs that the model tells apart"]
     for language in names:
         cells = (known.get(f"{language}>{other}", {}).get("answer_boundary", {}).get("value") for other in names)
         lines.append("  ".join([f"{language:<8}", *(f"{number(value, 0):>5}" for value in cells)]))

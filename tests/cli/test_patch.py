@@ -32,7 +32,7 @@ def test_the_tables_show_effects_and_boundaries(
     layers = [line.split() for line in lines if line.split() and line.split()[0].isdigit()]
     assert len(layers) == 2 * 6
     assert [row[1] for row in layers[:6]] == ["0.00"] * 4 + ["1.00"] * 2
-    rows = {line.split()[0]: line for line in lines if line[:3] in ("en ", "de ", "all", "cro") and "%" in line}
+    rows = {line.split()[0]: line for line in lines if line[:3] in ("en ", "de ", "all", "cro") and " of " in line}
     assert "2 [2, 2]" in rows["de"]
     assert "4 [4, 4]" in rows["de"]
     assert set(rows) == {"en", "de", "all", "cross"}

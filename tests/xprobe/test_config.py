@@ -19,6 +19,7 @@ FULL = StudyConfig(
     limit=7,
     template="plain",
     dtype="bfloat16",
+    lens="jacobian:lens.pt",
     strict=True,
     seed=11,
     bootstrap=50,

@@ -133,9 +133,18 @@ def test_a_study_is_a_mapping_from_settings_to_their_results(study):
 
 def test_the_json_object_has_the_promised_shape(study):
     value = json.loads(json.dumps(study.to_dict(), allow_nan=False))
-    assert {"run_dir", "model", "settings", "phase_definition", "parity_error", "counts", "seconds", "warnings"} == set(
-        value
-    )
+    names = {
+        "run_dir",
+        "model",
+        "lens",
+        "settings",
+        "phase_definition",
+        "parity_error",
+        "counts",
+        "seconds",
+        "warnings",
+    }
+    assert names == set(value)
     assert value["phase_definition"] == 1
     assert list(value["settings"]) == ["en-x", "x-x"]
     for result in value["settings"].values():

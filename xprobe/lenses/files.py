@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xprobe.errors import ModelError, UsageError
-from xprobe.lenses.settings import LOGIT, LensName
+from xprobe.lenses.settings import FITTED, LOGIT, LensName
 from xprobe.lenses.transport import Transport, from_maps
 
 FORMAT = 1  # of the entry "xprobe"
@@ -59,8 +59,8 @@ def load_lens(name: str, width: int, layers: int, model: str = "") -> tuple[Tran
         raise ModelError(f"{where} has width {transport.width}, the model has width {width}: it is of another model")
     blocks = transport.about.get("n_blocks")
     if max(transport.layers) >= layers or (blocks is not None and blocks != layers - 1):
-        count = blocks if blocks is not None else max(transport.layers)
-        raise ModelError(f"{where} is of a model of {count} blocks or more, this one has {layers - 1}")
+        count = f"{blocks} blocks" if blocks is not None else f"{max(transport.layers)} blocks or more"
+        raise ModelError(f"{where} is of a model of {count}, this one has {layers - 1}")
     return transport, _warnings(where, transport, model, layers)
 
 
@@ -143,9 +143,14 @@ def find_file(place: str, *, folder: bool = False) -> Path:
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds on damaged files
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{path} is no file of tensors that can be read safely: {reason}") from error
+    except Exception as error:  # torch raises many kinds on damaged files, and advises to switch the safety off
+        what = (
+            "is empty" if path.exists() and not path.stat().st_size else "is damaged, no such file, or would run code"
+        )
+        raise ModelError(
+            f"{path} {what}: it cannot be read as a file of tensors (torch.load with weights_only=True, "
+            f"{type(error).__name__})"
+        ) from error
 
 
 def _sha256(path: Path) -> str:
@@ -163,6 +168,8 @@ def _read_jacobian(path: Path, kind: str) -> Transport:
         raise ModelError(f"{path} holds a {type(held).__name__}, no lens")
     own: dict[str, Any] = held["xprobe"] if isinstance(held.get("xprobe"), dict) else {}
     found_kind = str(own.get("kind", "jacobian"))
+    if found_kind not in FITTED:
+        raise ModelError(f"{path} holds a lens of the unknown kind {found_kind!r}")
     if found_kind != kind:
         raise ModelError(f"{path} holds a {found_kind} lens, not a {kind} lens: name it {found_kind}:{path}")
     maps, count = held.get("J"), held.get("n_prompts")
@@ -177,10 +184,23 @@ def _read_jacobian(path: Path, kind: str) -> Transport:
     width = next(iter(by_layer.values())).shape[0]
     if held.get("d_model", width) != width:
         raise ModelError(f"{path} says d_model {held['d_model']}, and its maps have width {width}")
-    biases = own.get("biases")
-    shifts = None if biases is None else {block + 1: tensor for block, tensor in biases.items()}
+    shifts = _biases(path, own.get("biases"), set(by_layer), width)
+    if own.get("n_blocks") is not None and not isinstance(own["n_blocks"], int):
+        raise ModelError(f"{path} says n_blocks {own['n_blocks']!r}, which is no whole number")
     about = {"n_prompts": count, **{k: v for k, v in own.items() if k != "biases"}}
     return from_maps(kind, by_layer, shifts, sha256=_sha256(path), about=about)
+
+
+def _biases(path: Path, biases: Any, layers: set[int], width: int) -> dict[int, Tensor] | None:
+    """Biases by layer, for every layer that has a map; None if the file has none."""
+    if biases is None:
+        return None
+    if not isinstance(biases, dict) or {block + 1 for block in biases if isinstance(block, int)} != layers:
+        raise ModelError(f"{path}: the biases must be a dictionary with the blocks of the maps")
+    for block, bias in biases.items():
+        if not isinstance(bias, Tensor) or tuple(bias.shape) != (width,) or not bool(torch.isfinite(bias).all()):
+            raise ModelError(f"{path}: the bias of block {block} must be {width} finite numbers")
+    return {block + 1: bias for block, bias in biases.items()}
 
 
 def _tensors(path: Path, maps: Any) -> dict[int, Tensor]:
@@ -210,16 +230,40 @@ def _read_tuned(path: Path) -> Transport:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is no tuned lens: its config.json cannot be used ({error!r})") from error
     state = _load(path / "params.pt")
+    if not isinstance(state, dict) or count < 1 or width < 1:
+        raise ModelError(f"{path} is no tuned lens: params.pt must hold named maps, and config.json their number")
     maps: dict[int, Tensor] = {}
     biases: dict[int, Tensor] = {}
     for layer in range(count):
         weight, bias = state.get(f"{layer}.weight"), state.get(f"{layer}.bias")
         if not isinstance(weight, Tensor) or tuple(weight.shape) != (width, width):
             raise ModelError(f"{path / 'params.pt'} has no map {layer}.weight of [{width}, {width}]")
-        maps[layer] = weight
-        biases[layer] = torch.zeros(width) if bias is None else bias
+        if bias is None:
+            bias = torch.zeros(width)
+        if not isinstance(bias, Tensor) or tuple(bias.shape) != (width,):
+            raise ModelError(f"{path / 'params.pt'} has no bias {layer}.bias of [{width}]")
+        if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise ModelError(f"{path / 'params.pt'}: the map of layer {layer} holds NaN or infinity")
+        maps[layer], biases[layer] = weight, bias
     about = {"model": config.get("base_model_name_or_path"), "n_blocks": count}
     return from_maps("tuned", maps, biases, residual=True, sha256=_sha256(path / "params.pt"), about=about)
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a file that could not be written, before anything is computed.
+
+    Raises
+    ------
+    UsageError
+        Its folder cannot be made, or not be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(path.name + ".part")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def save_lens(path: Path, maps: dict[int, Tensor], biases: dict[int, Tensor] | None, about: dict[str, Any]) -> None:

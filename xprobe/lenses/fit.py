@@ -20,7 +20,7 @@ from xprobe.capture.engine import Engine
 from xprobe.capture.requests import Each, Request
 from xprobe.errors import DataError, ModelError, UsageError
 from xprobe.events import Notify, Stage, Step
-from xprobe.lenses.files import save_lens
+from xprobe.lenses.files import check_writable, save_lens
 from xprobe.lenses.jacobian import jacobian_of_text
 from xprobe.lenses.settings import RIDGES, FitSettings
 from xprobe.lenses.sums import Fit, Sums, agreement
@@ -62,6 +62,19 @@ class FittedLens:
     table: pd.DataFrame
 
     @property
+    def warning(self) -> str | None:
+        """Where the fit says nothing, in words; None where all layers are fitted."""
+        if "explained" not in self.table:
+            return None
+        poor = self.table.index[(self.table["explained"] < 0) | (self.table["ridge"] >= RIDGES[-1])]
+        if not len(poor):
+            return None
+        return (
+            f"the maps of {len(poor)} of {len(self.table)} layers (up to layer {poor[-1]}) explain next to nothing of "
+            "text that they were not fitted on: fit them on a longer text"
+        )
+
+    @property
     def name(self) -> str:
         """How ``--lens`` and ``lens=`` name it."""
         return f"{self.settings.kind}:{self.path}"
@@ -81,8 +94,8 @@ def fit_lens(
 ) -> FittedLens:
     """Fits a lens for a model, and writes it to a file in the format of published Jacobian lenses.
 
-    A Jacobian takes D / 16 or so passes back through the model for each text. After each text a checkpoint is written
-    beside the file, so a call that was stopped goes on.
+    A Jacobian takes D passes back through the model for each text, many of them in one batch. After each text a
+    checkpoint is written beside the file, so a call that was stopped goes on.
 
     Parameters
     ----------
@@ -125,6 +138,7 @@ def fit_lens(
     path = Path(out)
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file")
+    check_writable(path)
     notify = progress or (lambda event: None)
     texts = read_texts(text)
     notify(Stage("loading the model"))
@@ -202,7 +216,7 @@ def encode_texts(
     if len(found) < 2:
         raise DataError(
             f"{len(found)} of {len(texts)} texts have more than {settings.first + 1} tokens: a lens needs at least two "
-            "(longer texts, or a smaller first)"
+            "such texts"
         )
     return found
 

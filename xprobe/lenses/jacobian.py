@@ -27,36 +27,34 @@ def jacobian_of_text(
 ) -> Tensor:
     """Jacobians of one text, one for each of ``layers``.
 
-            Parameters
-            ----------
-            model : PreTrainedModel
-                In evaluation mode, its parameters frozen (``xprobe.models.passes.frozen``).
-            ids : sequence of int
-                More than ``first`` tokens.
-            layers : sequence of int
-                Below ``target``.
-            target : int
-                The layer whose states move.
-            rows : int
-                How many entries of the target's state share one backward pass.
-            first : int
-                Positions that are left out.
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In evaluation mode, its parameters frozen (``xprobe.models.passes.frozen``).
+    ids : sequence of int
+        More than ``first`` tokens.
+    layers : sequence of int
+        Below ``target``.
+    target : int
+        The layer whose states move.
+    rows : int
+        How many entries of the target's state share one backward pass.
+    first : int
+        Positions that are left out.
 
-            Returns
-            -------
-            Tensor [len(layers), D, D], fp32
-                Entry [i, j] says how entry i of the target's state moves with entry j of the layer's.
+    Returns
+    -------
+    Tensor [len(layers), D, D], fp32
+        Entry [i, j] says how entry i of the target's state moves with entry j of the layer's.
 
-            Examples
-            --------
-            >>> from transformers import AutoModelForCausalLM, LlamaConfig
-            >>> from xprobe.capture.memory import is_out_of_memory
-    from xprobe.lenses.settings import FIRST
-        from xprobe.models.anatomy import inspect
-            >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
-            >>> model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=3, **sizes)).eval()
-            >>> jacobian_of_text(model, inspect(model), range(20, 30), [1, 2], target=3, rows=16, first=2).shape
-            torch.Size([2, 32, 32])
+    Examples
+    --------
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> from xprobe.models.anatomy import inspect
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 160}
+    >>> model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=3, **sizes)).eval()
+    >>> jacobian_of_text(model, inspect(model), range(20, 30), [1, 2], target=3, rows=16, first=2).shape
+    torch.Size([2, 32, 32])
     """
     device, width = input_device(model), anatomy.head.width
     found = torch.zeros(len(layers), width, width)

@@ -52,6 +52,8 @@ class LensName:
         UsageError
             The kind is unknown, or a place is missing or too much.
         """
+        if not isinstance(text, str):
+            raise UsageError(f"a lens is named by text, such as 'logit' or 'jacobian:FILE', got {text!r}")
         kind, _, place = text.partition(":")
         if kind not in LENSES:
             raise UsageError(f"unknown lens {text!r}; known: {', '.join(LENSES)} (all but logit with :FILE)")

@@ -33,8 +33,8 @@ class Sums:
     >>> sums = Sums(3)
     >>> sums.add(x, 2 * x + 1)
     >>> fit = sums.solve(ridge=0.0)
-    >>> fit.weight.round(decimals=4).tolist(), fit.bias.round(decimals=4).tolist()
-    ([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]], [1.0, 1.0, 1.0])
+    >>> fit.weight.diag().round(decimals=4).tolist(), fit.bias.round(decimals=4).tolist()
+    ([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
     """
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:

@@ -100,6 +100,15 @@ class PatchedPairs:
         Pairs that the model tells apart.
     told_apart : float
         Their share of all pairs; about 1/2 for a model that does not use the question.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"paragraph": list("pq"), "own_before": -1.0, "other_before": -5.0,
+    ...                       "own_outright": [-5.0, -1.0], "other_outright": [-1.0, -6.0]})
+    >>> patched = np.array([[[-1.0, -5.0], [-5.0, -1.0]]] * 2)
+    >>> pairs = PatchedPairs(frame, patched, draws=20, seed=0)
+    >>> pairs.n, pairs.told_apart, pairs.curve("effect")[0].tolist()
+    (1, 0.5, [0.0, 1.0])
     """
 
     def __init__(self, frame: pd.DataFrame, patched: Floats, draws: int, seed: int) -> None:
@@ -121,8 +130,12 @@ class PatchedPairs:
         return value, lo, hi
 
     def boundary(self, measure: str = "effect", *, rising: bool = True) -> Estimate:
-        """Where the curve crosses 1/2. NaN if it does not, or if the interval of ``contrast`` holds 0."""
-        if not self.contrast.lo > 0:
+        """Where the curve crosses 1/2. NaN if it does not, or if the interval of ``contrast`` holds 0.
+
+        With one paragraph there is no interval; then the contrast itself must be above 0.
+        """
+        known = self.contrast.value if np.isnan(self.contrast.lo) else self.contrast.lo
+        if not known > 0:
             return Estimate(float("nan"), float("nan"), float("nan"))
         value, drawn = self._drawn(measure)
         lo, hi = self._bootstrap.interval(
@@ -157,6 +170,17 @@ def patching_curves(
     -------
     DataFrame
         Columns ``PATCHING_LAYER_COLUMNS``. ``all`` stands for all languages.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({
+    ...     "setting": "en-x", "pairs": "same", "language": "de", "other_language": "de", "kind": "answer",
+    ...     "paragraph": list("pq"), "own_before": -1.0, "other_before": -5.0, "own_outright": -5.0,
+    ...     "other_outright": -1.0})
+    >>> patched = np.array([[[-1.0, -5.0], [-2.0, -4.0], [-5.0, -1.0]]] * 2)
+    >>> table = patching_curves(frame, patched, ("effect",), draws=20, seed=0)
+    >>> table.query("language == 'all'")["value"].tolist()
+    [0.0, 0.25, 1.0]
     """
     tables = []
     for names, members in _groups(frame):
@@ -178,11 +202,22 @@ def summarise_patching(frame: pd.DataFrame, patched: Floats, draws: int, seed: i
     Returns
     -------
     dict
-        By setting: ``same`` and ``cross`` (where there are such pairs), each with ``n`` (pairs that the model tells
-        apart), ``told_apart`` (their share), ``contrast`` (of all pairs, nats), ``answer_boundary`` (where the effect
-        of the kind "answer" rises to 1/2), ``gain_boundary`` (where its gain does), ``question_boundary`` (where the
-        effect of the kind "question" falls below 1/2), and ``languages``; ``cross`` also has ``language_pairs``, by
-        "de>en": the states of an English question in a German run.
+        By setting: ``same`` and ``cross`` (where there are such pairs), each with ``pairs``, ``n`` (those that the
+        model tells apart), ``told_apart`` (their share), ``contrast`` (of all pairs, nats), ``answer_boundary`` (where
+        the effect of the kind "answer" rises to 1/2), ``gain_boundary`` (where its gain does), ``question_boundary``
+        (where the effect of the kind "question" falls below 1/2), and ``languages``; ``cross`` also has
+        ``language_pairs``, by "de>en": the states of an English question in a German run.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({
+    ...     "setting": "en-x", "pairs": "same", "language": "de", "other_language": "de", "kind": "answer",
+    ...     "paragraph": list("pq"), "own_before": -1.0, "other_before": -5.0, "own_outright": -5.0,
+    ...     "other_outright": -1.0})
+    >>> patched = np.array([[[-1.0, -5.0], [-2.0, -4.0], [-5.0, -1.0]]] * 2)
+    >>> found = summarise_patching(frame, patched, draws=20, seed=0)["en-x"]["same"]
+    >>> found["n"], found["contrast"]["value"], found["answer_boundary"]["value"]
+    (2, 8.0, 2.0)
     """
     found: dict[str, Any] = {}
     for names, members in _groups(frame):
@@ -192,6 +227,7 @@ def summarise_patching(frame: pd.DataFrame, patched: Floats, draws: int, seed: i
         if names["kind"] == "answer":
             figures = {
                 "n": own.n,
+                "pairs": len(members),
                 "told_apart": own.told_apart,
                 "contrast": own.contrast.to_dict(),
                 "answer_boundary": own.boundary().to_dict(),

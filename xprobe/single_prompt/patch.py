@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from xprobe.arguments import check_instance, check_least
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from xprobe.capture.edits import Edit
     from xprobe.models.loading import LoadedModel
 
+COLUMNS = ("run", "layer", "position", "token", "top", "effect")  # of the table, beside one for each answer
+MOST_SEED = 2**63 - 1
 PLAIN_TOKENS = 4096  # up to so many tokens in all, prompts are run as they are; beyond, shared beginnings run once
 BEFORE = "before"
+MOST_TOP = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +71,28 @@ class PromptEdit:
             check_instance("source", self.source, str)
         elif self.source_positions is not None:
             raise UsageError("source_positions is for a source: there is none")
+        if self.states is not None and not hasattr(self.states, "is_floating_point"):
+            raise UsageError(f"states must be a Tensor, got {type(self.states).__name__}")
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed <= MOST_SEED):
+            raise UsageError(f"seed must be a whole number from 0 to {MOST_SEED}, got {self.seed!r}")
         for name in ("positions", "source_positions"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, (value,) if isinstance(value, int) else tuple(value))
+                object.__setattr__(self, name, _whole_numbers(name, value))
+
+
+def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """One position or several, as a tuple.
+
+    Raises
+    ------
+    UsageError
+        They are no whole numbers.
+    """
+    try:
+        return tuple(map(index, value)) if hasattr(value, "__iter__") else (index(value),)
+    except TypeError:
+        raise UsageError(f"{name} must be a whole number or several, got {value!r}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +176,9 @@ def patch_prompt(
 
     check_instance("prompt", prompt, str)
     check_least("top", top, 1)
+    if top > MOST_TOP:
+        raise UsageError(f"top must be a whole number of at most {MOST_TOP}, got {top}")
+    _check_answers(answers)
     runs: list[Sequence[PromptEdit]] = [
         entry if isinstance(entry, list | tuple) else [entry] for entry in _listed(edits)
     ]
@@ -163,6 +188,14 @@ def patch_prompt(
     loaded = in_memory.load_or_wrap(model, tokenizer, dtype, options)
     with in_memory.evaluation_mode(loaded.model) if not isinstance(model, str) else nullcontext():
         return _patch(loaded, prompt, runs, list(answers), top)
+
+
+def _check_answers(answers: Any) -> None:
+    if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+        raise UsageError(f"answers must be a list of texts, got {answers!r}")
+    taken = [answer for answer in answers if answer in COLUMNS]
+    if taken:
+        raise UsageError(f"the answer {taken[0]!r} has the name of a column of the table: put a space before it")
 
 
 def _listed(edits: Any) -> list[Any]:
@@ -190,15 +223,20 @@ def _patch(
             twin = answers[targets.index(target)]
             raise UsageError(f"the answers {twin!r} and {answers[number]!r} begin with the same token")
     ids = {text: tuple(_encode(tokenizer, text)) for text in dict.fromkeys([prompt, *_sources(runs)])}
-    index = {text: number for number, text in enumerate(ids)}
+    place_of = {text: number for number, text in enumerate(ids)}
 
     def request(text: str, edits: tuple[Edit, ...] = ()) -> Request:
         return Request(ids[text], {"last": Each((len(ids[text]) - 1,))}, edits=edits)
 
     requests = [request(text) for text in ids]
-    requests += [request(prompt, tuple(_edit(one, number, ids, prompt, index) for one in entry))
+    requests += [request(prompt, tuple(_edit(one, number, ids, prompt, place_of) for one in entry))
                  for number, entry in enumerate(runs)]  # fmt: skip
     engine = Engine(loaded.model, inspect(loaded.model), PLAIN_TOKENS)
+    last = engine.anatomy.n_layers - 1
+    for number, entry in enumerate(runs):
+        for one in entry:
+            if isinstance(one.layer, bool) or not isinstance(one.layer, int) or not 0 <= one.layer <= last:
+                raise UsageError(f"edits[{number}]: layer must be a whole number from 0 to {last}, got {one.layer!r}")
     if sum(len(one.ids) for one in requests) <= PLAIN_TOKENS:
         engine.strategy = "plain"
     engine.check_parity([TeacherForced(own, own[-1:]) for own in ids.values()][:4])
@@ -206,7 +244,7 @@ def _patch(
     values, tops = _read(rows, targets, top, engine)
     tokens = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids[prompt]]
     lines: list[dict[str, Any]] = []
-    for run, row in ((BEFORE, index[prompt]), *((number, len(ids) + number) for number in range(len(runs)))):
+    for run, row in ((BEFORE, place_of[prompt]), *((number, len(ids) + number) for number in range(len(runs)))):
         edit = runs[run][0] if isinstance(run, int) else None
         place = None if edit is None else range(len(tokens))[edit.positions[0]]  # type: ignore[index]
         line: dict[str, Any] = {
@@ -217,7 +255,7 @@ def _patch(
         line["top"] = [(tokenizer.decode([token]), round(value, 3)) for token, value in tops[row]]
         source = _only_source(runs[run]) if isinstance(run, int) else prompt
         if len(answers) == 2 and source is not None:
-            start, end, now = (values[at][1] - values[at][0] for at in (index[prompt], index[source], row))
+            start, end, now = (values[at][1] - values[at][0] for at in (place_of[prompt], place_of[source], row))
             line["effect"] = 0.0 if run == BEFORE else (now - start) / (end - start) if end != start else float("nan")
         lines.append(line)
     return PatchedPrompt(tokens, pd.DataFrame(lines).set_index("run"))
@@ -247,7 +285,7 @@ def _first_token(tokenizer: Any, answer: str) -> int:
     return int(ids[0])
 
 
-def _edit(edit: PromptEdit, number: int, ids: dict[str, tuple[int, ...]], prompt: str, index: dict[str, int]) -> Edit:
+def _edit(edit: PromptEdit, number: int, ids: dict[str, tuple[int, ...]], prompt: str, places: dict[str, int]) -> Edit:
     """The edit on token ids.
 
     Raises
@@ -270,7 +308,7 @@ def _edit(edit: PromptEdit, number: int, ids: dict[str, tuple[int, ...]], prompt
     positions = counted(edit.positions, prompt)
     if edit.source is not None:
         taken = edit.positions if edit.source_positions is None else edit.source_positions
-        return Edit(edit.layer, positions, StatesOf(index[edit.source], counted(taken, edit.source)))
+        return Edit(edit.layer, positions, StatesOf(places[edit.source], counted(taken, edit.source)))
     if edit.seed is not None:
         return Edit(edit.layer, positions, RandomStates(edit.seed))
     states = edit.states

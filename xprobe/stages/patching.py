@@ -121,7 +121,8 @@ def _compute_missing(
     pairs = choose_pairs([one for one in prompts if key_of(one) in wanted], settings, run.manifest.study.seed)
     if not pairs:
         raise DataError(
-            "no two questions on one paragraph have answers that differ in a token: there is nothing to patch"
+            "no two questions on one paragraph have answers that differ in a token, so there is nothing to patch (a "
+            "run needs at least two questions on a paragraph)"
         )
     names = [pair.key for pair in pairs]
     if _planned(kept) != names:

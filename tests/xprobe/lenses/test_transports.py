@@ -266,6 +266,23 @@ def test_a_tuned_lens_is_added_to_the_state_of_its_layer(tmp_path: Path) -> None
     assert "fitted on 'gpt2', the model is 'other'" in load_lens(f"tuned:{tmp_path}", 8, 4, "other")[1][0]
 
 
+@pytest.mark.parametrize(
+    ("state", "count", "message"),
+    [
+        ([1, 2], 1, "params.pt must hold named maps"),
+        ({}, 0, "config.json their number"),
+        ({"0.weight": torch.zeros(7, 7)}, 1, r"has no map 0.weight of \[8, 8\]"),
+        ({"0.weight": torch.zeros(8, 8), "0.bias": torch.zeros(3)}, 1, r"has no bias 0.bias of \[8\]"),
+        ({"0.weight": torch.full((8, 8), float("inf"))}, 1, "the map of layer 0 holds NaN or infinity"),
+    ],
+)
+def test_bad_tuned_lenses_are_refused(tmp_path: Path, state: Any, count: int, message: str) -> None:
+    torch.save(state, tmp_path / "params.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"d_model": 8, "num_hidden_layers": count}))
+    with pytest.raises(ModelError, match=message):
+        load_lens(f"tuned:{tmp_path}", 8, 4)
+
+
 def test_layers_without_a_map_are_named(tmp_path: Path) -> None:
     path = published(tmp_path / "few.pt", blocks=(1,))
     _, warnings = load_lens(f"jacobian:{path}", 32, 5)
@@ -285,6 +302,12 @@ def test_layers_without_a_map_are_named(tmp_path: Path) -> None:
         ({"J": {0: torch.full((32, 32), float("nan"))}}, "the map of block 0 holds NaN"),
         ({"d_model": 16}, "says d_model 16, and its maps have width 32"),
         ({"J": {9: torch.eye(32)}}, "is of a model of 10 blocks or more, this one has 4"),
+        ({"xprobe": {"kind": "strange"}}, "holds a lens of the unknown kind 'strange'"),
+        ({"xprobe": {"n_blocks": "4"}}, "says n_blocks '4', which is no whole number"),
+        ({"xprobe": {"n_blocks": 6}}, "is of a model of 6 blocks, this one has 4"),
+        ({"xprobe": {"biases": [1, 2]}}, "the biases must be a dictionary with the blocks of the maps"),
+        ({"xprobe": {"biases": {0: torch.zeros(32)}}}, "the biases must be a dictionary with the blocks of the maps"),
+        ({"xprobe": {"biases": dict.fromkeys(range(3), torch.zeros(7))}}, "the bias of block 0 must be 32 finite"),
         ({"J": {0: torch.eye(16)}, "d_model": 16}, "has width 16, the model has width 32: it is of another model"),
     ],
 )
@@ -302,7 +325,7 @@ def test_a_file_that_runs_code_or_is_none_is_refused(tmp_path: Path) -> None:
     torch.save({"J": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("no lens")
     for name in ("evil.pt", "text.pt"):
-        with pytest.raises(ModelError, match="is no file of tensors that can be read safely"):
+        with pytest.raises(ModelError, match="cannot be read as a file of tensors"):
             load_lens(f"jacobian:{tmp_path / name}", 32, 5)
     assert not (tmp_path / "ran").exists()
 
@@ -365,6 +388,8 @@ def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> No
 def test_short_texts_and_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="0 of 2 texts have more than 17 tokens"):
         xprobe.fit_lens(str(folder), tmp_path / "x.pt", text=["a b", "c d"])
+    with pytest.raises(UsageError, match=r"cannot write /proc/no/x\.pt"):
+        xprobe.fit_lens(str(folder), "/proc/no/x.pt", text=TEXTS)
     with pytest.raises(UsageError, match="is a folder: name a file"):
         xprobe.fit_lens(str(folder), tmp_path, text=TEXTS)
     with pytest.raises(UsageError, match="settings must be a FitSettings"):

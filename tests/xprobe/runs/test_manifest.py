@@ -49,6 +49,7 @@ FULL = Manifest(
     ),
     data=DataEntry("xquad", ["xquad.en.json"], "d" * 64),
     template_sha256="c" * 64,
+    lens_sha256="d" * 64,
     selection={"limit": 4, "rule": 1},
     prompt={"template": "auto", "chat": True},
     counts=Counts(8, 20, 2, 3, {"too long": 1}, {"no answer": 2}),
