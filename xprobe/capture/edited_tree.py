@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from xprobe.capture.requests import Mean, Request
 from xprobe.capture.rows import Receiver, Rows
 from xprobe.capture.tree import Segment, Tree, make_tree
 from xprobe.capture.tree_attention import Layout, NotShareable, Rule, packed_attention, within_segments
-from xprobe.capture.tree_decoding import PlacedPart, group_heads, merge_parts, parts_of
+from xprobe.capture.tree_decoding import Part, PlacedPart, group_heads, merge_parts, parts_of
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import hidden_input, hidden_output, with_hidden_output
 
@@ -104,10 +105,9 @@ class _Base:
         self.tree = make_tree([requests[i].ids for i in members])
         padded = self.tree.padded(MULTIPLE)
         layout = Layout(padded, device, kernel, kept=[])
-        self.kept: list[tuple[Tensor, Tensor]] = layout.kept or []
         self.attention_calls: list[int] = []
         self.returned: list[Any] = []  # what each block returns besides its hidden state
-        self._parts: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+        self._parts: dict[tuple[tuple[int, int], ...], list[Part]] = {}
         needed = sorted(self._needed(requests, part))
         self._index = {token: row for row, token in enumerate(needed)}
         wanted = upload(torch.tensor(needed, dtype=torch.int64), device)
@@ -132,7 +132,7 @@ class _Base:
             stack.enter_context(packed_attention(model, layout))
             stack.enter_context(torch.inference_mode())
             model.base_model(**inputs, use_cache=False)
-        self.kept = layout.kept or []
+        self.kept: list[tuple[Tensor, Tensor]] = layout.kept or []
 
     def _needed(self, requests: Sequence[Request], part: Sequence[int]) -> set[int]:
         """Tokens of the tree whose states edits need: those that they may change, and those that they take."""
@@ -160,7 +160,7 @@ class _Base:
         held = self._states[layer]
         return held[upload(torch.tensor(rows, dtype=torch.int64), held.device)]
 
-    def parts(self, ends: tuple[tuple[int, int], ...]) -> list[Any]:
+    def parts(self, ends: tuple[tuple[int, int], ...]) -> list[Part]:
         """The tokens before the given position of each (sequence, position) of the tree, in parts."""
         if ends not in self._parts:
             paths = tuple(_cut(self.tree.paths[path], end) for path, end in ends)
@@ -195,7 +195,7 @@ def _run_behind(
     device = input_device(model)
     starts = [first_changed(requests[i]) for i in some]
     lengths = [len(requests[i].ids) - start for i, start in zip(some, starts, strict=True)]
-    offsets = [sum(lengths[:row]) for row in range(len(some))]
+    offsets = [0, *accumulate(lengths[:-1])]
     positions = [p for i, start in zip(some, starts, strict=True) for p in range(start, len(requests[i].ids))]
     edits: dict[int, list[tuple[list[int], int, Edit]]] = {}
     for row, i in enumerate(some):
@@ -290,7 +290,7 @@ class _Behind:
     ) -> None:
         self._base, self._furthest = base, max(positions)
         self._host_positions = torch.tensor(positions)
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        starts = [0, *accumulate(lengths[:-1])]
         self._segments = tuple(
             Segment(start, start + length, start + length, 0) for start, length in zip(starts, lengths, strict=True)
         )

@@ -19,7 +19,7 @@ from xprobe.arguments import check_callable
 from xprobe.capture.engine import Engine
 from xprobe.capture.requests import Each, Request
 from xprobe.errors import DataError, ModelError, UsageError
-from xprobe.events import Notify, Stage, Step
+from xprobe.events import Note, Notify, Stage, Step
 from xprobe.lenses.files import check_writable, save_lens
 from xprobe.lenses.jacobian import jacobian_of_text
 from xprobe.lenses.settings import RIDGES, FitSettings
@@ -321,6 +321,8 @@ def _jacobian(part: _Part) -> Work:
 
     ids, layers, checkpoint = part.ids, part.layers, _checkpoint(part.path)
     total, even, done = _read_checkpoint(checkpoint, part.about, len(layers), part.anatomy.head.width)
+    if checkpoint.exists() and not done:
+        part.notify(Note(f"{checkpoint} is of another fit, or damaged: the fit begins anew", important=True))
     part.notify(Step("texts", done, len(ids)))
     with frozen(part.model):
         for i in range(done, len(ids)):

@@ -218,6 +218,9 @@ def test_a_killed_fit_goes_on(folder: Path, tmp_path: Path) -> None:
     settings = FitSettings("jacobian", first=2, tokens=16)
     cut = fit_lens(str(folder), tmp_path / "cut.pt", settings, text=tmp_path / "texts.txt", progress=events.append)
     assert [event.done for event in events if hasattr(event, "done")] == [2, 3, 4]
+    (tmp_path / "other.pt.checkpoint").write_bytes(b"half a file")
+    fit_lens(str(folder), tmp_path / "other.pt", settings, text=TEXTS[:2], progress=events.append)
+    assert any("is of another fit, or damaged: the fit begins anew" in str(event) for event in events)
     for block, wanted in second_reader(whole.path)["J"].items():
         assert torch.equal(second_reader(cut.path)["J"][block], wanted)
 
