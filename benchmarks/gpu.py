@@ -70,7 +70,12 @@ WEIGHTS = {
     "profile": 5,
     "aot": 4,
 }
-TESTS = ("tests/kernels", "tests/xprobe/capture/test_on_gpu.py", "tests/xprobe/models/test_devices.py")
+TESTS = (
+    "tests/kernels",
+    "tests/xprobe/capture/test_on_gpu.py",
+    "tests/xprobe/models/test_devices.py",
+    "tests/xprobe/stages/test_stages_on_gpu.py",
+)
 RUNS = {"demo": [], "llama-3-8b": ["--shape", "llama-3-8b"]}  # whole_run.py's options
 RESERVE = 8.0  # seconds reserved for stopping a step and printing the table
 FIRST_SHAPE = "llama-3-8b"
