@@ -70,12 +70,19 @@ WEIGHTS = {
     "profile": 5,
     "aot": 4,
 }
-TESTS = (
-    "tests/kernels",
+TESTS = (  # the first are the least like those of a machine without a GPU
     "tests/xprobe/capture/test_on_gpu.py",
-    "tests/xprobe/models/test_devices.py",
     "tests/xprobe/stages/test_stages_on_gpu.py",
-)
+    "tests/xprobe/models/test_devices.py",
+    *(
+        f"tests/kernels/test_{name}.py"
+        for name in (
+            "triton", "triton_readout", "lens_ranks", "lens_edges", "lens_properties", "lens", "capture", "attention",
+            "addresses", "memory",
+        )
+    ),
+)  # fmt: skip
+ELSEWHERE = "not cpu and not reference and not compiled"  # these backends are tested on every machine
 RUNS = {"demo": [], "llama-3-8b": ["--shape", "llama-3-8b"]}  # whole_run.py's options
 RESERVE = 8.0  # seconds reserved for stopping a step and printing the table
 FIRST_SHAPE = "llama-3-8b"
@@ -136,8 +143,9 @@ class Steps:
         gpu_passed.begin(passed, json.dumps(self.current | {"tests_sha256": sources_sha256(("tests",))}))
         earlier = sorted(gpu_passed.passed(passed))
         result.details["passed_earlier"] = len(earlier)
-        command = [sys.executable, "-m", "pytest", *TESTS, "-m", "not slow or gpu", "-n", "8"]
-        command += ["--dist", "loadscope", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_passed"]
+        command = [sys.executable, "-m", "pytest", *TESTS, "-m", "not slow or gpu", "-k", ELSEWHERE]
+        command += ["-n", str(max(2, (os.cpu_count() or 2) - 2)), "--dist", "loadscope", "-q"]
+        command += ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_passed"]
         environment = {gpu_passed.VARIABLE: str(passed)}
         yield Part(
             [*command, f"--junit-xml={report}"],

@@ -1,5 +1,7 @@
 """A pytest plugin for gpu.py: records every test that passes, and skips those that passed in an earlier call.
 
+Failures are printed at once, so that the log has them if the tests run out of time.
+
 The file named by ``XPROBE_PASSED_TESTS`` has a heading (what the tests ran on) and one test id per line.
 """
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:  # gpu.py compares figures where there is no pytest
 
 VARIABLE = "XPROBE_PASSED_TESTS"
 OK, NO_TESTS_COLLECTED = 0, 5  # pytest's exit codes
+MESSAGE = 400  # characters of a failure's message
 
 
 def passed(path: Path) -> set[str]:
@@ -46,6 +49,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed and not _is_worker:
         with Path(os.environ[VARIABLE]).open("a", encoding="utf-8") as file:
             file.write(report.nodeid + "\n")
+    if report.failed and not _is_worker:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = str(crash.message if crash else report.longrepr)
+        print(f"\nFAILED {report.nodeid}: {' '.join(said.split())[:MESSAGE]}", flush=True)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -259,7 +259,7 @@ def launch(
     lens_kernel[(row_tiles * splits,)](
         *operands, weight.stride(0), head.bias, lookup, prepared.thresholds,
         partials.sums, partials.above, partials.top, partials.top_ids, partials.maxima, int(maxima > 0),
-        *((None,) * 3 if kept is None else (kept.weights, kept.peaks, kept.masses)),
+        *FinalSoftmax.operands(kept, partials.sums),
         final_of, None if final_of is None or kept is None else kept.logsumexp,
         rows, head.vocab_size, width, request.lookups, splits,
         max(1, min(slots // splits, row_tiles)), float(head.scale), float(head.softcap or 0.0),

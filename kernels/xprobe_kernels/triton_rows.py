@@ -237,6 +237,11 @@ class FinalSoftmax:
         each = (finals, tiles * parts)
         return FinalSoftmax(new(finals, tiles * tile), new(*each), new(*each), new(finals), new(finals))
 
+    @staticmethod
+    def operands(kept: FinalSoftmax | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, peaks and masses for a kernel, or ``unused`` three times: Triton 3.6 keeps no None in a tuple."""
+        return (unused, unused, unused) if kept is None else (kept.weights, kept.peaks, kept.masses)
+
 
 def operand_dtype(hidden: Tensor, head: Unembedding) -> torch.dtype:
     """The dtype of the product's operands: the wider one of rows and weight."""

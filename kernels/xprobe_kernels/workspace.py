@@ -130,7 +130,7 @@ class WorkspacePass:
                     row_kernel[(len(some),)](
                         product(some, weight, out=out), padded, head.bias, request.lookup, prepared.thresholds,
                         partials.sums, partials.above, partials.top, partials.top_ids,
-                        *((None,) * 3 if kept is None else (kept.weights, kept.peaks, kept.masses)),
+                        *FinalSoftmax.operands(kept, partials.sums),
                         final_of, None if final_of is None or kept is None else kept.logsumexp,
                         first_row, rows, first, end - first, head.vocab_size, part, request.lookups,
                         float(head.scale), float(head.softcap or 0.0),
