@@ -127,7 +127,8 @@ def tiles_variant(config: Config, dtype: str, *, top_k: int = 5) -> Variant:
     label = f"{dtype} {rows}x{config.block_n}x{config.block_k} {config.warps} warps top {top_k}"
     types = {
         "normed_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "weight_stride": "i64:16", "bias_ptr": f"*{dtype}",
-        "order_ptr": "*i64", "starts_ptr": "*i64", "programs_ptr": "*i64", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
+        "order_ptr": "*i64", "sizes_ptr": "*i32", "starts_ptr": "*i32", "programs_ptr": "*i32", "top_ptr": "*fp32",
+        "top_ids_ptr": "*i32",
         "count": "i32", "vocabulary": "i32", "width": "i32:16", "tiles": "i32", "scale": "fp32",
     }  # fmt: skip
     constants = {
@@ -162,7 +163,19 @@ def small_variants() -> Iterator[Variant]:
     )  # fmt: skip
     yield Variant(
         "select_kernel", "top 5 of 1024 tiles",
-        {"maxima_ptr": "*fp32", "chosen_ptr": "*i32", "count": "i32", "tiles": "i32"}, {"J": 5, "BT": 1024}, 4,
+        {
+            "maxima_ptr": "*fp32", "chosen_ptr": "*i32", "slots_ptr": "*i32", "sizes_ptr": "*i32", "count": "i32",
+            "tiles": "i32",
+        },
+        {"J": 5, "BT": 1024}, 4,
+    )  # fmt: skip
+    yield Variant(
+        "order_kernel", "1024 tiles",
+        {
+            "chosen_ptr": "*i32", "slots_ptr": "*i32", "sizes_ptr": "*i32", "order_ptr": "*i64", "starts_ptr": "*i32",
+            "programs_ptr": "*i32", "pairs": "i32", "tiles": "i32",
+        },
+        {"BM": 64, "BP": 32, "BT": 1024}, 4,
     )  # fmt: skip
     yield Variant(
         "row_kernel", "top 5",

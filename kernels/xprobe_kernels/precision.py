@@ -1,4 +1,4 @@
-"""Library matrix products with fp32 sums and fp32 results, at the precision that the caller asked for."""
+"""How precisely the kernels compute: library products with fp32 sums at the precision that the caller asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_AT_A_TIME = 64
+BOUNDED_CAP = 40.0  # up to this soft-cap, e^(z - cap) is a normal fp32 number for every capped logit z
 
 
 @contextmanager

@@ -135,8 +135,9 @@ def lens(
     precision : "ieee" or "tf32"
         "tf32" lets a GPU round fp32 operands of the projection to 10 mantissa bits.
     workspace_bytes : int
-        Upper bound on temporary memory, in bytes. The GPU kernels also hold a normed copy of the rows, unless the rows
-        need neither norm nor cast (rows from ``capture`` with a head).
+        Upper bound on temporary memory, in bytes; with ``final_rows`` the weights of final rows take as much again.
+        More rows than fit are read in blocks. The backend "workspace" also holds a normed copy of all rows, unless
+        they need neither norm nor cast (rows from ``capture`` with a head).
     check : bool
         False skips the check that ids and row indices are in range. On a GPU this saves one wait for the device.
 

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from xprobe_kernels.precision import BOUNDED_CAP
+
 INFINITY = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # replaces the logit -inf of a token, because -inf marks an empty place
 NO_ID = tl.constexpr(2147483647)
-BOUNDED_CAP = 40.0  # up to this soft-cap, e^(z - cap) is a normal fp32 number for every capped logit z
 NO_CAP, SMALL_CAP, LARGE_CAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_KL, KEEP, COMPARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

@@ -14,7 +14,6 @@ from xprobe_kernels.triton_lens import configuration, device_limits, launch
 from xprobe_kernels.triton_rows import FinalSoftmax, dense, merge, needs_no_copy, operand_dtype, prepare
 from xprobe_kernels.triton_support import cdiv
 
-MEMORY_SHARE = 1 / 600  # of the logits in fp32
 SMALLEST_BLOCK = 1024  # rows: fewer would not keep a GPU busy
 
 
@@ -42,18 +41,18 @@ class FusedPass:
         return self.config.parts
 
     def rows_per_block(self, request: LensRequest, rows: int) -> int:
-        """All rows, if what a call needs beside its inputs and results takes at most ``MEMORY_SHARE`` of the logits.
+        """All rows, if what they need beside inputs and results takes at most ``workspace_bytes``.
 
-        Otherwise about as many rows as stay within this share, rounded so that a block fills all processors once.
+        Otherwise about as many rows as stay within it, rounded so that a block fills all processors a whole number of
+        times. Each block reads the whole weight, so few large ones are fast.
         """
         config = self.config
         vocabulary, width = request.head.vocab_size, request.head.width
         each = 0 if needs_no_copy(request) else width * operand_dtype(request.hidden, request.head).itemsize
         if request.top_k and not config.carries_top:
             tiles = cdiv(vocabulary, config.block_n)
-            each += 4 * tiles + 8 * request.top_k * min(request.top_k, tiles)
-        allowed = int(rows * 4 * vocabulary * MEMORY_SHARE)
-        block = max(allowed // max(each, 1), SMALLEST_BLOCK)
+            each += 4 * tiles + 8 * (request.top_k + 2) * min(request.top_k, tiles)
+        block = max(request.workspace_bytes // max(each, 1), SMALLEST_BLOCK)
         if block >= rows:
             return rows
         slots = device_limits(request.hidden.device)[1] * config.resident

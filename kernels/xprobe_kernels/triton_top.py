@@ -4,9 +4,13 @@ The k largest logits of a row lie in the k tiles whose largest logits are larges
 that is at least as large as any logit of another tile. Tiles with equal largest logits are
 ordered by their position in the vocabulary, as tokens are. So the list is exact, ties included. The logits of these
 tiles are computed again, each tile for all rows that need it together. That is k tiles for each row: about one per
-cent of the work of the pass for k = 5.
+cent of the work of the pass for k = 5, if there are so many rows that each tile serves some dozens of them.
 
-Memory: R x tiles x 4 bytes for the largest logits, and R x k x k x 8 bytes for the candidates.
+Rows are sorted by tile in two launches: ``select_kernel`` counts the pairs of a row and a list that need each tile,
+``order_kernel`` puts them in place. Integer counters are raised by several programs at once, so the order of the pairs
+of one tile differs from run to run. The logits of a row do not depend on it, nor do the results.
+
+Memory: R x tiles x 4 bytes for the largest logits, R x k x k x 8 bytes for the candidates, R x k x 16 for the order.
 """
 
 from __future__ import annotations
@@ -22,11 +26,15 @@ from xprobe_kernels.triton_fold import INFINITY, LOWEST, NO_ID, scaled
 from xprobe_kernels.triton_rows import Prepared
 from xprobe_kernels.triton_support import cdiv, next_power_of_2
 
+PAIRS = 32  # pairs that a program of order_kernel puts in place
+
 
 @triton.jit(do_not_specialize=["count"])
 def select_kernel(
     maxima_ptr,  # [R, tiles]
     chosen_ptr,  # [J, R] int32
+    slots_ptr,  # [J, R] int32: how many pairs had been counted for that tile before this one
+    sizes_ptr,  # [tiles] int32, zero at the start: pairs of each tile
     count,  # R
     tiles,
     J: tl.constexpr,
@@ -42,6 +50,35 @@ def select_kernel(
         winner = tl.min(tl.where(free & (largest == best), tile, tiles - 1), 0)
         free = free & (tile != winner)
         tl.store(chosen_ptr + j * count + r, winner)
+        tl.store(slots_ptr + j * count + r, tl.atomic_add(sizes_ptr + winner, 1))
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def order_kernel(
+    chosen_ptr,
+    slots_ptr,  # [J * R] int32
+    sizes_ptr,  # [tiles] int32
+    order_ptr,  # [J * R] int64: pairs of list and row, sorted by the tile that they need
+    starts_ptr,  # [tiles] int32: where the pairs of each tile begin
+    programs_ptr,  # [tiles] int32: how many programs the tiles up to and including this one take
+    pairs,  # J * R
+    tiles,
+    BM: tl.constexpr,  # pairs of a program of tiles_kernel
+    BP: tl.constexpr,  # pairs of this program
+    BT: tl.constexpr,
+):
+    """Sorts the pairs by tile."""
+    tile = tl.arange(0, BT)
+    sizes = tl.load(sizes_ptr + tile, mask=tile < tiles, other=0)
+    starts = tl.cumsum(sizes, 0) - sizes
+    if tl.program_id(0) == 0:
+        tl.store(starts_ptr + tile, starts, mask=tile < tiles)
+        tl.store(programs_ptr + tile, tl.cumsum((sizes + (BM - 1)) // BM, 0), mask=tile < tiles)
+    for p in range(BP):
+        pair = tl.program_id(0) * BP + p
+        if pair < pairs:
+            start = tl.sum(tl.where(tile == tl.load(chosen_ptr + pair), starts, 0), 0)
+            tl.store(order_ptr + start + tl.load(slots_ptr + pair), pair.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -51,8 +88,9 @@ def tiles_kernel(
     weight_stride,
     bias_ptr,  # [V]
     order_ptr,  # [J * R] int64: pairs of list and row, sorted by the tile that they need
-    starts_ptr,  # [tiles + 1] int64: where each tile's pairs begin
-    programs_ptr,  # [tiles] int64: how many programs the tiles up to and including this one take
+    sizes_ptr,
+    starts_ptr,  # [tiles] int32: how many pairs each tile has, and where they begin
+    programs_ptr,  # [tiles] int32: how many programs the tiles up to and including this one take
     top_ptr,
     top_ids_ptr,  # [J, R, K]
     count,  # R
@@ -71,14 +109,15 @@ def tiles_kernel(
     BT: tl.constexpr,  # power of 2 that is at least the number of tiles
 ):
     """Computes one tile of the vocabulary for some rows that need it, and writes the K largest logits of each."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     every = tl.arange(0, BT)
-    programs = tl.load(programs_ptr + every, mask=every < tiles, other=9223372036854775807)
+    programs = tl.load(programs_ptr + every, mask=every < tiles, other=NO_ID)
     tile = tl.sum((programs <= program).to(tl.int32), 0)
     if tile < tiles:
         before = tl.max(tl.where(programs <= program, programs, 0), 0)
-        pair = tl.load(starts_ptr + tile) + (program - before) * BM + tl.arange(0, BM)
-        held = pair < tl.load(starts_ptr + tile + 1)
+        start = tl.load(starts_ptr + tile)
+        pair = start + (program - before) * BM + tl.arange(0, BM)
+        held = pair < start + tl.load(sizes_ptr + tile)
         pair = tl.load(order_ptr + pair, mask=held, other=0)
         rows = pair % count
         columns = tile * BN + tl.arange(0, BN)
@@ -112,19 +151,20 @@ def largest(request: LensRequest, prepared: Prepared, maxima: Tensor, config: Co
     head, normed, top_k = request.head, prepared.normed, request.top_k
     (rows, tiles), width, device = maxima.shape, normed.shape[1], maxima.device
     lists = min(top_k, tiles)
-    chosen = torch.empty(lists, rows, dtype=torch.int32, device=device)
-    places = next_power_of_2(tiles)
-    select_kernel[(rows,)](
-        maxima, chosen, rows, tiles, J=lists, BT=places, num_warps=min(max(places // 256, 1), 8)
+    pairs, places, block = lists * rows, next_power_of_2(tiles), min(config.block_m, MAX_BLOCK_ROWS)
+    sizes = torch.zeros(tiles, dtype=torch.int32, device=device)
+    chosen, slots = torch.empty(2, lists, rows, dtype=torch.int32, device=device)
+    starts, programs = torch.empty(2, tiles, dtype=torch.int32, device=device)
+    order = torch.empty(pairs, dtype=torch.int64, device=device)
+    warps = min(max(places // 256, 1), 8)
+    select_kernel[(rows,)](maxima, chosen, slots, sizes, rows, tiles, J=lists, BT=places, num_warps=warps)
+    order_kernel[(cdiv(pairs, PAIRS),)](
+        chosen, slots, sizes, order, starts, programs, pairs, tiles, BM=block, BP=PAIRS, BT=places, num_warps=warps
     )  # fmt: skip
-    ordered, order = chosen.view(-1).sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(tiles + 1, dtype=torch.int32, device=device))
-    block = min(config.block_m, MAX_BLOCK_ROWS)
-    programs = ((starts.diff() + (block - 1)) // block).cumsum(0)
     top = torch.empty(lists, rows, top_k, dtype=torch.float32, device=device)
     top_ids = torch.empty(lists, rows, top_k, dtype=torch.int32, device=device)
-    tiles_kernel[(cdiv(lists * rows, block) + tiles,)](
-        normed, head.weight, head.weight.stride(0), head.bias, order, starts, programs, top, top_ids,
+    tiles_kernel[(cdiv(pairs, block) + tiles,)](
+        normed, head.weight, head.weight.stride(0), head.bias, order, sizes, starts, programs, top, top_ids,
         rows, head.vocab_size, width, tiles, float(head.scale),
         HAS_BIAS=head.bias is not None, HAS_SCALE=head.scale != 1.0, K=top_k,
         PRECISION=request.precision if normed.dtype == torch.float32 else "ieee",

@@ -52,7 +52,7 @@ class Compiled:
 for module, name in (
     (triton_attention, "tree_attention_kernel"), (triton_capture, "capture_kernel"), (triton_lens, "lens_kernel"),
     (triton_rows, "prepare_kernel"), (triton_rows, "merge_kernel"), (workspace, "row_kernel"),
-    (triton_top, "select_kernel"), (triton_top, "tiles_kernel"),
+    (triton_top, "select_kernel"), (triton_top, "order_kernel"), (triton_top, "tiles_kernel"),
 ):
     setattr(module, name, Compiled(getattr(module, name)))
 triton_lens.device_limits = triton_readout.device_limits = lambda device: ("sm_90", 132)
@@ -104,6 +104,6 @@ def test_every_kernel_passes_what_a_launch_checks_and_compiles(tmp_path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert set(found) == {
-        *("lens_kernel", "prepare_kernel", "merge_kernel", "select_kernel", "tiles_kernel", "row_kernel"),
-        *("capture_kernel", "tree_attention_kernel"),
+        *("lens_kernel", "prepare_kernel", "merge_kernel", "select_kernel", "order_kernel", "tiles_kernel"),
+        *("row_kernel", "capture_kernel", "tree_attention_kernel"),
     }

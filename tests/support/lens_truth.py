@@ -4,8 +4,9 @@ The rule: a backend may be no further from the fp64 truth than plain torch in th
 errors are the largest of the call. The slack is ``SLACK_ULPS`` units in the last place of the result, and one eps of
 |h| |w| in each logit, because plain torch may by chance round the few logits of a short call almost correctly. For the
 same reason plain torch may get a statistic right although its logits are off. So a statistic may be off by as much as
-the errors of the logits can change it, to first order (``Truth.sensitivity``). ``reference`` has no slack: it must
-round the truth once.
+the errors of the logits can change it, to first order (``Truth.sensitivity``). Under a soft-cap the kernels take their
+sums relative to the cap, so their slack is also ``CAP_ULPS`` units of it. ``reference`` has no slack: it must round the
+truth once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from xprobe_kernels import Readout, Unembedding, available_backends, cpu, lens
+from xprobe_kernels.precision import BOUNDED_CAP
 from xprobe_kernels.readout import KERNELS
 
 GPU = torch.cuda.is_available()
@@ -27,6 +29,7 @@ STATISTICS = ["logits", "logsumexp", "entropy", "kl"]
 INF, NAN = math.inf, math.nan
 
 SLACK_ULPS = 8  # fp32 results; in units of eps * max(1, |result|)
+CAP_ULPS = 2  # of the soft-cap: the kernels' sums are relative to it
 TIE_ULPS = 4  # logits closer than this many eps * |h| * |w| count as tied: the bound that the backends state
 
 
@@ -150,6 +153,9 @@ class Truth:
         plain = 0.0 if backend == "reference" else max(self.error[name], self.gain[name])
         if backend.startswith("cpu"):  # plain torch rounds as much, but may be lucky with few tokens
             plain = max(plain, self.rounded_gain[name])
+        cap = self.case.head.softcap
+        if backend in KERNELS and name != "logits" and cap is not None and cap <= BOUNDED_CAP:
+            plain += CAP_ULPS * self.eps * cap
         return plain + self.rounding(backend, self.values[name])
 
     def rank_bounds(self, backend: str) -> tuple[Tensor, Tensor]:
