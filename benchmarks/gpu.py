@@ -285,7 +285,7 @@ def write_environment(out: Path, commit: str | None) -> None:
     result["properties"] = {name: getattr(properties, name, None) for name in names}
     result["shared_memory_per_program"] = getattr(properties, "shared_memory_per_block_optin", None)
     result["nvidia_smi"] = program_output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv")
-    result["commit"] = result["commit"] or commit
+    result["commit"] = commit or result["commit"]
     result["tools"] = {name: find_tool(name) for name in ("compute-sanitizer", "ncu", "nvcc", "gcc")}
     write(out / "environment.json", result)
 

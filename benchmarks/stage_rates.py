@@ -75,7 +75,7 @@ def main(
         "model": shape or name, "data": data, "setting": setting, "dtype": str(model.dtype).removeprefix("torch."),
         "environment": environment(next(model.parameters()).device), "stages": {},
     }  # fmt: skip
-    result["environment"]["commit"] = result["environment"]["commit"] or commit
+    result["environment"]["commit"] = commit or result["environment"]["commit"]
     given: dict[str, Any] = {"tokenizer": tokenizer}
     options: dict[str, Any] = {"batch_tokens": batch_tokens}
 

@@ -299,7 +299,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rates": [],
     }
     if options.commit:
-        result["environment"]["commit"] = result["environment"]["commit"] or options.commit
+        result["environment"]["commit"] = options.commit
     budgets = [int(number) for number in options.batch_tokens.split(",")]
 
     def save() -> None:
