@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
     "stages": ("results", "lenses", "attribution", "capture", "models", "qa", "probes", "scoring", "phases", "runs",
                "events", "timing", "config", "arguments", "errors"),
-    "results": ("phases", "runs", "config", "arguments", "errors"),
+    "results": ("report", "phases", "runs", "config", "arguments", "errors"),
+    "report": ("phases", "arguments", "errors"),
     "doctor": ("models", "qa", "runs", "cache", "config", "errors"),
     "lenses": ("capture", "models", "qa", "events", "config", "arguments", "errors"),
     "attribution": ("capture", "models", "config", "arguments", "errors"),
@@ -47,6 +48,7 @@ ABOUT = {
     "forecast": "what a run would take: tokens, memory, time (`--dry-run`)",
     "stages": "run folder in, run folder out: states, phases, probes, answers, oracle, relevance, patching",
     "results": "`Study` and `SettingResult`: a finished run as data frames",
+    "report": "the page of a run, and the figures for papers: renders, computes nothing",
     "doctor": "what works on this machine",
     "lenses": "lenses over captured rows, with the calls to `xprobe_kernels.lens`; transports, and how they are fitted",
     "attribution": "relevance: rules for the backward pass, and the runner that applies them",
@@ -66,7 +68,7 @@ ABOUT = {
 }
 
 OUTSIDE = ("xprobe_cli", "benchmarks", "tests", "support", "examples", "docs")  # the library imports none of them
-WITHOUT_TORCH = ("phases", "probes", "scoring", "runs", "events", "config", "arguments", "errors")  # at import time
+WITHOUT_TORCH = ("report", "phases", "probes", "scoring", "runs", "events", "config", "arguments", "errors")  # at import time
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Shows a finished run: the page, and the figures for papers. Renders, computes nothing."""
