@@ -29,6 +29,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@$(BIN)/xprobe run smollm2-135m --out runs/demo --resume
+	@$(BIN)/xprobe report runs/demo
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto --dist loadscope

@@ -17,6 +17,8 @@ from xprobe.runs.manifest import Manifest
 if TYPE_CHECKING:
     import pandas as pd
 
+REPORT = "report.html"
+
 
 @dataclass(frozen=True, eq=False)
 class SettingResult:
@@ -247,6 +249,34 @@ class Study(Mapping[str, SettingResult]):
     def patch(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "patching"; as ``xprobe.patch``."""
         return _public("patch")(self, settings, **options)
+
+    def to_html(self, path: str | Path | None = None) -> Path:
+        """Writes the report page: one HTML file that needs nothing from elsewhere.
+
+        Parameters
+        ----------
+        path : path, optional
+            ``report.html`` in the run folder by default. A file that is there is replaced.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        UsageError
+            The file cannot be written there.
+        RunFolderError
+            A table of the run is missing or was changed.
+
+        Examples
+        --------
+        >>> import xprobe
+        >>> xprobe.load_study("runs/demo").to_html().name  # doctest: +SKIP
+        'report.html'
+        """
+        page = import_module("xprobe.report.page")  # it reads results, so results cannot import it
+        return page.write_page(self, self.path / REPORT if path is None else path)
 
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.

@@ -1,0 +1,174 @@
+"""Sections of the page on stages that are added to a finished run: causes, relevance, performance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from xprobe.report import charts
+from xprobe.report.parts import (
+    ALL,
+    Cell,
+    Section,
+    Table,
+    figure,
+    interval,
+    interval_cell,
+    languages_of,
+    missing,
+    records,
+    short,
+    stage_results,
+)
+
+if TYPE_CHECKING:
+    from xprobe.results import SettingResult, Study
+
+
+CAUSES = {
+    ("same", "answer"): "T: last token's state replaced",
+    ("same", "question"): "Q: question's states replaced",
+    ("cross", "answer"): "T, other language",
+    ("cross", "question"): "Q, other language",
+    ("same", "same_question"): "control: same question, other language",
+    ("same", "random"): "control: random state",
+}
+
+
+def causes(study: Study, result: SettingResult) -> Section | None:
+    found = stage_results(study, "patching", result.setting)
+    if found is None:
+        return None
+    frame = study.table("patching_by_layer.parquet")
+    frame = frame[(frame["setting"] == result.setting) & (frame["measure"] == "effect") & (frame["language"] == ALL)]
+    rows: list[dict[str, Any]] = []
+    for (pairs, kind), series in CAUSES.items():
+        part = frame[(frame["pairs"] == pairs) & (frame["kind"] == kind)]
+        rows += [{"series": series, **row} for row in records(part, ("layer", "value", "lo", "hi")) if "value" in row]
+    present = [series for series in CAUSES.values() if any(row["series"] == series for row in rows)]
+    same = found["same"]
+    text = (
+        "Two prompts differ in the question alone; states of one are put into the run of the other. The effect is 0 "
+        "if nothing changes, and 1 if the answer is that of the other question. The model told "
+        f"{same['n']} of {same['pairs']} pairs apart; only these count."
+    )
+    heads = ["pairs", "pairs told apart", "answer held from", "gain", "question used up to"]
+    cells = [
+        [
+            Cell(name, name), Cell(f"{one['n']} of {one['pairs']}", one["n"]),
+            *(interval_cell(one.get(key)) for key in ("answer_boundary", "gain_boundary", "question_boundary")),
+        ]
+        for name, one in ((name, found[name]) for name in ("same", "cross") if name in found)
+    ]  # fmt: skip
+    figures = []
+    if rows:
+        mark = {"mark": same["answer_boundary"], "mark_name": "answer held from layer"}
+        chart = charts.lines(rows, present, "effect", domain=(-0.5, 1.5), **mark)
+        caption = (
+            "Grey: the causal boundary, where the effect of the last token's state rises to one half. Values below "
+            "-0.5 and above 1.5 are cut off here, but not in the numbers."
+        )
+        figures = [
+            figure(f"{result.setting}-causes", "Effect of patches", caption, chart, rows, "series layer value lo hi")
+        ]
+    return Section(
+        f"{result.setting}-causes-section", "Causes", text, figures,
+        [Table("Causal boundaries", heads, cells, [False] + [True] * 4)],
+    )  # fmt: skip
+
+
+def relevance(study: Study, result: SettingResult) -> Section | None:
+    found = stage_results(study, "relevance", result.setting)
+    if found is None:
+        return None
+    frame = study.table("relevance_by_layer.parquet")
+    frame = frame[(frame["setting"] == result.setting) & (frame["language"] == ALL)].rename(columns={"group": "series"})
+    rows = [row for row in records(frame, ("series", "layer", "value", "lo", "hi")) if "value" in row]
+    present = list(dict.fromkeys(row["series"] for row in rows))
+    chart = charts.lines(rows, present, "share of relevance")
+    caption = "Share of the relevance of all tokens that lies on each group of tokens, layer by layer."
+    heads = ["tokens", "mean relevance depth (MRD)"]
+    depths = [[Cell(group, group), interval_cell(value)] for group, value in found["mrd"].items()]
+    depths.append([Cell("gap: answer less question", "gap"), interval_cell(found.get("gap"))])
+    rule = study.manifest.stages["relevance"].results["rule"]
+    return Section(
+        f"{result.setting}-relevance", "Relevance", f"Rule {rule}. The depth of a group of tokens is the mean layer, "
+        "weighted by its relevance.",
+        [figure(f"{result.setting}-shares", "Relevance by layer", caption, chart, rows, "series layer value lo hi")],
+        [Table("Relevance depth", heads, depths, [False, True])],
+    )  # fmt: skip
+
+
+def performance(study: Study, result: SettingResult) -> Section | None:
+    found = stage_results(study, "answers", result.setting)
+    if found is None:
+        return None
+    languages, scores = languages_of(result), found["languages"]
+    signals = result.signals.reset_index()
+    agreement = signals[signals["signal"] == "agreement_en"].groupby("language")["value"].mean()
+    points = [
+        {"language": name, "agreement": short(agreement[name]), "f1": short(own["f1"]["value"])}
+        for name, own in scores.items()
+        if not missing(agreement.get(name)) and not missing(own["f1"]["value"])
+    ]
+    figures = []
+    if points:
+        title = "agreement with English, mean over layers"
+        text = "One point for each language other than English: how far its phases are those of English, and its F1."
+        chart = charts.scatter(points, "agreement", title, "f1", "F1")
+        figures.append(figure(f"{result.setting}-f1", "F1 and stability", text, chart, points, "language agreement f1"))
+    kinds = list(dict.fromkeys(["correct", *(kind for one in scores.values() for kind in one["error_types"])]))
+    bars = [
+        {"language": name, "part": kind, "value": short(one["error_types"].get(kind, 0.0)), "order": order}
+        for name, one in scores.items()
+        for order, kind in enumerate(kinds)
+    ]
+    results = study.manifest.stages["answers"].results
+    text = (
+        f"Correct: an F1 of at least {results['threshold']:g} with the normaliser {results['normaliser']}. The other "
+        "answers are wrong, each for one reason."
+    )
+    figures.append(
+        figure(
+            f"{result.setting}-errors", "Types of errors", text,
+            charts.shares(bars, [name for name in languages if name in scores], kinds, "share of answers"), bars,
+            "language part value",
+        )
+    )  # fmt: skip
+    heads = ["language", "answers", "F1", "F1 / English", "exact match"]
+    rows = [
+        [Cell(name, name), Cell(str(one["n"]), one["n"]),
+         *(interval_cell(one.get(key)) for key in ("f1", "f1_ratio", "exact_match"))]
+        for name, one in scores.items()
+    ]  # fmt: skip
+    return Section(
+        f"{result.setting}-performance",
+        "Performance",
+        "",
+        figures,
+        [Table("Scores", heads, rows, [False] + [True] * 4)],
+    )
+
+
+TARGETS = {"own": "the model's own answer", "gold": "the gold answer"}
+
+
+def evidence(study: Study, result: SettingResult) -> Section | None:
+    found = stage_results(study, "oracle", result.setting)
+    if found is None:
+        return None
+    columns = {
+        "f1": "F1 of the evidence", "exact_match": "exact match", "sentence_hit": "right sentence",
+        "random_f1": "F1 of random words", "sentence_hit_without_question": "right sentence without the question",
+    }  # fmt: skip
+    rows = [
+        [Cell(text, text), *(interval_cell(found[target].get(key)) for key in columns)]
+        for target, text in TARGETS.items()
+        if target in found
+    ]
+    text = (
+        "The evidence of an answer is the part of the context whose removal makes the answer least likely. The F1 of "
+        f"the evidence of the own answers less that of the answers: {interval(found.get('oracle_minus_f1'))}. A random "
+        f"sentence is the right one in {interval(found.get('random_sentence'))}."
+    )
+    table = Table("Evidence", ["evidence of", *columns.values()], rows, [False] + [True] * len(columns))
+    return Section(f"{result.setting}-evidence", "Evidence (oracle)", text, (), [table])

@@ -1,0 +1,87 @@
+"""The page of a run: one HTML file that opens from the disk and takes nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xprobe.arguments import folder_path
+from xprobe.errors import UsageError
+from xprobe.report.content import groups
+
+if TYPE_CHECKING:
+    from xprobe.results import Study
+
+LIBRARIES = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js")  # in this order
+
+
+def page(study: Study) -> str:
+    """The page of a finished run, as HTML. Texts of data and model are escaped.
+
+    Parameters
+    ----------
+    study : Study
+
+    Returns
+    -------
+    str
+        A whole document.
+    """
+    from markupsafe import Markup
+
+    found = groups(study)
+    figures = {figure.name: figure.chart for group in found for section in group.sections for figure in section.figures}
+    ours = {name: Markup(_text("templates", name)) for name in ("page.css", "page.js")}
+    return _template().render(
+        title=f"{study.manifest.model.name} on {study.manifest.data.name}",
+        manifest=study.manifest,
+        groups=found,
+        charts=Markup(_json(figures)),
+        libraries=[Markup(_text("assets", name)) for name in LIBRARIES],
+        style=ours["page.css"],
+        script=ours["page.js"],
+    )
+
+
+def write_page(study: Study, path: str | Path) -> Path:
+    """Writes ``page`` into a file, all of it or nothing.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be written.
+    """
+    path = folder_path("path", path)
+    html, part = page(study), path.with_name(f".{path.name}.part")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name the file, for example {path / 'report.html'}")
+    try:
+        part.write_text(html, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"the page cannot be written to {path}: {error.strerror or error}") from error
+    return path
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+@cache
+def _text(folder: str, name: str) -> str:
+    return resources.files("xprobe.report").joinpath(folder, name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_text("templates", "page.html.j2"))
