@@ -68,7 +68,17 @@ ABOUT = {
 }
 
 OUTSIDE = ("xprobe_cli", "benchmarks", "tests", "support", "examples", "docs")  # the library imports none of them
-WITHOUT_TORCH = ("report", "phases", "probes", "scoring", "runs", "events", "config", "arguments", "errors")  # at import time
+WITHOUT_TORCH = (
+    "report",
+    "phases",
+    "probes",
+    "scoring",
+    "runs",
+    "events",
+    "config",
+    "arguments",
+    "errors",
+)  # at import time
 
 
 @dataclass(frozen=True)
