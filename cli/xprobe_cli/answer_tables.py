@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from xprobe_cli.tables import counted, estimate, number
+from xprobe_cli.tables import counted, estimate, last_lines, number
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -16,7 +16,7 @@ def answer_report(study: Study) -> str:
     """The scores of every setting, and the path of the run."""
     results = study.manifest.stages["answers"].results
     parts = [_setting(study, setting, summary) for setting, summary in results["settings"].items()]
-    return "\n\n".join([*parts, f"files     {study.path}"])
+    return "\n\n".join([*parts, last_lines(study)])
 
 
 def _setting(study: Study, setting: str, summary: dict[str, Any]) -> str:
@@ -47,7 +47,7 @@ def oracle_report(study: Study) -> str:
     """The oracle of every setting, beside the answers and the controls, and the path of the run."""
     results = study.manifest.stages["oracle"].results
     parts = [_oracle_setting(study, setting, summary) for setting, summary in results["settings"].items()]
-    return "\n\n".join([*parts, ORACLE_NOTE, f"files     {study.path}"])
+    return "\n\n".join([*parts, ORACLE_NOTE, last_lines(study)])
 
 
 ORACLE_NOTE = """\

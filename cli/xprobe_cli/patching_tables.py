@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from xprobe_cli.tables import bar, estimate, number
+from xprobe_cli.tables import bar, estimate, last_lines, number
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -16,7 +16,7 @@ def patching_report(study: Study) -> str:
     """Effects and boundaries of every setting, and the path of the run."""
     results = study.manifest.stages["patching"].results
     parts = [_setting(study, setting, summary) for setting, summary in results["settings"].items()]
-    return "\n\n".join([*parts, f"files     {study.path}"])
+    return "\n\n".join([*parts, last_lines(study)])
 
 
 def _setting(study: Study, setting: str, summary: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from xprobe_cli.tables import counted, estimate, number
+from xprobe_cli.tables import counted, estimate, last_lines, number
 
 if TYPE_CHECKING:
     from xprobe.results import SettingResult, Study
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def probe_report(study: Study) -> str:
     """The scores of every setting, and the path of the run."""
     parts = [_setting(result) for result in study.values()]
-    return "\n\n".join([*parts, f"files     {study.path}"])
+    return "\n\n".join([*parts, last_lines(study)])
 
 
 def _setting(result: SettingResult) -> str:

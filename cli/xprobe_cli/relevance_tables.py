@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xprobe_cli.tables import bar, counted, estimate, number
+from xprobe_cli.tables import bar, counted, estimate, last_lines, number
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -23,7 +23,7 @@ def relevance_report(study: Study) -> str:
     """Depths and shares of every setting, and the path of the run."""
     results = study.manifest.stages["relevance"].results
     parts = [_setting(study, setting, summary) for setting, summary in results["settings"].items()]
-    return "\n\n".join([*parts, f"files     {study.path}"])
+    return "\n\n".join([*parts, last_lines(study)])
 
 
 def _setting(study: Study, setting: str, summary: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,12 @@ def study_report(study: Study) -> str:
     """The table of every setting with its summary lines, and the path of the run."""
     width = shutil.get_terminal_size((100, 24)).columns
     parts = [_setting_report(result, width) for result in study.values()]
-    return "\n\n".join([*parts, f"files     {study.path}"])
+    return "\n\n".join([*parts, last_lines(study)])
+
+
+def last_lines(study: Study) -> str:
+    """Where the files are, and the next useful command."""
+    return f"files     {study.path}\nnext      xprobe report {shlex.quote(str(study.path))}"
 
 
 def _setting_report(result: SettingResult, width: int) -> str:

@@ -33,7 +33,7 @@ def test_the_tables_show_shares_depths_and_what_is_conserved(
     assert len(layers) == 2 * 5
     assert {line.split()[-1] for line in layers} == {"1.000"}
     assert [line.split()[0] for line in lines if line[:3] in ("en ", "de ", "all")] == ["en", "de", "all"] * 2
-    assert lines[-1] == f"files     {out}"
+    assert lines[-2:] == [f"files     {out}", f"next      xprobe report {out}"]
     assert max(map(len, lines)) <= 120
     assert main(["attribute", str(out), "--rule", "gradient", "--of", "log_probability", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)

@@ -29,7 +29,7 @@ def test_the_table_names_the_normaliser_and_every_language(
     assert [line.split(" · ")[1] for line in lines if " · " in line] == ["en-x", "x-x"]
     assert all("normaliser xprobe · correct from F1 0.5" in line for line in lines if " · " in line)
     assert [line.split()[0] for line in lines if line[:3] in ("en ", "th ", "all")] == ["en", "th", "all"] * 2
-    assert lines[-1] == f"files     {out}"
+    assert lines[-2:] == [f"files     {out}", f"next      xprobe report {out}"]
     assert max(map(len, lines)) <= 140
     assert main(["evaluate", str(out), "--max-new-tokens", "5", "--norm", "squad", "--threshold", "1", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)

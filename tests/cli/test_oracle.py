@@ -49,7 +49,7 @@ def test_the_table_names_the_definition_and_every_language(
     assert [title.split(" · ")[1] for title in titles] == ["en-x", "x-x"]
     assert all("oracle definition 1 · removal delete · normaliser xprobe" in title for title in titles)
     assert [line.split()[0] for line in lines if line[:3] in ("en ", "de ", "all")] == ["en", "de", "all"] * 2
-    assert lines[-1] == f"files     {out}"
+    assert lines[-2:] == [f"files     {out}", f"next      xprobe report {out}"]
     assert max(map(len, lines)) <= 150
     assert main(["oracle", str(out), "--limit", "1", "--norm", "squad", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)

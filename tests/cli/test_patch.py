@@ -38,7 +38,7 @@ def test_the_tables_show_effects_and_boundaries(
     assert set(rows) == {"en", "de", "all", "cross"}
     place = next(i for i, line in enumerate(lines) if line.startswith("answer held from, by language (rows)"))
     assert [line.split() for line in lines[place + 1 : place + 4]] == [["en", "de"], ["en", "–", "4"], ["de", "4", "–"]]
-    assert lines[-1] == f"files     {out}"
+    assert lines[-2:] == [f"files     {out}", f"next      xprobe report {out}"]
     assert max(len(line) for line in lines if " · " not in line) <= 120
 
 

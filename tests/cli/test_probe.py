@@ -45,7 +45,7 @@ def test_training_again_gives_the_same_files(run, capsys):
     summaries = [line for line in lines if "selectivity" in line or "cannot be trained" in line]
     assert len(summaries) == 2 * len(DEFAULT_PROBES)  # one for each state
     assert sum("correctness" in line and "cannot be trained" in line for line in lines) == 2  # it is never right
-    assert lines[-1] == f"files     {run}"
+    assert lines[-2:] == [f"files     {run}", f"next      xprobe report {run}"]
 
 
 def test_one_probe_is_trained_and_the_others_stay(run, capsys):

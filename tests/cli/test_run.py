@@ -37,7 +37,7 @@ def test_the_table_has_a_line_per_layer_and_says_where_the_files_are(finished, c
     assert any(line.startswith("boundary  layer") for line in lines)
     assert any(line.startswith("stability alpha") for line in lines)
     assert any(line.startswith("parity") and "0 examples skipped" in line for line in lines)
-    assert lines[-1] == f"files     {finished}"
+    assert lines[-2:] == [f"files     {finished}", f"next      xprobe report {finished}"]
     assert err == ""
 
 

@@ -86,13 +86,13 @@ def relevance(study: Study, result: SettingResult) -> Section | None:
     present = list(dict.fromkeys(row["series"] for row in rows))
     chart = charts.lines(rows, present, "share of relevance")
     caption = "Share of the relevance of all tokens that lies on each group of tokens, layer by layer."
-    heads = ["tokens", "mean relevance depth (MRD)"]
+    heads = ["tokens", "major relevance depth (MRD)"]
     depths = [[Cell(group, group), interval_cell(value)] for group, value in found["mrd"].items()]
     depths.append([Cell("gap: answer less question", "gap"), interval_cell(found.get("gap"))])
     rule = study.manifest.stages["relevance"].results["rule"]
     return Section(
-        f"{result.setting}-relevance", "Relevance", f"Rule {rule}. The depth of a group of tokens is the mean layer, "
-        "weighted by its relevance.",
+        f"{result.setting}-relevance", "Relevance", f"Rule {rule}. The depth of a group of tokens (MRD) is the layer "
+        "up to which 95 % of its relevance lies.",
         [figure(f"{result.setting}-shares", "Relevance by layer", caption, chart, rows, "series layer value lo hi")],
         [Table("Relevance depth", heads, depths, [False, True])],
     )  # fmt: skip
