@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xprobe.attribution.settings import RelevanceSettings
+    from xprobe.comparison import Comparison, compare
     from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
     from xprobe.evaluation import attribute, attribute_example, evaluate, forecast_oracle, oracle, patch
@@ -31,6 +32,8 @@ __version__ = "0.2.0"
 _HOME = {
     "run": "xprobe.study",
     "Study": "xprobe.results",
+    "compare": "xprobe.comparison",
+    "Comparison": "xprobe.comparison",
     "load_study": "xprobe.results",
     "StudyConfig": "xprobe.config",
     "Execution": "xprobe.config",
@@ -57,10 +60,10 @@ _HOME = {
 _MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
 
 __all__ = [
-    "AnswerSettings", "Execution", "FitSettings", "OracleSettings", "PatchSettings", "PatchedPrompt", "PromptEdit",
-    "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "XprobeError", "__version__", "attribute",
-    "attribute_example", "evaluate", "fit_lens", "forecast_oracle", "lens_prompt", "load_study", "oracle", "patch",
-    "patch_prompt", "run",
+    "AnswerSettings", "Comparison", "Execution", "FitSettings", "OracleSettings", "PatchSettings", "PatchedPrompt",
+    "PromptEdit", "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "XprobeError", "__version__",
+    "attribute", "attribute_example", "compare", "evaluate", "fit_lens", "forecast_oracle", "lens_prompt",
+    "load_study", "oracle", "patch", "patch_prompt", "run",
 ]  # fmt: skip
 
 

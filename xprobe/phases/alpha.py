@@ -55,6 +55,31 @@ def krippendorff_alpha(values: Floats, units: NDArray, bootstrap: ClusterBootstr
     return Estimate(alpha, float(lo[0]), float(hi[0]))
 
 
+def drawn_alphas(
+    values: Floats, units: NDArray, members: NDArray, bootstrap: ClusterBootstrap
+) -> tuple[float, Floats, int]:
+    """``krippendorff_alpha`` of all values, of every draw [draws], and the number of clusters that hold a unit.
+
+    Parameters
+    ----------
+    values, units : arrays [N]
+    members : int array [N]
+        The example of ``bootstrap`` whose cluster each value lies in.
+    bootstrap : ClusterBootstrap
+
+    Examples
+    --------
+    >>> bootstrap = ClusterBootstrap(np.array(["p", "q"]), draws=20, seed=0)
+    >>> onsets, questions = np.array([0.0, 0.0, 1.0, 1.0]), np.array(["a", "a", "b", "b"])
+    >>> drawn_alphas(onsets, questions, np.array([0, 0, 1, 1]), bootstrap)[0]
+    1.0
+    """
+    unit_sums, first = _unit_sums(values, units)
+    codes = bootstrap.codes[members[first]]
+    sums = bootstrap.sums(unit_sums, codes)
+    return float(_alpha(sums.sum(0, keepdims=True))[0]), _alpha(bootstrap.weights @ sums), len(np.unique(codes))
+
+
 def _unit_sums(values: Floats, units: NDArray) -> tuple[Floats, NDArray[np.int64]]:
     """Per unit (number of values, their sum, sum of squares, within-unit disagreement) and the index of one example."""
     present = np.flatnonzero(~np.isnan(values))

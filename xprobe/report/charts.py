@@ -33,14 +33,19 @@ def spec(height: int | Mapping[str, int], **parts: Any) -> Spec:
     }  # fmt: skip
 
 
-def layer_axis(last: int | None = None) -> Spec:
-    scale = {"nice": False} | ({} if last is None else {"domain": [0, last]})
-    return {"field": "layer", "type": "quantitative", "title": "layer", "axis": {"tickMinStep": 1}, "scale": scale}
+def layer_axis() -> Spec:
+    return {"field": "layer", "type": "quantitative", "title": "layer", "axis": {"tickMinStep": 1},
+            "scale": {"nice": False}}  # fmt: skip
+
+
+def depth_axis() -> Spec:
+    return {"field": "depth", "type": "quantitative", "title": "depth (layer / layers)", "scale": {"domain": [0, 1]}}
 
 
 def lines(
     rows: Rows, series: Sequence[str], y_title: str, *, domain: Sequence[float] | None = None,
     mark: Mapping[str, float | None] | None = None, mark_name: str = "",
+    depth: bool = False,
 ) -> Spec:  # fmt: skip
     """Lines over layers with their intervals.
 
@@ -58,6 +63,8 @@ def lines(
         A layer to mark, with its interval.
     mark_name : str
         What the mark says when it is pointed at.
+    depth : bool
+        The rows have ``depth``, a share of all layers, in place of ``layer``.
     """
     colour = {
         "field": "series", "type": "nominal", "sort": list(series),
@@ -71,7 +78,7 @@ def lines(
     y = {"field": "value", "type": "quantitative", "title": y_title, "scale": y_scale}
     band = {"y": y | {"field": "lo"}, "y2": {"field": "hi"}}
     tip = [
-        {"field": "series", "title": "series"}, {"field": "layer", "title": "layer"},
+        {"field": "series", "title": "series"}, {"field": "depth" if depth else "layer"},
         *({"field": name, "title": name, "format": ".3f"} for name in ("value", "lo", "hi")),
     ]  # fmt: skip
     layers = _mark(mark, mark_name)
@@ -93,7 +100,9 @@ def lines(
             },
         },
     ]  # fmt: skip
-    return spec(HEIGHT, data={"values": list(rows)}, encoding={"x": layer_axis()}, layer=layers)
+    return spec(
+        HEIGHT, data={"values": list(rows)}, encoding={"x": depth_axis() if depth else layer_axis()}, layer=layers
+    )
 
 
 def by_language(rows: Rows, y_title: str, *, domain: Sequence[float] | None = None, pooled: str = "all") -> Spec:
@@ -164,6 +173,26 @@ def grid(rows: Rows, languages: Sequence[str], title: str, *, domain: Sequence[f
     )  # fmt: skip
 
 
+def cells(rows: Rows, languages: Sequence[str], models: Sequence[str], title: str) -> Spec:
+    """A map of languages and models; ``rows`` have model, language, value and n."""
+    return spec(
+        ROW_HEIGHT * len(models), data={"values": list(rows)}, mark={"type": "rect"},
+        encoding={
+            "x": {"field": "language", "type": "nominal", "title": None, "sort": list(languages),
+                  "axis": {"labelAngle": 0}},
+            "y": {"field": "model", "type": "nominal", "title": None, "sort": list(models), "axis": {"grid": False}},
+            "color": {
+                "field": "value", "type": "quantitative", "title": title, "scale": {"scheme": "viridis", "zero": False},
+                "legend": {"title": title, "gradientLength": 160, "orient": "top"},
+            },
+            "tooltip": [
+                {"field": "model"}, {"field": "language"}, {"field": "value", "title": title, "format": ".3f"},
+                {"field": "n"},
+            ],
+        },
+    )  # fmt: skip
+
+
 def intervals(rows: Rows, languages: Sequence[str], series: Sequence[str], last: int) -> Spec:
     """Points with intervals on the axis of layers, a row for each language; ``rows`` have language, series, value."""
     shapes = ("circle", "square", "diamond", "triangle-up", "cross")
@@ -187,20 +216,20 @@ def intervals(rows: Rows, languages: Sequence[str], series: Sequence[str], last:
     )  # fmt: skip
 
 
-def scatter(rows: Rows, x: str, x_title: str, y: str, y_title: str) -> Spec:
-    """A labelled point for each language; ``rows`` have language and the fields ``x`` and ``y``."""
+def scatter(rows: Rows, x: str, x_title: str, y: str, y_title: str, label: str = "language") -> Spec:
+    """A labelled point for each row; ``rows`` have the fields ``label``, ``x`` and ``y``."""
     axes = {
         "x": {"field": x, "type": "quantitative", "title": x_title, "scale": {"zero": False, "padding": 20}},
         "y": {"field": y, "type": "quantitative", "title": y_title, "scale": {"zero": False, "padding": 15}},
     }
-    tip = [{"field": "language"}, {"field": x, "title": x_title, "format": ".3f"},
+    tip = [{"field": label}, {"field": x, "title": x_title, "format": ".3f"},
            {"field": y, "title": y_title, "format": ".3f"}]  # fmt: skip
     return spec(
         HEIGHT, data={"values": list(rows)}, encoding=axes,
         layer=[
             {"mark": {"type": "point", "filled": True, "size": 70, "color": COLOURS[0]}, "encoding": {"tooltip": tip}},
             {"mark": {"type": "text", "dx": 8, "align": "left", "fontSize": 11},
-             "encoding": {"text": {"field": "language"}}},
+             "encoding": {"text": {"field": label}}},
         ],
     )  # fmt: skip
 

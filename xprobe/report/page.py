@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xprobe.arguments import folder_path
 from xprobe.errors import UsageError
 from xprobe.report.content import groups
+from xprobe.report.parts import Group
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -30,20 +32,13 @@ def page(study: Study) -> str:
     str
         A whole document.
     """
-    from markupsafe import Markup
-
-    found = groups(study)
-    figures = {figure.name: figure.chart for group in found for section in group.sections for figure in section.figures}
-    ours = {name: Markup(_text("templates", name)) for name in ("page.css", "page.js")}
-    return _template().render(
-        title=f"{study.manifest.model.name} on {study.manifest.data.name}",
-        manifest=study.manifest,
-        groups=found,
-        charts=Markup(_json(figures)),
-        libraries=[Markup(_text("assets", name)) for name in LIBRARIES],
-        style=ours["page.css"],
-        script=ours["page.js"],
+    manifest = study.manifest
+    counts = manifest.counts
+    about = (
+        f"{manifest.data.name} · {counts.examples} examples in {counts.languages} languages on {counts.paragraphs} "
+        f"paragraphs · lens {study.lens}"
     )
+    return render(manifest.model.name, about, groups(study), len(manifest.warnings))
 
 
 def write_page(study: Study, path: str | Path) -> Path:
@@ -54,8 +49,31 @@ def write_page(study: Study, path: str | Path) -> Path:
     UsageError
         The file cannot be written.
     """
+    return write_html(page(study), path)
+
+
+def render(heading: str, about: str, parts: Sequence[Group], warnings: int = 0) -> str:
+    """A document with these groups of sections. ``warnings``: how many the section "run-warnings" lists."""
+    from markupsafe import Markup
+
+    figures = {figure.name: figure.chart for group in parts for section in group.sections for figure in section.figures}
+    return _template().render(
+        title=heading,
+        heading=heading,
+        about=about,
+        warnings=warnings,
+        groups=parts,
+        charts=Markup(_json(figures)),
+        libraries=[Markup(_text("assets", name)) for name in LIBRARIES],
+        style=Markup(_text("templates", "page.css")),
+        script=Markup(_text("templates", "page.js")),
+    )
+
+
+def write_html(html: str, path: str | Path) -> Path:
+    """Writes a document into a file, all of it or nothing; errors as ``write_page``."""
     path = folder_path("path", path)
-    html, part = page(study), path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name the file, for example {path / 'report.html'}")
     try:

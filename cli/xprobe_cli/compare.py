@@ -1,0 +1,78 @@
+"""`xprobe compare`: several runs side by side."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xprobe_cli.options import Folder, common, echo_json
+
+if TYPE_CHECKING:
+    from xprobe.comparison import Comparison
+
+
+@click.command("compare")
+@click.argument("runs", type=Folder(), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), metavar="PAGE.html", help="Also write a page.")
+@common
+def command(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Put finished runs on the same questions side by side.
+
+    The table shows the figures of each model, and how they correlate with F1 over the models. Runs on other questions,
+    languages or templates are refused.
+    """
+    from xprobe.comparison import compare
+
+    comparison = compare(runs)
+    if out is not None:
+        comparison.to_html(out)
+    if as_json:
+        echo_json(comparison.to_dict() | ({} if out is None else {"report": str(out)}))
+    else:
+        click.echo(_report(comparison, out))
+
+
+def _report(comparison: Comparison, out: Path | None) -> str:
+    from xprobe.comparison import CAUSAL, FIGURES
+
+    parts = []
+    for setting, rows in comparison.table.groupby("setting", sort=False):
+        present = [name for name in (*FIGURES, CAUSAL) if name in rows and rows[name].notna().any()]
+        lines = [f"{setting}: {len(rows)} models", ""]
+        lines += _table(
+            ["model", *present],
+            [[row["model"], *(_interval(row, name) for name in present)] for row in rows.to_dict("records")],
+        )
+        own = comparison.correlations[comparison.correlations["setting"] == setting]
+        if len(own):
+            lines += ["", "correlations over models (95 % over models and paragraphs)", ""]
+            lines += _table(
+                ["performance", "figure", "method", "correlation", "models"],
+                [
+                    [row["performance"], row["figure"], row["method"], _interval(row, "value", ("lo", "hi")),
+                     str(row["models"])]
+                    for row in own.to_dict("records")
+                ],
+            )  # fmt: skip
+        parts.append("\n".join(lines))
+    parts += [f"note: {note}" for note in comparison.notes]
+    parts += [] if out is None else [f"page      {out}"]
+    return "\n\n".join(parts)
+
+
+def _interval(row: dict[Any, Any], name: str, ends: tuple[str, str] | None = None) -> str:
+    lo, hi = ends or (f"{name}_lo", f"{name}_hi")
+    nothing = float("nan")
+    value, low, high = (float(row.get(key, nothing)) for key in (name, lo, hi))
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}" + ("" if math.isnan(low + high) else f" [{low:.3f}, {high:.3f}]")
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [heads, *rows]]  # fmt: skip

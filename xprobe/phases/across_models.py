@@ -1,0 +1,108 @@
+"""How figures of several models relate: the same paragraphs are drawn for all models, and models are drawn too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from xprobe.phases.bootstrap import ClusterBootstrap, Estimate
+
+Floats = NDArray[np.float64]
+FEWEST = 3  # models of a correlation
+METHODS = ("pearson", "spearman")
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A figure of one model, and its values under the draws of paragraphs.
+
+    Attributes
+    ----------
+    value : float
+    drawn : array [draws]
+    """
+
+    value: float
+    drawn: Floats
+
+
+def mean_of(values: Floats, members: NDArray, bootstrap: ClusterBootstrap) -> Drawn:
+    """Mean of ``values`` [N] under draws of paragraphs; ``members`` [N] as in ``ClusterBootstrap.mean``.
+
+    Examples
+    --------
+    >>> bootstrap = ClusterBootstrap(np.arange(4), draws=50, seed=0)
+    >>> mean_of(np.array([1.0, 3.0]), np.array([0, 1]), bootstrap).value
+    2.0
+    """
+    value, drawn, _ = bootstrap.drawn_means(values[:, None], members)
+    return Drawn(float(value[0]), drawn[:, 0])
+
+
+def median_of(values: Floats, members: NDArray, bootstrap: ClusterBootstrap) -> Drawn:
+    """Median of ``values`` [N], as ``mean_of``.
+
+    Examples
+    --------
+    >>> bootstrap = ClusterBootstrap(np.arange(4), draws=50, seed=0)
+    >>> median_of(np.array([1.0, 3.0, 8.0]), np.array([0, 1, 2]), bootstrap).value
+    3.0
+    """
+    value, drawn, _ = bootstrap.drawn_medians(values, members)
+    return Drawn(value, drawn)
+
+
+def correlation(one: list[Drawn], other: list[Drawn], method: str, seed: int) -> Estimate:
+    """Correlation of two figures over M models, with an interval over models and paragraphs.
+
+    Each draw takes M models with replacement, and the figures of one draw of paragraphs. Draws with fewer than three
+    different models do not count. With few models the interval is wide, as it must be; it is approximate.
+
+    Parameters
+    ----------
+    one, other : list of Drawn [M]
+        Of the same models in the same order, under the same draws of paragraphs.
+    method : str
+        ``pearson``, or ``spearman`` (of ranks).
+    seed : int
+        Of the draws of models.
+
+    Returns
+    -------
+    Estimate
+        NaN with fewer than three models, or if a figure is the same for all.
+
+    Examples
+    --------
+    >>> rising = [Drawn(float(i), np.full(200, float(i))) for i in range(6)]
+    >>> round(correlation(rising, rising, "spearman", seed=0).value, 6)
+    1.0
+    >>> correlation(rising[:2], rising[:2], "pearson", seed=0).value
+    nan
+    """
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if not np.isnan([a.value, b.value]).any()]
+    models = len(pairs)
+    if models < FEWEST:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    x, y = (np.stack([pair[side].drawn for pair in pairs], 1) for side in (0, 1))
+    values = np.array([[a.value, b.value] for a, b in pairs])
+    chosen = np.random.default_rng(seed).integers(models, size=(len(x), models))
+    x, y = (np.take_along_axis(part, chosen, 1) for part in (x, y))
+    drawn = _correlations(x, y, method)
+    drawn[[len(set(row)) < FEWEST for row in chosen.tolist()]] = np.nan
+    lo, hi = ClusterBootstrap.interval(drawn[:, None], np.array([models]))
+    value = float(_correlations(values[None, :, 0], values[None, :, 1], method)[0])
+    return Estimate(value, float(lo[0]), float(hi[0]))
+
+
+def _correlations(x: Floats, y: Floats, method: str) -> Floats:
+    """Correlations of the rows of [draws, M]; NaN where a row is constant."""
+    if method == "spearman":
+        x, y = rankdata(x, axis=1), rankdata(y, axis=1)
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    size = np.sqrt(np.square(x).sum(1) * np.square(y).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(size > 1e-12, (x * y).sum(1) / size, np.nan)

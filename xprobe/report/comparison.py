@@ -1,0 +1,155 @@
+"""The page of a comparison: several models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xprobe.comparison import CAUSAL, FIGURES
+from xprobe.report import charts
+from xprobe.report.page import render, write_html
+from xprobe.report.parts import (
+    ALL,
+    Cell,
+    Figure,
+    Group,
+    Section,
+    Table,
+    figure,
+    interval_cell,
+    missing,
+    records,
+    short,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from xprobe.comparison import Comparison
+
+NAMES = {
+    "stability": "stability", "alpha": "alpha", "relative_boundary": "boundary / L", CAUSAL: "causal boundary / L",
+    "readiness": "readiness", "mrd_gap": "MRD gap", "f1": "F1", "exact_match": "exact match", "oracle_f1": "oracle F1",
+}  # fmt: skip
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The page as HTML."""
+    settings = list(dict.fromkeys(comparison.table["setting"]))
+    parts = [_setting(comparison, setting) for setting in settings]
+    notes = [Cell(note) for note in comparison.notes]
+    runs = [[Cell(name, name), Cell(str(study.path))] for name, study in comparison.studies.items()]
+    about = Group("run", "About these runs")
+    about.sections.append(Section("run-facts", "Runs", "", (), [Table("Runs", ["model", "run folder"], runs)]))
+    if notes:
+        rows = [[note] for note in notes]
+        about.sections.append(Section("run-warnings", "Warnings", "", (), [Table("Warnings", ["warning"], rows)]))
+    first = next(iter(comparison.studies.values())).manifest
+    text = f"{first.data.name} · {first.counts.paragraphs} paragraphs · {first.counts.languages} languages"
+    return render(f"{len(comparison.studies)} models side by side", text, [*parts, about], len(notes))
+
+
+def write_comparison(comparison: Comparison, path: str | Path) -> Path:
+    """Writes ``comparison_page`` into a file; errors as ``xprobe.report.page.write_page``."""
+    return write_html(comparison_page(comparison), path)
+
+
+def _setting(comparison: Comparison, setting: str) -> Group:
+    group = Group(setting, f"Setting {setting}")
+    table = comparison.table[comparison.table["setting"] == setting]
+    present = [name for name in NAMES if name in table and table[name].notna().any()]
+    rows = [
+        [
+            Cell(row["model"], row["model"]), Cell(str(row["layers"]), row["layers"]), Cell(str(row["n"]), row["n"]),
+            *(interval_cell(_estimate(row, name)) for name in present),
+        ]
+        for row in table.to_dict("records")
+    ]  # fmt: skip
+    heads = ["model", "layers", "examples", *(NAMES[name] for name in present)]
+    models = Table("Models side by side", heads, rows, [False] + [True] * (len(heads) - 1))
+    text = "; ".join(f"{NAMES[name]}: {FIGURES[name]}" for name in present if name in FIGURES) + "."
+    group.sections.append(
+        Section(f"{setting}-models", "Models", text.replace("`", ""), _curves(comparison, setting), [models])
+    )
+    if "f1" in present:
+        group.sections.append(_performance(comparison, setting, table))
+    group.sections.append(_languages(comparison, setting))
+    return group
+
+
+def _estimate(row: Mapping[Any, Any], name: str) -> dict[str, float | None]:
+    ends = {"value": "", "lo": "_lo", "hi": "_hi"}
+    return {key: None if missing(value := row.get(name + end)) else value for key, end in ends.items()}
+
+
+def _curves(comparison: Comparison, setting: str) -> list[Figure]:
+    """Stability and readiness of every model over relative depth."""
+    figures = []
+    for signal, title in (("stability", "S(l)"), ("readiness", "readiness")):
+        rows: list[dict[str, Any]] = []
+        for name, study in comparison.studies.items():
+            frame = study[setting].signals.reset_index()
+            frame = frame[(frame["signal"] == signal) & (frame["language"] == ALL)]
+            frame = frame.assign(depth=frame["layer"] / study.manifest.model.n_blocks, series=name)
+            rows += [row for row in records(frame, ("series", "depth", "value", "lo", "hi")) if "value" in row]
+        series = list(comparison.studies)
+        chart = charts.lines(rows, series, title, domain=(0, 1), depth=True)
+        caption = "Depth is the layer as a share of the model's layers. Bands: 95 % intervals over paragraphs."
+        figures.append(
+            figure(f"{setting}-{signal}", f"{title} by depth", caption, chart, rows, "series depth value lo hi")
+        )
+    return figures
+
+
+def _performance(comparison: Comparison, setting: str, table: pd.DataFrame) -> Section:
+    figures = []
+    for name in ("stability", "alpha", "relative_boundary"):
+        points = [
+            {"model": row["model"], name: short(row[name]), "f1": short(row["f1"])}
+            for row in table.to_dict("records")
+            if not missing(row.get(name)) and not missing(row.get("f1"))
+        ]
+        if points:
+            chart = charts.scatter(points, name, NAMES[name], "f1", "F1", label="model")
+            figures.append(
+                figure(f"{setting}-f1-{name}", f"F1 and {NAMES[name]}", "One point for each model.", chart, points,
+                       f"model {name} f1")
+            )  # fmt: skip
+    own = comparison.correlations[comparison.correlations["setting"] == setting]
+    rows = [
+        [
+            Cell(NAMES[row["performance"]], row["performance"]), Cell(NAMES[row["figure"]], row["figure"]),
+            Cell(row["method"], row["method"]), interval_cell(_plain(row)), Cell(str(row["models"]), row["models"]),
+        ]
+        for row in own.to_dict("records")
+    ]  # fmt: skip
+    heads = ["performance", "figure", "method", "correlation", "models"]
+    text = (
+        "Correlations over models, with 95 % intervals over models and paragraphs. With few models an interval is "
+        "wide: it says how little they prove. With fewer than three models there is none."
+    )
+    table_of = Table("Correlations", heads, rows, [False, False, False, True, True])
+    return Section(f"{setting}-performance", "Performance", text, figures, [table_of])
+
+
+def _plain(row: Mapping[Any, Any]) -> dict[str, float | None]:
+    return {key: None if missing(row[key]) else row[key] for key in ("value", "lo", "hi")}
+
+
+def _languages(comparison: Comparison, setting: str) -> Section:
+    frame = comparison.languages[comparison.languages["setting"] == setting]
+    figures = []
+    for name, title in (("relative_boundary", "boundary / L"), ("f1", "F1")):
+        if name in frame and frame[name].notna().any():
+            rows = [
+                row for row in records(frame.rename(columns={name: "value"}), ("model", "language", "value", "n"))
+                if "value" in row
+            ]  # fmt: skip
+            languages = list(dict.fromkeys(frame["language"]))
+            chart = charts.cells(rows, languages, list(comparison.studies), title)
+            figures.append(
+                figure(f"{setting}-languages-{name}", f"{title.capitalize()} by language", "", chart, rows,
+                       "model language value n")
+            )  # fmt: skip
+    return Section(f"{setting}-languages", "Languages", "", figures)
