@@ -89,6 +89,11 @@ class SettingResult:
         part = probes[probes["setting"] == self.setting]
         return part.drop(columns="setting").set_index(["probe", "state", "layer"]).sort_index()
 
+    @property
+    def plot(self) -> Any:
+        """Figures of this setting for papers (``xprobe.report.figures.Plots``): ``plot.stability()``, ..."""
+        return _figures().Plots(self.study, self.setting)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the summary, and ``layers`` with one entry per layer. None where nothing could be computed."""
         records = self.stability.reset_index().to_dict("records")
@@ -278,6 +283,14 @@ class Study(Mapping[str, SettingResult]):
         page = import_module("xprobe.report.page")  # it reads results, so results cannot import it
         return page.write_page(self, self.path / REPORT if path is None else path)
 
+    @property
+    def plot(self) -> Any:
+        """Figures for papers (``xprobe.report.figures.Plots``): ``study.plot.stability()``; see docs/figures.md.
+
+        With several settings, ``study["x-x"].plot`` draws one of them; ``save`` writes all.
+        """
+        return _figures().Plots(self)
+
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.
 
@@ -322,6 +335,11 @@ class Study(Mapping[str, SettingResult]):
 def _public(name: str) -> Any:
     """A function of ``xprobe`` by name: its stages read results, so results cannot import them."""
     return getattr(import_module("xprobe"), name)
+
+
+def _figures() -> Any:
+    """The module of ``study.plot``: it reads results, so results cannot import it."""
+    return import_module("xprobe.report.figures")
 
 
 def load_study(path: str | Path) -> Study:
