@@ -179,6 +179,13 @@ class Study(Mapping[str, SettingResult]):
         """``stability`` of the run's only setting."""
         return self._only.stability
 
+    def _added(self, stage: str, lacking: str, command: str, effect: str) -> pd.DataFrame:
+        """The table of a stage that was added to the run."""
+        if stage not in self.manifest.stages:
+            call = f"xprobe.{command}({str(self.path)!r}) or `xprobe {command}`"
+            raise UsageError(f"the run in {self.path} {lacking}: {call} {effect}")
+        return self.table(f"{stage}.parquet")
+
     @property
     def answers(self) -> pd.DataFrame:
         """One row per generated answer; see docs/performance.md. ``xprobe.evaluate`` writes them.
@@ -188,12 +195,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run was not evaluated.
         """
-        if "answers" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} has no answers: xprobe.evaluate({str(self.path)!r}) or `xprobe evaluate` "
-                "generates them"
-            )
-        return self.table("answers.parquet")
+        return self._added("answers", "has no answers", "evaluate", "generates them")
 
     @property
     def oracle(self) -> pd.DataFrame:
@@ -204,12 +206,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        if "oracle" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} has no oracle: xprobe.oracle({str(self.path)!r}) or `xprobe oracle` computes "
-                "it"
-            )
-        return self.table("oracle.parquet")
+        return self._added("oracle", "has no oracle", "oracle", "computes it")
 
     @property
     def relevance(self) -> pd.DataFrame:
@@ -220,12 +217,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        if "relevance" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} has no relevance: xprobe.attribute({str(self.path)!r}) or `xprobe attribute` "
-                "computes it"
-            )
-        return self.table("relevance.parquet")
+        return self._added("relevance", "has no relevance", "attribute", "computes it")
 
     @property
     def patching(self) -> pd.DataFrame:
@@ -236,12 +228,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        if "patching" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} has no patches: xprobe.patch({str(self.path)!r}) or `xprobe patch` computes "
-                "them"
-            )
-        return self.table("patching.parquet")
+        return self._added("patching", "has no patches", "patch", "computes them")
 
     def evaluate(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "answers"; as ``xprobe.evaluate``."""
