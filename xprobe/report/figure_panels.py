@@ -221,7 +221,7 @@ def draw_boundaries(axes: Axes, summary: Mapping[str, Any], patched: Mapping[str
         shown.insert(2, (HELD, [one.get("answer_boundary") for one in causal]))
     rows(axes, names)
     for place, (look, entries) in enumerate(shown):
-        shift = 0.6 * (place - (len(shown) - 1) / 2) / len(shown)
+        shift = 0.8 * (place - (len(shown) - 1) / 2) / len(shown)
         dots(axes, [row + shift for row in range(len(names))], entries, look)
     axes.axhline(len(names) - 1.5, color=GREY, linewidth=0.6)
     layer_axis(axes, n_blocks)

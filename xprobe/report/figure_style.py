@@ -147,7 +147,7 @@ def layer_axis(axes: Axes, n_blocks: int, name: str = "layer") -> None:
     """Layers 0 to L from left to right, with whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlim(-0.01 * n_blocks, 1.01 * n_blocks)
+    axes.set_xlim(-0.02 * n_blocks, 1.02 * n_blocks)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.set_xlabel(name)
 

@@ -373,7 +373,7 @@ def _figure(drawn: Any) -> Any:
 
 
 def save_causes(study: Study, path: Path) -> None:
-    """The picture of `xprobe patch --figure`: a column for each setting, with effects, what is read, and boundaries.
+    """The picture of `xprobe patch --figure`: a row for each setting, with effects, what is read, and boundaries.
 
     Raises
     ------
@@ -389,13 +389,13 @@ def save_causes(study: Study, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with rc_context(STYLE | SAVED):
-        figure = Figure(figsize=((COLUMN + 0.3) * len(study.settings), 6.4), layout="constrained")
-        grid = figure.subplots(3, len(study.settings), squeeze=False)
-        for (setting, result), column in zip(study.items(), grid.T, strict=True):
-            for axes in column:
+        height = 1.6 + 0.25 * max(len(result.summary["languages"]) for result in study.values())
+        figure = Figure(figsize=(3 * COLUMN, height * len(study)), layout="constrained")
+        grid = figure.subplots(len(study), 3, squeeze=False)
+        for (setting, plots), row in zip(((name, Plots(study, name)) for name in study), grid, strict=True):
+            for axes in row:
                 axes.tick_params(**TICKS)
-            plots = Plots(study, setting)
-            plots.causes(axes=column[:2])
-            plots.boundaries(ax=column[2])
-            column[0].set_title(result.setting, loc="left", pad=34)
+            plots.causes(axes=row[:2])
+            plots.boundaries(ax=row[2])
+            row[0].annotate(setting, (0, 1), (-34, 8), "axes fraction", "offset points", ha="left", weight="bold")
         figure.savefig(path, dpi=200)
