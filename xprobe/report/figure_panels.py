@@ -134,7 +134,7 @@ def draw_signal(axes: Axes, layers: pd.DataFrame, name: str, summary: Mapping[st
     figure, line = marks.get(name.removesuffix("_selectivity"), ("", ONSET_LINE))
     if figure in summary:
         mark_layer(axes, summary[figure], Look(f"{figure.replace('_', ' ')} {with_interval(summary[figure])}", *line))
-    background(axes, by_language(layers, name), "other languages" if len(summary["languages"]) > 1 else "language")
+    background(axes, by_language(layers, name), "other languages" if "en" in summary["languages"] else "each language")
     colour = COLOURS.get(name.split("_")[0], VERMILLION)
     curve(axes, pooled(layers, name), Look("all languages", colour, "-", "s" if colour == BLUE else "o"))
     if name.endswith("selectivity"):
@@ -209,8 +209,8 @@ def draw_boundaries(axes: Axes, summary: Mapping[str, Any], patched: Mapping[str
     >>> from matplotlib.figure import Figure
     >>> axes = Figure().subplots()
     >>> draw_boundaries(axes, {**own, "languages": {"en": own, "de": own}}, None, 4)
-    >>> {line.get_label(): line.get_xdata() for line in axes.lines[:2]}
-    {'encoding depth (read)': [1.0, 1.0, 1.0], 'retrieval onset (read)': [3.0, 3.0, 3.0]}
+    >>> [(line.get_label(), [float(layer) for layer in line.get_xdata()]) for line in axes.lines[:2]]
+    [('encoding depth (read)', [1.0, 1.0, 1.0]), ('retrieval onset (read)', [3.0, 3.0, 3.0])]
     """
     names = [*summary["languages"], ALL]
     read = [*summary["languages"].values(), summary]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +124,7 @@ def panels(
         own = list(np.atleast_1d(np.asarray(given, dtype=object)).ravel())
         if len(own) != count:
             raise UsageError(f"axes: this figure has {count} panels, and got {len(own)} Axes")
-        with nullcontext():
-            yield own
+        yield own
         return
     with rc_context(STYLE):
         if pyplot:
