@@ -296,9 +296,10 @@ def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
         across, up = (x - left) / (right - left), height * (y - low) / (high - low)
         shifted = up
-        for other, top in sorted(placed, key=lambda place: place[1]):
+        for other, top in sorted(placed, key=lambda pair: pair[1]):
             if abs(other - across) < 0.12 and abs(top - shifted) < 7.5:
                 shifted = top + 7.5
         placed.append((across, shifted))
-        axes.annotate(name, (x, y), xytext=(4.0, shifted - up), textcoords="offset points", va="center",
-                      fontsize="small", zorder=4)  # fmt: skip
+        place: dict[str, Any] = {"xytext": (4.0, shifted - up), "textcoords": "offset points", "va": "center"}
+        label = axes.annotate(name, (x, y), fontsize="small", zorder=4, **place)
+        label.set_in_layout(False)  # the places were chosen for this layout
