@@ -26,8 +26,8 @@ PICTURE = ROOT / "docs" / "images" / "house.png"
 GROUND = ("events", "timing", "cache", "config", "arguments", "errors")
 # from left to right, so that few arrows cross; heights are computed
 COLUMNS = {
-    "models": 0.8, "capture": 0.8, "qa": 1.9, "phases": 3, "probes": 2.5, "scoring": 3.3, "runs": 4.1, "results": 4.1, "report": 5,
-    "doctor": 5.4, "single_prompt": 0, "lenses": 0.8, "attribution": 1.6,
+    "models": 0.8, "capture": 0.8, "qa": 1.9, "phases": 3, "probes": 2.5, "scoring": 3.3, "runs": 4.1, "results": 4.1,
+    "report": 5, "doctor": 5.4, "single_prompt": 0, "lenses": 0.8, "attribution": 1.6,
     "stages": 2.5, "forecast": 1.6, "study": 2.5, "evaluation": 3.4,
 }  # fmt: skip
 INK, QUIET, LINE = "#222222", "#8a8a86", "#2f5d8a"

@@ -22,6 +22,7 @@ SCRIPTS = {
     "lens_of_one_prompt.py": ("model", "layer  4", "[MODEL]"),
     "capture_rows.py": ("model", "last: (5, 3, 32)", "[MODEL]"),
     "train_own_probe.py": ("run", "layer  4  R2", "RUN_FOLDER"),
+    "paper_figure.py": ("run", "stability.pdf and figures/: stability.pdf, stability.png, ", "RUN_FOLDER"),
     "benchmark_kernels.py": ("vocabulary", "rows per second", "[VOCABULARY]"),
 }
 

@@ -89,6 +89,11 @@ class SettingResult:
         part = probes[probes["setting"] == self.setting]
         return part.drop(columns="setting").set_index(["probe", "state", "layer"]).sort_index()
 
+    @property
+    def plot(self) -> Any:
+        """Figures of this setting for papers (``xprobe.report.figures.Plots``): ``plot.stability()``, ..."""
+        return _figures().Plots(self.study, self.setting)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the summary, and ``layers`` with one entry per layer. None where nothing could be computed."""
         records = self.stability.reset_index().to_dict("records")
@@ -174,6 +179,13 @@ class Study(Mapping[str, SettingResult]):
         """``stability`` of the run's only setting."""
         return self._only.stability
 
+    def _added(self, stage: str, lacking: str, command: str, effect: str) -> pd.DataFrame:
+        """The table of a stage that was added to the run."""
+        if stage not in self.manifest.stages:
+            call = f"xprobe.{command}({str(self.path)!r}) or `xprobe {command}`"
+            raise UsageError(f"the run in {self.path} {lacking}: {call} {effect}")
+        return self.table(f"{stage}.parquet")
+
     @property
     def answers(self) -> pd.DataFrame:
         """One row per generated answer; see docs/performance.md. ``xprobe.evaluate`` writes them.
@@ -183,12 +195,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run was not evaluated.
         """
-        if "answers" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} has no answers: xprobe.evaluate({str(self.path)!r}) or `xprobe evaluate` "
-                "generates them"
-            )
-        return self.table("answers.parquet")
+        return self._added("answers", "has no answers", "evaluate", "generates them")
 
     @property
     def oracle(self) -> pd.DataFrame:
@@ -199,12 +206,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        if "oracle" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} has no oracle: xprobe.oracle({str(self.path)!r}) or `xprobe oracle` computes "
-                "it"
-            )
-        return self.table("oracle.parquet")
+        return self._added("oracle", "has no oracle", "oracle", "computes it")
 
     @property
     def relevance(self) -> pd.DataFrame:
@@ -215,12 +217,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        if "relevance" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} has no relevance: xprobe.attribute({str(self.path)!r}) or `xprobe attribute` "
-                "computes it"
-            )
-        return self.table("relevance.parquet")
+        return self._added("relevance", "has no relevance", "attribute", "computes it")
 
     @property
     def patching(self) -> pd.DataFrame:
@@ -231,12 +228,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        if "patching" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} has no patches: xprobe.patch({str(self.path)!r}) or `xprobe patch` computes "
-                "them"
-            )
-        return self.table("patching.parquet")
+        return self._added("patching", "has no patches", "patch", "computes them")
 
     def evaluate(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "answers"; as ``xprobe.evaluate``."""
@@ -277,6 +269,14 @@ class Study(Mapping[str, SettingResult]):
         """
         page = import_module("xprobe.report.page")  # it reads results, so results cannot import it
         return page.write_page(self, self.path / REPORT if path is None else path)
+
+    @property
+    def plot(self) -> Any:
+        """Figures for papers (``xprobe.report.figures.Plots``): ``study.plot.stability()``; see docs/figures.md.
+
+        With several settings, ``study["x-x"].plot`` draws one of them; ``save`` writes all.
+        """
+        return _figures().Plots(self)
 
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.
@@ -322,6 +322,11 @@ class Study(Mapping[str, SettingResult]):
 def _public(name: str) -> Any:
     """A function of ``xprobe`` by name: its stages read results, so results cannot import them."""
     return getattr(import_module("xprobe"), name)
+
+
+def _figures() -> Any:
+    """The module of ``study.plot``: it reads results, so results cannot import it."""
+    return import_module("xprobe.report.figures")
 
 
 def load_study(path: str | Path) -> Study:

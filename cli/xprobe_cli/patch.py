@@ -73,9 +73,9 @@ def command(
 ) -> int:  # fmt: skip
     """Runs `xprobe patch`; ``_help`` has the text for users."""
     from xprobe.evaluation import patch
+    from xprobe.report.figures import save_causes
     from xprobe.results import Study
     from xprobe_cli.figures import check_figure
-    from xprobe_cli.patching_figure import save_figure
     from xprobe_cli.patching_tables import patching_report
 
     if figure is not None:
@@ -85,7 +85,7 @@ def command(
     def compute(progress: Any) -> Study:
         study = patch(run, settings, progress=progress, **given)
         if figure is not None:
-            save_figure(study, figure)
+            save_causes(study, figure)
         return study
 
     return add_stage("patching", compute, patching_report, as_json=as_json)
