@@ -236,6 +236,22 @@ class Study(Mapping[str, SettingResult]):
             )
         return self.table("patching.parquet")
 
+    @property
+    def lenses(self) -> pd.DataFrame:
+        """One row per lens, setting and language; see docs/lenses.md. ``xprobe.read_lenses`` writes them.
+
+        Raises
+        ------
+        UsageError
+            The run has none.
+        """
+        if "lenses" not in self.manifest.stages:
+            raise UsageError(
+                f"the run in {self.path} was read by its own lens alone: xprobe.read_lenses({str(self.path)!r}) or "
+                "`xprobe lenses` reads it by several"
+            )
+        return self.table("lenses.parquet")
+
     def evaluate(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "answers"; as ``xprobe.evaluate``."""
         return _public("evaluate")(self, settings, **options)
@@ -247,6 +263,10 @@ class Study(Mapping[str, SettingResult]):
     def patch(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "patching"; as ``xprobe.patch``."""
         return _public("patch")(self, settings, **options)
+
+    def read_lenses(self, settings: Any = None, **options: Any) -> Study:
+        """This run with the stage "lenses"; as ``xprobe.read_lenses``."""
+        return _public("read_lenses")(self, settings, **options)
 
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.

@@ -18,6 +18,7 @@ COMMANDS = {  # name -> (module, one line for --help)
     "oracle": ("xprobe_cli.oracle", "Find the words that each answer of a run hangs on: could the model find it?"),
     "attribute": ("xprobe_cli.attribute", "Compute how much each token of a run matters at each layer (relevance)."),
     "patch": ("xprobe_cli.patch", "Find the layers of a run's model that use the question, and that hold the answer."),
+    "lenses": ("xprobe_cli.lenses", "Read a run again by several lenses, and show its phases under each."),
     "lens": ("xprobe_cli.lens", "Show what each layer of a model would say after one prompt."),
     "fit-lens": ("xprobe_cli.fit_lens", "Fit a regression or Jacobian lens for a model."),
     "data": ("xprobe_cli.data", "List, check and fetch question sets."),

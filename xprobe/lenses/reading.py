@@ -94,7 +94,9 @@ def start_reading(
     If memory runs out, it continues with half as many positions at a time. The values of a position do not depend on
     this number.
     """
-    return Reading(_in_parts(rows, lambda part: _start(rows[:, part], targets[part], head, backend, transport)), len(rows))
+    return Reading(
+        _in_parts(rows, lambda part: _start(rows[:, part], targets[part], head, backend, transport)), len(rows)
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -105,7 +105,7 @@ def compare_lenses(
     for lens, signals in readings.items():
         others = {name: values for name, values in more.get(lens, {}).items() if not np.isnan(values).all()}
         layers = layer_table(examples[lens], {**signals, **others}, draws, seed).assign(lens=lens)
-        by_layer.append(layers)
+        by_layer.append(layers[~layers["signal"].isin(LATENT) | (layers["n"] > 0)])  # en-x has no latent language
         n_blocks = signals["readiness"].shape[1] - 1
         figures = summaries(examples[lens], dict(signals), n_blocks, draws, seed)
         shift = examples[lens]["onset"].to_numpy() - examples[own]["onset"].to_numpy()
