@@ -61,19 +61,15 @@ def _setting(study: Study, setting: str, by_lens: dict[str, Any]) -> str:
 
 
 def _phases(by_lens: dict[str, Any], names: dict[str, str], width: int, results: dict[str, Any]) -> list[str]:
-    header = "  ".join(
-        [f"{'lens':<{width}}", f"{'boundary':<17}", f"{'alpha':<20}", f"{'stability':>9}", f"{'phased':>6}",
-         f"{'onset (mean)':<20}", "shift against the run"]
-    )  # fmt: skip
+    titles = (f"{'boundary':<17}", f"{'alpha':<20}", "phased", f"{'mean onset':<17}", "shift against the run")
+    header = "  ".join([f"{'lens':<{width}}", *titles])
     lines = [header, "─" * len(header)]
     for lens, entry in by_lens.items():
-        phased = entry["phased_fraction"]["value"]
-        cells = [
-            f"{names[lens]:<{width}}", f"{_known(entry['boundary'], 1):<17}", f"{_known(entry['alpha'], 2):<20}",
-            f"{number(entry.get('stability'), 2):>9}", f"{'–' if phased is None else f'{100 * phased:.0f}%':>6}",
-            f"{_known(entry['onset_mean'], 1):<20}", "–" if lens == results["own"] else _known(entry["onset_shift"], 1),
-        ]  # fmt: skip
-        lines.append("  ".join(cells).rstrip())
+        phased = f"{100 * entry['phased_fraction']['value']:.0f}%"
+        cells = [f"{_known(entry['boundary'], 1):<17}", f"{_known(entry['alpha'], 2):<20}", f"{phased:>6}"]
+        cells.append(f"{_known(entry['onset_mean'], 1):<17}")
+        cells.append("–" if lens == results["own"] else _known(entry["onset_shift"], 1))
+        lines.append("  ".join([f"{names[lens]:<{width}}", *cells]).rstrip())
     return lines
 
 

@@ -173,7 +173,9 @@ def latent_signals(values: Floats) -> dict[str, Floats]:
     [[0.25, 0.75]]
     """
     english, own = values[..., 0], values[..., 1]
-    return dict(zip(LATENT, (english, own, np.exp(own - np.logaddexp(english, own))), strict=True))
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        share = np.exp(own - np.logaddexp(english, own))
+    return dict(zip(LATENT, (english, own, share), strict=True))
 
 
 def _mean(bootstrap: ClusterBootstrap, values: Floats, members: NDArray) -> dict[str, float | None]:

@@ -127,7 +127,8 @@ def kept_readings(run: Run, name: str, sha256: str) -> KeptLines:
 
 
 def _open_lenses(run: Run, settings: LensesSettings) -> list[_Lens]:
-    own, lenses = run.manifest.study.lens, []
+    own = run.manifest.study.lens
+    lenses: list[_Lens] = []
     for name in settings.with_own(own):
         digest = lens_checksum(name)
         if name == own and digest != run.manifest.lens_sha256:
