@@ -70,6 +70,8 @@ def token_script(tokenizer: Any, token: int) -> str:
     ['special', 'latin', 'none']
     """
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    if text and not tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False):
-        return "special"
-    return text_script(text)
+    script = text_script(text)
+    if script == "undecodable" or not text:  # some tokenizers call their byte tokens special
+        return script
+    alone = tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return script if alone else "special"
