@@ -17,7 +17,7 @@ RARE = 0.02  # scripts below this share at every layer are drawn as one
 COLOURS = {
     "latin": "tab:blue", "cyrillic": "tab:red", "han": "tab:orange", "arabic": "tab:green", "devanagari": "tab:purple",
     "thai": "tab:brown", "greek": "tab:pink", "hangul": "tab:olive", "kana": "tab:cyan", "other": "gold",
-    "none": "lightgray", "undecodable": "gray", "special": "black",
+    "none": "lightgray", "undecodable": "gray", "special": "black", "rare": "white",
 }  # fmt: skip
 
 
@@ -70,12 +70,12 @@ def _scripts(axes: Any, part: pd.DataFrame, shown: list[str], title: str) -> Non
     shares = part[part["signal"].str.startswith("script_")].pivot(index="layer", columns="signal", values="value")
     values = [shares[f"script_{name}"] for name in shown]
     rest = 1 - sum(values)
-    colours = [COLOURS.get(name, "lightgreen") for name in shown]
-    axes.stackplot(
-        shares.index, *values, rest, labels=[*shown, "rare"], colors=[*colours, "white"], linewidth=0
-    )  # fmt: skip
+    names = [*shown, "rare"]
+    colours = [COLOURS.get(name, "lightgreen") for name in names]
+    axes.stackplot(shares.index, *values, rest, labels=names, colors=colours, linewidth=0)
     latent = part[part["signal"] == "latent_share"]
     if not latent.empty:
+        axes.plot(latent["layer"], latent["value"], color="white", linewidth=3.5)  # seen on any script
         axes.plot(latent["layer"], latent["value"], color="black", linewidth=1.5, label="p(own) / (p(en) + p(own))")
     axes.set_ylim(0, 1)
     axes.set_xlim(shares.index.min(), shares.index.max())
