@@ -121,7 +121,7 @@ def compute(run: Run, settings: LensesSettings, open_model: Callable[[], AskedMo
 
 def kept_readings(run: Run, name: str, sha256: str) -> KeptLines:
     """The lines of one lens in ``lenses.jsonl``, by example: the same for the same bytes, wherever the file lies."""
-    parts = {"run": run_key(run.manifest.to_dict()), "definition": DEFINITION, "seed": run.manifest.study.seed}
+    parts = {"run": run_key(run.manifest.to_dict()), "definition": DEFINITION}
     key = checksum_of(parts | {"kind": LensName.parse(name).kind, "sha256": sha256})
     return KeptLines(run.folder.path / LINES, key, key_of_line)
 
