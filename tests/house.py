@@ -14,8 +14,8 @@ LIBRARY = ROOT / "xprobe"
 # room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study": ("stages", "lenses", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
-    "evaluation": ("stages", "results", "attribution", "models", "scoring", "phases", "runs", "events", "config",
-                   "arguments", "errors"),
+    "evaluation": ("stages", "results", "lenses", "attribution", "models", "scoring", "phases", "runs", "events",
+                   "config", "arguments", "errors"),
     "single_prompt": ("lenses", "capture", "models", "config", "arguments", "errors"),
     "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
     "stages": ("results", "lenses", "attribution", "capture", "models", "qa", "probes", "scoring", "phases", "runs",
@@ -44,10 +44,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # room -> what it holds, in one line; docs/architecture.md shows it
 ABOUT = {
     "study": "`xprobe.run`: the stages in order",
-    "evaluation": "stages added to a finished run: `xprobe.evaluate`, `oracle`, `attribute`, `patch`",
+    "evaluation": "stages added to a finished run: `xprobe.evaluate`, `oracle`, `attribute`, `patch`, `read_lenses`",
     "single_prompt": "`xprobe.lens_prompt`, `xprobe.patch_prompt`: one prompt, without a run folder",
     "forecast": "what a run would take: tokens, memory, time (`--dry-run`)",
-    "stages": "run folder in, run folder out: states, phases, probes, answers, oracle, relevance, patching",
+    "stages": "run folder in, run folder out: states, phases, probes, answers, oracle, relevance, patching, lenses",
     "report": "the page of a run, and the figures for papers: renders, computes nothing",
     "comparison": "`xprobe.compare`: several runs side by side",
     "results": "`Study` and `SettingResult`: a finished run as data frames",
@@ -58,8 +58,8 @@ ABOUT = {
     "models": "loading, finding blocks and head, parity check, models larger than memory",
     "qa": "questions: readers, the built-in set, templates, prompts",
     "probes": "scikit-learn probes, their controls, their training",
-    "scoring": "normalisers, F1 and EM, error types, the search for evidence, summaries",
-    "phases": "signals, retrieval onsets, S(l), alpha, patched pairs, bootstrap; numbers in, numbers out",
+    "scoring": "normalisers, F1 and EM, error types, scripts of tokens, the search for evidence, summaries",
+    "phases": "signals, retrieval onsets, S(l), alpha, patched pairs, lenses, bootstrap; numbers in, numbers out",
     "runs": "the run folder: manifest, shards, journal, lock",
     "events": "what a run reports while it works: `Stage`, `Step`, `Note`",
     "timing": "stopwatch",

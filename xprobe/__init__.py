@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from xprobe.comparison import Comparison, compare
     from xprobe.config import Execution, StudyConfig
     from xprobe.errors import XprobeError
-    from xprobe.evaluation import attribute, attribute_example, evaluate, forecast_oracle, oracle, patch
+    from xprobe.evaluation import attribute, attribute_example, evaluate, forecast_oracle, oracle, patch, read_lenses
     from xprobe.lenses.fit import fit_lens
-    from xprobe.lenses.settings import FitSettings
+    from xprobe.lenses.settings import FitSettings, LensesSettings
     from xprobe.phases.patch_settings import PatchSettings
     from xprobe.results import Study, load_study
     from xprobe.scoring.settings import AnswerSettings, OracleSettings
@@ -41,6 +41,7 @@ _HOME = {
     "OracleSettings": "xprobe.scoring.settings",
     "RelevanceSettings": "xprobe.attribution.settings",
     "FitSettings": "xprobe.lenses.settings",
+    "LensesSettings": "xprobe.lenses.settings",
     "fit_lens": "xprobe.lenses.fit",
     "PatchSettings": "xprobe.phases.patch_settings",
     "attribute": "xprobe.evaluation",
@@ -49,6 +50,7 @@ _HOME = {
     "oracle": "xprobe.evaluation",
     "forecast_oracle": "xprobe.evaluation",
     "patch": "xprobe.evaluation",
+    "read_lenses": "xprobe.evaluation",
     "patch_prompt": "xprobe.single_prompt.patch",
     "PatchedPrompt": "xprobe.single_prompt.patch",
     "lens_prompt": "xprobe.single_prompt.lens",
@@ -60,10 +62,10 @@ _HOME = {
 _MODULES = ("errors", "events", "probes")  # modules for users: no import of their own is needed
 
 __all__ = [
-    "AnswerSettings", "Comparison", "Execution", "FitSettings", "OracleSettings", "PatchSettings", "PatchedPrompt",
-    "PromptEdit", "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "XprobeError", "__version__",
-    "attribute", "attribute_example", "compare", "evaluate", "fit_lens", "forecast_oracle", "lens_prompt",
-    "load_study", "oracle", "patch", "patch_prompt", "run",
+    "AnswerSettings", "Comparison", "Execution", "FitSettings", "LensesSettings", "OracleSettings", "PatchSettings",
+    "PatchedPrompt", "PromptEdit", "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "XprobeError",
+    "__version__", "attribute", "attribute_example", "compare", "evaluate", "fit_lens", "forecast_oracle",
+    "lens_prompt", "load_study", "oracle", "patch", "patch_prompt", "read_lenses", "run",
 ]  # fmt: skip
 
 

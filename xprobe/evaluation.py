@@ -1,4 +1,4 @@
-"""Stages that a finished run is given later: answers, the words that they hang on, and the relevance of tokens."""
+"""Stages that a finished run is given later: answers, the words that they hang on, relevance, patches, lenses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from xprobe.attribution.settings import RelevanceSettings
 from xprobe.config import MODEL_IN_MEMORY, RECORDS_IN_MEMORY, Execution, StudyConfig
 from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
+from xprobe.lenses.settings import LensesSettings
 from xprobe.phases.patch_settings import PatchSettings
 from xprobe.results import Study, load_study
 from xprobe.runs.folder import RunFolder
@@ -222,6 +223,42 @@ def patch(
     return _add_stage(path, partial(patching.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
+def read_lenses(
+    path: str | Path | Study,
+    settings: LensesSettings | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    records: Any = None,
+    progress: Notify | None = None,
+    **options: Any,
+) -> Study:
+    """Reads the states of a finished run by several lenses, its own among them, in one forward pass (docs/lenses.md).
+
+    Writes ``lenses.jsonl`` and three tables; a call that was stopped goes on where it was. Arguments as for
+    ``evaluate``, with ``LensesSettings``. A streamed model is read as well.
+
+    Raises
+    ------
+    UsageError
+        As ``evaluate``; or a lens is unknown, or has no file.
+    ModelError
+        A lens is of another model.
+    RunFolderError, XprobeError
+        As ``evaluate``.
+
+    Examples
+    --------
+    >>> import xprobe
+    >>> study = xprobe.read_lenses("runs/demo", xprobe.LensesSettings("jacobian:lens.pt"))     # doctest: +SKIP
+    >>> study.lenses.query("language == 'all'")[["lens", "boundary", "alpha"]]                 # doctest: +SKIP
+    """
+    from xprobe.stages import lenses
+
+    settings = _settings(settings, LensesSettings)
+    return _add_stage(path, partial(lenses.compute, settings=settings), model, tokenizer, records, progress, options)
+
+
 def attribute_example(
     path: str | Path | Study,
     example: str,
@@ -375,7 +412,7 @@ def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | Non
         model=ModelEntry(source.name, source.kind, source.location, source.fingerprint()),
         data=DataEntry(questions.data.name, list(questions.data.files), questions.data.fingerprint),
         template_sha256=questions.template_sha256,
-        lens_sha256=manifest.lens_sha256,  # no stage that is added reads with the lens
+        lens_sha256=manifest.lens_sha256,  # the only stage that reads with it, "lenses", checks it
     )
     changed = differences(manifest, now, folder.read_study())
     if changed:

@@ -230,6 +230,22 @@ class Study(Mapping[str, SettingResult]):
         """
         return self._added("patching", "has no patches", "patch", "computes them")
 
+    @property
+    def lenses(self) -> pd.DataFrame:
+        """One row per lens, setting and language; see docs/lenses.md. ``xprobe.read_lenses`` writes them.
+
+        Raises
+        ------
+        UsageError
+            The run has none.
+        """
+        if "lenses" not in self.manifest.stages:
+            raise UsageError(
+                f"the run in {self.path} was read by its own lens alone: xprobe.read_lenses({str(self.path)!r}) or "
+                "`xprobe lenses` reads it by several"
+            )
+        return self.table("lenses.parquet")
+
     def evaluate(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "answers"; as ``xprobe.evaluate``."""
         return _public("evaluate")(self, settings, **options)
@@ -241,6 +257,10 @@ class Study(Mapping[str, SettingResult]):
     def patch(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "patching"; as ``xprobe.patch``."""
         return _public("patch")(self, settings, **options)
+
+    def read_lenses(self, settings: Any = None, **options: Any) -> Study:
+        """This run with the stage "lenses"; as ``xprobe.read_lenses``."""
+        return _public("read_lenses")(self, settings, **options)
 
     def to_html(self, path: str | Path | None = None) -> Path:
         """Writes the report page: one HTML file that needs nothing from elsewhere.

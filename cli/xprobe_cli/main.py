@@ -18,6 +18,7 @@ COMMANDS = {  # name -> (module, one line for --help)
     "oracle": ("xprobe_cli.oracle", "Find the words that each answer of a run hangs on: could the model find it?"),
     "attribute": ("xprobe_cli.attribute", "Compute how much each token of a run matters at each layer (relevance)."),
     "patch": ("xprobe_cli.patch", "Find the layers of a run's model that use the question, and that hold the answer."),
+    "lenses": ("xprobe_cli.lenses", "Read a run again by several lenses, and show its phases under each."),
     "compare": ("xprobe_cli.compare", "Put several runs side by side: figures of each model, and how they correlate."),
     "report": ("xprobe_cli.report", "Write the page of a run: figures and tables in one HTML file."),
     "lens": ("xprobe_cli.lens", "Show what each layer of a model would say after one prompt."),

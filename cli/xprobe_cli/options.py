@@ -70,14 +70,21 @@ def of_run(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
 
 def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of commands that load the model of a run. ``of_run`` keeps those that the user gave."""
+    return _with_model(command, "A streamed model cannot do this: --no-stream loads it whole.")
+
+
+def with_streamable_model(command: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``with_model``, for commands that can read the model block by block."""
+    return _with_model(command, "Read the model block by block, or load it whole. [default: as the run]")
+
+
+def _with_model(command: Callable[..., Any], about_stream: str) -> Callable[..., Any]:
     for option in reversed([
         click.option("--device", help="A torch device: cpu, cuda, cuda:1, ... [default: that of the run]"),
         click.option(
             "--batch-tokens", type=click.IntRange(min=1), help="Most tokens in one pass. [default: that of the run]"
         ),
-        click.option(
-            "--stream/--no-stream", default=None, help="A streamed model cannot do this: --no-stream loads it whole."
-        ),
+        click.option("--stream/--no-stream", default=None, help=about_stream),
         click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code."),
         click.option("--allow-pickle", is_flag=True, help="Load weights from pickles. A pickle can run any code."),
     ]):  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,14 +94,63 @@ def start_reading(
     If memory runs out, it continues with half as many positions at a time. The values of a position do not depend on
     this number.
     """
+    return Reading(
+        _in_parts(rows, lambda part: _start(rows[:, part], targets[part], head, backend, transport)), len(rows)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TopReadout:
+    """The most probable token of N rows at all layers, and log-probabilities of given tokens.
+
+    ``top`` is int64 [N, L + 1]; ``log_probability`` is float32 [N, L + 1, A], in nats, NaN where nothing was looked up.
+    """
+
+    top: NDArray[np.int64]
+    log_probability: NDArray[np.float32]
+
+
+def read_top(
+    rows: Tensor, lookup: Tensor, head: Unembedding, backend: str = "auto", transport: Transport | None = None
+) -> TopReadout:
+    """Runs the lens over every layer's row of N positions: the top token, and the log-probabilities of A given ones.
+
+    Parameters
+    ----------
+    rows : Tensor [L + 1, N, D]
+        Hidden rows before the final norm.
+    lookup : Tensor [N, A], int64
+        Tokens to look up in each row; -1 looks up nothing.
+    head, backend, transport
+        As ``read_answers`` takes them.
+
+    Examples
+    --------
+    >>> head = Unembedding(torch.eye(2), norm="none")
+    >>> rows = torch.tensor([[[0.25, 0.75]], [[0.5, 0.5]]]).log()  # two layers, one position
+    >>> found = read_top(rows, torch.tensor([[0, -1]]), head)
+    >>> found.top.tolist(), np.exp(found.log_probability[..., 0]).round(3).tolist()
+    ([[1, 0]], [[0.25, 0.5]])
+    """
+    layers, count = len(rows), lookup.shape[1]
+    parts = [
+        part.wait()
+        for part in _in_parts(rows, lambda part: _start_top(rows[:, part], lookup[part], head, backend, transport))
+    ]
+    top = [part["top"].reshape(layers, -1).T.numpy() for part in parts]
+    looked_up = [part["log_probability"].reshape(layers, -1, count).transpose(0, 1).numpy() for part in parts]
+    return TopReadout(np.concatenate(top), np.concatenate(looked_up).astype(np.float32))
+
+
+def _in_parts(rows: Tensor, start_part: Callable[[slice], HostCopy]) -> list[HostCopy]:
+    """Starts a call of the lens for every part of the positions. Parts are halved where memory runs out."""
     layers, positions, width = rows.shape
     step = max(1, ROW_BYTES // (layers * width * 4))
     parts: list[HostCopy] = []
     start = 0
     while start < positions:
-        part = slice(start, min(start + step, positions))
         try:
-            parts.append(_start(rows[:, part], targets[part], head, backend, transport))
+            parts.append(start_part(slice(start, min(start + step, positions))))
             start += step
             continue
         except (MemoryError, RuntimeError) as error:
@@ -108,7 +158,7 @@ def start_reading(
                 raise
         release_memory()
         step = max(1, step // 2)
-    return Reading(parts, layers)
+    return parts
 
 
 def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str, transport: Transport | None) -> HostCopy:
@@ -129,3 +179,21 @@ def _start(rows: Tensor, targets: Tensor, head: Unembedding, backend: str, trans
     assert values.kl is not None  # final_rows was given
     fields = {"logit": values.logits[:, 0], "logsumexp": values.logsumexp, "rank": values.rank[:, 0]}
     return HostCopy(fields | {"entropy": values.entropy, "kl": values.kl})
+
+
+def _start_top(rows: Tensor, lookup: Tensor, head: Unembedding, backend: str, transport: Transport | None) -> HostCopy:
+    device = head.weight.device
+    rows = rows.to(device)
+    if transport is not None:
+        rows = transport.apply(rows)
+    layers, positions, width = rows.shape
+    values = lens(
+        rows.reshape(layers * positions, width),
+        head,
+        lookup.to(device).repeat(layers, 1),
+        top_k=1,
+        backend=backend,
+        check=device.type != "cuda",
+    )
+    assert values.top_ids is not None  # top_k was given
+    return HostCopy({"top": values.top_ids[:, 0], "log_probability": values.log_probability})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xprobe.arguments import check_least
+from xprobe.arguments import check_least, text_names
 from xprobe.errors import UsageError
 
 LOGIT = "logit"
@@ -117,3 +117,45 @@ class FitSettings:
         number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
         if self.ridge is not None and (not number or not 0 <= self.ridge < float("inf")):
             raise UsageError(f"ridge must be a number of at least 0, got {self.ridge!r}")
+
+
+@dataclass(frozen=True)
+class LensesSettings:
+    """Which lenses read a run again (``xprobe.read_lenses``).
+
+    Parameters
+    ----------
+    lenses : str or iterable of str
+        As ``LensName.parse`` takes them. The run's own lens is always read as well, and comes first.
+    limit : int, optional
+        Most questions, in the order in which ``limit`` of a study takes them; all by default.
+
+    Raises
+    ------
+    UsageError
+        A lens is unknown or lacks its file, or the limit is out of its range.
+
+    Examples
+    --------
+    >>> LensesSettings("jacobian:lens.pt").with_own("logit")
+    ('logit', 'jacobian:lens.pt')
+    >>> LensesSettings("jacobian")
+    Traceback (most recent call last):
+        ...
+    xprobe.errors.UsageError: the lens 'jacobian' needs a file: jacobian:FILE (xprobe fit-lens makes one)
+    """
+
+    lenses: tuple[str, ...] = ()
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        names = text_names("lenses", self.lenses)
+        for name in names:
+            LensName.parse(name)
+        object.__setattr__(self, "lenses", names)  # the class is frozen
+        if self.limit is not None:
+            check_least("limit", self.limit, 1)
+
+    def with_own(self, own: str) -> tuple[str, ...]:
+        """The lens of the run, then the others, each of them once."""
+        return tuple(dict.fromkeys((own, *self.lenses)))

@@ -219,7 +219,7 @@ def intervals(rows: Rows, languages: Sequence[str], series: Sequence[str], last:
 def scatter(rows: Rows, x: str, x_title: str, y: str, y_title: str, label: str = "language") -> Spec:
     """A labelled point for each row; ``rows`` have the fields ``label``, ``x`` and ``y``."""
     axes = {
-        "x": {"field": x, "type": "quantitative", "title": x_title, "scale": {"zero": False, "padding": 20}},
+        "x": {"field": x, "type": "quantitative", "title": x_title, "scale": {"zero": False, "padding": 50}},
         "y": {"field": y, "type": "quantitative", "title": y_title, "scale": {"zero": False, "padding": 15}},
     }
     tip = [{"field": label}, {"field": x, "title": x_title, "format": ".3f"},

@@ -149,7 +149,7 @@ def _languages(comparison: Comparison, setting: str) -> Section:
             languages = list(dict.fromkeys(frame["language"]))
             chart = charts.cells(rows, languages, list(comparison.studies), title)
             figures.append(
-                figure(f"{setting}-languages-{name}", f"{title.capitalize()} by language", "", chart, rows,
+                figure(f"{setting}-languages-{name}", f"{title[0].upper()}{title[1:]} by language", "", chart, rows,
                        "model language value n")
             )  # fmt: skip
     return Section(f"{setting}-languages", "Languages", "", figures)

@@ -43,15 +43,17 @@ def count_letters(text: str) -> int:
     return sum(c.isalpha() or _is_mark(c) for c in text)
 
 
-def main_script(text: str) -> str:
-    """The script of most letters, by its Unicode name; "" if there are no letters.
+def main_script(text: str, *, of_marks: bool = False) -> str:
+    """The script of most letters, by its Unicode name; "" if there are no letters. ``of_marks``: of the marks instead.
 
     Examples
     --------
     >>> main_script("Ада Lovelace Лавлейс"), main_script("308")
     ('CYRILLIC', '')
+    >>> main_script("\N{DEVANAGARI VOWEL SIGN I}", of_marks=True)
+    'DEVANAGARI'
     """
-    found = Counter(_script(c) for c in text if c.isalpha())
+    found = Counter(_script(c) for c in text if (_is_mark(c) if of_marks else c.isalpha()))
     return found.most_common(1)[0][0] if found else ""
 
 

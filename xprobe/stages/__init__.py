@@ -15,4 +15,5 @@ STAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "oracle": (("states", "answers"), "the words that an answer hangs on: oracle.jsonl, oracle.parquet"),
     "relevance": (("states", "phases"), "relevance of tokens by layer: relevance.jsonl, relevance.parquet"),
     "patching": (("states", "phases"), "patched states, causal boundaries: patching.jsonl, patching.parquet"),
+    "lenses": (("states", "phases"), "phases under several lenses: lenses.jsonl, lenses.parquet"),
 }

@@ -74,6 +74,19 @@ def test_patches_are_those_of_the_cpu(studies: dict[str, xprobe.Study]) -> None:
     assert_close(ours, theirs, 2e-3)
 
 
+def test_several_lenses_read_what_they_read_on_the_cpu(studies: dict[str, xprobe.Study], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = {block: torch.randn(32, 32, generator=generator).half() for block in range(3)}
+    torch.save({"J": maps, "n_prompts": 1, "source_layers": [0, 1, 2], "d_model": 32}, tmp_path / "j.pt")
+    settings = xprobe.LensesSettings(f"jacobian:{tmp_path / 'j.pt'}")
+    found = {device: xprobe.read_lenses(study, settings) for device, study in studies.items()}
+    tables = [found[device].table("lenses_by_layer.parquet") for device in ("cuda", "cpu")]
+    smooth = ["log_probability", "entropy", "latent_english", "latent_own", "latent_share"]
+    assert_close(*(table[table["signal"].isin(smooth)] for table in tables), 1e-3, ("lo", "hi"))
+    for study in found.values():
+        assert study.manifest.stages["lenses"].results["difference_from_run"]["log_probability"] < 1e-3
+
+
 def test_every_stage_runs_in_16_bits(tiny: Path, tmp_path: Path) -> None:
     study = xprobe.run(str(tiny), out=tmp_path / "run", device="cuda", dtype="bfloat16", **OPTIONS)
     study = study.evaluate(xprobe.AnswerSettings(max_new_tokens=6)).attribute().patch()
