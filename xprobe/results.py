@@ -179,10 +179,10 @@ class Study(Mapping[str, SettingResult]):
         """``stability`` of the run's only setting."""
         return self._only.stability
 
-    def _added(self, stage: str, lacking: str, command: str, effect: str) -> pd.DataFrame:
+    def _added(self, stage: str, lacking: str, command: str, effect: str, function: str = "") -> pd.DataFrame:
         """The table of a stage that was added to the run."""
         if stage not in self.manifest.stages:
-            call = f"xprobe.{command}({str(self.path)!r}) or `xprobe {command}`"
+            call = f"xprobe.{function or command}({str(self.path)!r}) or `xprobe {command}`"
             raise UsageError(f"the run in {self.path} {lacking}: {call} {effect}")
         return self.table(f"{stage}.parquet")
 
@@ -239,12 +239,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        if "lenses" not in self.manifest.stages:
-            raise UsageError(
-                f"the run in {self.path} was read by its own lens alone: xprobe.read_lenses({str(self.path)!r}) or "
-                "`xprobe lenses` reads it by several"
-            )
-        return self.table("lenses.parquet")
+        return self._added("lenses", "was read by its own lens alone", "lenses", "reads it by several", "read_lenses")
 
     def evaluate(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "answers"; as ``xprobe.evaluate``."""

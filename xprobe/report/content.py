@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from xprobe.report.later_stages import causes, evidence, performance, relevance
+from xprobe.report.later_stages import causes, evidence, lenses, performance, relevance
 from xprobe.report.parts import Cell, Group, Section, Table, number
 from xprobe.report.reading import cards, languages, phases, probes, signals
 
@@ -21,7 +21,7 @@ def groups(study: Study) -> list[Group]:
 def _setting(study: Study, result: SettingResult) -> Group:
     name = result.setting
     group = Group(name, f"Setting {name}", cards(study, result))
-    makers = (phases, signals, languages, causes, relevance, performance, evidence, probes)
+    makers = (phases, signals, languages, causes, relevance, performance, evidence, probes, lenses)
     group.sections = [section for make in makers if (section := make(study, result)) is not None]
     return group
 

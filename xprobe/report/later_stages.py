@@ -172,3 +172,52 @@ def evidence(study: Study, result: SettingResult) -> Section | None:
     )
     table = Table("Evidence", ["evidence of", *columns.values()], rows, [False] + [True] * len(columns))
     return Section(f"{result.setting}-evidence", "Evidence (oracle)", text, (), [table])
+
+
+LENS_FIGURES = {
+    "boundary": "boundary", "alpha": "alpha", "onset_shift": "shift of the onset", "stability": "mean S(l)",
+    "script_50": "script at half depth", "script_share_50": "its share",
+}  # fmt: skip
+
+
+def lenses(study: Study, result: SettingResult) -> Section | None:
+    if "lenses" not in study.manifest.stages:
+        return None
+    frame = study.lenses
+    frame = frame[(frame["setting"] == result.setting) & (frame["language"] == ALL)]
+    rows = []
+    for row in frame.to_dict("records"):
+        cells = [Cell(row["lens"], row["lens"])]
+        for name in LENS_FIGURES:
+            value = row[name]
+            found = {"value": value, "lo": row.get(f"{name}_lo"), "hi": row.get(f"{name}_hi")}
+            cells.append(Cell(value, value) if isinstance(value, str) else interval_cell(found))
+        rows.append(cells)
+    numbers = [False, True, True, True, True, False, True]
+    table = Table("Phases under each lens", ["lens", *LENS_FIGURES.values()], rows, numbers)
+    layers = study.table("lenses_by_layer.parquet")
+    layers = layers[(layers["setting"] == result.setting) & (layers["language"] == ALL)]
+    figures = []
+    for signal, (title, caption) in LENS_SIGNALS.items():
+        own = layers[layers["signal"] == signal].rename(columns={"lens": "series"})
+        points = [row for row in records(own, ("series", "layer", "value", "lo", "hi")) if "value" in row]
+        if points:
+            chart = charts.lines(points, list(dict.fromkeys(row["series"] for row in points)), title, domain=(0, 1))
+            figures.append(
+                figure(f"{result.setting}-lens-{signal}", f"{title.capitalize()} by lens", caption, chart, points,
+                       "series layer value lo hi")
+            )  # fmt: skip
+    text = (
+        "The same states, read by several lenses; the first is that of the run. The shift is paired by example. A "
+        "script that does not fit the language is a sign that the lens itself leans to a language."
+    )
+    return Section(f"{result.setting}-lenses", "Lenses", text, figures, [table])
+
+
+LENS_SIGNALS = {
+    "readiness": ("readiness", "Mean over examples, with 95 % intervals over paragraphs."),
+    "latent_share": (
+        "share of the own language",
+        "p(own) / (p(English) + p(own)) of the first token of the answer, where the two tokens differ.",
+    ),
+}

@@ -57,7 +57,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> xprobe.Study:
         str(model), data=str(data), setting=("en-x", "x-x"), out=folder / "run", template="plain", bootstrap=30,
         permutations=20,
     )  # fmt: skip
-    found = found.evaluate(xprobe.AnswerSettings(max_new_tokens=4)).attribute().patch()
+    found = found.evaluate(xprobe.AnswerSettings(max_new_tokens=4)).attribute().patch().read_lenses()
     return xprobe.oracle(found, xprobe.OracleSettings(limit=2))
 
 
@@ -88,7 +88,7 @@ def test_every_stage_has_its_section(study: xprobe.Study) -> None:
     titles = [section.title for section in first.sections]
     assert titles == [section.title for section in second.sections]
     reading, later = ["Phases and stability", "Signals", "Languages"], ["Causes", "Relevance", "Performance"]
-    assert titles == [*reading, *later, "Evidence (oracle)", "Probes"]
+    assert titles == [*reading, *later, "Evidence (oracle)", "Probes", "Lenses"]
     assert [section.title for section in about.sections][:2] == ["Model, data, versions", "Left out"]
 
 
