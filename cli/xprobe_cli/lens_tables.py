@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from xprobe_cli.tables import counted, estimate, number
+from xprobe_cli.tables import counted, estimate, last_lines, number
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -23,7 +23,7 @@ def lenses_report(study: Study) -> str:
         f"check     the run's lens, read again: readiness differs by at most {difference['readiness']:g}, "
         f"log-probability by {difference['log_probability']:g} nats"
     )
-    return "\n\n".join([*parts, f"{same}\nfiles     {study.path}"])
+    return "\n\n".join([*parts, f"{same}\n{last_lines(study)}"])
 
 
 def labels(lenses: Sequence[str]) -> dict[str, str]:

@@ -62,10 +62,12 @@ def causes(study: Study, result: SettingResult) -> Section | None:
     figures = []
     if rows:
         mark = {"mark": same["answer_boundary"], "mark_name": "answer held from layer"}
-        chart = charts.lines(rows, present, "effect", domain=(-0.5, 1.5), **mark)
+        random = CAUSES["same", "random"]  # its interval would hide all other curves
+        drawn = [{**row, "lo": None, "hi": None} if row["series"] == random else row for row in rows]
+        chart = charts.lines(drawn, present, "effect", domain=(-0.5, 1.5), **mark)
         caption = (
             "Grey: the causal boundary, where the effect of the last token's state rises to one half. Values below "
-            "-0.5 and above 1.5 are cut off here, but not in the numbers."
+            "-0.5 and above 1.5 are cut off here, and the random states have no interval; the numbers have both."
         )
         figures = [
             figure(f"{result.setting}-causes", "Effect of patches", caption, chart, rows, "series layer value lo hi")
