@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
@@ -21,6 +22,7 @@ COMMANDS = {  # name -> (module, one line for --help)
     "lenses": ("xprobe_cli.lenses", "Read a run again by several lenses, and show its phases under each."),
     "compare": ("xprobe_cli.compare", "Put several runs side by side: figures of each model, and how they correlate."),
     "report": ("xprobe_cli.report", "Write the page of a run: figures and tables in one HTML file."),
+    "export": ("xprobe_cli.export", "Write the tables of a run as CSV, Parquet, or LaTeX."),
     "lens": ("xprobe_cli.lens", "Show what each layer of a model would say after one prompt."),
     "fit-lens": ("xprobe_cli.fit_lens", "Fit a regression or Jacobian lens for a model."),
     "data": ("xprobe_cli.data", "List, check and fetch question sets."),
@@ -40,6 +42,13 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         return import_module(COMMANDS[name][0]).command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and (near := get_close_matches(args[0], COMMANDS)):
+            raise click.UsageError(f"No such command {args[0]!r}. Did you mean {' or '.join(near)}?", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
