@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,9 +71,9 @@ def _tables(study: Study, file_format: str) -> Iterator[tuple[str, Callable[[Pat
         for name in entry.tables:
             frame = study.table(name)
             if file_format == "parquet":
-                yield name, lambda part, frame=frame: frame.to_parquet(part, index=False)
+                yield name, partial(frame.to_parquet, index=False)
             else:
-                yield f"{Path(name).stem}.csv", lambda part, frame=frame: frame.to_csv(part, index=False)
+                yield f"{Path(name).stem}.csv", partial(frame.to_csv, index=False)
 
 
 def _latex(study: Study) -> Iterator[tuple[str, Callable[[Path], object]]]:
@@ -80,8 +81,7 @@ def _latex(study: Study) -> Iterator[tuple[str, Callable[[Path], object]]]:
         for section in group.sections:
             for table in section.tables:
                 name = "-".join(re.findall(r"[a-z0-9]+", f"{group.name} {table.title}".lower()))
-                text = latex_table(table)
-                yield f"{name}.tex", lambda part, text=text: part.write_text(text, encoding="utf-8")
+                yield f"{name}.tex", partial(Path.write_text, data=latex_table(table), encoding="utf-8")
 
 
 def latex_table(table: Table) -> str:
