@@ -3,13 +3,14 @@
     python benchmarks/launch_counts.py                        4 layers, 2 and 6 paragraphs with 4 questions each
     python benchmarks/launch_counts.py --layers 8 --json FILE
 
-It needs no GPU. The stages run on the pretended GPU of the tests (``tests/support/pretended_gpu.py``) with a tiny random
-Llama and prompts of random tokens. A stage that is bound by the host takes about 5 to 10 microseconds for each launch.
+It needs no GPU. The stages run on the pretended GPU of the tests (``tests/support/pretended_gpu.py``) with a tiny
+random Llama and prompts of random tokens. A stage that is bound by the host takes about 5 to 10 microseconds for each
+launch.
 Views and memory without content launch nothing and are not counted. Columns of the table:
 
 launches    all of them, with Triton's kernels; in brackets those of attention over a tree
 unit        launches for each layer of each step (answers) or pass (patching), of each wave (states), or of each example
-            (relevance)
+            (relevance). A layer of the model's own decoding with a cache is the least that a step can take
 waits       calls that make the host wait for the GPU
 """
 
@@ -29,6 +30,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import click
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if __package__ in (None, ""):  # run as a script
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
@@ -46,10 +48,7 @@ from xprobe.qa.prompts import Prompt
 from xprobe.stages.pairs import choose_pairs
 from xprobe.stages.patching import patch
 
-NO_LAUNCH = (
-    "empty", "new_empty", "slice", "select", "unbind", "view", "_unsafe_view", "alias", "detach", "transpose", "t.",
-    "permute", "expand", "unsqueeze", "squeeze", "split", "as_strided", "lift", "_reshape_alias", "diagonal", "unfold",
-)  # fmt: skip
+NO_LAUNCH = ("empty", "new_empty")
 
 
 class Counts:
@@ -62,12 +61,10 @@ class Counts:
         def counted(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             result = run(function, args, kwargs)
             name = str(function).removeprefix("aten.")
-            leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
-            if any(isinstance(leaf, OnGpu) for leaf in leaves) and not name.startswith(NO_LAUNCH):
-                self.by_name[name] += 1
+            self.by_name[name] += _launches(name, (args, kwargs), result, OnGpu)
             return result
 
-        gpu.run = counted  # type: ignore[method-assign]
+        gpu.run = counted
 
     def measure(self, call: Callable[[], Any]) -> dict[str, Any]:
         """What ``call`` launches, and where it waits."""
@@ -80,6 +77,45 @@ class Counts:
             "launches": sum(self.by_name.values()) + kernels, "kernels": kernels, "waits": len(self.gpu.waits),
             "where": Counter(self.gpu.waits).most_common(), "operations": self.by_name.most_common(),
         }  # fmt: skip
+
+
+class _CountOnHost(TorchDispatchMode):
+    """Counts what operations in main memory would launch on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.count += _launches(str(function).removeprefix("aten."), (args, kwargs), result, torch.Tensor)
+        return result
+
+
+def _launches(name: str, given: Any, result: Any, kind: type[torch.Tensor]) -> bool:
+    """Whether an operation starts work: it is no view, and has a tensor of ``kind``."""
+    before, after = _places(given, kind), _places(result, kind)
+    changes = name.partition(".")[0].endswith("_") or not after <= before
+    return bool(before | after) and changes and not name.startswith(NO_LAUNCH)
+
+
+def _places(value: Any, kind: type[torch.Tensor]) -> set[int]:
+    """Where the memory of all tensors of ``kind`` begins."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, kind)]
+    held = [tensor.inner if isinstance(tensor, OnGpu) else tensor for tensor in tensors]
+    return {tensor.untyped_storage().data_ptr() for tensor in held}
+
+
+def decoding_step(model: Any, prompts: int) -> int:
+    """What a step of the model with its own cache launches: one token for each prompt."""
+    import transformers
+
+    kept = transformers.DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model.base_model(torch.ones(prompts, 5, dtype=torch.int64), past_key_values=kept, use_cache=True)
+        with _CountOnHost() as counts:
+            model.base_model(torch.ones(prompts, 1, dtype=torch.int64), past_key_values=kept, use_cache=True)
+    return counts.count
 
 
 def random_prompts(paragraphs: int, questions: int) -> list[Prompt]:
@@ -135,13 +171,16 @@ def main(
     results: dict[str, Any] = {}
     for count in map(int, paragraphs.split(",")):
         model = tiny_model("llama", num_hidden_layers=layers)
+        prompts = random_prompts(count, questions)
+        own = decoding_step(model, len(prompts)) / layers
         with pytest.MonkeyPatch.context() as patches, pretended_gpu(patches) as gpu:
-            found = stages(Counts(gpu), to_gpu(model), random_prompts(count, questions), tokens, batch_tokens)
-        results[str(count)] = found
-        click.echo(f"\n{count} paragraphs\n{'stage':<10} {'launches':>16} {'unit':>8} {'waits':>6}")
+            found = stages(Counts(gpu), to_gpu(model), prompts, tokens, batch_tokens)
+        results[str(count)] = found | {"own decoding": round(own, 1)}
+        click.echo(f"\n{count} paragraphs\n{'stage':<16} {'launches':>16} {'unit':>8} {'waits':>6}")
+        click.echo(f"{'own decoding':<16} {'':>16} {own:>8.1f}")
         for name, entry in found.items():
             click.echo(
-                f"{name:<10} {entry['launches']:>9} ({entry['kernels']:>4}) {entry['each']:>8} {entry['waits']:>6}"
+                f"{name:<16} {entry['launches']:>9} ({entry['kernels']:>4}) {entry['each']:>8} {entry['waits']:>6}"
             )
             if name == show:
                 for what, times in (*entry["operations"], *entry["where"]):
