@@ -75,7 +75,7 @@ class Counts:
         kernels = self.gpu.launches - before
         return {
             "launches": sum(self.by_name.values()) + kernels, "kernels": kernels, "waits": len(self.gpu.waits),
-            "where": Counter(self.gpu.waits).most_common(), "operations": self.by_name.most_common(),
+            "where": Counter(self.gpu.waits).most_common(), "operations": [(name, times) for name, times in self.by_name.most_common() if times],
         }  # fmt: skip
 
 

@@ -127,8 +127,10 @@ class Continuation:
         for start, part in zip(offsets, parts, strict=False):
             together[start : start + len(part)] = part
         uploaded = upload(torch.from_numpy(together), device)
-        tensors = [uploaded[start : start + len(part)] for start, part in zip(offsets, parts, strict=False)]
-        return cls(*tensors[:5], tensors[5].view(-1, 4), tensors[6], blocks)
+        places, own, since_, until_, all_, bounds_, visits_ = (
+            uploaded[start : start + len(part)] for start, part in zip(offsets, parts, strict=False)
+        )
+        return cls(places, own, since_, until_, all_, bounds_.view(-1, 4), visits_, blocks)
 
     def advance(self) -> None:
         """Moves every query on to the next token of its tail, in place. It must not be the last one."""

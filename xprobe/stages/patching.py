@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from xprobe_kernels.transfer import upload
 
 from xprobe.capture.edits import Edit, RandomStates, StatesOf
 from xprobe.capture.engine import Engine
@@ -181,7 +183,8 @@ def patch(engine: Engine, pairs: Sequence[Pair]) -> list[Line]:
                 answers.append(pair.answers)
                 requests.append(_patched(pair, kind, layer, index))
     rows = engine.capture(requests, last_layer=True)["last"][0]
-    measured = token_log_probabilities(rows[places], answers, engine.anatomy.head)
+    rows = rows[upload(torch.tensor(places), rows.device)]
+    measured = token_log_probabilities(rows, answers, engine.anatomy.head)
     values = iter([[round(value, 7) for value in both] for both in measured])
     lines = []
     for pair in pairs:
