@@ -73,9 +73,10 @@ class Counts:
         before = self.gpu.launches
         call()
         kernels = self.gpu.launches - before
+        named = [(name, times) for name, times in self.by_name.most_common() if times]
         return {
             "launches": sum(self.by_name.values()) + kernels, "kernels": kernels, "waits": len(self.gpu.waits),
-            "where": Counter(self.gpu.waits).most_common(), "operations": [(name, times) for name, times in self.by_name.most_common() if times],
+            "where": Counter(self.gpu.waits).most_common(), "operations": named,
         }  # fmt: skip
 
 

@@ -296,10 +296,10 @@ def compile_for(variant: Variant, target: str) -> Report:
 
 
 def _kernel(name: str) -> Any:
-    from xprobe_kernels import triton_attention, triton_capture, triton_continued
-    from xprobe_kernels import triton_lens, triton_rows, triton_top, workspace
+    from xprobe_kernels import triton_attention, triton_capture, triton_lens, triton_rows, triton_top, workspace
+    from xprobe_kernels import triton_continued as continued
 
-    modules = (triton_lens, triton_top, triton_rows, triton_capture, triton_attention, triton_continued, workspace)
+    modules = (triton_lens, triton_top, triton_rows, triton_capture, triton_attention, continued, workspace)
     for module in modules:
         if hasattr(module, name):
             return getattr(module, name)

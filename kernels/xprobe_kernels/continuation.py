@@ -3,8 +3,8 @@
 The tree's keys stay where its pass left them. Each continued sequence has a *tail*: a number of tokens of its own. All
 tokens get a *place*: their rank depth first, if every tail stood behind the token that it continues. A token then
 attends to a key exactly if ``since[key] <= place < until[key]``, with ``since`` the place of the key and ``until`` the
-end of the places that continue it. So one launch computes the attention on the tree and on the tails, without a mask and
-without copies of the tree's keys.
+end of the places that continue it. So one launch computes the attention on the tree and on the tails, without a mask
+and without copies of the tree's keys.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Continuation:
         """
         until, positions = np.asarray(until, dtype=np.int64), np.asarray(positions, dtype=np.int64)
         last, counts, rows = (np.asarray(part, dtype=np.int64) for part in (ends, lengths, queries))
-        if len(last) and not (-1 <= last.min() and last.max() < len(until)):
+        if len(last) and (last.min() < -1 or last.max() >= len(until)):
             raise ValueError(f"ends must be from -1 to {len(until) - 1}, got {last.min()} to {last.max()}")
         if len(rows) <= FEW:
             blocks = replace(blocks, queries=FEWEST)

@@ -48,7 +48,7 @@ def scores(
     s = s * LOG2E
     if MASKED:
         until = tl.load(until_ptr + j, mask=inside, other=0)
-        if HAS_SINCE:
+        if HAS_SINCE:  # noqa: SIM108 - a branch of constants: without it the pointer is None
             since = tl.load(since_ptr + j, mask=inside, other=0)
         else:
             since = j

@@ -1,4 +1,4 @@
-"""Tokens that continue a packed tree attend to the tree's tokens on their line and to their own tail, up to themselves."""
+"""Tokens that continue a packed tree attend to the tokens before them in the tree and in their own tail."""
 
 from __future__ import annotations
 

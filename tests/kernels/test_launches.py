@@ -31,8 +31,8 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 from xprobe_kernels import (
-    Unembedding, triton_attention, triton_capture, triton_continued, triton_lens, triton_readout, triton_rows, triton_top,
-    workspace,
+    Unembedding, triton_attention, triton_capture, triton_continued, triton_lens, triton_readout, triton_rows,
+    triton_top, workspace,
 )
 from xprobe_kernels.attention import Blocks, Reach
 from xprobe_kernels.continuation import Continuation

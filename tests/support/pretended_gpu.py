@@ -200,9 +200,8 @@ class Interpreted:
 def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
     """Inside, ``device="cuda"`` works; the kernels run in the interpreter."""
     global _CURRENT
-    from xprobe_kernels import (
-        transfer, triton_attention, triton_capture, triton_continued, triton_lens, triton_rows, workspace,
-    )  # fmt: skip
+    from xprobe_kernels import transfer, triton_attention, triton_capture, triton_lens, triton_rows, workspace
+    from xprobe_kernels import triton_continued as continued
 
     from xprobe.models.streaming.streamed import StreamedModel
 
@@ -214,7 +213,7 @@ def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
 
     with monkeypatch.context() as patch:
         for module, name in (
-            (triton_attention, "tree_attention_kernel"), (triton_continued, "continued_attention_kernel"),
+            (triton_attention, "tree_attention_kernel"), (continued, "continued_attention_kernel"),
             (triton_capture, "capture_kernel"),
             (triton_lens, "lens_kernel"), (triton_rows, "prepare_kernel"), (triton_rows, "merge_kernel"),
             (workspace, "row_kernel"),

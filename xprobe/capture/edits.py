@@ -181,7 +181,7 @@ def random_like(states: Tensor, seed: int) -> Tensor:
     >>> round(float(drawn.norm()), 4), bool((drawn == random_like(torch.tensor([[3.0, 4.0]]), seed=0)).all())
     (5.0, True)
     """
-    drawn = random_directions(*states.shape, seed).to(states.device)
+    drawn = random_directions(len(states), states.shape[1], seed).to(states.device)
     return (drawn * states.double().norm(dim=-1, keepdim=True)).to(states.dtype)
 
 

@@ -29,7 +29,7 @@ from xprobe.models.block_io import model_code_errors
 from xprobe.models.passes import pad
 
 ROWS = 4096  # most rows in one call of the lens
-# after so many tokens the host asks which answers have ended. On a GPU it would wait; on a CPU a token too many costs more
+# after so many tokens the host asks which answers have ended: on a GPU it waits, on a CPU tokens too many cost more
 CHECKED, CHECKED_ON_CPU = 4, 1
 
 
