@@ -21,7 +21,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ if __package__ in (None, ""):  # run as a script
 
 from support.families import tiny_model
 from support.pretended_gpu import OnGpu, PretendedGpu, pretended_gpu, to_gpu
-from support.prompts import family_of_prompts, pending, requests
+from support.prompts import different_prompts, pending, requests
 
 from xprobe.attribution.relevance import GradientRunner
 from xprobe.capture.engine import Engine
@@ -119,15 +118,6 @@ def decoding_step(model: Any, prompts: int) -> int:
     return counts.count
 
 
-def random_prompts(paragraphs: int, questions: int) -> list[Prompt]:
-    """Prompts of random tokens; every question has an id of its own."""
-    found = {(one.example.paragraph, one.example.question_id): one for one in family_of_prompts(paragraphs, questions)}
-    return [
-        replace(one, example=replace(one.example, question_id=f"{paragraph}-{question}"))
-        for (paragraph, question), one in found.items()
-    ]
-
-
 def stages(counts: Counts, model: Any, prompts: list[Prompt], tokens: int, batch_tokens: int) -> dict[str, Any]:
     """The counts of every stage."""
     anatomy = inspect(model)
@@ -172,7 +162,7 @@ def main(
     results: dict[str, Any] = {}
     for count in map(int, paragraphs.split(",")):
         model = tiny_model("llama", num_hidden_layers=layers)
-        prompts = random_prompts(count, questions)
+        prompts = different_prompts(count, questions)
         own = decoding_step(model, len(prompts)) / layers
         with pytest.MonkeyPatch.context() as patches, pretended_gpu(patches) as gpu:
             found = stages(Counts(gpu), to_gpu(model), prompts, tokens, batch_tokens)

@@ -224,6 +224,10 @@ def _run_behind(
 ) -> None:
     """Runs what lies behind the edits of ``some`` requests, whose first edits are at ``layer``."""
     device = input_device(model)
+    if layer == 0:
+        some = _changed_inputs(requests, some, base)
+        if not some:
+            return
     starts = [first_changed(requests[i]) for i in some]
     lengths = [len(requests[i].ids) - start for i, start in zip(some, starts, strict=True)]
     offsets = [0, *accumulate(lengths[:-1])]
@@ -294,6 +298,38 @@ def _run_behind(
         stack.enter_context(watch_states(anatomy.blocks, receive))
         stack.enter_context(packed_attention(model, attention))
         model.base_model(**inputs, use_cache=False)
+
+
+def _changed_inputs(requests: Sequence[Request], some: list[int], base: _Base) -> list[int]:
+    """``some`` without requests whose edits put the states of equal tokens in the place of their own at layer 0.
+
+    Nothing changes for these, and the pass over the tree has written their rows. Positions count: learned embeddings of
+    positions are part of the states.
+    """
+    pairs: list[tuple[int, int, int]] = []  # request, row of its own state, row of the state that it takes
+    kept = []
+    for i in some:
+        edits, ids = requests[i].edits, requests[i].ids
+        equal = all(
+            edit.layer == 0
+            and isinstance(edit.states, StatesOf)
+            and [ids[at] for at in edit.positions]
+            == [requests[edit.states.request].ids[at] for at in edit.states.positions]
+            for edit in edits
+        )
+        if not equal:
+            kept.append(i)
+            continue
+        for edit in edits:
+            assert isinstance(edit.states, StatesOf)
+            taken = base.rows(edit.states.request, edit.states.positions)
+            pairs += [(i, *both) for both in zip(base.rows(i, edit.positions), taken, strict=True)]
+    if not pairs:
+        return kept
+    own, others = (base.states(0, [pair[column] for pair in pairs]) for column in (1, 2))
+    changed = (own != others).any(-1).tolist()  # the only wait of a pass: equal tokens are rare at other layers
+    kept += {i for (i, _, _), differs in zip(pairs, changed, strict=True) if differs}
+    return [i for i in some if i in set(kept)]
 
 
 def _indices(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
