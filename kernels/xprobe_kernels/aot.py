@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from xprobe_kernels.attention import Blocks
 from xprobe_kernels.configs import ARCHITECTURES, CONFIGS, MAX_BLOCK_ROWS, PLAIN, Config
+from xprobe_kernels.continuation import FEWEST
 
 TARGETS = {  # backend, architecture, threads per warp
     "sm_80": ("cuda", 80, 32),
@@ -30,7 +31,7 @@ TARGETS = {  # backend, architecture, threads per warp
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-PRODUCTS = ("lens_kernel", "tiles_kernel", "tree_attention_kernel")
+PRODUCTS = ("lens_kernel", "tiles_kernel", "tree_attention_kernel", "continued_attention_kernel")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 # names of the matrix instructions in each target's assembly, best first
 MATRIX = {"ptx": ("wgmma.mma_async", "tcgen05.mma", "mma.sync"), "amdgcn": ("v_mfma",)}
@@ -223,6 +224,28 @@ def attention_variant(dtype: str, width: int, *, full: bool = False) -> Variant:
     return Variant("tree_attention_kernel", label, types, constants, blocks.warps, blocks.stages)
 
 
+def continued_variant(dtype: str, width: int, *, few: bool = True, full: bool = False) -> Variant:
+    """Attention of ``few`` or many tokens that continue a packed tree; the rest as for ``attention_variant``."""
+    chosen = Blocks.choose(ITEMSIZE[dtype], width)
+    blocks = replace(chosen, queries=FEWEST) if few else chosen
+    label = f"{dtype} {blocks.queries}x{blocks.keys}, heads of {width}{', window, cap, sinks' if full else ''}"
+    operand = f"*{dtype}"
+    types = {"query_ptr": operand, "query_head": "i32:16", "query_stride": "i32:16"}
+    for name in ("kept_key", "kept_value", "key", "value"):
+        types |= {f"{name}_ptr": operand, f"{name}_head": "i32:16", f"{name}_stride": "i32:16"}
+    types |= {
+        "sinks_ptr": operand, "out_ptr": operand, "places_ptr": "*i32", "query_positions_ptr": "*i32",
+        "since_ptr": "*i32", "until_ptr": "*i32", "positions_ptr": "*i32", "bounds_ptr": "*i32", "visits_ptr": "*i32",
+        "queries": "i32", "kept": "i32", "tokens": "i32", "heads": "i32:16", "width": "i32:16",
+        "value_width": "i32:16", "scale": "fp32", "window": "i32", "cap": "fp32",
+    }  # fmt: skip
+    constants = {
+        "GROUP": 4, "HAS_WINDOW": full, "HAS_CAP": full, "HAS_SINKS": full,
+        "BM": blocks.queries, "BN": blocks.keys, "BD": width, "BE": width,
+    }  # fmt: skip
+    return Variant("continued_attention_kernel", label, types, constants, blocks.warps, blocks.stages)
+
+
 def variants(target: str, every: bool = False) -> Iterator[Variant]:
     """The kernels that run on ``target``, for many and few rows. ``every``: also the candidates for tuning."""
     for dtype in ("bf16", "fp32"):
@@ -246,6 +269,12 @@ def variants(target: str, every: bool = False) -> Iterator[Variant]:
         yield attention_variant("bf16", width)
     yield attention_variant("bf16", 128, full=True)
     yield attention_variant("fp32", 128)
+    for width in (64, 128, 256):
+        yield continued_variant("bf16", width)
+    yield continued_variant("bf16", 128, few=False)
+    yield continued_variant("bf16", 128, full=True)
+    yield continued_variant("fp32", 64)
+    yield continued_variant("fp32", 128)
     if every:
         from xprobe_kernels.configs import candidates
 
@@ -281,8 +310,10 @@ def compile_for(variant: Variant, target: str) -> Report:
 
 def _kernel(name: str) -> Any:
     from xprobe_kernels import triton_attention, triton_capture, triton_lens, triton_rows, triton_top, workspace
+    from xprobe_kernels import triton_continued as continued
 
-    for module in (triton_lens, triton_top, triton_rows, triton_capture, triton_attention, workspace):
+    modules = (triton_lens, triton_top, triton_rows, triton_capture, triton_attention, continued, workspace)
+    for module in modules:
         if hasattr(module, name):
             return getattr(module, name)
     raise KeyError(name)
@@ -346,9 +377,9 @@ def _output(tool: Path, *arguments: str) -> str:
 
 def table(reports: list[Report]) -> str:
     """The reports as text."""
-    lines = [f"{'target':<8}{'kernel':<22}{'variant':<52}{'regs':>5}{'spilled':>9}{'in loop':>9}{'shared':>9}  matrix"]
+    lines = [f"{'target':<8}{'kernel':<28}{'variant':<52}{'regs':>5}{'spilled':>9}{'in loop':>9}{'shared':>9}  matrix"]
     for report in reports:
-        head = f"{report.target:<8}{report.kernel:<22}{report.label:<52}"
+        head = f"{report.target:<8}{report.kernel:<28}{report.label:<52}"
         if report.error:
             lines.append(f"{head}  FAILED: {report.error}")
             continue

@@ -19,15 +19,20 @@ def scores(
     key_ptr,
     key_stride,
     i,  # [BM] queries
+    places,  # [BM] of the queries
     j,  # [BN] keys
-    tokens,
+    queries,  # how many there are
+    tokens,  # of the keys
     width,
+    since_ptr,
     until_ptr,
+    query_positions_ptr,
     positions_ptr,
     scale,
     window,
     cap,
     MASKED: tl.constexpr,
+    HAS_SINCE: tl.constexpr,  # otherwise a key's place is j
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BD: tl.constexpr,
@@ -43,9 +48,13 @@ def scores(
     s = s * LOG2E
     if MASKED:
         until = tl.load(until_ptr + j, mask=inside, other=0)
-        seen = (j[None, :] <= i[:, None]) & (i[:, None] < until[None, :])
+        if HAS_SINCE:  # noqa: SIM108 - a branch of constants: without it the pointer is None
+            since = tl.load(since_ptr + j, mask=inside, other=0)
+        else:
+            since = j
+        seen = (since[None, :] <= places[:, None]) & (places[:, None] < until[None, :])
         if HAS_WINDOW:
-            query_position = tl.load(positions_ptr + i, mask=i < tokens, other=0)
+            query_position = tl.load(query_positions_ptr + i, mask=i < queries, other=0)
             key_position = tl.load(positions_ptr + j, mask=inside, other=0)
             seen = seen & (query_position[:, None] - key_position[None, :] < window)
         s = tl.where(seen, s, -INFINITY)
@@ -132,15 +141,15 @@ def tree_attention_kernel(
     for visit in range(first, masked):
         j = tl.load(visits_ptr + visit) * BN + tl.arange(0, BN)
         s = scores(
-            q, keys, key_stride, i, j, tokens, width, until_ptr, positions_ptr, scale, window, cap,
-            HAS_WINDOW, HAS_WINDOW, HAS_CAP, BD,
+            q, keys, key_stride, i, i, j, tokens, tokens, width, None, until_ptr, positions_ptr, positions_ptr,
+            scale, window, cap, HAS_WINDOW, False, HAS_WINDOW, HAS_CAP, BD,
         )  # fmt: skip
         peak, total, sums = add_block(s, values, value_stride, j, tokens, value_width, peak, total, sums, BE)
     for visit in range(masked, last):
         j = tl.load(visits_ptr + visit) * BN + tl.arange(0, BN)
         s = scores(
-            q, keys, key_stride, i, j, tokens, width, until_ptr, positions_ptr, scale, window, cap,
-            True, HAS_WINDOW, HAS_CAP, BD,
+            q, keys, key_stride, i, i, j, tokens, tokens, width, None, until_ptr, positions_ptr, positions_ptr,
+            scale, window, cap, True, False, HAS_WINDOW, HAS_CAP, BD,
         )  # fmt: skip
         peak, total, sums = add_block(s, values, value_stride, j, tokens, value_width, peak, total, sums, BE)
     total = tl.where(total > 0, total, 1.0)  # queries past the end attend to no key

@@ -31,9 +31,11 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 from xprobe_kernels import (
-    Unembedding, triton_attention, triton_capture, triton_lens, triton_readout, triton_rows, triton_top, workspace,
+    Unembedding, triton_attention, triton_capture, triton_continued, triton_lens, triton_readout, triton_rows,
+    triton_top, workspace,
 )
 from xprobe_kernels.attention import Blocks, Reach
+from xprobe_kernels.continuation import Continuation
 from xprobe_kernels.request import LensRequest
 
 found = []
@@ -53,6 +55,7 @@ for module, name in (
     (triton_attention, "tree_attention_kernel"), (triton_capture, "capture_kernel"), (triton_lens, "lens_kernel"),
     (triton_rows, "prepare_kernel"), (triton_rows, "merge_kernel"), (workspace, "row_kernel"),
     (triton_top, "select_kernel"), (triton_top, "order_kernel"), (triton_top, "tiles_kernel"),
+    (triton_continued, "continued_attention_kernel"),
 ):
     setattr(module, name, Compiled(getattr(module, name)))
 triton_lens.device_limits = triton_readout.device_limits = lambda device: ("sm_90", 132)
@@ -80,11 +83,25 @@ for dtype, width, vocabulary, lookups, options in (
         reach = Reach.from_tree(np.full(tokens, tokens), np.arange(tokens), blocks, cpu)
         triton_attention.attend(query, key, key, reach, 0.1, None, None, None)
         triton_attention.attend(query, key, key, reach, 0.1, 7, 3.0, torch.zeros(heads))
+    for tails, most in ((1, 1), (5, 8)):  # in a step of generation, n queries of n tails
+        places = Continuation.from_tree(
+            np.full(30, 30), np.arange(30), [29] * tails, [most] * tails, [i * most for i in range(tails)], blocks, cpu
+        )
+        query = torch.randn(tails, 4, 64).to(dtype).transpose(0, 1)
+        kept, own = torch.randn(30, 2, 64).to(dtype).transpose(0, 1), torch.randn(2, tails * most, 64).to(dtype)
+        triton_continued.attend(query, (kept, kept), (own, own), places, 0.1, None, None, None)
+        triton_continued.attend(query, (kept, kept), (own, own), places, 0.1, 7, 3.0, torch.zeros(4))
 
 kinds = len(found)
 for tokens in range(64, 73):  # a tree of any length: nothing new is compiled
     reach = Reach.from_tree(np.arange(1, tokens + 1), np.zeros(tokens, dtype=int), Blocks.choose(4, 64), cpu)
     assert all(part.data_ptr() % 16 == 0 for part in (reach.until, reach.positions, reach.bounds, reach.visits))
+    ends, slots = [tokens // 2, tokens - 1, tokens - 1], [0, tokens, 2 * tokens]
+    places = Continuation.from_tree(
+        np.arange(1, tokens + 1), np.zeros(tokens, dtype=int), ends, [tokens] * 3, slots, Blocks.choose(4, 64), cpu
+    )
+    parts = (places.places, places.query_positions, places.since, places.until, places.positions, places.bounds)
+    assert all(part.data_ptr() % 16 == 0 for part in (*parts, places.visits))
 json.dump(found[:kinds], sys.stdout)
 """
 
@@ -105,5 +122,5 @@ def test_every_kernel_passes_what_a_launch_checks_and_compiles(tmp_path) -> None
     found = json.loads(done.stdout)
     assert set(found) == {
         *("lens_kernel", "prepare_kernel", "merge_kernel", "select_kernel", "order_kernel", "tiles_kernel"),
-        *("row_kernel", "capture_kernel", "tree_attention_kernel"),
+        *("row_kernel", "capture_kernel", "tree_attention_kernel", "continued_attention_kernel"),
     }

@@ -74,13 +74,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = {name: family for name, family in FAMILIES.items() if family[0] in CONFIG_MAPPING_NAMES}
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of a family, with norms, biases and every other parameter moved away from its neutral value."""
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
+    """A random model of a family, with norms, biases and every other parameter moved away from its neutral value.
+
+    ``sizes`` replace entries of its configuration.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     model_type, options = FAMILIES[family]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**options, **sizes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.1))

@@ -55,6 +55,10 @@ class OnGpu(torch.Tensor):
         self.inner = inner
         return self
 
+    def tolist(self) -> Any:
+        """Through main memory: torch refuses it for its subclasses."""
+        return self.cpu().tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert _CURRENT is not None, "a pretended GPU is used outside of its context"
@@ -141,6 +145,10 @@ class PretendedGpu(TorchDispatchMode):
             found: Any = torch.mm(plain[0].float(), plain[1].float())
         elif name == "mm.dtype_out":
             found = torch.mm(plain[0].float(), plain[1].float(), out=named["out"])
+        elif name.startswith("_scaled_dot_product_efficient_attention."):  # nor this
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *plain[:3], *plain[5:], scale=named["scale"]
+            )
         else:
             found = func(*plain, **named)
         if not (there or to_gpu):
@@ -193,6 +201,7 @@ def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
     """Inside, ``device="cuda"`` works; the kernels run in the interpreter."""
     global _CURRENT
     from xprobe_kernels import transfer, triton_attention, triton_capture, triton_lens, triton_rows, workspace
+    from xprobe_kernels import triton_continued as continued
 
     from xprobe.models.streaming.streamed import StreamedModel
 
@@ -204,7 +213,8 @@ def pretended_gpu(monkeypatch: Any) -> Iterator[PretendedGpu]:
 
     with monkeypatch.context() as patch:
         for module, name in (
-            (triton_attention, "tree_attention_kernel"), (triton_capture, "capture_kernel"),
+            (triton_attention, "tree_attention_kernel"), (continued, "continued_attention_kernel"),
+            (triton_capture, "capture_kernel"),
             (triton_lens, "lens_kernel"), (triton_rows, "prepare_kernel"), (triton_rows, "merge_kernel"),
             (workspace, "row_kernel"),
         ):  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -53,6 +54,19 @@ def family_of_prompts(groups: int = 2, each: int = 4, seed: int = 0, vocab: int 
             prompts.append(of_ids(ids + answer, len(ids), (start, stop), group, number))
         prompts.append(prompts[-1])
     return prompts
+
+
+def different_prompts(groups: int = 2, each: int = 4) -> list[Prompt]:
+    """``family_of_prompts`` without equal ones, with ids that tell them apart, and with the same two last tokens."""
+    found = {(one.example.paragraph, one.example.question_id): one for one in family_of_prompts(groups, each)}
+    return [
+        replace(
+            one,
+            ids=(*one.ids[: one.length - 2], 7, 8, *one.targets),
+            example=replace(one.example, question_id="-".join(key)),
+        )
+        for key, one in found.items()
+    ]
 
 
 def requests(prompts) -> list[Request]:

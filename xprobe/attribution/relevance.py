@@ -39,7 +39,8 @@ from xprobe.models.passes import frozen, pad
 
 # most bytes of the graphs of blocks, by device; blocks beyond run again in the backward pass
 KEPT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
-SHARE = 8  # a batch has at most this part of the tokens of a pass, because its graphs are kept
+# by device, a batch has at most this part of the tokens of a pass, because its graphs are kept
+SHARE = {"cpu": 8, "cuda": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,8 @@ class GradientRunner:
     rule, attributed : str
         As for ``relevance``.
     batch_tokens : int
-        Most tokens of one forward pass of the study. A batch with gradients has an eighth of them, or one text.
+        Most tokens of one forward pass of the study. A batch with gradients has a part of them (``SHARE``), or one
+        text.
     notify : callable (message), optional
         Called with each warning.
 
@@ -151,7 +153,7 @@ class GradientRunner:
             raise UsageError("relevance needs the whole model in one process: leave tensor_parallel")
         settings = RelevanceSettings(rule, attributed)
         self.model, self.anatomy, self.rule, self.attributed = model, anatomy, settings.rule, settings.attributed
-        self.batch_tokens = max(1, batch_tokens // SHARE)
+        self.batch_tokens = max(1, batch_tokens // SHARE.get(input_device(model).type, SHARE["cpu"]))
         self.warn = Warnings(notify)
         self._parts = None if rule == "gradient" else known_parts(model, anatomy)
 
@@ -270,16 +272,22 @@ def _attributed(
 ) -> Tensor:
     """y of each text [B], from the states [B, T, D] of the last layer."""
     device = head.weight.device
-    found = []
-    for row, (prompt, answer) in enumerate(texts):
-        states = top[row, len(prompt) - 1 : len(prompt) + len(answer) - 1].to(device)
-        normed = states if head.norm == "none" else _normed(states, head, rule)
-        targets = upload(torch.tensor(list(answer)), device)
-        if attributed == "logit":
-            found.append(_logits(normed, head, rule, targets).sum())
-        else:
-            found.append(_logits(normed, head, rule, None).log_softmax(-1).gather(1, targets[:, None]).sum())
-    return torch.stack(found)
+    rows = [row for row, (_, answer) in enumerate(texts) for _ in answer]
+    places = [len(prompt) - 1 + step for prompt, answer in texts for step in range(len(answer))]
+    states = top[upload(torch.tensor(rows), top.device), upload(torch.tensor(places), top.device)].to(device)
+    normed = states if head.norm == "none" else _normed(states, head, rule)  # of all answer tokens [n, D]
+    targets = upload(torch.tensor([token for _, answer in texts for token in answer]), device)
+    lengths = [len(answer) for _, answer in texts]
+    if attributed == "logit":
+        values = _logits(normed, head, rule, targets)
+    else:  # text by text: the logits of all tokens are large
+        every = zip(normed.split(lengths), targets.split(lengths), strict=True)
+        values = torch.cat(
+            [_logits(own, head, rule, None).log_softmax(-1).gather(1, ids[:, None])[:, 0] for own, ids in every]
+        )
+    numbers = iter(range(len(values)))
+    table = [[next(numbers) for _ in range(own)] + [len(values)] * (max(lengths) - own) for own in lengths]
+    return torch.cat([values, values.new_zeros(1)])[upload(torch.tensor(table), device)].sum(1)
 
 
 def _normed(states: Tensor, head: Unembedding, rule: str) -> Tensor:

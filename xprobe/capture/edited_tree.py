@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from xprobe_kernels.attention import serves
+from xprobe_kernels.continuation import Continuation, continued_attention
+from xprobe_kernels.reach import Blocks
 from xprobe_kernels.transfer import upload
 
 from xprobe.capture.edited import change_states, with_sources
-from xprobe.capture.edits import Edit, StatesOf, random_like
+from xprobe.capture.edits import Edit, RandomStates, StatesOf, random_directions
 from xprobe.capture.passes import MULTIPLE
 from xprobe.capture.requests import Mean, Request
 from xprobe.capture.rows import Receiver, Rows
 from xprobe.capture.tree import Segment, Tree, make_tree
-from xprobe.capture.tree_attention import Layout, NotShareable, Rule, packed_attention, within_segments
+from xprobe.capture.tree_attention import Layout, NotShareable, Rule, ends_below, packed_attention, within_segments
 from xprobe.capture.tree_decoding import Part, PlacedPart, group_heads, merge_parts, parts_of
 from xprobe.models.anatomy import Anatomy, input_device, watch_states
 from xprobe.models.block_io import hidden_input, hidden_output, with_hidden_output
@@ -65,7 +68,7 @@ def run_on_tree(
     most_tokens : int
         Most tokens in a pass over what lies behind edits; a request may exceed it.
     kernel : bool
-        Whether the pass over the tree may use the attention kernel.
+        Whether the attention kernels may be used.
 
     Raises
     ------
@@ -78,7 +81,8 @@ def run_on_tree(
         if requests[i].edits:
             by_layer.setdefault(min(edit.layer for edit in requests[i].edits), []).append(i)
     for layer in sorted(by_layer):
-        for some in _chunks(requests, by_layer[layer], most_tokens):
+        members = sorted(by_layer[layer], key=lambda i: base.end(i, first_changed(requests[i])))
+        for some in _chunks(requests, members, most_tokens):
             _run_behind(model, anatomy, requests, some, layer, base, into)
 
 
@@ -101,6 +105,7 @@ class _Base:
         device = input_device(model)
         members = with_sources(requests, part)
         self.path = {i: row for row, i in enumerate(members)}
+        self.kernel = kernel
         self._ends = {i: len(requests[i].ids) for i in members}
         self.tree = make_tree([requests[i].ids for i in members])
         padded = self.tree.padded(MULTIPLE)
@@ -108,6 +113,9 @@ class _Base:
         self.attention_calls: list[int] = []
         self.returned: list[Any] = []  # what each block returns besides its hidden state
         self._parts: dict[tuple[tuple[int, int], ...], list[Part]] = {}
+        self._below = ends_below(padded)
+        self._continuations: dict[Any, Continuation] = {}
+        self._directions: dict[tuple[tuple[int, int], ...], Tensor] = {}
         needed = sorted(self._needed(requests, part))
         self._index = {token: row for row, token in enumerate(needed)}
         wanted = upload(torch.tensor(needed, dtype=torch.int64), device)
@@ -155,6 +163,29 @@ class _Base:
         """Where ``states`` holds the states of a request."""
         return [self._index[self.tree.index(self.path[i], position)] for position in positions]
 
+    def end(self, i: int, start: int) -> int:
+        """The token of the tree before position ``start`` of a request; -1 if there is none."""
+        return self.tree.index(self.path[i], start - 1) if start else -1
+
+    def continuation(
+        self, ends: tuple[tuple[int, int], ...], lengths: Sequence[int], blocks: Blocks, device: torch.device
+    ) -> Continuation:
+        """What tokens behind edits attend to: ``lengths[k]`` of them from each (sequence, position) on."""
+        key = ends, blocks, device
+        if key not in self._continuations:
+            last = [self.tree.index(path, start - 1) if start else -1 for path, start in ends]
+            self._continuations[key] = Continuation.from_tree(
+                *self._below, last, lengths, range(sum(lengths)), blocks, device
+            )
+        return self._continuations[key]
+
+    def directions(self, seeds: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
+        """Random directions [n, D] in fp64 for (seed, how many), one after the other, on the device of ``like``."""
+        if seeds not in self._directions:
+            drawn = [random_directions(count, like.shape[-1], seed) for seed, count in seeds]
+            self._directions[seeds] = upload(torch.cat(drawn), like.device)
+        return self._directions[seeds].to(like.device)
+
     def states(self, layer: int, rows: Sequence[int]) -> Tensor:
         """States of a layer without edits [n, D]."""
         held = self._states[layer]
@@ -193,6 +224,10 @@ def _run_behind(
 ) -> None:
     """Runs what lies behind the edits of ``some`` requests, whose first edits are at ``layer``."""
     device = input_device(model)
+    if layer == 0:
+        some = _changed_inputs(requests, some, base)
+        if not some:
+            return
     starts = [first_changed(requests[i]) for i in some]
     lengths = [len(requests[i].ids) - start for i, start in zip(some, starts, strict=True)]
     offsets = [0, *accumulate(lengths[:-1])]
@@ -210,14 +245,17 @@ def _run_behind(
         own = hidden.clone()
         taken = [(rows, edit.states) for rows, _, edit in edits[at] if isinstance(edit.states, StatesOf)]
         if taken:  # all in one product of indices
-            where = upload(torch.tensor([row for rows, _ in taken for row in rows]), own.device)
             held = [row for _, source in taken for row in base.rows(source.request, source.positions)]
-            own[where] = base.states(at, held).to(own)
+            own[_indices([rows for rows, _ in taken], own.device)] = base.states(at, held).to(own)
+        drawn = [(rows, edit.states) for rows, _, edit in edits[at] if isinstance(edit.states, RandomStates)]
+        if drawn:
+            where = _indices([rows for rows, _ in drawn], own.device)
+            directions = base.directions(tuple((states.seed, len(rows)) for rows, states in drawn), own)
+            own[where] = (directions * hidden[where].double().norm(dim=-1, keepdim=True)).to(own)
         for rows, _, edit in edits[at]:
             if isinstance(edit.states, Tensor):
-                own[rows] = edit.states.to(own)
-            elif not isinstance(edit.states, StatesOf):
-                own[rows] = random_like(hidden[rows], edit.states.seed)
+                states = edit.states if edit.states.device.type != "cpu" else upload(edit.states, own.device)
+                own[_indices([rows], own.device)] = states.to(own)
         return own
 
     def locate(row: int, start: int, stop: int) -> list[tuple[int, int, int]]:
@@ -262,6 +300,43 @@ def _run_behind(
         model.base_model(**inputs, use_cache=False)
 
 
+def _changed_inputs(requests: Sequence[Request], some: list[int], base: _Base) -> list[int]:
+    """``some`` without requests whose edits put the states of equal tokens in the place of their own at layer 0.
+
+    Nothing changes for these, and the pass over the tree has written their rows. Positions count: learned embeddings of
+    positions are part of the states.
+    """
+    pairs: list[tuple[int, int, int]] = []  # request, row of its own state, row of the state that it takes
+    kept = []
+    for i in some:
+        edits, ids = requests[i].edits, requests[i].ids
+        equal = all(
+            edit.layer == 0
+            and isinstance(edit.states, StatesOf)
+            and [ids[at] for at in edit.positions]
+            == [requests[edit.states.request].ids[at] for at in edit.states.positions]
+            for edit in edits
+        )
+        if not equal:
+            kept.append(i)
+            continue
+        for edit in edits:
+            assert isinstance(edit.states, StatesOf)
+            taken = base.rows(edit.states.request, edit.states.positions)
+            pairs += [(i, *both) for both in zip(base.rows(i, edit.positions), taken, strict=True)]
+    if not pairs:
+        return kept
+    own, others = (base.states(0, [pair[column] for pair in pairs]) for column in (1, 2))
+    changed = (own != others).any(-1).tolist()  # the only wait of a pass: equal tokens are rare at other layers
+    kept += {i for (i, _, _), differs in zip(pairs, changed, strict=True) if differs}
+    return [i for i in some if i in set(kept)]
+
+
+def _indices(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Indices, one list after the other, on a device. A list as an index would make the host wait for it."""
+    return upload(torch.tensor([row for some in rows for row in some], dtype=torch.int64), device)
+
+
 @contextmanager
 def _skipped(block: nn.Module, returned: Any) -> Iterator[None]:
     """A block that hands its input on. ``returned``: what it returned in another pass."""
@@ -288,7 +363,7 @@ class _Behind:
     def __init__(
         self, base: _Base, ends: tuple[tuple[int, int], ...], lengths: Sequence[int], positions: Sequence[int]
     ) -> None:
-        self._base, self._furthest = base, max(positions)
+        self._base, self._furthest, self._lengths = base, max(positions), tuple(lengths)
         self._host_positions = torch.tensor(positions)
         starts = [0, *accumulate(lengths[:-1])]
         self._segments = tuple(
@@ -324,6 +399,14 @@ class _Behind:
         self._call += 1
         if kept[0].shape[1] != key.shape[1] or query.shape[2] != len(self._host_positions):
             raise NotShareable("other keys or tokens than in the pass before")
+        if self._base.kernel and serves(query[0], key[0], value[0]):
+            blocks = Blocks.choose(query.dtype.itemsize, max(query.shape[-1], value.shape[-1]))
+            found = continued_attention(
+                query[0], (kept[0][0], kept[1][0]), (key[0], value[0]),
+                self._base.continuation(self._ends, self._lengths, blocks, query.device),
+                scale=rule.scale, window=rule.window, softcap=rule.softcap, sinks=sinks,
+            )  # fmt: skip
+            return found[None]
         layout, positions, parts = self._on(query.device)
         groups = key.shape[1]
         out, norms = within_segments(layout.batches, query, key, value, rule)  # [H, n, d], [H, n]

@@ -181,7 +181,11 @@ def random_like(states: Tensor, seed: int) -> Tensor:
     >>> round(float(drawn.norm()), 4), bool((drawn == random_like(torch.tensor([[3.0, 4.0]]), seed=0)).all())
     (5.0, True)
     """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(states.shape, generator=generator, dtype=torch.float64).to(states.device)
-    norms = states.double().norm(dim=-1, keepdim=True)
-    return (drawn / drawn.norm(dim=-1, keepdim=True) * norms).to(states.dtype)
+    drawn = random_directions(len(states), states.shape[1], seed).to(states.device)
+    return (drawn * states.double().norm(dim=-1, keepdim=True)).to(states.dtype)
+
+
+def random_directions(count: int, width: int, seed: int) -> Tensor:
+    """Random directions [count, width] of length 1 in fp64, in main memory: those of ``random_like``."""
+    drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn / drawn.norm(dim=-1, keepdim=True)

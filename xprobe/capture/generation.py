@@ -16,8 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from xprobe_kernels import Unembedding, lens
-from xprobe_kernels.transfer import upload
+from xprobe_kernels.attention import serves
+from xprobe_kernels.transfer import HostCopy, upload
 
+from xprobe.capture.kernel_decoding import KernelDecoding
 from xprobe.capture.products import fast_products
 from xprobe.capture.tree import make_tree
 from xprobe.capture.tree_attention import Layout, packed_attention
@@ -27,6 +29,8 @@ from xprobe.models.block_io import model_code_errors
 from xprobe.models.passes import pad
 
 ROWS = 4096  # most rows in one call of the lens
+# after so many tokens the host asks which answers have ended: on a GPU it waits, on a CPU tokens too many cost more
+CHECKED, CHECKED_ON_CPU = 4, 1
 
 
 @dataclass(frozen=True)
@@ -90,31 +94,84 @@ def generate_on_tree(
     tree = make_tree(prompts)
     layout = Layout(tree, device, kernel, kept=[])
     ends = [tree.index(i, len(prompt) - 1) for i, prompt in enumerate(prompts)]
-    ids: list[list[int]] = [[] for _ in prompts]
-    log_probabilities: list[list[float]] = [[] for _ in prompts]
+    answers = _Answers(limits, stop, CHECKED_ON_CPU if device.type == "cpu" else CHECKED)
     with torch.inference_mode(), fast_products(model), model_code_errors(model):
         inputs = {"input_ids": upload(torch.tensor([tree.ids]), device), "position_ids": layout.positions[None]}
         with packed_attention(model, layout):
             rows = _last_rows(model, anatomy, inputs)[0]
         rows = rows[upload(torch.tensor(ends), rows.device)]
-        decoding = Decoding(tree, layout.kept or [], list(map(len, prompts)), max(limits))
-        live = list(range(len(prompts)))
-        while True:
-            tokens, values = _most_probable(rows, head)
-            for i, token, value in zip(live, tokens, values, strict=True):
-                ids[i].append(token)
-                log_probabilities[i].append(value)
-            live = [i for i in live if ids[i][-1] not in stop and len(ids[i]) < limits[i]]
-            if not live:
-                break
-            positions = decoding.start_step(live)
-            inputs = {
-                "input_ids": upload(torch.tensor([[ids[i][-1] for i in live]]), device),
-                "position_ids": upload(positions[None], device),
-            }
+        kept, lengths = layout.kept or [], list(map(len, prompts))
+        on_kernel = kernel and all(serves(key[0], key[0], value[0]) for key, value in kept)
+        decoding = (KernelDecoding if on_kernel else Decoding)(tree, kept, lengths, max(limits))
+        while (tokens := answers.add(*_most_probable(rows, head))) is not None:
+            inputs = {"position_ids": decoding.start_step(answers.live, device)[None], "input_ids": tokens[None]}
             with packed_attention(model, decoding):
-                rows = _last_rows(model, anatomy, inputs)[0]
-    return [Generated.from_tokens(*answer, stop) for answer in zip(ids, log_probabilities, strict=True)]
+                rows = _last_rows(model, anatomy, {name: tensor.to(device) for name, tensor in inputs.items()})[0]
+    return answers.finished()
+
+
+class _Answers:
+    """The tokens of every prompt so far. The host looks at them after every ``checked`` tokens, and waits only then.
+
+    Parameters
+    ----------
+    limits : sequence of int
+        Most tokens of each prompt; none gets more, whatever ``checked`` is.
+    stop : collection of int
+    checked : int
+
+    Attributes
+    ----------
+    live : list of int
+        The prompts that go on, by index.
+
+    Examples
+    --------
+    >>> answers = _Answers([3, 1], {7}, checked=4)
+    >>> answers.add(torch.tensor([5, 6]), torch.tensor([-0.5, -0.25]))
+    tensor([5])
+    >>> answers.live, answers.add(torch.tensor([8]), torch.tensor([-0.125]))
+    ([0], tensor([8]))
+    >>> answers.add(torch.tensor([7]), torch.tensor([-1.0])) is None
+    True
+    >>> [answer.ids for answer in answers.finished()]
+    [(5, 8), (6,)]
+    """
+
+    def __init__(self, limits: Sequence[int], stop: Collection[int], checked: int) -> None:
+        self._limits, self._stop, self._checked = limits, frozenset(stop), checked
+        self.live = list(range(len(limits)))
+        self._ids: list[list[int]] = [[] for _ in limits]
+        self._values: list[list[float]] = [[] for _ in limits]
+        self._unseen: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, tokens: Tensor, values: Tensor) -> Tensor | None:
+        """Adds a token and its log-probability for each live prompt [n]. Returns the tokens of those that go on."""
+        self._unseen.append((tokens, values))
+        room = min(self._limits[i] - len(self._ids[i]) for i in self.live)
+        if len(self._unseen) < min(self._checked, room):
+            return tokens
+        columns = HostCopy({"ids": torch.stack([t for t, _ in self._unseen], 1),
+                            "values": torch.stack([v for _, v in self._unseen], 1)}).wait()  # fmt: skip
+        self._unseen = []
+        for i, new, likely in zip(self.live, columns["ids"].tolist(), columns["values"].tolist(), strict=True):
+            self._ids[i] += new
+            self._values[i] += likely
+        goes_on = [
+            row
+            for row, (i, new) in enumerate(zip(self.live, columns["ids"].tolist(), strict=True))
+            if len(self._ids[i]) < self._limits[i] and self._stop.isdisjoint(new)
+        ]
+        if not goes_on:
+            return None
+        if len(goes_on) < len(self.live):
+            self.live = [self.live[row] for row in goes_on]
+            tokens = tokens[upload(torch.tensor(goes_on), tokens.device)]
+        return tokens
+
+    def finished(self) -> list[Generated]:
+        """The answer after each prompt."""
+        return [Generated.from_tokens(*one, self._stop) for one in zip(self._ids, self._values, strict=True)]
 
 
 def generate_in_batches(
@@ -177,12 +234,12 @@ def _last_rows(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> Tenso
     return last[-1]
 
 
-def _most_probable(rows: Tensor, head: Unembedding) -> tuple[list[int], list[float]]:
-    """The most probable tokens after the rows [n, D], and their log-probabilities."""
+def _most_probable(rows: Tensor, head: Unembedding) -> tuple[Tensor, Tensor]:
+    """The most probable tokens [n] after the rows [n, D], and their log-probabilities [n]."""
     rows = rows.to(head.weight.device)
     readout = lens(rows, head, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), top_k=1, check=False)
     ids, logits = cast(Tensor, readout.top_ids), cast(Tensor, readout.top_logits)
-    return ids[:, 0].tolist(), (logits[:, 0] - readout.logsumexp).tolist()
+    return ids[:, 0], logits[:, 0] - readout.logsumexp
 
 
 def log_probabilities(rows: Tensor, targets: Sequence[int], head: Unembedding) -> list[float]:

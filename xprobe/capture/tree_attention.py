@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from xprobe_kernels.attention import Blocks, Reach, serves, tree_attention
 from xprobe_kernels.transfer import upload
@@ -100,9 +101,7 @@ class Layout:
     def reach(self, blocks: Blocks) -> Reach:
         """The tree in the form that the kernel takes."""
         if blocks not in self._reaches:
-            segments = self.tree.segments
-            until = np.repeat([s.end for s in segments], [s.length for s in segments])
-            self._reaches[blocks] = Reach.from_tree(until, np.array(self.tree.positions), blocks, self.device)
+            self._reaches[blocks] = Reach.from_tree(*ends_below(self.tree), blocks, self.device)
         return self._reaches[blocks]
 
     def on(self, device: torch.device) -> Layout:
@@ -145,6 +144,18 @@ class Layout:
         if sinks is not None:
             out *= torch.sigmoid(norms - sinks.to(wide)[:, None])[..., None]
         return out.to(query.dtype).transpose(0, 1)[None].contiguous()
+
+
+def ends_below(tree: Tree) -> tuple[NDArray, NDArray]:
+    """For each token of a tree, the end of the tokens that continue it; and the tokens' positions: [N], [N].
+
+    Examples
+    --------
+    >>> from xprobe.capture.tree import make_tree
+    >>> [part.tolist() for part in ends_below(make_tree([(5, 6, 7, 8), (5, 6, 7, 9)], node_cost=1))]
+    [[5, 5, 5, 4, 5], [0, 1, 2, 3, 3]]
+    """
+    return np.repeat([s.end for s in tree.segments], [s.length for s in tree.segments]), np.array(tree.positions)
 
 
 def within_segments(

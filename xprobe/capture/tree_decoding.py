@@ -164,8 +164,8 @@ class Decoding:
         self._step = self._layer = -1
         self._placed = cache(self._place)
 
-    def start_step(self, live: Sequence[int]) -> Tensor:
-        """Begins a pass over the next token of the prompts ``live``. Returns the tokens' positions [n].
+    def start_step(self, live: Sequence[int], device: torch.device) -> Tensor:
+        """Begins a pass over the next token of the prompts ``live``. Returns the tokens' positions [n] on ``device``.
 
         A prompt that was left out once has no further tokens.
         """
@@ -173,7 +173,7 @@ class Decoding:
         if list(live) != self._live:
             self._live = list(live)
             self._placed = cache(self._place)
-        return self._lengths[self._live] + self._step
+        return upload(self._lengths[self._live] + self._step, device)
 
     def _place(self, device: torch.device) -> tuple[Tensor, list[PlacedPart]]:
         """The live prompts on a device; of each part its live members, its positions and its mask."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from xprobe_kernels.transfer import upload
 
 from xprobe.capture.edits import Edit, RandomStates, StatesOf
 from xprobe.capture.engine import Engine
@@ -37,7 +39,8 @@ NAME = "patching"
 LINES, TABLE, BY_LAYER = "patching.jsonl", "patching.parquet", "patching_by_layer.parquet"
 DEFINITION = 1  # raised when lines hold other figures
 PLANNED = "planned"
-WAVE = 4  # contexts whose pairs run together; then their lines are written
+WAVE = 4  # on a CPU, contexts whose pairs run together; then their lines are written
+WAVE_ON_GPU = 16  # larger products, and fewer launches for each pair
 Line = dict[str, Any]
 PairKey = tuple[ExampleKey, ExampleKey]
 _RunKey = tuple[ExampleKey, tuple[int, ...]]  # a prompt, and the answer tokens that it is given
@@ -132,7 +135,8 @@ def _compute_missing(
         runner.choose_strategy(strategy_sample([study_request(prompt) for prompt in prompts]))
     have = kept.read().keys()
     contexts = [list(own) for _, own in groupby(pairs, key=lambda pair: pair.own.example.group)]
-    waves = [list(chain.from_iterable(contexts[at : at + WAVE])) for at in range(0, len(contexts), WAVE)]
+    size = WAVE if input_device(runner.model).type == "cpu" else WAVE_ON_GPU
+    waves = [list(chain.from_iterable(contexts[at : at + size])) for at in range(0, len(contexts), size)]
     done = len(set(names) & have)
     run.notify(Step(NAME, done, len(pairs)))
     with run.failing(lambda: f"{done} of {len(pairs)} pairs are kept in {kept.path}"):
@@ -170,18 +174,24 @@ def patch(engine: Engine, pairs: Sequence[Pair]) -> list[Line]:
             if (key_of(prompt), pair.given) not in index:
                 index[key_of(prompt), pair.given] = len(requests)
                 requests.append(_request(prompt, pair.given))
+    top = engine.anatomy.n_layers - 1
     places: list[int] = []  # rows to measure, and the tokens to look up in each
     answers: list[tuple[int, int]] = []
     for pair in pairs:
         places += [index[key_of(prompt), pair.given] for prompt in (pair.own, pair.other)]
         answers += [pair.answers] * 2
         for kind in kinds_of(pair):
+            answers += [pair.answers] * engine.anatomy.n_layers
             for layer in range(engine.anatomy.n_layers):
+                source = pair.own if kind == "question" else pair.controls.get(kind, pair.other)
+                if layer == top and isinstance(source, Prompt):  # the row that is read is that of the source
+                    places.append(index[key_of(source), pair.given])
+                    continue
                 places.append(len(requests))
-                answers.append(pair.answers)
                 requests.append(_patched(pair, kind, layer, index))
     rows = engine.capture(requests, last_layer=True)["last"][0]
-    measured = token_log_probabilities(rows[places], answers, engine.anatomy.head)
+    rows = rows[upload(torch.tensor(places), rows.device)]
+    measured = token_log_probabilities(rows, answers, engine.anatomy.head)
     values = iter([[round(value, 7) for value in both] for both in measured])
     lines = []
     for pair in pairs:

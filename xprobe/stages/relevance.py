@@ -32,7 +32,7 @@ from xprobe.timing import Stopwatch
 NAME = "relevance"
 LINES, TABLE, BY_LAYER = "relevance.jsonl", "relevance.parquet", "relevance_by_layer.parquet"
 DEFINITION = 2  # raised when lines hold other figures
-WRITTEN = 16  # examples whose lines are written together
+WRITTEN, WRITTEN_ON_GPU = 16, 64  # examples that run in batches together; then their lines are written
 UNREADABLE = "\ufffd"
 LONGEST_CHARACTER = 8  # tokens that are decoded together to find a character
 KEYS = ("setting", "language", "question_id", "paragraph")
@@ -203,8 +203,9 @@ def _compute_missing(
     done, total = len(wanted) - len(chosen), len(wanted)
     run.notify(Step(NAME, done, total))
     with run.failing(lambda: f"{done} of {total} examples are kept in {run.folder.path / LINES}"):
-        for start in range(0, len(chosen), WRITTEN):
-            some = chosen[start : start + WRITTEN]
+        size = WRITTEN if input_device(runner.model).type == "cpu" else WRITTEN_ON_GPU
+        for start in range(0, len(chosen), size):
+            some = chosen[start : start + size]
             with watch.timed("backward"):
                 results = gradients.run([(prompt.ids[: prompt.length], prompt.targets) for prompt in some])
             lines = [_line(prompt, result) for prompt, result in zip(some, results, strict=True)]

@@ -34,7 +34,7 @@ def expected(model: Any, ids: list[int], most: int = NEW, stop: tuple[int, ...] 
         max_new_tokens=most, do_sample=False, repetition_penalty=1.0, pad_token_id=0, output_logits=True,
         return_dict_in_generate=True, eos_token_id=list(stop) or None,
     )  # fmt: skip
-    result = model.generate(torch.tensor([ids]), generation_config=config)
+    result = model.generate(torch.tensor([ids], device=model.device), generation_config=config)
     new = result.sequences[0, len(ids) :].tolist()
     values = [float(step[0].log_softmax(-1)[token]) for step, token in zip(result.logits, new, strict=True)]
     return Generated.from_tokens(new, values, set(stop))
@@ -91,6 +91,20 @@ def test_blocks_of_any_size_give_the_same_tokens(family: str, block: int, monkey
     model = without_end(tiny_model(family))
     found = generate_on_tree(model, inspect(model), shared_prompts(), [NEW] * len(shared_prompts()), ())
     assert_same(found, [expected(model, ids) for ids in shared_prompts()])
+
+
+@pytest.mark.parametrize(("family", "checked"), [("llama", 4), ("gemma2", 1), ("gpt_oss", 100)])
+def test_the_kernel_gives_the_same_tokens(family: str, checked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU in Triton's interpreter; ``checked``: the host looks at the tokens after so many steps."""
+    monkeypatch.setattr("xprobe.capture.generation.CHECKED", checked)
+    monkeypatch.setattr("xprobe.capture.generation.CHECKED_ON_CPU", checked)
+    model = without_end(tiny_model(family)).to("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = [*shared_prompts()[:4], *shared_prompts()[8:]]
+    limits = [6 - i % 3 for i in range(len(prompts))]
+    free = [expected(model, ids, most) for ids, most in zip(prompts, limits, strict=True)]
+    stop = (free[0].ids[3], free[2].ids[0], free[4].ids[1])
+    found = generate_on_tree(model, inspect(model), prompts, limits, stop, kernel=True)
+    assert_same(found, [Generated.from_tokens(one.ids, one.log_probabilities, stop) for one in free])
 
 
 def test_parts_hold_each_token_of_each_prompt_once() -> None:

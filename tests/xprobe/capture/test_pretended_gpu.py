@@ -11,19 +11,33 @@ import pytest
 import torch
 from support.families import save_tiny_model, tiny_model
 from support.pretended_gpu import GPU, RUBBISH, pretended_gpu, to_gpu
-from support.prompts import by_group, chosen, family_of_prompts, forced, of_wave, pending, requests, targets
+from support.prompts import (
+    by_group,
+    chosen,
+    different_prompts,
+    family_of_prompts,
+    forced,
+    of_wave,
+    pending,
+    requests,
+    targets,
+)
 from xprobe_kernels import lens
 from xprobe_kernels.transfer import HostCopy, upload
 
 from xprobe.capture.engine import Engine
+from xprobe.capture.generation import generate_on_tree
 from xprobe.capture.layerwise import LayerwiseEngine
 from xprobe.capture.requests import group_requests
 from xprobe.lenses.reading import FIELDS, start_reading
 from xprobe.models.anatomy import inspect
 from xprobe.models.streaming.streamed import open_streamed
+from xprobe.phases.patch_settings import PatchSettings
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.manifest import Manifest
 from xprobe.stages import states
+from xprobe.stages.pairs import choose_pairs
+from xprobe.stages.patching import kinds_of, patch
 from xprobe.stages.shards import write_wave
 from xprobe.stages.states import write_shards
 from xprobe.timing import Stopwatch
@@ -91,6 +105,48 @@ def test_a_wave_is_computed_without_waiting_and_equals_that_of_the_cpu(family, m
                 assert abs(ours.astype(float) - theirs).max() <= 2e-5 * abs(theirs.astype(float)).max() + 2e-6, name
             assert torch.allclose(rows["question_mean"], questions, atol=2e-5 * float(questions.abs().max()))
             assert torch.allclose(rows["prompt_end"], ends, atol=2e-5 * float(answers.abs().max()))
+
+
+def test_a_step_of_generation_does_not_wait_and_the_number_of_prompts_changes_no_launches(monkeypatch) -> None:
+    """The host looks at the tokens after every fourth step."""
+    launches = []
+    for count in (1, 3):
+        prompts = [prompt.ids[: prompt.length] for prompt in different_prompts(count)]
+        model = tiny_model("llama")
+        wanted = generate_on_tree(model, inspect(model), prompts, [8] * len(prompts), {1})
+        with pretended_gpu(monkeypatch) as gpu:
+            anatomy = inspect(to_gpu(model))
+            gpu.waits, before = [], (gpu.launches, gpu.operations)
+            found = generate_on_tree(model, anatomy, prompts, [8] * len(prompts), {1}, kernel=True)
+            assert [one.ids for one in found] == [one.ids for one in wanted]
+            assert len(gpu.waits) == 2, gpu.waits
+            launches.append((gpu.launches - before[0], gpu.operations - before[1]))
+    assert launches[0] == launches[1]
+
+
+def test_patches_do_not_wait_and_equal_those_of_the_cpu(monkeypatch) -> None:
+    """But for the results, and for the question whether an edit at layer 0 changes anything."""
+    prompts = different_prompts(3)
+    pairs = choose_pairs(prompts, PatchSettings(), 0)[:5]
+    assert "random" in kinds_of(pairs[0])
+    model, lines = tiny_model("llama"), []
+    for on_gpu in (False, True):
+        with pretended_gpu(monkeypatch) if on_gpu else nullcontext() as gpu:
+            engine = Engine(to_gpu(model) if on_gpu else model, inspect(model), 4096)
+            engine.strategy = "tree"
+            engine._edits_on_tree = True  # a check of the model, which waits
+            if on_gpu:
+                gpu.waits.clear()
+            lines.append(patch(engine, pairs))
+            if on_gpu:
+                assert [wait.rpartition(" at ")[2].partition(":")[0] for wait in gpu.waits] == [
+                    "edited_tree.py", "generation.py",
+                ]  # fmt: skip
+    for ours, theirs in zip(*lines, strict=True):
+        for kind, found in ours["kinds"].items():
+            torch.testing.assert_close(
+                torch.tensor(found["values"]), torch.tensor(theirs["kinds"][kind]["values"]), rtol=0, atol=2e-5
+            )
 
 
 def test_shards_of_a_gpu_equal_those_of_the_cpu(monkeypatch, tmp_path) -> None:
