@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from importlib import import_module
 from pathlib import Path
@@ -183,9 +184,10 @@ def _questions(study: Study) -> dict[str, Any]:
     """What must be the same in all runs."""
     manifest = study.manifest
     return {
-        "the data": manifest.data.files_sha256,
-        "the selection of questions": dict(sorted(manifest.selection.items())),
+        "the data": [manifest.data.name],
         "the set of languages": sorted({str(one) for one in study.examples["language"]}),
+        "the selection of questions": dict(sorted(manifest.selection.items())),
+        "the content of the data": manifest.data.files_sha256,
         "the wording of the prompt": manifest.template_sha256,
     }
 
@@ -210,10 +212,25 @@ def _notes(named: dict[str, Study]) -> Iterator[str]:
             study.manifest.stages["answers"].results["normaliser"] if "answers" in study.manifest.stages else None
         ),
     }
+    differing |= {
+        f"limit of the stage {stage}": partial(_limit, stage) for stage in ("oracle", "relevance", "patching")
+    }
+    seen: dict[tuple[str, str], str] = {}
+    for key, study in named.items():
+        same = (study.manifest.model.files_sha256, study.lens)
+        if same in seen:
+            yield f"{key} and {seen[same]} are the same model: they do not count as two"
+        seen.setdefault(same, key)
     for what, of in differing.items():
         values = {key: of(study) for key, study in named.items()}
         if len({str(value) for value in values.values() if value is not None}) > 1:
             yield f"{what} differs: " + ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _limit(stage: str, study: Study) -> str | None:
+    """The limit of a later stage; None if the run lacks the stage."""
+    entry = study.manifest.stages.get(stage)
+    return None if entry is None else str(entry.results["limit"])
 
 
 def _figures(result: SettingResult, place: dict[str, int], bootstrap: ClusterBootstrap) -> Iterator[tuple[str, Drawn]]:

@@ -47,8 +47,11 @@ def _report(comparison: Comparison, out: Path | None) -> str:
             [[row["model"], *(_interval(row, name) for name in present)] for row in rows.to_dict("records")],
         )
         own = comparison.correlations[comparison.correlations["setting"] == setting]
-        if len(own):
-            lines += ["", "correlations over models (95 % over models and paragraphs)", ""]
+        if own["value"].isna().all():
+            lines += ["", "no correlations: fewer than three models with answers (xprobe evaluate), or equal figures"]
+        else:
+            own = own[own["value"].notna()]
+            lines += ["", "correlations over models (95 % over models and paragraphs, from six models on)", ""]
             lines += _table(
                 ["performance", "figure", "method", "correlation", "models"],
                 [

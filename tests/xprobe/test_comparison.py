@@ -91,11 +91,29 @@ def test_an_interval_is_wide_with_few_models_and_narrow_with_many(method: str) -
         wide = [[Drawn(v, v + 0.05 * random.normal(size=500)) for v in values] for values in (x, y)]
         return wide[0], wide[1]
 
-    few, many = (correlation(*models(count), method, seed=1) for count in (5, 60))
+    too_few, few, many = (correlation(*models(count), method, seed=1) for count in (5, 6, 60))
+    assert np.isfinite(too_few.value)
+    assert np.isnan([too_few.lo, too_few.hi]).all()
     assert few.hi - few.lo > 0.5
     assert many.hi - many.lo < 0.35
     assert many.lo < 0.8 < many.hi + 0.1
     assert -1 <= few.lo <= few.hi <= 1
+
+
+def test_intervals_of_unrelated_figures_hold_nothing() -> None:
+    """That is, 0, in about 95 of 100 trials."""
+    random = np.random.default_rng(3)
+    held = 0
+    for trial in range(100):
+        x, y = ([Drawn(value, np.full(150, value)) for value in random.normal(size=8)] for _ in range(2))
+        found = correlation(x, y, "pearson", trial)
+        held += found.lo <= 0 <= found.hi
+    assert held >= 88
+
+
+def test_one_model_twice_is_noted(runs: list[Path]) -> None:
+    notes = " ".join(xprobe.compare([runs[0], runs[1], runs[0]]).notes)
+    assert "are the same model: they do not count as two" in notes
 
 
 def test_draws_of_alpha_are_those_of_its_interval() -> None:
@@ -116,7 +134,7 @@ def test_draws_of_alpha_are_those_of_its_interval() -> None:
     ("changed", "said"),
     [
         ({"limit": 4}, "the selection of questions differs.*limit: 4 and 12"),
-        ({"languages": ("en", "th")}, "differs"),
+        ({"languages": ("en", "th")}, "the set of languages differs .en, th and de, en"),
         ({"template": "chat-less"}, "the wording of the prompt differs"),
     ],
 )
@@ -153,7 +171,7 @@ def test_the_same_run_twice_and_a_copy_have_names_of_their_own(runs: list[Path],
 def test_the_command_prints_tables_writes_a_page_and_json(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
     said = capsys.readouterr().out
-    assert "correlations over models" in said
+    assert "correlations" in said
     assert str(tmp_path / "page.html") in said
     assert main(["compare", *map(str, runs), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

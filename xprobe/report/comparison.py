@@ -104,7 +104,7 @@ def _curves(comparison: Comparison, setting: str) -> list[Figure]:
 
 def _performance(comparison: Comparison, setting: str, table: pd.DataFrame) -> Section:
     figures = []
-    for name in ("stability", "alpha", "relative_boundary"):
+    for name in ("stability", "alpha", "relative_boundary", "readiness"):
         points = [
             {"model": row["model"], name: short(row[name]), "f1": short(row["f1"])}
             for row in table.to_dict("records")
@@ -126,8 +126,8 @@ def _performance(comparison: Comparison, setting: str, table: pd.DataFrame) -> S
     ]  # fmt: skip
     heads = ["performance", "figure", "method", "correlation", "models"]
     text = (
-        "Correlations over models, with 95 % intervals over models and paragraphs. With few models an interval is "
-        "wide: it says how little they prove. With fewer than three models there is none."
+        "Correlations over models, with 95 % intervals over models and paragraphs. Fewer than six models are too few "
+        "for an interval, fewer than three for a correlation."
     )
     table_of = Table("Correlations", heads, rows, [False, False, False, True, True])
     return Section(f"{setting}-performance", "Performance", text, figures, [table_of])

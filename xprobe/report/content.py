@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 from xprobe.report.later_stages import causes, evidence, lenses, performance, relevance
-from xprobe.report.parts import Cell, Group, Section, Table, number
+from xprobe.report.parts import Cell, Group, Section, Table, counted, number
 from xprobe.report.reading import cards, languages, phases, probes, signals
 
 if TYPE_CHECKING:
@@ -31,12 +32,13 @@ def _about(study: Study) -> Group:
     model, counts, states = manifest.model, manifest.counts, manifest.stages["states"]
     execution = states.executions[-1]
     environment = execution.environment
+    sizes = [(counts.examples, "example"), (counts.languages, "language"), (counts.paragraphs, "paragraph")]
     facts = [
         ("model", f"{model.name} ({model.type})"),
         ("size", f"{model.n_blocks} layers, width {model.width}, vocabulary {model.vocab_size}, {model.dtype}"),
         ("lens", study.lens),
         ("data", manifest.data.name),
-        ("questions", f"{counts.examples} examples, {counts.languages} languages, {counts.paragraphs} paragraphs"),
+        ("questions", ", ".join(starmap(counted, sizes))),
         ("parity", f"the lens at the last layer and the model differ by {number(states.results['parity_error'])} nats"),
         ("device", f"{execution.device}, {execution.strategy}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in _versions(environment))),
@@ -48,7 +50,7 @@ def _about(study: Study) -> Group:
     ]  # fmt: skip
     rows = [[Cell(name), Cell(value)] for name, value in facts if value]
     group = Group("run", "About this run")
-    group.sections = [Section("run-facts", "Model, data, versions", "", [], [Table("Facts", ["what", ""], rows)])]
+    group.sections = [Section("run-facts", "Model, data, versions", "", [], [Table("Facts", ["fact", "value"], rows)])]
     if skipped := {**counts.skipped, **counts.bad_records}:
         cells = [[Cell(reason, reason), Cell(str(n), n)] for reason, n in skipped.items()]
         group.sections.append(

@@ -54,6 +54,8 @@ def export(study: Study, folder: str | Path, file_format: str) -> list[Path]:
     if file_format not in FORMATS:
         raise UsageError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
     folder = folder_path("folder", folder)
+    if folder.resolve() == study.path.resolve():
+        raise UsageError(f"{folder} is the run folder, whose files must not change: name another folder")
     files = dict(_latex(study) if file_format == "latex" else _tables(study, file_format))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,10 @@ CAUSES = {
 }
 
 
+# as xprobe.scoring has them, so that each has its colour on every page
+ERROR_ORDER = ("correct", "content", "wrong language", "gibberish", "refusal", "blank")
+
+
 def causes(study: Study, result: SettingResult) -> Section | None:
     found = stage_results(study, "patching", result.setting)
     if found is None:
@@ -93,8 +97,9 @@ def relevance(study: Study, result: SettingResult) -> Section | None:
     depths.append([Cell("gap: answer less question", "gap"), interval_cell(found.get("gap"))])
     rule = study.manifest.stages["relevance"].results["rule"]
     return Section(
-        f"{result.setting}-relevance", "Relevance", f"Rule {rule}. The depth of a group of tokens (MRD) is the layer "
-        "up to which 95 % of its relevance lies.",
+        f"{result.setting}-relevance", "Relevance", f"Relevance of {found['n']} of {result.summary['n']} examples, "
+        f"by the rule {rule} (docs/attribution.md). The depth of a group of tokens (MRD) is the layer up to which 95 % "
+        "of its relevance lies.",
         [figure(f"{result.setting}-shares", "Relevance by layer", caption, chart, rows, "series layer value lo hi")],
         [Table("Relevance depth", heads, depths, [False, True])],
     )  # fmt: skip
@@ -118,7 +123,8 @@ def performance(study: Study, result: SettingResult) -> Section | None:
         text = "One point for each language other than English: how far its phases are those of English, and its F1."
         chart = charts.scatter(points, "agreement", title, "f1", "F1")
         figures.append(figure(f"{result.setting}-f1", "F1 and stability", text, chart, points, "language agreement f1"))
-    kinds = list(dict.fromkeys(["correct", *(kind for one in scores.values() for kind in one["error_types"])]))
+    present = {kind for one in scores.values() for kind in one["error_types"]}
+    kinds = [kind for kind in ERROR_ORDER if kind in present]
     bars = [
         {"language": name, "part": kind, "value": short(one["error_types"].get(kind, 0.0)), "order": order}
         for name, one in scores.items()
@@ -132,7 +138,8 @@ def performance(study: Study, result: SettingResult) -> Section | None:
     figures.append(
         figure(
             f"{result.setting}-errors", "Types of errors", text,
-            charts.shares(bars, [name for name in languages if name in scores], kinds, "share of answers"), bars,
+            charts.shares(bars, [name for name in languages if name in scores], kinds, "share of answers", ERROR_ORDER),
+            bars,
             "language part value",
         )
     )  # fmt: skip
@@ -168,9 +175,10 @@ def evidence(study: Study, result: SettingResult) -> Section | None:
         if target in found
     ]
     text = (
-        "The evidence of an answer is the part of the context whose removal makes the answer least likely. The F1 of "
-        f"the evidence of the own answers less that of the answers: {interval(found.get('oracle_minus_f1'))}. A random "
-        f"sentence is the right one in {interval(found.get('random_sentence'))}."
+        "The evidence of an answer is the part of the context whose removal makes the answer least likely. Computed "
+        f"for {found['n']} of {result.summary['n']} examples, whose own answers have an F1 of "
+        f"{interval(found['answer_f1'])}; F1 of the evidence minus F1 of the answers: "
+        f"{interval(found.get('oracle_minus_f1'))}. A sentence drawn at random is the right one with probability {interval(found.get('random_sentence'))}."
     )
     table = Table("Evidence", ["evidence of", *columns.values()], rows, [False] + [True] * len(columns))
     return Section(f"{result.setting}-evidence", "Evidence (oracle)", text, (), [table])
@@ -209,9 +217,11 @@ def lenses(study: Study, result: SettingResult) -> Section | None:
                 figure(f"{result.setting}-lens-{signal}", f"{title.capitalize()} by lens", caption, chart, points,
                        "series layer value lo hi")
             )  # fmt: skip
+    examples = int(frame["n"].max()) if len(frame) else 0
     text = (
-        "The same states, read by several lenses; the first is that of the run. The shift is paired by example. A "
-        "script that does not fit the language is a sign that the lens itself leans to a language."
+        f"The same states of {examples} of {result.summary['n']} examples, read by several lenses; the first is that "
+        "of the run. The shift is paired by example. A script that does not fit the language is a sign that the lens "
+        "itself prefers a language."
     )
     return Section(f"{result.setting}-lenses", "Lenses", text, figures, [table])
 

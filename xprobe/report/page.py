@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xprobe.arguments import folder_path
 from xprobe.errors import UsageError
 from xprobe.report.content import groups
-from xprobe.report.parts import Group
+from xprobe.report.parts import Group, counted
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -35,8 +35,8 @@ def page(study: Study) -> str:
     manifest = study.manifest
     counts = manifest.counts
     about = (
-        f"{manifest.data.name} · {counts.examples} examples in {counts.languages} languages on {counts.paragraphs} "
-        f"paragraphs · lens {study.lens}"
+        f"{manifest.data.name} · {counted(counts.examples, 'example')} in {counted(counts.languages, 'language')} on "
+        f"{counted(counts.paragraphs, 'paragraph')} · lens {study.lens}"
     )
     return render(manifest.model.name, about, groups(study), len(manifest.warnings))
 

@@ -102,6 +102,17 @@ def interval(found: Value | None) -> str:
     return number(found["value"]) + ("" if any(map(missing, ends)) else f" [{number(ends[0])}, {number(ends[1])}]")
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things.
+
+    Examples
+    --------
+    >>> counted(1, "language"), counted(3, "language")
+    ('1 language', '3 languages')
+    """
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def missing(value: float | None) -> bool:
     return value is None or value != value
 

@@ -55,13 +55,14 @@ def phases(study: Study, result: SettingResult) -> Section:
         part = frame.rename(columns={name: "value", f"{name}_lo": "lo", f"{name}_hi": "hi"})
         names = [column for column in ("layer", "value", "lo", "hi") if column in part]
         rows += [{"series": series, **row} for row in records(part, names) if "value" in row]
-    chart = charts.lines(
-        rows, list(columns.values()), "probability", domain=(0, 1), mark=result.boundary, mark_name="boundary"
-    )
+    present = [series for series in columns.values() if any(row["series"] == series for row in rows)]
+    chart = charts.lines(rows, present, "probability", domain=(0, 1), mark=result.boundary, mark_name="boundary")
     caption = (
         "S(l): the chance that two random languages of the same question put layer l in the same phase, with a 95 % "
         "interval over paragraphs; share of examples in phase 2. Grey: the boundary, the median retrieval onset."
     )
+    if columns["stability"] not in present:
+        caption += " S(l) and alpha need at least two languages."
     stability = figure(
         f"{setting}-stability", "Phase stability by layer", caption, chart, rows, "series layer value lo hi"
     )

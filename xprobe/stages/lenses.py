@@ -7,7 +7,7 @@ top tokens, latent language -> lenses.parquet
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from xprobe_kernels.transfer import upload
 
 from xprobe.capture.requests import group_requests
 from xprobe.capture.rows import Rows
-from xprobe.errors import UsageError
+from xprobe.errors import UsageError, XprobeError
 from xprobe.events import Note, Stage, Step
 from xprobe.lenses.files import lens_checksum, load_lens
 from xprobe.lenses.reading import read_top, start_reading
@@ -84,8 +84,8 @@ def compute(run: Run, settings: LensesSettings, open_model: Callable[[], AskedMo
     """
     watch, study = Stopwatch(), run.manifest.study
     wanted = first_questions(run, settings.limit)
-    lenses = _open_lenses(run, settings)
     before = run.manifest.stages.get(NAME)
+    lenses = _open_lenses(run, _with_earlier(run, settings))
     if any(set(wanted) - lens.have for lens in lenses):
         executions = [_compute_missing(run, open_model(), lenses, wanted, watch)]
     else:
@@ -124,6 +124,24 @@ def kept_readings(run: Run, name: str, sha256: str) -> KeptLines:
     parts = {"run": run_key(run.manifest.to_dict()), "definition": DEFINITION}
     key = checksum_of(parts | {"kind": LensName.parse(name).kind, "sha256": sha256})
     return KeptLines(run.folder.path / LINES, key, key_of_line)
+
+
+def _with_earlier(run: Run, settings: LensesSettings) -> LensesSettings:
+    """The settings with the lenses that read this run before, if their files are still the same."""
+    before = run.manifest.stages.get(NAME)
+    kept = []
+    for name, digest in before.results["lenses"].items() if before is not None else ():
+        if name == run.manifest.study.lens or name in settings.lenses:
+            continue
+        try:
+            same = lens_checksum(name) == digest
+        except XprobeError:
+            same = False
+        if same:
+            kept.append(name)
+        else:
+            run.notify(Note(f"the lens {name} read this run before and is left out: its file is gone or was changed"))
+    return replace(settings, lenses=(*kept, *settings.lenses))
 
 
 def _open_lenses(run: Run, settings: LensesSettings) -> list[_Lens]:

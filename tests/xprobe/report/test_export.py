@@ -72,6 +72,8 @@ def test_latex_accepts_hostile_texts(tmp_path: Path) -> None:
 def test_what_cannot_be_exported_is_refused(study: xprobe.Study, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown format 'xlsx'; known: csv, parquet, latex"):
         export(study, tmp_path, "xlsx")
+    with pytest.raises(UsageError, match="is the run folder"):
+        export(study, study.path, "parquet")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         export(study, tmp_path / "file", "csv")

@@ -281,8 +281,20 @@ def test_a_second_call_needs_no_model_and_a_new_lens_leaves_the_others_alone(
     few = xprobe.read_lenses(out, xprobe.LensesSettings(names[0], limit=2))
     assert few.table("lenses_by_example.parquet")["question_id"].nunique() == 2
     assert results(few)["limit"] == 2
-    again = xprobe.read_lenses(out, xprobe.LensesSettings(names))
-    pd.testing.assert_frame_equal(again.lenses, xprobe.load_study(read).lenses)
+    assert list(dict.fromkeys(few.lenses["lens"])) == [
+        "logit",
+        *[n for n in (*names, third) if n != names[0]],
+        names[0],
+    ]
+    again = xprobe.read_lenses(out)
+    shown = again.lenses.set_index(["lens", "setting", "language"])
+    before = xprobe.load_study(read).lenses.set_index(["lens", "setting", "language"])
+    pd.testing.assert_frame_equal(shown.loc[before.index], before)
+    (tmp_path / "three.pt").unlink()
+    events.clear()
+    less = xprobe.read_lenses(out, progress=events.append)
+    assert set(less.lenses["lens"]) == {"logit", *names}
+    assert any(third in getattr(event, "text", "") for event in events)
 
 
 def test_a_killed_stage_goes_on_and_gives_the_same_files(
