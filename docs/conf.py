@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx.ext.napoleon import NumpyDocstring
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cli")]
@@ -59,7 +61,7 @@ def link_to_pages(text: str) -> str:
 
 
 def setup(app: Any) -> None:
-    """Registers what changes the source of a page, the source of an included file, and a page that is read."""
+    """Registers what changes sources, included files, pages that are read, and docstrings of properties."""
 
     def on_source(_app: Any, _name: str, content: list[str]) -> None:
         content[0] = link_to_pages(content[0])
@@ -73,6 +75,13 @@ def setup(app: Any) -> None:
             if " -- " in text and isinstance(text.parent, nodes.paragraph):
                 text.parent.replace(text, nodes.Text(text.replace(" -- ", " – ")))
 
+    def on_docstring(app: Any, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+        """Napoleon takes "One row per layer: phase, ..." of a property for a type; read as a method's it is text."""
+        if what == "property":
+            text = NumpyDocstring(getdoc(member) or "", app.config, app, "method", name, member, options)
+            lines[:] = [*str(text).splitlines(), ""]
+
+    app.connect("autodoc-process-docstring", on_docstring, priority=600)  # after napoleon
     app.connect("doctree-read", on_read)
     app.connect("source-read", on_source)
     app.connect("include-read", on_include)

@@ -94,3 +94,7 @@ def test_every_public_name_is_in_the_reference(pages: dict[Path, Page]) -> None:
 
 def test_no_script_of_the_folder_is_in_the_site(site: Path) -> None:
     assert list(site.rglob("make_*")) == list(site.rglob("conf*")) == []
+
+
+def test_the_text_of_a_property_is_no_type(site: Path) -> None:
+    assert "<p>One row per layer: phase" in (site / "reference" / "xprobe.html").read_text(encoding="utf-8")
