@@ -78,7 +78,7 @@ TESTS = (  # the first are the least like those of a machine without a GPU
         f"tests/kernels/test_{name}.py"
         for name in (
             "triton", "triton_readout", "lens_ranks", "lens_edges", "lens_properties", "lens", "capture", "attention",
-            "addresses", "memory",
+            "continued_attention", "addresses", "memory",
         )
     ),
 )  # fmt: skip
