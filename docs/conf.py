@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from inspect import getdoc
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.ext.napoleon import NumpyDocstring
+from sphinx.util.inspect import object_description
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cli")]
 
 import xprobe  # noqa: E402
+from xprobe.probes import ACCURACY  # noqa: E402
 
 project = "xprobe"
 author = "The xprobe developers"
@@ -61,7 +64,7 @@ def link_to_pages(text: str) -> str:
 
 
 def setup(app: Any) -> None:
-    """Registers what changes sources, included files, pages that are read, and docstrings of properties."""
+    """Registers what changes sources, included files, pages that are read, docstrings and signatures."""
 
     def on_source(_app: Any, _name: str, content: list[str]) -> None:
         content[0] = link_to_pages(content[0])
@@ -76,11 +79,19 @@ def setup(app: Any) -> None:
                 text.parent.replace(text, nodes.Text(text.replace(" -- ", " – ")))
 
     def on_docstring(app: Any, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
-        """Napoleon takes "One row per layer: phase, ..." of a property for a type; read as a method's it is text."""
+        """Links pages. Takes "One row per layer: phase, ..." of a property as text, where Napoleon sees a type."""
         if what == "property":
             text = NumpyDocstring(getdoc(member) or "", app.config, app, "method", name, member, options)
             lines[:] = [*str(text).splitlines(), ""]
+        lines[:] = [re.sub(r"(?<![`/])\bdocs/([\w-]+)\.md\b(?!`)", r":doc:`docs/\1.md </\1>`", line) for line in lines]
 
+    def on_signature(
+        _app: Any, _what: str, _name: str, _member: Any, _options: Any, arguments: str | None, result: str | None
+    ) -> tuple[str | None, str | None]:
+        """The name of a default value that has no readable text."""
+        return arguments and arguments.replace(object_description(ACCURACY), "ACCURACY"), result
+
+    app.connect("autodoc-process-signature", on_signature)
     app.connect("autodoc-process-docstring", on_docstring, priority=600)  # after napoleon
     app.connect("doctree-read", on_read)
     app.connect("source-read", on_source)
