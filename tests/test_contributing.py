@@ -46,8 +46,8 @@ class Block:
 
 def walk_throughs() -> dict[str, list[Block]]:
     """The blocks of every walk-through, by its heading."""
-    text = PAGE.read_text(encoding="utf-8").partition("\n# Walk-throughs\n")[2]
-    sections = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
+    text = PAGE.read_text(encoding="utf-8").partition("\n## Walk-throughs\n")[2]
+    sections = re.split(r"^### (.+)$", text, flags=re.MULTILINE)[1:]
     found = {}
     for heading, section in zip(sections[::2], sections[1::2], strict=True):
         blocks = []

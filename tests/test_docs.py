@@ -109,6 +109,7 @@ def test_every_command_and_option_that_pages_name_exists():
         "--steps",
         "--commit",
         "--compare",
+        "--noise",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | elsewhere
 
