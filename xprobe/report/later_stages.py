@@ -178,7 +178,8 @@ def evidence(study: Study, result: SettingResult) -> Section | None:
         "The evidence of an answer is the part of the context whose removal makes the answer least likely. Computed "
         f"for {found['n']} of {result.summary['n']} examples, whose own answers have an F1 of "
         f"{interval(found['answer_f1'])}; F1 of the evidence minus F1 of the answers: "
-        f"{interval(found.get('oracle_minus_f1'))}. A sentence drawn at random is the right one with probability {interval(found.get('random_sentence'))}."
+        f"{interval(found.get('oracle_minus_f1'))}. A sentence drawn at random is the right one with probability "
+        f"{interval(found.get('random_sentence'))}."
     )
     table = Table("Evidence", ["evidence of", *columns.values()], rows, [False] + [True] * len(columns))
     return Section(f"{result.setting}-evidence", "Evidence (oracle)", text, (), [table])
