@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xprobe_kernels.continuation import Continuation
 from xprobe_kernels.triton_attention import LOG2E, add_block, scores
 from xprobe_kernels.triton_fold import INFINITY
 from xprobe_kernels.triton_support import cdiv, next_power_of_2
@@ -110,7 +111,7 @@ def attend(
     query: Tensor,
     kept: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    continuation: Continuation,
+    continuation: Any,  # a Continuation
     scale: float,
     window: int | None,
     softcap: float | None,

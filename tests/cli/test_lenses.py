@@ -58,8 +58,8 @@ def test_the_tables_show_the_lenses_side_by_side(
     assert depths[4] == "0.50"
     assert float(depths[8]) < 0.5 < float(depths[12])
     assert rows[11][1:] == ["3.0", "6.0", "6.0"]
-    assert lines[-2].startswith("check     the run's lens, read again: readiness differs by at most 0,")
-    assert lines[-1] == f"files     {out}"
+    assert lines[-3].startswith("check     the run's lens, read again: readiness differs by at most 0,")
+    assert lines[-2:] == [f"files     {out}", f"next      xprobe report {out}"]
     assert max(len(line) for line in lines if " · " not in line) <= 120
 
 

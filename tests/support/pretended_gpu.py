@@ -168,7 +168,11 @@ class PretendedGpu(TorchDispatchMode):
     def _waited(self, what: str) -> None:
         import traceback
 
-        ours = [f for f in traceback.extract_stack() if "/xprobe" in f.filename and "pretended" not in f.filename]
+        ours = [
+            f
+            for f in traceback.extract_stack()
+            if "/xprobe" in f.filename and "pretended" not in f.filename and "site-packages" not in f.filename
+        ]  # a checkout may lie in a folder named xprobe
         self.waits.append(f"{what} at {ours[-1].filename.rsplit('/', 1)[-1]}:{ours[-1].lineno}" if ours else what)
 
 
