@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 import xprobe
 from xprobe.report.figure_style import STYLE
 
-if len(sys.argv) != 2:
+if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
     sys.exit("usage: python examples/paper_figure.py RUN_FOLDER")
 study = xprobe.load_study(sys.argv[1])
 plots = study[study.settings[0]].plot

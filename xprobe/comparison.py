@@ -131,7 +131,9 @@ def compare(runs: Sequence[str | Path | Study]) -> Comparison:
     named = dict(zip(_names(studies), studies, strict=True))
     settings = _check(named)
     first = studies[0].manifest.study
-    rows, languages, correlations = [], [], []
+    rows: list[dict[str, Any]] = []
+    languages: list[dict[str, Any]] = []
+    correlations: list[dict[str, Any]] = []
     for setting in settings:
         results = {name: study[setting] for name, study in named.items()}
         paragraphs = sorted({one for result in results.values() for one in result.examples["paragraph"]})
@@ -142,7 +144,8 @@ def compare(runs: Sequence[str | Path | Study]) -> Comparison:
             members = result.examples["paragraph"].map(place).to_numpy()
             rows.append(_row(setting, name, result, _estimates(result, members, bootstrap)))
         languages += [row for name, result in results.items() for row in _languages(setting, name, result)]
-        correlations += list(_correlations(setting, found, first.seed))
+        models = dict.fromkeys(_same_models(named).values())  # each of them once
+        correlations += _correlations(setting, {name: found[name] for name in models}, first.seed)
     return Comparison(
         named, pd.DataFrame(rows), pd.DataFrame(languages),
         pd.DataFrame(correlations, columns=list(CORRELATIONS)),
@@ -215,16 +218,19 @@ def _notes(named: dict[str, Study]) -> Iterator[str]:
     differing |= {
         f"limit of the stage {stage}": partial(_limit, stage) for stage in ("oracle", "relevance", "patching")
     }
-    seen: dict[tuple[str, str], str] = {}
-    for key, study in named.items():
-        same = (study.manifest.model.files_sha256, study.lens)
-        if same in seen:
-            yield f"{key} and {seen[same]} are the same model: they do not count as two"
-        seen.setdefault(same, key)
+    for key, other in _same_models(named).items():
+        if key != other:
+            yield f"{key} and {other} are the same model: correlations count it once, as {other}"
     for what, of in differing.items():
         values = {key: of(study) for key, study in named.items()}
         if len({str(value) for value in values.values() if value is not None}) > 1:
             yield f"{what} differs: " + ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _same_models(named: dict[str, Study]) -> dict[str, str]:
+    """For each run the first one of the same model."""
+    first: dict[str, str] = {}
+    return {name: first.setdefault(study.manifest.model.files_sha256, name) for name, study in named.items()}
 
 
 def _limit(stage: str, study: Study) -> str | None:
@@ -240,13 +246,11 @@ def _figures(result: SettingResult, place: dict[str, int], bootstrap: ClusterBoo
     def members(frame: pd.DataFrame) -> Any:
         return frame["paragraph"].map(place).to_numpy()
 
-    layers = study.manifest.model.n_blocks
     own, onset = members(examples), examples["onset"].to_numpy(np.float64)
-    questions = examples["question_id"].to_numpy()
-    agreement, first = pairwise_agreement(in_phase_two(onset, layers + 1), questions)
-    yield "stability", mean_of(agreement.mean(1), own[first], bootstrap)
-    yield "alpha", Drawn(*drawn_alphas(onset, questions, own, bootstrap)[:2])
-    yield "relative_boundary", median_of(onset / layers, own, bootstrap)
+    agreement, first = _agreement(result)
+    yield "stability", mean_of(agreement, own[first], bootstrap)
+    yield "alpha", Drawn(*drawn_alphas(onset, examples["question_id"].to_numpy(), own, bootstrap)[:2])
+    yield "relative_boundary", median_of(onset / study.manifest.model.n_blocks, own, bootstrap)
     yield "readiness", mean_of(examples["readiness_last"].to_numpy(np.float64), own, bootstrap)
     if "relevance" in study.manifest.stages:
         frame = study.relevance
@@ -266,6 +270,14 @@ def _figures(result: SettingResult, place: dict[str, int], bootstrap: ClusterBoo
         frame = frame[(frame["setting"] == setting) & (frame["target"] == "own") & frame["question"]]
         if len(frame):
             yield "oracle_f1", mean_of(frame["f1"].to_numpy(np.float64), members(frame), bootstrap)
+
+
+def _agreement(result: SettingResult) -> tuple[Any, Any]:
+    """A_g(l) of each question, mean over layers [G], and the index of one of its examples [G]."""
+    onset, questions = (result.examples[column].to_numpy() for column in ("onset", "question_id"))
+    phase = in_phase_two(onset, result.study.manifest.model.n_blocks + 1)
+    agreement, first = pairwise_agreement(phase, questions)
+    return agreement.mean(1), first
 
 
 def _row(setting: str, name: str, result: SettingResult, estimates: dict[str, Any]) -> dict[str, Any]:
@@ -288,10 +300,9 @@ def _estimates(result: SettingResult, members: Any, bootstrap: ClusterBootstrap)
         if stage in ("answers", "oracle", "relevance", "patching") and result.setting in entry.results["settings"]
     }
     found = {figure: summary[figure] for figure in ("alpha", "relative_boundary")}
-    onset, questions = (result.examples[column].to_numpy() for column in ("onset", "question_id"))
-    agreement, first = pairwise_agreement(in_phase_two(onset, layers + 1), questions)
+    agreement, first = _agreement(result)
     for figure, values, of in (
-        ("stability", agreement.mean(1), members[first]),
+        ("stability", agreement, members[first]),
         ("readiness", result.examples["readiness_last"].to_numpy(np.float64), members),
     ):
         value, lo, hi, _ = bootstrap.mean(values[:, None], of)

@@ -25,6 +25,11 @@ SIGNALS = {
     "encoding": "how well a question is told apart from the others on its paragraph, across languages",
 }
 
+# stage that is added to a finished run -> its command
+STAGE_COMMANDS = {
+    "answers": "evaluate", "oracle": "oracle", "relevance": "attribute", "patching": "patch", "lenses": "lenses",
+}  # fmt: skip
+
 # probe -> what it asks; xprobe.probes.registry defines how each one is trained
 BUILT_IN_PROBES = {
     "alignment": "a linear map to what the other languages' states of a question agree on",

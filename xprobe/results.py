@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -10,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xprobe.arguments import folder_path
+from xprobe.config import STAGE_COMMANDS
 from xprobe.errors import RunFolderError, UnknownNameError, UsageError
 from xprobe.runs.folder import EXAMPLES, LAYERS, MANIFEST, PROBE_TABLE, RunFolder
 from xprobe.runs.manifest import Manifest
 
 if TYPE_CHECKING:
     import pandas as pd
-
-REPORT = "report.html"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class SettingResult:
     @property
     def plot(self) -> Any:
         """Figures of this setting for papers (``xprobe.report.figures.Plots``): ``plot.stability()``, ..."""
-        return _figures().Plots(self.study, self.setting)
+        return _report("figures").Plots(self.study, self.setting)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the summary, and ``layers`` with one entry per layer. None where nothing could be computed."""
@@ -179,10 +179,11 @@ class Study(Mapping[str, SettingResult]):
         """``stability`` of the run's only setting."""
         return self._only.stability
 
-    def _added(self, stage: str, lacking: str, command: str, effect: str, function: str = "") -> pd.DataFrame:
+    def _added(self, stage: str, lacking: str, effect: str) -> pd.DataFrame:
         """The table of a stage that was added to the run."""
         if stage not in self.manifest.stages:
-            call = f"xprobe.{function or command}({str(self.path)!r}) or `xprobe {command}`"
+            function = "read_lenses" if stage == "lenses" else STAGE_COMMANDS[stage]
+            call = f"xprobe.{function}({str(self.path)!r}) or `xprobe {STAGE_COMMANDS[stage]}`"
             raise UsageError(f"the run in {self.path} {lacking}: {call} {effect}")
         return self.table(f"{stage}.parquet")
 
@@ -195,7 +196,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run was not evaluated.
         """
-        return self._added("answers", "has no answers", "evaluate", "generates them")
+        return self._added("answers", "has no answers", "generates them")
 
     @property
     def oracle(self) -> pd.DataFrame:
@@ -206,7 +207,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        return self._added("oracle", "has no oracle", "oracle", "computes it")
+        return self._added("oracle", "has no oracle", "computes it")
 
     @property
     def relevance(self) -> pd.DataFrame:
@@ -217,7 +218,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        return self._added("relevance", "has no relevance", "attribute", "computes it")
+        return self._added("relevance", "has no relevance", "computes it")
 
     @property
     def patching(self) -> pd.DataFrame:
@@ -228,7 +229,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        return self._added("patching", "has no patches", "patch", "computes them")
+        return self._added("patching", "has no patches", "computes them")
 
     @property
     def lenses(self) -> pd.DataFrame:
@@ -239,7 +240,7 @@ class Study(Mapping[str, SettingResult]):
         UsageError
             The run has none.
         """
-        return self._added("lenses", "was read by its own lens alone", "lenses", "reads it by several", "read_lenses")
+        return self._added("lenses", "was read by its own lens alone", "reads it by several")
 
     def evaluate(self, settings: Any = None, **options: Any) -> Study:
         """This run with the stage "answers"; as ``xprobe.evaluate``."""
@@ -282,8 +283,7 @@ class Study(Mapping[str, SettingResult]):
         >>> xprobe.load_study("runs/demo").to_html().name  # doctest: +SKIP
         'report.html'
         """
-        page = import_module("xprobe.report.page")  # it reads results, so results cannot import it
-        return page.write_page(self, self.path / REPORT if path is None else path)
+        return _report("page").write_page(self, self.path / "report.html" if path is None else path)
 
     @property
     def plot(self) -> Any:
@@ -291,7 +291,7 @@ class Study(Mapping[str, SettingResult]):
 
         With several settings, ``study["x-x"].plot`` draws one of them; ``save`` writes all.
         """
-        return _figures().Plots(self)
+        return _report("figures").Plots(self)
 
     def table(self, name: str) -> pd.DataFrame:
         """A table that a stage wrote, by file name: also that of a stage of your own.
@@ -307,7 +307,8 @@ class Study(Mapping[str, SettingResult]):
         if name not in written:
             raise UsageError(f"no stage of this run wrote {name!r}; there are: {', '.join(written)}")
         folder, stage = RunFolder(self.path), written[name]
-        folder.check_table(name, self.manifest.stages[stage].tables[name], stage)
+        again = f"xprobe {STAGE_COMMANDS.get(stage, 'run --resume --out')} {shlex.quote(str(self.path))}"
+        folder.check_table(name, self.manifest.stages[stage].tables[name], stage, f"compute it again ({again})")
         return folder.read_table(name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -339,9 +340,9 @@ def _public(name: str) -> Any:
     return getattr(import_module("xprobe"), name)
 
 
-def _figures() -> Any:
-    """The module of ``study.plot``: it reads results, so results cannot import it."""
-    return import_module("xprobe.report.figures")
+def _report(module: str) -> Any:
+    """A module of the room ``report``: it reads results, so results cannot import it."""
+    return import_module(f"xprobe.report.{module}")
 
 
 def load_study(path: str | Path) -> Study:

@@ -17,10 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xprobe_kernels.attention import serves
 from xprobe_kernels.reach import Blocks
-from xprobe_kernels.transfer import on, upload
-from xprobe_kernels.unembedding import describe
+from xprobe_kernels.transfer import upload
 
 FEW = 1024  # queries up to which a block holds the fewest that a product takes, so that more processors have work
 FEWEST = 16
@@ -168,77 +166,3 @@ def _visits(
     first_entry = last_entry - seen_count - own_count
     bounds = np.stack([first_entry, first_entry + whole_count, first_entry + seen_count, last_entry], 1)
     return bounds, order[kept_entries]
-
-
-def continued_attention(
-    query: Tensor,
-    kept: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    continuation: Continuation,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention of tokens that continue a packed tree, on the tree and on their tails.
-
-    Parameters
-    ----------
-    query : Tensor [H, n, d]
-        fp32, fp16 or bf16, with the dtype and device of the keys and values.
-    kept : keys [G, N, d] and values [G, N, e] of the tree's tokens
-    own : keys [G, M, d] and values [G, M, e] of the tails' tokens
-        Must be finite, also where no query attends to them yet.
-    continuation : Continuation
-        Which tokens attend to which, on the device of ``query``.
-    scale, window, softcap, sinks
-        As for ``tree_attention``.
-
-    Returns
-    -------
-    Tensor [n, H, e]
-        In the dtype of ``query``.
-
-    Raises
-    ------
-    ValueError
-        Names the argument, its value and what was expected.
-
-    Examples
-    --------
-    Needs Triton and a GPU, or ``TRITON_INTERPRET=1``. Two tails of one token behind a tree of one token:
-
-    >>> import numpy as np, torch
-    >>> from xprobe_kernels.attention import Blocks, serves
-    >>> from xprobe_kernels.continuation import Continuation, continued_attention
-    >>> places = Continuation.from_tree(
-    ...     np.array([1]), np.array([0]), [0, 0], [1, 1], [0, 1], Blocks(16, 16, 4, 1), torch.device("cpu")
-    ... )
-    >>> tree, tails = torch.eye(3)[None, :1], torch.eye(3)[None, 1:]
-    >>> if serves(tails, tails, tails):
-    ...     out = continued_attention(tails, (tree, tree), (tails, tails), places, scale=1.0)
-    ...     assert out[0, 0, 2] == 0  # no tail attends to the other
-    """
-    heads, queries, width = query.shape
-    groups, tokens, value_width = own[1].shape
-    shapes = [(groups, kept[0].shape[1], width), (groups, kept[0].shape[1], value_width), (groups, tokens, width)]
-    if [tuple(t.shape) for t in (*kept, own[0])] != shapes or heads % groups:
-        raise ValueError(
-            "query, kept, own do not fit: " + ", ".join(describe(tensor) for tensor in (query, *kept, *own))
-        )
-    if not (serves(query, *kept) and serves(query, *own)):
-        raise ValueError(f"continued_attention takes what tree_attention takes; got query {describe(query)}")
-    if len(continuation.places) != queries or len(continuation.since) != kept[0].shape[1] + tokens:
-        raise ValueError(
-            f"continuation describes {len(continuation.places)} queries and {len(continuation.since)} keys; query is "
-            f"{describe(query)}, keys are {describe(kept[0])} and {describe(own[0])}"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 or None, got {window!r}")
-    if sinks is not None and sinks.shape != (heads,):
-        raise ValueError(f"sinks must have shape [{heads}], got {describe(sinks)}")
-    from xprobe_kernels.triton_continued import attend
-
-    with on(query.device):
-        return attend(query, kept, own, continuation, scale, window, softcap, sinks)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from xprobe_kernels.continuation import Continuation
 from xprobe_kernels.triton_attention import LOG2E, add_block, scores
 from xprobe_kernels.triton_fold import INFINITY
 from xprobe_kernels.triton_support import cdiv, next_power_of_2
@@ -111,7 +110,7 @@ def attend(
     query: Tensor,
     kept: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    continuation: Any,  # a Continuation
+    continuation: Continuation,
     scale: float,
     window: int | None,
     softcap: float | None,

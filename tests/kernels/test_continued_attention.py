@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.packed import DEVICE, DTYPES, Packed, alone, grown, numbers
 from torch import Tensor
-from xprobe_kernels.attention import Blocks
-from xprobe_kernels.continuation import Continuation, continued_attention
+from xprobe_kernels.attention import Blocks, continued_attention
+from xprobe_kernels.continuation import Continuation
 
 SMALL = (Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 2))
 OPTIONS = {

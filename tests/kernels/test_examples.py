@@ -10,7 +10,7 @@ import xprobe_kernels
 from xprobe_kernels import attention, continuation, reach, transfer
 
 PUBLIC = [getattr(xprobe_kernels, name) for name in xprobe_kernels.__all__]
-PUBLIC += [continuation.Continuation, continuation.continued_attention]
+PUBLIC += [continuation.Continuation, attention.continued_attention]
 PUBLIC += [attention.tree_attention, reach.Reach, transfer.upload, transfer.HostCopy]
 
 

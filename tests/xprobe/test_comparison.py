@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import pearsonr, spearmanr
 from support.browser import BROWSER, look
@@ -112,8 +113,10 @@ def test_intervals_of_unrelated_figures_hold_nothing() -> None:
 
 
 def test_one_model_twice_is_noted(runs: list[Path]) -> None:
-    notes = " ".join(xprobe.compare([runs[0], runs[1], runs[0]]).notes)
-    assert "are the same model: they do not count as two" in notes
+    comparison = xprobe.compare([*runs, runs[0]])
+    assert "are the same model: correlations count it once" in " ".join(comparison.notes)
+    assert len(comparison.table) == 4
+    pd.testing.assert_frame_equal(comparison.correlations, xprobe.compare(runs).correlations)
 
 
 def test_draws_of_alpha_are_those_of_its_interval() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from xprobe_kernels.attention import serves
-from xprobe_kernels.continuation import Continuation, continued_attention
+from xprobe_kernels.attention import continued_attention, serves
+from xprobe_kernels.continuation import Continuation
 from xprobe_kernels.reach import Blocks
 from xprobe_kernels.transfer import upload
 

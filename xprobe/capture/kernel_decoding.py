@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from xprobe_kernels.continuation import Continuation, continued_attention
+from xprobe_kernels.attention import continued_attention
+from xprobe_kernels.continuation import Continuation
 from xprobe_kernels.reach import Blocks
 from xprobe_kernels.transfer import upload
 

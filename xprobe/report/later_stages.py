@@ -53,7 +53,8 @@ def causes(study: Study, result: SettingResult) -> Section | None:
     text = (
         "Two prompts differ in the question alone; states of one are put into the run of the other. The effect is 0 "
         "if nothing changes, and 1 if the answer is that of the other question. The model told "
-        f"{same['n']} of {same['pairs']} pairs apart; only these count."
+        f"{same['n']} of {same['pairs']} pairs apart; only these count. Gain: the layer from which the log-probability "
+        "of the other answer alone has risen by one half of its way."
     )
     heads = ["pairs", "pairs told apart", "answer held from", "gain", "question used up to"]
     cells = [

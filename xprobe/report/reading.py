@@ -68,7 +68,9 @@ def phases(study: Study, result: SettingResult) -> Section:
     )
     return Section(
         f"{setting}-phases", "Phases and stability", "Layers below the retrieval onset are in phase 1 (question "
-        "encoding), the others in phase 2 (answer retrieval).", [stability], [_language_table(study, result)],
+        "encoding), the others in phase 2 (answer retrieval). In the table, the boundary is the median onset, spread "
+        "is the median distance of the onsets from it as a share of all layers, and phased is the share of examples "
+        "whose split into two phases is clear.", [stability], [_language_table(study, result)],
     )  # fmt: skip
 
 
@@ -120,7 +122,8 @@ def signals(study: Study, result: SettingResult) -> Section | None:
         ),
         "encoding_selectivity": (
             "encoding above its control",
-            "Encoding: whether the state tells the question apart across languages, less the same with shuffled pairs.",
+            "Encoding: how well the state matches the same question in other languages, among all questions on its "
+            "paragraph. The figure of shuffled pairs (control) is subtracted.",
         ),
     }  # fmt: skip
     signals = result.signals.reset_index()

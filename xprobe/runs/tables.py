@@ -50,8 +50,10 @@ class RunTables:
         """Whether a table is there, with the checksum that its stage entered in the manifest."""
         return checksum(self.path / name) == digest
 
-    def check_table(self, name: str, digest: str, stage: str) -> None:
+    def check_table(self, name: str, digest: str, stage: str, remedy: str) -> None:
         """Compares the bytes of a table with the checksum that its stage entered in the manifest.
+
+        ``remedy`` says in the error how to compute the stage again.
 
         Raises
         ------
@@ -61,7 +63,7 @@ class RunTables:
         found = checksum(self.path / name)
         if found != digest:
             what = "is not there" if found is None else f"is not the table that the stage {stage!r} of this run wrote"
-            raise RunFolderError(f"{self.path / name} {what}: compute that stage again, or put the table back")
+            raise RunFolderError(f"{self.path / name} {what}: {remedy}, or put the table back")
 
     def read_table(self, name: str, digest: str | None = None) -> Any:
         """A table as a data frame.

@@ -35,10 +35,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "fp32_products": torch.get_float32_matmul_precision(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [_relative(part) for part in sys.argv],
         "commit": commit,
         "commit_changed": None if commit is None else bool(changed),
     }
+
+
+def _relative(part: str) -> str:
+    """A path below the current folder without that folder, which says nothing of the measurement."""
+    here = f"{Path.cwd()}{os.sep}"
+    return part.removeprefix(here)
 
 
 def device_name(device: torch.device) -> str:
