@@ -207,7 +207,7 @@ def test_stability_and_f1_fall_together_with_noise_on_the_weights(tmp_path: Path
     done = CliRunner().invoke(noisy_copies, [str(tmp_path), "--noise", "0.2,0.4"])
     assert done.exit_code == 0, done.output
     studies = []
-    for model in ("smollm2-135m", *done.output.split()):
+    for model in ("smollm2-135m", *done.stdout.split()):
         out = tmp_path / f"run-{Path(model).name}"
         options: dict[str, Any] = {"languages": ("en", "de"), "paragraphs": 6, "questions_per_paragraph": 2}
         study = xprobe.run(model, out=out, probes=(), bootstrap=100, permutations=50, **options)
