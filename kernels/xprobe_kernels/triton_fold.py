@@ -22,6 +22,7 @@ from xprobe_kernels.precision import BOUNDED_CAP
 INFINITY = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # replaces the logit -inf of a token, because -inf marks an empty place
 NO_ID = tl.constexpr(2147483647)
+LOG2_E = tl.constexpr(1.4426950408889634)
 NO_CAP, SMALL_CAP, LARGE_CAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_KL, KEEP, COMPARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -112,6 +113,12 @@ def softcapped_tile(z, cap):
 
 
 @triton.jit
+def below_cap(z, cap):
+    """softcapped(z, cap) - cap, as a function of e^z alone: its error is a rounding of the cap."""
+    return -2 * cap / (tl.exp2(z * (2 * LOG2_E / cap)) + 1)
+
+
+@triton.jit
 def scaled(product, columns, bias_ptr, vocabulary, scale, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
     """Adds bias and scale to a product: raw logits [BM, BN], as ``Unembedding.bias_and_scale``."""
     if HAS_BIAS:
@@ -160,9 +167,21 @@ def finals_of(
 
 
 @triton.jit
+def exp(x):
+    """e^x. ``tl.exp`` takes three more instructions for results below 2^-126, which are 0 here."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def count_above(z, threshold):
+    """How many logits of each row are above its threshold [BM] int32, from the signs of the differences."""
+    return tl.sum(((threshold[:, None] - z).to(tl.uint32, bitcast=True) >> 31).to(tl.int32), 1)
+
+
+@triton.jit
 def fold(
     z,  # [BM, BN] raw logits: with bias and scale, without soft-cap
-    columns,  # [BN] token ids of the tile
+    first,  # token id of the first column
     rows,  # [BM] row indices, int64, inside R
     state,
     lookups,
@@ -176,61 +195,70 @@ def fold(
     KL: tl.constexpr,
 ):
     """The state after one more tile, and the largest raw logit of the tile [BM]."""
-    inside = (columns < end)[None, :]
-    ragged = tl.max(columns, 0) >= end  # the tile reaches past the end, which happens only for the last tile
+    ragged = first + z.shape[1] > end  # the tile reaches past the end, which happens only for the last tile
     if ragged:
-        z = tl.where(inside, z, -INFINITY)
+        z = tl.where((first + tl.arange(0, z.shape[1]) < end)[None, :], z, -INFINITY)
     above = state.above
     for a in range(lookups.count):
         threshold = tl.load(lookups.thresholds + rows * lookups.count + a)
-        token = tl.load(lookups.tokens + rows * lookups.count + a).to(tl.int32)
-        larger = (z > threshold[:, None]) & (columns[None, :] != token[:, None])
-        count = tl.sum(larger.to(tl.int32), 1)
+        place = tl.load(lookups.tokens + rows * lookups.count + a).to(tl.int32) - first
+        count = count_above(z, threshold)
+        if tl.max(((place >= 0) & (place < z.shape[1])).to(tl.int32), 0) > 0:  # the tile holds the token of a row
+            own = tl.arange(0, z.shape[1])[None, :] == place[:, None]
+            count -= (tl.max(tl.where(own, z, -INFINITY), 1) > threshold).to(tl.int32)  # it is not above itself
         above += tl.where(tl.arange(0, LOOKUPS)[None, :] == a, count[:, None], 0)
 
     largest = tl.max(z, 1)
-    capped = z
-    if CAP != NO_CAP:
-        capped = softcapped_tile(z, cap)
-        if ragged:
-            capped = tl.where(inside, capped, -INFINITY)
     peak = state.peak
     total = state.total
     moment = state.moment
     expected = state.expected
     mass = state.mass
     if CAP == SMALL_CAP:
-        capped = capped - cap
+        shifted = below_cap(z, cap)
     else:
+        capped = z
+        if CAP == LARGE_CAP:
+            capped = softcapped_tile(z, cap)
         peak = tl.maximum(peak, largest if CAP == NO_CAP else tl.max(capped, 1))
         shift = tl.where(peak == -INFINITY, 0.0, peak)  # keeps the sums at zero while all logits of a row are -inf
         seen = state.peak != -INFINITY
         move = tl.where(seen, state.peak - shift, 0.0)
-        rescale = tl.where(seen, tl.exp(move), 0.0)
+        rescale = tl.where(seen, exp(move), 0.0)
         moment = rescale * (moment + move * total)
         total = rescale * total
         expected += move * mass
-        capped = capped - shift[:, None]
-    shifted = tl.maximum(capped, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # no 0 * -inf below
-    weights = tl.exp(shifted)
+        shifted = capped - shift[:, None]
+    if CAP != NO_CAP:
+        if ragged:
+            shifted = tl.where((first + tl.arange(0, z.shape[1]) < end)[None, :], shifted, -INFINITY)
+    if KL == COMPARE:
+        shifted = tl.maximum(shifted, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # no 0 * -inf below
+    weights = exp(shifted)
     tile_total = tl.sum(weights, 1)
-    moment += tl.sum(weights * shifted, 1)
+    tile_moment = tl.sum(weights * shifted, 1)
     total += tile_total
     if KL == KEEP:
-        places = (finals.rows * finals.columns)[:, None] + columns[None, :]
+        places = (finals.rows * finals.columns)[:, None] + (first + tl.arange(0, z.shape[1]))[None, :]
         tl.store(finals.weights + places, weights, mask=finals.valid[:, None])
         tl.store(finals.peaks + finals.rows * finals.parts + part, peak, mask=finals.valid)
         tl.store(finals.masses + finals.rows * finals.parts + part, tile_total, mask=finals.valid)
     if KL == COMPARE:
-        weights = tl.load(finals.weights + (finals.rows * finals.columns)[:, None] + columns[None, :])
-        factor = tl.exp(tl.load(finals.peaks + finals.rows * finals.parts + part) - finals.logsumexp)
-        expected += factor * tl.sum(weights * shifted, 1)
+        places = (finals.rows * finals.columns + first)[:, None] + tl.arange(0, z.shape[1])[None, :]
+        factor = exp(tl.load(finals.peaks + finals.rows * finals.parts + part) - finals.logsumexp)
+        expected += factor * tl.sum(tl.load(finals.weights + places) * shifted, 1)
         mass += factor * tl.load(finals.masses + finals.rows * finals.parts + part)
+    elif tl.max((tile_moment != tile_moment).to(tl.int32), 0) > 0:
+        # a logit of -inf gave 0 * -inf: a column past the end, or a bias of -inf
+        shifted = tl.maximum(shifted, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        tile_moment = tl.sum(exp(shifted) * shifted, 1)
+    moment += tile_moment
 
     top = state.top
     top_ids = state.top_ids
     if K > 0:
-        top, top_ids = keep_largest(z, columns, inside, top, top_ids)
+        columns = first + tl.arange(0, z.shape[1])
+        top, top_ids = keep_largest(z, columns, (columns < end)[None, :], top, top_ids)
     return State(peak, total, moment, above, top, top_ids, mass, expected), largest
 
 

@@ -99,7 +99,7 @@ def fold_tile(
 
     With PARTS == 2 or 4 it reads halves or quarters of the columns one after the other, with fewer registers.
     """
-    columns = tile * BN + tl.arange(0, BN // PARTS)
+    first = tile * BN
     pieces = (z,)
     if PARTS == 2:
         pieces = halved(z)
@@ -108,12 +108,12 @@ def fold_tile(
         pieces = halved(left) + halved(right)
     largest = tl.full([BM], -INFINITY, tl.float32)
     for i in tl.static_range(PARTS):
-        part = scaled(pieces[i], columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
+        part = scaled(pieces[i], first + tl.arange(0, BN // PARTS), bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
         state, top = fold(
-            part, columns, rows, state, lookups, finals, tile * PARTS + i, vocabulary, cap, CAP, LOOKUPS, K, KL
+            part, first, rows, state, lookups, finals, tile * PARTS + i, vocabulary, cap, CAP, LOOKUPS, K, KL
         )
         largest = tl.maximum(largest, top)
-        columns += BN // PARTS
+        first += BN // PARTS
     return state, largest
 
 
@@ -179,7 +179,7 @@ def lens_kernel(
         rows, offsets < count, weights_ptr, tiles * BN, peaks_ptr, masses_ptr, tiles * PARTS,
         final_of_ptr, final_logsumexp_ptr, KL,
     )  # fmt: skip
-    kept = (offsets < count) & (maxima > 0)
+    kept = offsets < count
     maxima_of_rows = maxima_ptr + rows * tiles
     if FLAT:  # one loop over tiles and steps: loads of the next tile run while this one is folded
         steps = tl.cdiv(width, BK)
@@ -197,7 +197,8 @@ def lens_kernel(
                     z, tile, rows, state, lookups_of_rows, finals_of_rows, bias_ptr, vocabulary, scale, cap,
                     HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, KL, BM, BN, PARTS,
                 )  # fmt: skip
-                tl.store(maxima_of_rows + tile, largest, mask=kept)
+                if maxima > 0:
+                    tl.store(maxima_of_rows + tile, largest, mask=kept)
                 z = tl.zeros([BM, BN], tl.float32)
     else:
         for tile in range(first, last):
@@ -212,7 +213,8 @@ def lens_kernel(
                 z, tile, rows, state, lookups_of_rows, finals_of_rows, bias_ptr, vocabulary, scale, cap,
                 HAS_BIAS, HAS_SCALE, CAP, LOOKUPS, K, KL, BM, BN, PARTS,
             )  # fmt: skip
-            tl.store(maxima_of_rows + tile, largest, mask=kept)
+            if maxima > 0:
+                tl.store(maxima_of_rows + tile, largest, mask=kept)
     store(
         state, offsets.to(tl.int64), count, part, lookups, sums_ptr, above_ptr, top_ptr, top_ids_ptr, LOOKUPS, K,
         PLACES,

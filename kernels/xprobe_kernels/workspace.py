@@ -73,7 +73,7 @@ def row_kernel(
         z = scaled(z[None, :], columns, bias_ptr, vocabulary, scale, HAS_BIAS, HAS_SCALE)
         state, _ = fold(
             z,
-            columns,
+            first_token + offset,
             rows,
             state,
             lookups_of_rows,
