@@ -66,7 +66,6 @@ def groups(final_rows: Tensor, max_finals: int) -> list[Group]:
     """
     finals, final_of = torch.unique(final_rows, return_inverse=True)
     others = (final_rows != torch.arange(len(final_rows))).nonzero()[:, 0]
-    others = others[final_of[others].argsort(stable=True)]  # rows of one program then read the weights of few final rows
     own_final = final_rows[finals] == finals
     if len(finals) <= max_finals:
         return [Group(finals, own_final, others, final_of[others])]
