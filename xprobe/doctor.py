@@ -57,7 +57,7 @@ PIECES = {
 
 
 def diagnose() -> list[Check]:
-    """Checks the kernels' files, packages, device, lens backends, demo model, data and cache, in that order; imports what it needs."""
+    """Checks packages, the kernels' among them, device, lens backends, demo model, data and cache, in that order."""
     checks = [_kernels(), *_packages()]
     if any(check.needed and not check.ok for check in checks):
         return checks
