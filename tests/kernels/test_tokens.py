@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import random_ids, tiny_model
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from xprobe_kernels import Unembedding, lens, token_statistics, tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -212,6 +214,17 @@ def test_a_compiled_function_may_call_it_disabled() -> None:
         warnings.simplefilter("error")
         found = torch.compile(step, backend="eager")(HIDDEN, LABELS)
     assert float(found) == pytest.approx(float(token_statistics(HIDDEN * 2, LABELS, HEAD).entropy.nanmean()))
+
+
+def test_a_head_that_is_spread_over_devices_must_be_gathered() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(HEAD.weight.cpu(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match=r"weight is a DTensor.*weight\.full_tensor\(\)"):
+            Unembedding(weight, norm="none")
+        assert Unembedding(weight.full_tensor(), norm="none").vocab_size == 6
+    finally:
+        dist.destroy_process_group()
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
