@@ -24,7 +24,7 @@ from xprobe.models import loading
 from xprobe.runs.manifest import ExecutionEntry, StageEntry
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = {"xprobe": ROOT, "xprobe_cli": ROOT / "cli"}  # tests/kernels runs the examples of the kernels
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
@@ -42,7 +42,8 @@ def blocks(language: str) -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         fenced = re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-        found += [(f"{page.name}-{number}", text) for number, text in enumerate(fenced, 1)]
+        name = page.relative_to(ROOT).as_posix().removeprefix("docs/")
+        found += [(f"{name}-{number}", text) for number, text in enumerate(fenced, 1)]
     return found
 
 

@@ -6,12 +6,16 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from xprobe.cache import cache_dir
 from xprobe.config import DEFAULT_MODEL
 from xprobe.errors import XprobeError
 from xprobe.runs.provenance import versions
+
+KERNELS = "xprobe-kernels"  # the distribution that holds the package xprobe_kernels alone
+REINSTALL = "pip install --force-reinstall --no-deps xprobe"
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,15 @@ PIECES = {
     "torch": (True, "models and the lens", "pip install torch"),
     "transformers": (True, "models and tokenizers", "pip install transformers"),
     "safetensors": (True, "shards", "pip install safetensors"),
+    "numpy": (True, "numbers", "pip install numpy"),
     "pandas": (True, "tables", "pip install pandas"),
     "pyarrow": (True, "parquet files", "pip install pyarrow"),
     "gguf": (False, ".gguf models, the demo model among them", "pip install 'xprobe[gguf]'"),
     "accelerate": (False, ".gguf models, the demo model among them", "pip install 'xprobe[gguf]'"),
     "scikit-learn": (True, "probes and phases", "pip install scikit-learn"),
+    "scipy": (True, "phases", "pip install scipy"),
+    "joblib": (True, "probes on several cores", "pip install joblib"),
+    "jinja2": (True, "the page of a run", "pip install jinja2"),
     "matplotlib": (False, "figures", "pip install 'xprobe[plot]'"),
     "py3langid": (False, "error types of answers", "pip install 'xprobe[scoring]'"),
     "rjieba": (False, "scores of Chinese answers", "pip install 'xprobe[scoring]'"),
@@ -49,12 +57,23 @@ PIECES = {
 
 
 def diagnose() -> list[Check]:
-    """Checks packages, device, lens backends, demo model, data and cache, in that order; imports what it needs."""
-    checks = _packages()
+    """Checks packages, the kernels' among them, device, lens backends, demo model, data and cache, in that order."""
+    checks = [_kernels(), *_packages()]
     if any(check.needed and not check.ok for check in checks):
         return checks
     sections: list[Callable[[], list[Check]]] = [_device, _backends, _demo_model, _data, _cache]
     return checks + [check for section in sections for check in section()]
+
+
+def _kernels() -> Check:
+    """Whether the package ``xprobe_kernels`` is here, and is xprobe's own alone."""
+    other = versions((KERNELS,))[KERNELS]
+    if find_spec("xprobe_kernels") is None:
+        return Check("xprobe_kernels", False, f"a part of xprobe whose files are missing: {REINSTALL}", needed=True)
+    if other is None:
+        return Check("xprobe_kernels", True, "part of xprobe", needed=True)
+    found = f"{KERNELS} {other} is installed beside xprobe and owns the same files"
+    return Check("xprobe_kernels", False, f"{found}: pip uninstall {KERNELS}, then {REINSTALL}")
 
 
 def _packages() -> list[Check]:

@@ -102,6 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         _print_error(f"{error.strerror or error}{where} (a run that had finished is safe in its folder)")
         return 1
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        _print_error(f"the package {error.name} is missing: `xprobe doctor` says how to install it")
+        return 1
     except Exception as error:
         if debug:
             raise

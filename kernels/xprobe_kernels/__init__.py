@@ -11,6 +11,15 @@ The package depends on torch, and on Triton for the GPU kernels. It contains no 
 
 from xprobe_kernels.capture import capture
 from xprobe_kernels.readout import Readout, available_backends, lens
+from xprobe_kernels.tokens import TokenStatistics, token_statistics
 from xprobe_kernels.unembedding import Unembedding
 
-__all__ = ["Readout", "Unembedding", "available_backends", "capture", "lens"]
+__all__ = [
+    "Readout",
+    "TokenStatistics",
+    "Unembedding",
+    "available_backends",
+    "capture",
+    "lens",
+    "token_statistics",
+]

@@ -148,10 +148,13 @@ def lens(
     Raises
     ------
     ValueError
-        Names the argument, its value and what was expected.
+        Names the argument, its value and what was expected. Also if ``hidden`` requires a gradient, because none is
+        computed: pass ``hidden.detach()`` or call under ``torch.no_grad()``.
 
     Notes
     -----
+    Results have no gradient, neither for ``hidden`` nor for the head.
+
     The logit lens is from nostalgebraist, "interpreting GPT: the logit lens" (2020). docs/kernels.md describes the
     algorithm and its numerics.
 
@@ -183,10 +186,20 @@ def lens(
     name = _backend(backend, hidden, head)
     if final_rows is not None and name not in KERNELS:
         final_rows = final_rows.to(hidden.device)
+    check_forward_only(hidden, "lens")
     request = LensRequest(hidden, head, lookup, top_k, final_rows, precision, workspace_bytes)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on(hidden.device):
         fields = _function(name)(request)
     return Readout(**fields, backend=name, precision=precision)
+
+
+def check_forward_only(hidden: Tensor, function: str) -> None:
+    """Raises ``ValueError`` if a gradient is asked for: a loss made of the results would silently lack it."""
+    if hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"hidden requires a gradient, and {function} computes none: pass hidden.detach(), or call it under "
+            "torch.no_grad()"
+        )
 
 
 def _backend(asked: str, hidden: Tensor, head: Unembedding) -> str:

@@ -66,6 +66,8 @@ class Unembedding:
         weight = self.weight
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
             raise ValueError(f"weight must be a floating-point tensor of shape [V, D], got {describe(weight)}")
+        if hasattr(weight, "full_tensor"):  # a DTensor, whose module takes long to import
+            raise ValueError("weight is a DTensor, spread over devices: gather it with weight.full_tensor()")
         if self.norm not in get_args(NormKind):
             raise ValueError(f"norm must be one of {', '.join(get_args(NormKind))}, got {self.norm!r}")
         vocabulary, width = self.weight.shape

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 from support.families import write_set
+from xprobe_cli import data
 from xprobe_cli.main import main
 
 from xprobe import doctor
@@ -117,6 +121,39 @@ def test_doctor_fails_when_the_main_job_cannot_run(capsys, monkeypatch):
     value = json.loads(capsys.readouterr().out)
     assert value["works"] is False
     assert next(check for check in value["checks"] if check["name"] == "pyarrow")["needed"]
+
+
+def test_doctor_reports_a_second_owner_of_the_kernels_files(capsys, monkeypatch):
+    versions = doctor.versions
+    monkeypatch.setattr(doctor, "versions", lambda names: {**versions(names), "xprobe-kernels": "0.1.9"})
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "-       xprobe_kernels        xprobe-kernels 0.1.9 is installed beside xprobe and owns the same files" in out
+    )
+    assert "pip uninstall xprobe-kernels, then pip install --force-reinstall --no-deps xprobe" in out
+
+
+def test_doctor_says_how_to_get_the_kernels_files_back(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert main(["doctor"]) == 1
+    assert "MISSING xprobe_kernels" in (out := capsys.readouterr().out)
+    assert "files are missing: pip install --force-reinstall --no-deps xprobe" in out
+
+
+def test_doctor_knows_every_required_package():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {re.match(r"[\w-]+", entry)[0] for entry in project["dependencies"]}
+    assert required - {"click"} == {name for name, (needed, *_) in doctor.PIECES.items() if needed}
+
+
+def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
+    def load(*arguments, **options):
+        raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
+
+    monkeypatch.setattr(data, "load_data", load)
+    assert main(["data", "check", "builtin"]) == 1
+    assert "error: the package pyarrow is missing: `xprobe doctor` says how to install it" in capsys.readouterr().err
 
 
 def test_files_with_other_names_and_codes_with_subtags(tmp_path, capsys):

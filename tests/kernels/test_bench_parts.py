@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import xprobe_kernels
 from xprobe_kernels.bench import figure, shapes
 from xprobe_kernels.bench.command import Settings, SettingsError
 from xprobe_kernels.bench.lens_speed import COPY, SQUARE, Large
@@ -123,3 +129,30 @@ def test_names_in_a_figure_keep_their_distance() -> None:
     assert figure.move_apart([1.0, 1.0, 1.0], 1.0) == [0.0, 1.0, 2.0]
     places = figure.move_apart([0.0, 0.1, 0.9, 1.0], 0.5)
     assert all(after - before >= 0.5 - 1e-9 for before, after in pairwise(places))
+
+
+# environment
+
+
+def test_the_commit_is_that_of_the_kernels_own_checkout_alone(tmp_path) -> None:
+    """Installed into a virtual environment inside another project, the kernels lie in that project's checkout."""
+    site = tmp_path / "site-packages"
+    shutil.copytree(Path(xprobe_kernels.__file__).parent, site / "xprobe_kernels")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "another project"], check=True)
+    code = (
+        "import torch\nfrom xprobe_kernels.bench.environment import environment\n"
+        "found = environment(torch.device('cpu'))\nprint(found['commit'], found['commit_changed'])"
+    )
+
+    def printed() -> list[str]:
+        variables = {**os.environ, "PYTHONPATH": str(site)}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.split()
+
+    assert printed() == ["None", "None"]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "the kernels are ours"], check=True)
+    commit, changed = printed()
+    assert (len(commit), changed) == (40, "False")

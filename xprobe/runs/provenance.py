@@ -20,6 +20,7 @@ PACKAGES = (
     "pyarrow",
     "scikit-learn",
     "click",
+    "xprobe-kernels",  # None, unless it is installed beside xprobe
 )
 
 

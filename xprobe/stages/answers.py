@@ -54,7 +54,9 @@ def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedMo
     watch, study = Stopwatch(), run.manifest.study
     normaliser = get_normaliser(settings.normaliser)
     for language in sorted({group.split("/")[1] for group in run.manifest.groups}):
-        normaliser.check_language(language)  # before anything is generated
+        normaliser.check_language(language)  # before anything is generated, as the next two lines
+        normaliser.words("a", language)  # says which package is missing
+    identify("a")  # the same
     kept = kept_answers(run, settings)
     lines = kept.read()
     before = run.manifest.stages.get(NAME)

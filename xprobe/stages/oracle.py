@@ -25,7 +25,7 @@ from xprobe.scoring.measures import score
 from xprobe.scoring.normalisers import Normaliser, get_normaliser
 from xprobe.scoring.oracle_summaries import summarise_oracle
 from xprobe.scoring.settings import ORACLE_COLUMNS, TARGETS, OracleSettings
-from xprobe.scoring.words import Span
+from xprobe.scoring.words import Span, word_spans
 from xprobe.stages import answers
 from xprobe.stages.evidence import (
     LINES,
@@ -73,6 +73,8 @@ def compute(run: Run, settings: OracleSettings, open_model: Callable[[], AskedMo
         )
     watch, study = Stopwatch(), run.manifest.study
     normaliser = get_normaliser(settings.normaliser)
+    for language in {group.split("/")[1] for group in run.manifest.groups}:
+        word_spans("a", language)  # says which package is missing, before anything is generated
     generated = generated_answers(run)
     if answers.NAME not in run.manifest.stages or len(generated) < run.manifest.counts.examples:
         answers.compute(run, answer_settings(run, settings), open_model)

@@ -16,8 +16,11 @@ import torch
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, threads, date, command line and commit. Unknown entries are None."""
-    commit = program_output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-    changed = program_output("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--untracked-files=no")
+    git = ("git", "-C", str(Path(__file__).parent))
+    # installed into a virtual environment, this file may lie in somebody else's checkout, which does not track it
+    ours = program_output(*git, "ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit = program_output(*git, "rev-parse", "HEAD") if ours else None
+    changed = program_output(*git, "status", "--porcelain", "--untracked-files=no") if ours else None
     return {
         "device": device_name(device),
         "device_type": device.type,

@@ -26,7 +26,7 @@ def check(target: str, measured: tuple[str, ...]) -> None:
     ``measured`` names the parts that will be measured, as ``Settings.measured`` does.
     """
     if util.find_spec("matplotlib") is None:
-        raise SettingsError("the figure needs matplotlib, which is not installed: pip install 'xprobe[plot]'")
+        raise SettingsError("the figure needs matplotlib, which is not installed: pip install matplotlib")
     if Path(target).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise SettingsError(f"figure must end in .png, .svg or .pdf, got {target!r}")
     if not Path(target).resolve().parent.is_dir():

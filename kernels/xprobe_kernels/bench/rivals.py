@@ -79,7 +79,7 @@ class Rival:
             import_module(self.module)
         except ImportError as error:
             if error.name is not None and self.module.split(".")[0] == error.name.split(".")[0]:
-                return f"{self.package} is not installed: pip install 'xprobe[rivals]'"
+                return f"{self.package} is not installed: pip install {self.package}"
             return f"{self.package} cannot be imported: {error}"
         except Exception as error:
             return f"{self.package} cannot be imported: {type(error).__name__}: {error}"
