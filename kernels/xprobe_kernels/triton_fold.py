@@ -174,8 +174,13 @@ def exp(x):
 
 @triton.jit
 def count_above(z, threshold):
-    """How many logits of each row are above its threshold [BM] int32, from the signs of the differences."""
-    return tl.sum(((threshold[:, None] - z).to(tl.uint32, bitcast=True) >> 31).to(tl.int32), 1)
+    """How many logits of each row are above its threshold [BM] int32, from the signs of the differences.
+
+    An infinite logit minus an infinite threshold is NaN, whose sign depends on the processor. So no threshold is -inf,
+    and one of +inf becomes a NaN with the sign of a positive number: nothing is above it.
+    """
+    bound = tl.where(threshold == INFINITY, float("nan"), tl.where(threshold < LOWEST, LOWEST, threshold))
+    return tl.sum(((bound[:, None] - z).to(tl.uint32, bitcast=True) >> 31).to(tl.int32), 1)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ them. So an edit of the last token of a prompt costs one token in the blocks abo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
@@ -60,6 +60,7 @@ def run_on_tree(
     most_tokens: int,
     *,
     kernel: bool = False,
+    wanted: Callable[[Iterable[int]], Sequence[int]] = list,
 ) -> None:
     """Runs ``part`` of ``requests``, some of them with edits, and writes their rows into ``into``.
 
@@ -69,6 +70,8 @@ def run_on_tree(
         Most tokens in a pass over what lies behind edits; a request may exceed it.
     kernel : bool
         Whether the attention kernels may be used.
+    wanted : callable (requests with edits) -> requests
+        Which requests with edits are to be run. It is called when the rows of the others are there.
 
     Raises
     ------
@@ -77,9 +80,8 @@ def run_on_tree(
     """
     base = _Base(model, anatomy, requests, part, into, kernel)
     by_layer: dict[int, list[int]] = {}
-    for i in part:
-        if requests[i].edits:
-            by_layer.setdefault(min(edit.layer for edit in requests[i].edits), []).append(i)
+    for i in wanted([i for i in part if requests[i].edits]):
+        by_layer.setdefault(min(edit.layer for edit in requests[i].edits), []).append(i)
     for layer in sorted(by_layer):
         members = sorted(by_layer[layer], key=lambda i: base.end(i, first_changed(requests[i])))
         for some in _chunks(requests, members, most_tokens):

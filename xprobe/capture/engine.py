@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import torch
 from xprobe_kernels import attention
 
 from xprobe.arguments import check_least
-from xprobe.capture.edited import edit_sample, run_plain
-from xprobe.capture.edited_tree import run_on_tree
+from xprobe.capture.edited import edit_sample
 from xprobe.capture.edits import check_edits
 from xprobe.capture.generation import Generated, generate_in_batches, generate_on_tree, log_probabilities
 from xprobe.capture.memory import is_out_of_memory, release_memory
-from xprobe.capture.passes import make_pass, run_pass
+from xprobe.capture.one_part import Choice, Select, run_part
+from xprobe.capture.passes import run_pass
 from xprobe.capture.plan import (
     STRATEGIES,
     Plan,
@@ -29,8 +28,6 @@ from xprobe.capture.plan import (
     rotary_limit,
     split,
 )
-from xprobe.capture.prefix import run_on_prefix
-from xprobe.capture.products import fast_products
 from xprobe.capture.requests import Each, Group, Request, check_groups, check_requests, check_sample
 from xprobe.capture.rows import RowBuffers, Rows
 from xprobe.capture.runner import RunnerReport, Warnings, check_batch_tokens
@@ -39,9 +36,7 @@ from xprobe.capture.tree_attention import NotShareable
 from xprobe.errors import UsageError
 from xprobe.models import tensor_parallel
 from xprobe.models.anatomy import Anatomy, input_device
-from xprobe.models.block_io import model_code_errors
 from xprobe.models.parity import TeacherForced, check_parity, check_prompts, rounding_warning
-from xprobe.models.passes import pad
 from xprobe.models.token_limits import TokenLimits
 
 
@@ -221,13 +216,14 @@ class Engine:
             if any(group.key in wanted for group in wave.groups):
                 yield wave, self.capture_wave(wave.requests)
 
-    def capture(self, requests: Sequence[Request], *, last_layer: bool = False) -> Rows:
+    def capture(self, requests: Sequence[Request], *, last_layer: bool = False, select: Select | None = None) -> Rows:
         """Runs ``requests`` and returns their rows.
 
         Where no strategy was chosen yet, it is chosen first, by a check on a few of these requests. A request that is
         alone is run as it is. Requests may have edits (``xprobe.capture.edits``).
 
-        ``last_layer``: only rows of the last layer are kept.
+        ``last_layer``: only rows of the last layer are kept. ``select``: says which requests with edits are run
+        (``xprobe.capture.one_part.Select``); the rows of the others hold anything.
 
         Raises
         ------
@@ -243,6 +239,8 @@ class Engine:
         strategy = self._strategy or "plain"
         if strategy == "tree" and self._edits_on_tree is None and any(request.edits for request in requests):
             self.check_edits_on_tree(requests)
+        if select is not None and tensor_parallel.size() == 1:  # the other processes run every request
+            return self._capture(requests, strategy, self.batch_tokens, last_layer, select).copy()
         return self.capture_wave(requests, strategy, last_layer).copy()
 
     def capture_wave(
@@ -303,7 +301,7 @@ class Engine:
                 answers = generate_in_batches(self.model, texts, most, stop, self.batch_tokens)
             found.update(zip(part, answers, strict=True))
 
-        self._run_parts(requests, self.strategy, self.batch_tokens, run)
+        self._run_parts(requests, range(len(requests)), self.strategy, self.batch_tokens, run)
         return [found[i] for i in range(len(requests))]
 
     def log_probabilities(
@@ -355,7 +353,7 @@ class Engine:
             if progress is not None:
                 progress(len(part))
 
-        self._run_parts(requests, self.strategy, self.batch_tokens, run)
+        self._run_parts(requests, range(len(requests)), self.strategy, self.batch_tokens, run)
         return [found[i] for i in range(len(requests))]
 
     def check_edits_on_tree(self, requests: Sequence[Request]) -> None:
@@ -371,19 +369,31 @@ class Engine:
         if reason is not None:
             self.warn(f"{type(self.model).__name__}: edits are run with {STRATEGIES['plain']} ({reason})")
 
-    def _capture(self, requests: Sequence[Request], strategy: Strategy, budget: int, last_layer: bool = False) -> Rows:
+    def _capture(
+        self, requests: Sequence[Request], strategy: Strategy, budget: int, last_layer: bool = False,
+        select: Select | None = None,
+    ) -> Rows:  # fmt: skip
         rows = (self._last_layer if last_layer else self._space).rows_for(requests)
-        if any(request.edits for request in requests) and (strategy != "tree" or self._edits_on_tree is False):
+        choice = Choice(requests, rows, select)
+        if choice.edited and (strategy != "tree" or self._edits_on_tree is False):
             strategy = "plain"
-        self._run_parts(requests, strategy, budget, lambda part: self._run(requests, part, rows, strategy))
+
+        def run(part: Sequence[int]) -> None:
+            self._run(requests, part, rows, strategy, choice.after(part))
+
+        together = select is None or strategy == "tree"
+        self._run_parts(requests, range(len(requests)) if together else choice.unedited, strategy, budget, run)
+        if not together:
+            self._run_parts(requests, choice.after(())(choice.edited), strategy, budget, run)
         return rows
 
     def _run_parts(
-        self, requests: Sequence[Request], strategy: Strategy, budget: int, run: Callable[[Sequence[int]], None]
-    ) -> None:
-        """Calls ``run`` with parts of ``requests``, by index, that share a pass; smaller ones if memory runs out."""
+        self, requests: Sequence[Request], some: Iterable[int], strategy: Strategy, budget: int,
+        run: Callable[[Sequence[int]], None],
+    ) -> None:  # fmt: skip
+        """Calls ``run`` with parts of ``some``, by index, that share a pass; smaller ones if memory runs out."""
         self._largest_part = 0
-        waiting = split(requests, range(len(requests)), budget, strategy, self.max_shared_tokens)
+        waiting = split(requests, some, budget, strategy, self.max_shared_tokens)
         while waiting:
             try:
                 run(waiting[0])
@@ -400,19 +410,11 @@ class Engine:
             left = [i for part in waiting for i in part]
             waiting = split(requests, left, self.batch_tokens, strategy, self.max_shared_tokens)
 
-    def _run(self, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy) -> None:
-        with torch.inference_mode(), fast_products(self.model), model_code_errors(self.model):
-            if self.max_shared_tokens is not None and len(requests[part[0]].ids) > self.max_shared_tokens:
-                # dynamic NTK keeps the angles of the longest prompt until a short prompt is run
-                self.model.base_model(
-                    input_ids=pad([requests[part[0]].ids[:1]], input_device(self.model)), use_cache=False
-                )
-            if any(requests[i].edits for i in part):
-                if strategy == "tree":
-                    run_on_tree(self.model, self.anatomy, requests, part, into, self.batch_tokens, kernel=self.kernel)
-                else:
-                    run_plain(self.model, self.anatomy, requests, part, into)
-            elif strategy == "prefix":
-                run_on_prefix(self.model, self.anatomy, requests, part, into)
-            else:
-                run_pass(self.model, self.anatomy, make_pass(self.model, requests, part, into, strategy, self.kernel))
+    def _run(
+        self, requests: Sequence[Request], part: Sequence[int], into: Rows, strategy: Strategy,
+        wanted: Callable[[Iterable[int]], Sequence[int]] = list,
+    ) -> None:  # fmt: skip
+        run_part(
+            self.model, self.anatomy, requests, part, into, strategy, kernel=self.kernel,
+            most_tokens=self.batch_tokens, max_shared_tokens=self.max_shared_tokens, wanted=wanted,
+        )  # fmt: skip

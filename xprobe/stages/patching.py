@@ -6,7 +6,7 @@ model -> pairs of questions on a paragraph -> states of one in the run of the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, replace
 from itertools import chain, groupby
 from typing import Any
@@ -20,10 +20,11 @@ from xprobe.capture.edits import Edit, RandomStates, StatesOf
 from xprobe.capture.engine import Engine
 from xprobe.capture.generation import token_log_probabilities
 from xprobe.capture.requests import Each, Request
+from xprobe.capture.rows import Rows
 from xprobe.errors import DataError, UsageError
 from xprobe.events import Note, Stage, Step
 from xprobe.models.anatomy import input_device
-from xprobe.phases.causes import patching_curves, summarise_patching
+from xprobe.phases.causes import moved, patching_curves, summarise_patching
 from xprobe.phases.patch_settings import MEASURES, PATCHING_COLUMNS, PATCHING_LAYER_COLUMNS, PatchSettings
 from xprobe.qa.prompts import Prompt
 from xprobe.runs.identity import checksum_of, run_key
@@ -37,7 +38,7 @@ from xprobe.timing import Stopwatch
 
 NAME = "patching"
 LINES, TABLE, BY_LAYER = "patching.jsonl", "patching.parquet", "patching_by_layer.parquet"
-DEFINITION = 1  # raised when lines hold other figures
+DEFINITION = 2  # raised when lines hold other figures
 PLANNED = "planned"
 WAVE = 4  # on a CPU, contexts whose pairs run together; then their lines are written
 WAVE_ON_GPU = 16  # larger products, and fewer launches for each pair
@@ -80,7 +81,7 @@ def compute(run: Run, settings: PatchSettings, open_model: Callable[[], AskedMod
     run.notify(Stage("curves"))
     with watch.timed("curves"):
         found = kept.read()
-        frame, patched = _frame([found[name] for name in names])
+        frame, patched = _frame([found[name] for name in names], run.manifest.model.n_blocks + 1)
         curves = patching_curves(frame, patched, tuple(MEASURES), study.bootstrap, study.seed)
         summaries = summarise_patching(frame, patched, study.bootstrap, study.seed)
         tables = {TABLE: _long(frame, patched), BY_LAYER: curves[list(PATCHING_LAYER_COLUMNS)]}
@@ -158,14 +159,14 @@ def patch(engine: Engine, pairs: Sequence[Pair]) -> list[Line]:
 
     Its log-probability is read where the prompt ends, or the beginning that both answers share. No other answer token
     is run, and the ends are exact: a patch of the last state at the last layer says the other answer, one below the
-    first block nothing.
+    first block nothing. Pairs that the model does not tell apart are not patched: no curve counts them.
 
     Returns
     -------
     list of dict
         One for each pair: ``own`` and ``other`` (examples), ``paragraph``, ``pairs``, ``given`` (tokens that both
         answers share), ``before`` and ``outright`` (log-probabilities of own and other answer), and ``kinds``: by kind
-        of patch, ``source`` (an example or null) and ``values`` [L + 1, 2].
+        of patch, ``source`` (an example or null) and ``values`` [L + 1, 2] (null if the pair was not patched).
     """
     requests: list[Request] = []
     index: dict[_RunKey, int] = {}
@@ -175,13 +176,11 @@ def patch(engine: Engine, pairs: Sequence[Pair]) -> list[Line]:
                 index[key_of(prompt), pair.given] = len(requests)
                 requests.append(_request(prompt, pair.given))
     top = engine.anatomy.n_layers - 1
-    places: list[int] = []  # rows to measure, and the tokens to look up in each
-    answers: list[tuple[int, int]] = []
+    rows_of: list[dict[str, list[int]]] = []  # of each pair, by kind: the rows to measure, one for each layer
     for pair in pairs:
-        places += [index[key_of(prompt), pair.given] for prompt in (pair.own, pair.other)]
-        answers += [pair.answers] * 2
+        rows_of.append({})
         for kind in kinds_of(pair):
-            answers += [pair.answers] * engine.anatomy.n_layers
+            places = rows_of[-1][kind] = []
             for layer in range(engine.anatomy.n_layers):
                 source = pair.own if kind == "question" else pair.controls.get(kind, pair.other)
                 if layer == top and isinstance(source, Prompt):  # the row that is read is that of the source
@@ -189,28 +188,53 @@ def patch(engine: Engine, pairs: Sequence[Pair]) -> list[Line]:
                     continue
                 places.append(len(requests))
                 requests.append(_patched(pair, kind, layer, index))
-    rows = engine.capture(requests, last_layer=True)["last"][0]
-    rows = rows[upload(torch.tensor(places), rows.device)]
-    measured = token_log_probabilities(rows, answers, engine.anatomy.head)
-    values = iter([[round(value, 7) for value in both] for both in measured])
+    ends = [tuple(index[key_of(prompt), pair.given] for prompt in (pair.own, pair.other)) for pair in pairs]
+    without: dict[int, list[list[float]]] = {}  # of each pair, what both prompts say without a patch
+
+    def measure(rows: Rows, places: Sequence[int], answers: Sequence[tuple[int, int]]) -> list[list[float]]:
+        last = rows["last"][0]
+        last = last[upload(torch.tensor(places), last.device)]
+        measured = token_log_probabilities(last, answers, engine.anatomy.head)
+        return [[round(value, 7) for value in both] for both in measured]
+
+    def select(rows: Rows, ran: Set[int]) -> set[int]:
+        new = [p for p, both in enumerate(ends) if p not in without and set(both) <= ran]
+        if new:
+            places = [place for p in new for place in ends[p]]
+            found = iter(measure(rows, places, [pairs[p].answers for p in new for _ in range(2)]))
+            without.update((p, [next(found), next(found)]) for p in new)
+        kept = (own for p, own in enumerate(rows_of) if p not in without or _told_apart(*without[p]))
+        return {place for own in kept for places in own.values() for place in places}
+
+    rows = engine.capture(requests, last_layer=True, select=select)
+    select(rows, set(range(len(requests))))
+    apart = [p for p in range(len(pairs)) if _told_apart(*without[p])]
+    places = [place for p in apart for own in rows_of[p].values() for place in own]
+    answers = [pairs[p].answers for p in apart for own in rows_of[p].values() for _ in own]
+    values = iter(measure(rows, places, answers) if places else [])
     lines = []
-    for pair in pairs:
-        before, outright = next(values), next(values)
+    for p, pair in enumerate(pairs):
         kinds = {}
-        for kind in kinds_of(pair):
+        for kind, own in rows_of[p].items():
             source = pair.other if kind in ("answer", "question") else pair.controls[kind]
             kinds[kind] = {
                 "source": list(key_of(source)) if isinstance(source, Prompt) else None,
-                "values": [next(values) for _ in range(engine.anatomy.n_layers)],
+                "values": [next(values) for _ in own] if _told_apart(*without[p]) else None,
             }
         lines.append(
             {
                 "own": list(key_of(pair.own)), "other": list(key_of(pair.other)),
                 "paragraph": pair.own.example.paragraph, "pairs": pair.pairs, "given": len(pair.given),
-                "before": before, "outright": outright, "kinds": kinds,
+                "before": without[p][0], "outright": without[p][1], "kinds": kinds,
             }
         )  # fmt: skip
     return lines
+
+
+def _told_apart(before: Sequence[float], outright: Sequence[float]) -> bool:
+    """Whether asking the other question moves the preference towards its answer. Curves are of such pairs."""
+    _, whole = moved(np.zeros((1, 1, 2)), np.array([before]), np.array([outright]))
+    return bool(whole[0] > 0)
 
 
 def kinds_of(pair: Pair) -> list[str]:
@@ -252,8 +276,12 @@ def _patched(pair: Pair, kind: str, layer: int, index: dict[_RunKey, int]) -> Re
     return replace(request, edits=(Edit(layer, last(len(request.ids)), taken),))
 
 
-def _frame(lines: Sequence[Line]) -> tuple[pd.DataFrame, np.ndarray]:
-    """One row per pair and kind of patch, and the log-probabilities of both answers [N, L + 1, 2]."""
+def _frame(lines: Sequence[Line], layers: int) -> tuple[pd.DataFrame, np.ndarray]:
+    """One row per pair and kind of patch, and the log-probabilities of both answers [N, layers, 2].
+
+    They are NaN where the pair was not patched.
+    """
+    unknown = [[np.nan] * 2] * layers
     rows, values = [], []
     for line in lines:
         (setting, language, question), (_, other_language, other_question) = line["own"], line["other"]
@@ -269,7 +297,7 @@ def _frame(lines: Sequence[Line]) -> tuple[pd.DataFrame, np.ndarray]:
                     "other_outright": line["outright"][1],
                 }
             )  # fmt: skip
-            values.append(found["values"])
+            values.append(found["values"] or unknown)
     return pd.DataFrame(rows), np.array(values, dtype=np.float64)
 
 
