@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -137,6 +138,36 @@ def test_strategies_and_sizes_of_a_pass_give_the_same(strategy: str, batch_token
     engine = Engine(model, inspect(model), batch_tokens)
     engine.strategy = strategy
     check(engine, engine.anatomy.blocks)
+
+
+@pytest.mark.parametrize("batch_tokens", [60, 4096])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_selected_edits_are_run_and_the_choice_sees_the_rows_without_edits(
+    strategy: Any, batch_tokens: int
+) -> None:
+    model = tiny_model("llama")
+    anatomy = inspect(model)
+    engine = Engine(model, anatomy, batch_tokens)
+    engine.strategy = strategy
+    requests = cases(anatomy.n_layers, anatomy.head.width)
+    everything = engine.capture(requests)
+    unedited = {i for i, request in enumerate(requests) if not request.edits}
+    wanted = {i for i in range(len(requests)) if i not in unedited and i % 2}
+    seen: list[set[int]] = []
+
+    def select(rows: Any, ran: Any) -> set[int]:
+        seen.append(set(ran))
+        for i in ran:  # their rows are there
+            torch.testing.assert_close(rows["each"][:, 3 * i : 3 * i + 3], everything["each"][:, 3 * i : 3 * i + 3])
+        return wanted
+
+    found = engine.capture(requests, select=select)
+    assert seen
+    assert seen[-1] <= unedited
+    assert all(before <= after for before, after in pairwise(seen))
+    for name, count in (("each", 3), ("mean", 1)):
+        rows = [count * i + row for i in unedited | wanted for row in range(count)]
+        torch.testing.assert_close(found[name][:, rows], everything[name][:, rows], rtol=0, atol=2e-5)
 
 
 def test_a_request_alone_is_edited_too() -> None:

@@ -19,6 +19,7 @@ from support.planted_causes import causes_model, causes_set
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xprobe
+from xprobe.capture import edited_tree
 from xprobe.capture.edits import random_like
 from xprobe.errors import DataError, UsageError
 from xprobe.events import Step
@@ -124,7 +125,7 @@ def test_the_table_holds_what_plain_hooks_give(patched: Path) -> None:
     questions = read_questions(study.manifest.study)
     prompts, _ = build_prompts(questions.examples, tokenizer, questions.template, None)
     by_key = {(p.example.setting, p.example.language, p.example.question_id): p for p in prompts}
-    rows = study.patching
+    rows = study.patching.dropna()
     seen = set()
     for (kind, _), some in rows.groupby(["kind", "setting"]):
         row = some[some["layer"] == 2].iloc[-1]
@@ -163,7 +164,7 @@ def test_the_table_holds_what_plain_hooks_give(patched: Path) -> None:
 
 def test_ends_of_the_curves_are_exact(patched: Path) -> None:
     """The last state of the last layer is the answer; below all layers the last token is the same for all questions."""
-    rows = xprobe.load_study(patched).patching
+    rows = xprobe.load_study(patched).patching.dropna()
     answer, question = (rows[rows["kind"] == kind] for kind in ("answer", "question"))
     top = rows["layer"].max()
     for own, layer, column in ((answer, 0, "before"), (answer, top, "outright"), (question, 0, "outright"),
@@ -171,6 +172,42 @@ def test_ends_of_the_curves_are_exact(patched: Path) -> None:
         some = own[own["layer"] == layer]
         for side in ("own", "other"):
             assert some[side].to_numpy() == pytest.approx(some[f"{side}_{column}"].to_numpy(), abs=1e-4)
+
+
+def test_pairs_that_the_model_does_not_tell_apart_are_not_patched(
+    finished: Path, patched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Curves and summaries are those of a run that patches every pair."""
+    rows = xprobe.load_study(patched).patching
+    own, outright = (rows[f"other_{name}"] - rows[f"own_{name}"] for name in ("before", "outright"))
+    apart = outright > own
+    assert 0.2 < apart.mean() < 0.9
+    for side in ("own", "other"):
+        assert (rows[side].notna() == apart).all()
+    out = copied(finished, tmp_path)
+    monkeypatch.setattr("xprobe.stages.patching._told_apart", lambda before, outright: True)
+    every = xprobe.patch(out)
+    assert every.patching.notna().all(axis=None)
+    some, every_pair = rows[apart], every.patching[apart]
+    pd.testing.assert_frame_equal(some, every_pair, atol=1e-5, rtol=1e-5)
+    curves = [study.table("patching_by_layer.parquet") for study in (xprobe.load_study(patched), every)]
+    pd.testing.assert_frame_equal(*curves, rtol=1e-3)  # ratios of small differences
+
+
+def test_only_wanted_patches_are_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    behind = edited_tree._run_behind
+
+    def counting(model: Any, anatomy: Any, requests: Any, some: list[int], *rest: Any) -> None:
+        ran.append(len(some))
+        behind(model, anatomy, requests, some, *rest)
+
+    monkeypatch.setattr(edited_tree, "_run_behind", counting)
+    rows = xprobe.patch(copied(finished, tmp_path)).patching
+    top = rows["layer"].max()
+    needed = rows["own"].notna() & ((rows["layer"] < top) | (rows["kind"] == "random"))
+    check = sum(ran) - int(needed.sum())  # the check of edits on the tree runs a few
+    assert 0 <= check <= 4
 
 
 def test_a_second_call_needs_no_model_and_settings_are_kept_apart(
