@@ -20,7 +20,7 @@ from xprobe.results import Study, load_study
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.identity import differences, model_to_load
 from xprobe.runs.lock import FolderLock
-from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
+from xprobe.runs.manifest import Manifest, ModelEntry
 from xprobe.scoring.settings import AnswerSettings, OracleSettings
 
 if TYPE_CHECKING:
@@ -406,11 +406,11 @@ def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | Non
     name = model_to_load(manifest, folder.path) if loaded is None else loaded.source.name
     study: StudyConfig = replace(manifest.study, model=name)
     source = resolve(name) if loaded is None else loaded.source
-    questions = read_questions(study, records)
+    questions = read_questions(study, records, manifest.data.revision)
     now = Manifest(
         study=study,
         model=ModelEntry(source.name, source.kind, source.location, source.fingerprint()),
-        data=DataEntry(questions.data.name, list(questions.data.files), questions.data.fingerprint),
+        data=questions.data_entry,
         template_sha256=questions.template_sha256,
         lens_sha256=manifest.lens_sha256,  # the only stage that reads with it, "lenses", checks it
     )

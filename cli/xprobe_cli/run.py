@@ -42,10 +42,10 @@ from xprobe_cli.tables import counted
     "--data",
     default="builtin",
     show_default=True,
-    metavar="builtin|xquad|DIR|FILE",
-    help="Question set: the built-in one, XQuAD, a folder with one file per language, or one such file. Files are "
-    "named NAME.<lang>.json or NAME.<lang>.jsonl, optionally with .gz, and hold SQuAD v1.1 or flat "
-    "records (docs/data.md).",
+    metavar="builtin|xquad|hf:NAME|DIR|FILE",
+    help="Question set: the built-in one, XQuAD, a data set of the Hugging Face Hub (hf:google/xquad), a folder with "
+    "one file per language, or one such file. Files are named NAME.<lang>.json or NAME.<lang>.jsonl, optionally with "
+    ".gz, and hold SQuAD v1.1 or flat records (docs/data.md).",
 )
 @click.option(
     "--setting",
