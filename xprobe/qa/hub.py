@@ -87,7 +87,7 @@ def read_hub(spec: str, choose: Callable[[list[str]], list[str]], revision: str 
             elif not any(key in held.column_names for key in LANGUAGE_KEYS):
                 raise source.error(
                     f"does not say which language it is in: add language=CODE, or config= with {LANGUAGE} where the "
-                    f"language stands. It has the configurations {_few(source.configs)}, and in {pattern!r} the columns "
+                    f"language stands. It has the configurations {_few(source.configs)}; {pattern!r} has the columns "
                     f"{', '.join(held.column_names)}"
                 )
     collected, problems = read_records(held, spec)
@@ -234,13 +234,13 @@ def _errors(name: HubName) -> Iterator[None]:
             raise UsageError(f"{what} has no revision {name.revision!r}: name a branch, a tag or a commit") from error
         if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
             raise UsageError(
-                f"{what} is not on the Hub, or is private, and is no folder here: check the name; for a private one log "
-                "in (hf auth login) or set HF_TOKEN"
+                f"{what} is not on the Hub, or is private, and is no folder here: check the name; if it is private, "
+                "log in (hf auth login) or set HF_TOKEN"
             ) from error
         if "scripts are no longer supported" in text:
             raise UsageError(
-                f"{what} is read by a Python script, which the package datasets no longer runs: add "
-                "revision=refs/convert/parquet if the Hub has converted it"
+                f"{what} is read by a Python script, which the package datasets no longer runs: load "
+                "its files by hand, and give them as files or as records (docs/data.md)"
             ) from error
         if _is_network(error):
             raise DataError(
