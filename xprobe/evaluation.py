@@ -329,13 +329,7 @@ def forecast_oracle(
 
 
 def _settings(given: Settings | None, kind: type[Settings]) -> Settings:
-    """The settings that were given, or the default ones.
-
-    Raises
-    ------
-    UsageError
-        They are of another kind.
-    """
+    """The settings that were given, or the default ones. A UsageError if they are of another kind."""
     if given is None:
         return kind()
     check_instance("settings", given, kind)
@@ -382,8 +376,10 @@ def _add_stage(
         if lock.warning:
             notify(Note(lock.warning))
         run.manifest = folder.read_finished()  # as it is now that no other process writes it
-        compute(run, open_model=cache(lambda: _open_model(folder, run.manifest, loaded, records)))
-        folder.write_manifest(run.manifest)
+        config = {"study": run.manifest.study.to_dict(), "execution": run.execution.to_dict()}
+        with notify.reporting(folder.path, **config):
+            compute(run, open_model=cache(lambda: _open_model(folder, run.manifest, loaded, records)))
+            folder.write_manifest(run.manifest)
     return load_study(folder.path)
 
 

@@ -72,7 +72,7 @@ def run(
     resume : bool
         Continue the run in ``out``: what its shards hold is not computed again. A run of something else is refused.
     progress : callable (event), optional
-        Called with ``Stage``, ``Step`` and ``Note`` objects (``xprobe.events``), from this thread.
+        Called with the events of ``xprobe.events``, from this thread; ``xprobe.Tracker`` logs them.
     **options
         Further fields of ``StudyConfig`` (limit, template, dtype, seed, ...) and of ``Execution`` (device,
         batch_tokens, stream, ...).
@@ -148,7 +148,8 @@ def run_config(
     path = default_out(study) if out is None else folder_path("out", out)
     notify = CallerNotify(progress)
     with _locked(path, notify, resume), nullcontext() if loaded is None else evaluation_mode(loaded.model):
-        _compute_stages(study, execution, path, notify, resume, loaded, records)
+        with notify.reporting(path, study=study.to_dict(), execution=execution.to_dict()):
+            _compute_stages(study, execution, path, notify, resume, loaded, records)
         return load_study(path)
 
 

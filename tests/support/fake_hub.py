@@ -33,6 +33,7 @@ class Repository:
     gated: bool = False
     private: bool = False
     messages: list[str] = field(default_factory=list)
+    branches: set[str] = field(default_factory=lambda: {"main"})  # all of them name the newest commit
 
     def sha(self, number: int = -1) -> str:
         """The hash of a commit."""
@@ -45,7 +46,7 @@ class Repository:
         for number in range(len(self.commits)):
             if self.sha(number) == revision:
                 return revision, self.commits[number]
-        return (self.sha(), self.commits[-1]) if revision == "main" else None
+        return (self.sha(), self.commits[-1]) if revision in self.branches else None
 
 
 @dataclass
@@ -144,6 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(401 if not self._logged_in() else 404, "RepoNotFound", "Repository not found")
             return
         name, action, revision, path = found[1], found[2] or "revision", found[3] or "main", found[4] or ""
+        if action == "branch" and self._logged_in():
+            repository.branches.add(revision)
+            self._json({})
+            return
         if action in ("preupload", "commit"):
             self._upload(name, repository, action)
             return
@@ -221,9 +226,13 @@ class _Handler(BaseHTTPRequestHandler):
             if not name.startswith("ada/"):
                 self._error(403, "", f"You don't have the rights to create a dataset under the namespace {name}")
             elif name in self.hub.repositories:
-                self._error(409, "", "You already created this dataset repo")
+                self._error(409, "", "You already created this dataset repo", url=f"{self.hub.address}/datasets/{name}")
             else:
-                self.hub.add(name, {".gitattributes": ""}, private=bool(asked.get("private")))
+                self.hub.add(
+                    name,
+                    {".gitattributes": ""},
+                    private="private" in (asked.get("visibility"), asked.get("private") and "private"),
+                )
                 self._json({"url": f"{self.hub.address}/datasets/{name}", "name": name, "id": name})
 
     def _upload(self, name: str, repository: Repository, action: str) -> None:
@@ -260,11 +269,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _error(self, status: int, code: str, message: str, sha: str = "") -> None:
+    def _error(self, status: int, code: str, message: str, sha: str = "", **more: str) -> None:
         headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
         self._send(
             status,
-            json.dumps({"error": message}).encode(),
+            json.dumps({"error": message, **more}).encode(),
             {"Content-Type": "application/json", **headers, **({"X-Repo-Commit": sha} if sha else {})},
         )
 
