@@ -19,7 +19,7 @@ from xprobe.qa.validation import Collector
 
 _HASH = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 12  # configurations that a message names
-_TIMEOUT = 60  # seconds
+_TIMEOUT = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ def read_hub(spec: str, choose: Callable[[list[str]], list[str]], revision: str 
     --------
     >>> read_hub("hf:google/xquad", lambda languages: ["en"]).parts  # doctest: +SKIP
     ('xquad.en/validation',)
+    >>> read_hub("hf:google/xquad,branch=main", list)
+    Traceback (most recent call last):
+    xprobe.errors.UsageError: 'hf:google/xquad,branch=main': unknown part 'branch=main'; write hf:NAME[,config=...
     """
     source = _Source.open(HubName.from_text(spec), revision)
     pattern = source.pattern()
@@ -104,6 +107,7 @@ class _Source:
     place: str  # what ``datasets`` loads: a name, or a folder
     revision: str
     configs: tuple[str, ...]
+    from_cache: bool = False  # the Hub cannot be reached
 
     @classmethod
     def open(cls, name: HubName, revision: str) -> _Source:
@@ -122,7 +126,7 @@ class _Source:
             cached = _cached(datasets, name.name)
             if not cached:
                 raise
-            return cls(name, name.name, wanted, tuple(cached))
+            return cls(name, name.name, wanted, tuple(cached), from_cache=True)
         with _errors(name), _quiet(datasets):
             return cls(name, name.name, sha, tuple(datasets.get_dataset_config_names(name.name, revision=sha)))
 
@@ -146,7 +150,7 @@ class _Source:
     def load(self, config: str) -> Any:
         """All splits of a configuration, by name."""
         datasets = _package()
-        with _errors(self.name), _quiet(datasets):
+        with _errors(self.name), _quiet(datasets, offline=self.from_cache):
             splits = datasets.load_dataset(self.place, config, revision=self.revision or None)
         commit = _commit(splits)
         if commit and _HASH.fullmatch(self.revision) and commit != self.revision:
@@ -205,13 +209,15 @@ def _cached(datasets: Any, name: str) -> dict[str, str]:
 
 
 @contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """Without the progress bars of ``datasets``, which are shown again afterwards if they were before."""
-    hidden = datasets.are_progress_bars_disabled()
+def _quiet(datasets: Any, *, offline: bool = False) -> Iterator[None]:
+    """Without the progress bars of ``datasets``, and without its tries to reach the Hub. Undone afterwards."""
+    hidden, was_offline = datasets.are_progress_bars_disabled(), datasets.config.HF_HUB_OFFLINE
     datasets.disable_progress_bars()
+    datasets.config.HF_HUB_OFFLINE = was_offline or offline
     try:
         yield
     finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
         if not hidden:
             datasets.enable_progress_bars()
 
