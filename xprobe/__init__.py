@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from xprobe.lenses.fit import fit_lens
     from xprobe.lenses.settings import FitSettings, LensesSettings
     from xprobe.phases.patch_settings import PatchSettings
+    from xprobe.report.tracking import Tracker
     from xprobe.results import Study, load_study
     from xprobe.scoring.settings import AnswerSettings, OracleSettings
     from xprobe.single_prompt.lens import PromptLens, lens_prompt
@@ -56,6 +57,7 @@ _HOME = {
     "lens_prompt": "xprobe.single_prompt.lens",
     "PromptLens": "xprobe.single_prompt.lens",
     "PromptEdit": "xprobe.single_prompt.patch",
+    "Tracker": "xprobe.report.tracking",
     "XprobeError": "xprobe.errors",
 }
 
@@ -63,7 +65,7 @@ _MODULES = ("errors", "events", "probes")  # modules for users: no import of the
 
 __all__ = [
     "AnswerSettings", "Comparison", "Execution", "FitSettings", "LensesSettings", "OracleSettings", "PatchSettings",
-    "PatchedPrompt", "PromptEdit", "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "XprobeError",
+    "PatchedPrompt", "PromptEdit", "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "Tracker", "XprobeError",
     "__version__", "attribute", "attribute_example", "compare", "evaluate", "fit_lens", "forecast_oracle",
     "lens_prompt", "load_study", "oracle", "patch", "patch_prompt", "read_lenses", "run",
 ]  # fmt: skip

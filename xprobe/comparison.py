@@ -170,8 +170,9 @@ def _check(named: dict[str, Study]) -> list[str]:
     """The settings that all runs have. Refuses runs on other questions."""
     (name, first), *others = named.items()
     for other, study in others:
+        same_records = first.manifest.data.same_records(study.manifest.data)
         for what, value in _questions(first).items():
-            if (theirs := _questions(study)[what]) != value:
+            if (theirs := _questions(study)[what]) != value and not (same_records and what in _OF_DATA):
                 raise UsageError(
                     f"{other} and {name} cannot be compared: {what} differs ({_difference(theirs, value)}). Run both "
                     "models on the same questions, with the same languages and template"
@@ -181,6 +182,9 @@ def _check(named: dict[str, Study]) -> list[str]:
         held = "; ".join(f"{name}: {', '.join(study.settings)}" for name, study in named.items())
         raise UsageError(f"these runs have no setting in common ({held})")
     return settings
+
+
+_OF_DATA = ("the data", "the content of the data")  # the same records may come from elsewhere
 
 
 def _questions(study: Study) -> dict[str, Any]:

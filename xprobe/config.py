@@ -72,7 +72,8 @@ class StudyConfig:
     model : str
         Alias, Hugging Face id, local folder or ``.gguf`` file.
     data : str
-        ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files or one such file (SQuAD v1.1 format).
+        ``builtin``, ``xquad``, ``hf:NAME`` (a data set of the Hugging Face Hub), a folder of ``NAME.<lang>.json`` files
+        or one such file (docs/data.md).
     settings : tuple of str
         ``en-x``, ``x-x`` or both.
     languages : tuple of str, optional

@@ -47,6 +47,9 @@ PIECES = {
     "rjieba": (False, "scores of Chinese answers", "pip install 'xprobe[scoring]'"),
     "pythainlp": (False, "scores of Thai answers", "pip install 'xprobe[scoring]'"),
     "uniseg": (False, "words and sentences for the oracle", "pip install 'xprobe[scoring]'"),
+    "datasets": (False, "questions of the Hugging Face Hub (--data hf:NAME)", "pip install 'xprobe[datasets]'"),
+    "trackio": (False, "tracking of runs (--track trackio)", "pip install 'xprobe[tracking]'"),
+    "wandb": (False, "tracking of runs (--track wandb)", "pip install 'xprobe[tracking]'"),
     "triton": (False, "fused kernels on a GPU", "pip install 'xprobe[gpu]'"),
     "sentencepiece": (
         False,

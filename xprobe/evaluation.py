@@ -20,7 +20,7 @@ from xprobe.results import Study, load_study
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.identity import differences, model_to_load
 from xprobe.runs.lock import FolderLock
-from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry
+from xprobe.runs.manifest import Manifest, ModelEntry
 from xprobe.scoring.settings import AnswerSettings, OracleSettings
 
 if TYPE_CHECKING:
@@ -329,13 +329,7 @@ def forecast_oracle(
 
 
 def _settings(given: Settings | None, kind: type[Settings]) -> Settings:
-    """The settings that were given, or the default ones.
-
-    Raises
-    ------
-    UsageError
-        They are of another kind.
-    """
+    """The settings that were given, or the default ones. A UsageError if they are of another kind."""
     if given is None:
         return kind()
     check_instance("settings", given, kind)
@@ -382,8 +376,10 @@ def _add_stage(
         if lock.warning:
             notify(Note(lock.warning))
         run.manifest = folder.read_finished()  # as it is now that no other process writes it
-        compute(run, open_model=cache(lambda: _open_model(folder, run.manifest, loaded, records)))
-        folder.write_manifest(run.manifest)
+        config = {"study": run.manifest.study.to_dict(), "execution": run.execution.to_dict()}
+        with notify.reporting(folder.path, **config):
+            compute(run, open_model=cache(lambda: _open_model(folder, run.manifest, loaded, records)))
+            folder.write_manifest(run.manifest)
     return load_study(folder.path)
 
 
@@ -406,11 +402,11 @@ def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | Non
     name = model_to_load(manifest, folder.path) if loaded is None else loaded.source.name
     study: StudyConfig = replace(manifest.study, model=name)
     source = resolve(name) if loaded is None else loaded.source
-    questions = read_questions(study, records)
+    questions = read_questions(study, records, manifest.data.revision)
     now = Manifest(
         study=study,
         model=ModelEntry(source.name, source.kind, source.location, source.fingerprint()),
-        data=DataEntry(questions.data.name, list(questions.data.files), questions.data.fingerprint),
+        data=questions.data_entry,
         template_sha256=questions.template_sha256,
         lens_sha256=manifest.lens_sha256,  # the only stage that reads with it, "lenses", checks it
     )

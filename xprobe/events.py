@@ -2,8 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run, or a later stage of a run, has begun in ``folder``.
+
+    ``config`` says what is measured (``study``) and how (``execution``), in plain values.
+
+    Examples
+    --------
+    >>> str(Begun("runs/demo", {"study": {"limit": 4}}))
+    'begun: runs/demo'
+    """
+
+    folder: str
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"begun: {self.folder}"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What had begun is finished: ``xprobe.load_study(folder)`` reads it.
+
+    Examples
+    --------
+    >>> str(Finished("runs/demo"))
+    'finished: runs/demo'
+    """
+
+    folder: str
+
+    def __str__(self) -> str:
+        return f"finished: {self.folder}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +98,7 @@ class Note:
         return self.text
 
 
-Event = Stage | Step | Note
+Event = Begun | Stage | Step | Note | Finished
 Notify = Callable[[Event], None]
 
 
@@ -82,3 +120,10 @@ class CallerNotify:
         except BaseException as error:
             self.error = error
             raise
+
+    @contextmanager
+    def reporting(self, folder: Path, **config: dict[str, Any]) -> Iterator[None]:
+        """Reports ``Begun``, and ``Finished`` if nothing is raised."""
+        self(Begun(str(folder), config))
+        yield
+        self(Finished(str(folder)))

@@ -28,7 +28,7 @@ from xprobe.runs.disk import check_writable
 from xprobe.runs.folder import SHARDS, RunFolder
 from xprobe.runs.identity import differences
 from xprobe.runs.lock import LOCK, FolderLock
-from xprobe.runs.manifest import DataEntry, Manifest, ModelEntry, StageEntry
+from xprobe.runs.manifest import Manifest, ModelEntry, StageEntry
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel, Source
@@ -60,8 +60,9 @@ def run(
     tokenizer : PreTrainedTokenizerBase, optional
         Of a loaded model; needed there, and only there.
     data : str, path, or records
-        ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files or one such file; or records in memory: a list of
-        dictionaries, a data frame, or a dictionary from language to one of these (docs/data.md).
+        ``builtin``, ``xquad``, ``hf:NAME`` (a data set of the Hugging Face Hub), a folder of ``NAME.<lang>.json`` files
+        or one such file; or records in memory: a list of dictionaries, a data frame, a ``datasets.Dataset`` or
+        ``DatasetDict``, or a dictionary from language to one of these (docs/data.md).
     setting : str or iterable of str
         ``en-x``, ``x-x`` or both.
     languages : str or iterable of str, optional
@@ -71,7 +72,7 @@ def run(
     resume : bool
         Continue the run in ``out``: what its shards hold is not computed again. A run of something else is refused.
     progress : callable (event), optional
-        Called with ``Stage``, ``Step`` and ``Note`` objects (``xprobe.events``), from this thread.
+        Called with the events of ``xprobe.events``, from this thread; ``xprobe.Tracker`` logs them.
     **options
         Further fields of ``StudyConfig`` (limit, template, dtype, seed, ...) and of ``Execution`` (device,
         batch_tokens, stream, ...).
@@ -147,7 +148,8 @@ def run_config(
     path = default_out(study) if out is None else folder_path("out", out)
     notify = CallerNotify(progress)
     with _locked(path, notify, resume), nullcontext() if loaded is None else evaluation_mode(loaded.model):
-        _compute_stages(study, execution, path, notify, resume, loaded, records)
+        with notify.reporting(path, study=study.to_dict(), execution=execution.to_dict()):
+            _compute_stages(study, execution, path, notify, resume, loaded, records)
         return load_study(path)
 
 
@@ -162,7 +164,7 @@ def _compute_stages(
     from xprobe.stages.run import Run
 
     started = time.perf_counter()
-    questions = read_questions(study, records)
+    questions = read_questions(study, records, _recorded_revision(study, path) if resume else "")
     source = resolve(study.model) if loaded is None else loaded.source
     manifest, finished = _begin(study, questions, source, loaded is not None, path, resume)
     run = Run(RunFolder(path), manifest, execution, notify)
@@ -211,6 +213,15 @@ def _forget_later_stages(run: Run, reason: str, *, only_damaged: bool = False) -
         run.forget(name, reason)
     if not only_damaged:
         run.manifest.stages.pop("phases", None)  # which is computed next
+
+
+def _recorded_revision(study: StudyConfig, path: Path) -> str:
+    """The commit of the Hub that the run in the folder read; ``""`` if there is none, or if it read other data."""
+    folder = RunFolder(path)
+    if not folder.has_manifest():
+        return ""
+    before = folder.read_run()
+    return before.data.revision if before.study.data == study.data else ""
 
 
 def _unused_options(execution: Execution, manifest: Manifest) -> list[str]:
@@ -311,13 +322,12 @@ def _begin(
     from xprobe.lenses.files import lens_checksum
     from xprobe.models.in_memory import IDENTITY
 
-    data = questions.data
     now = Manifest(
         study=study,
         model=ModelEntry(
             source.name, source.kind, source.location, source.fingerprint(), IDENTITY if in_memory else None
         ),
-        data=DataEntry(data.name, list(data.files), data.fingerprint),
+        data=questions.data_entry,
         template_sha256=questions.template_sha256,
         lens_sha256=lens_checksum(study.lens),
     )
@@ -330,7 +340,7 @@ def _begin(
         raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another out (--out)")
     if folder.is_finished():
         return before, True
-    now.model.dtype = before.model.dtype
+    now.model.dtype, now.data.files_sha256 = before.model.dtype, before.data.files_sha256
     stages = {name: entry for name, entry in before.stages.items() if name in ("states", "probes")}
     if folder.manifest_is_untouched():
         now.created, now.stages = before.created, stages

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xprobe_cli.options import echo_json
+from xprobe.events import Notify
+from xprobe_cli.options import echo_json, tracked
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def add_stage(
-    stage: str, compute: Callable[[Stoppable], Study], report: Callable[[Study], str], *, as_json: bool
+    stage: str,
+    compute: Callable[[Notify], Study],
+    report: Callable[[Study], str],
+    *,
+    as_json: bool,
+    track: str | None = None,
 ) -> int:
     """Computes a stage and prints its table, or one JSON object. Returns the exit code.
 
@@ -28,10 +34,12 @@ def add_stage(
     report : callable (study) -> str
         The table.
     as_json : bool
+    track : str, optional
+        What ``--track`` says.
     """
     try:
         with Progress() as progress, Stoppable(progress) as stoppable:
-            study = compute(stoppable)
+            study = compute(tracked(stoppable, track))
     except Stopped as stopped:
         click.echo("xprobe: interrupted: what was computed is kept; the same command goes on", err=True)
         return EXIT_CODES[stopped.signal]

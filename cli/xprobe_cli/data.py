@@ -46,7 +46,7 @@ def list_sets(as_json: bool) -> None:
     click.echo(
         "\nYour own folder works as well: xprobe run --data FOLDER. It holds one file per language, "
         "NAME.<lang>.json or\nNAME.<lang>.jsonl, optionally with .gz, in SQuAD v1.1 format or with flat records "
-        "(docs/data.md)."
+        "(docs/data.md). A data set of the\nHugging Face Hub is named hf:NAME: xprobe run --data hf:google/xquad."
     )
 
 
@@ -56,7 +56,8 @@ def list_sets(as_json: bool) -> None:
 @click.option("--strict", is_flag=True, help="Stop at the first problem.")
 @common
 def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: bool) -> int:
-    """Validate every record of DATA: builtin, xquad, a folder, or one file. The exit code is 1 if there are problems.
+    """Validate every record of DATA: builtin, xquad, hf:NAME, a folder, or one file. The exit code is 1 if there are
+    problems.
 
     Files are named NAME.<lang>.json or NAME.<lang>.jsonl, optionally with .gz, and hold SQuAD v1.1 or flat records
     (docs/data.md).
@@ -66,6 +67,7 @@ def check(data: str, languages: tuple[str, ...] | None, strict: bool, as_json: b
         echo_json({
             "data": data,
             "files": list(dataset.files),
+            "revision": dataset.revision,
             "questions": {language: len(records) for language, records in dataset.records.items()},
             "problems": [vars(problem) for problem in dataset.problems],
         })  # fmt: skip

@@ -9,7 +9,7 @@ import click
 
 from xprobe.scoring.settings import NORMALISERS, AnswerSettings
 from xprobe_cli.added_stage import add_stage
-from xprobe_cli.options import Folder, common, of_run, with_model
+from xprobe_cli.options import Folder, common, of_run, track_option, with_model
 
 
 def _help() -> str:
@@ -52,11 +52,12 @@ def _help() -> str:
     help="Most tokens of an answer. [default: as many as the longest gold answer in that language, but 32 to 128]",
 )
 @with_model
+@track_option
 @common
 @click.pass_context
 def command(
-    context: click.Context, run: Path, normaliser: str, threshold: float, max_new_tokens: int | None, as_json: bool,
-    **options: Any,
+    context: click.Context, run: Path, normaliser: str, threshold: float, max_new_tokens: int | None,
+    track: str | None, as_json: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Runs `xprobe evaluate`; ``_help`` has the text for users."""
     from xprobe.evaluation import evaluate
@@ -68,4 +69,5 @@ def command(
         lambda progress: evaluate(run, settings, progress=progress, **of_run(context, options)),
         answer_report,
         as_json=as_json,
+        track=track,
     )

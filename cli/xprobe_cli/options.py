@@ -10,6 +10,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from xprobe.events import Notify
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 
@@ -45,6 +47,22 @@ class Folder(click.Path):
         if str(value) == "":
             self.fail("is empty: name a folder", param, ctx)
         return super().convert(value, param, ctx)
+
+
+track_option = click.option(
+    "--track",
+    metavar="trackio|wandb[:PROJECT]",
+    help="Log stages, rates and figures to an experiment tracker (docs/report.md). A tracker that fails stops nothing.",
+)
+
+
+def tracked(progress: Notify, track: str | None) -> Notify:
+    """``progress``, which ``--track`` has logged as well."""
+    if track is None:
+        return progress
+    from xprobe.report.tracking import Tracker
+
+    return Tracker(track, then=progress)
 
 
 def echo_json(value: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
-from xprobe.events import Event, Note, Step
+from xprobe.events import Begun, Event, Finished, Note, Step
 
 WIDTH = 30  # of the bar, in characters
 SECONDS_BETWEEN = 0.1  # two drawings of the bar
@@ -35,6 +35,8 @@ class Progress:
         self._shown = 0  # characters that the bar takes on its line
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, Begun | Finished):
+            return  # the command itself says where the files are
         if not isinstance(event, Step):
             self._line(str(event), important=isinstance(event, Note) and event.important)
             return

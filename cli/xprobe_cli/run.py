@@ -30,7 +30,7 @@ from xprobe.runs.folder import RunFolder
 from xprobe.runs.identity import model_to_load
 from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest
-from xprobe_cli.options import Folder, Names, common, echo_json
+from xprobe_cli.options import Folder, Names, common, echo_json, track_option, tracked
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, resume_hint
 from xprobe_cli.tables import counted
@@ -42,10 +42,10 @@ from xprobe_cli.tables import counted
     "--data",
     default="builtin",
     show_default=True,
-    metavar="builtin|xquad|DIR|FILE",
-    help="Question set: the built-in one, XQuAD, a folder with one file per language, or one such file. Files are "
-    "named NAME.<lang>.json or NAME.<lang>.jsonl, optionally with .gz, and hold SQuAD v1.1 or flat "
-    "records (docs/data.md).",
+    metavar="builtin|xquad|hf:NAME|DIR|FILE",
+    help="Question set: the built-in one, XQuAD, a data set of the Hugging Face Hub (hf:google/xquad), a folder with "
+    "one file per language, or one such file. Files are named NAME.<lang>.json or NAME.<lang>.jsonl, optionally with "
+    ".gz, and hold SQuAD v1.1 or flat records (docs/data.md).",
 )
 @click.option(
     "--setting",
@@ -166,10 +166,17 @@ from xprobe_cli.tables import counted
 @click.option("--strict", is_flag=True, help="Stop at a bad record instead of leaving it out.")
 @click.option("--trust-remote-code/--no-trust-remote-code", help="Let the model run its own Python code.")
 @click.option("--allow-pickle/--no-allow-pickle", help="Load weights from pickles. A pickle can run any code.")
+@track_option
 @common
 @click.pass_context
 def command(
-    context: click.Context, out: Path | None, resume: bool, dry_run: bool, as_json: bool, **options: Any
+    context: click.Context,
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+    track: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> int:
     """Measure the phase stability of MODEL, layer by layer, over parallel questions.
 
@@ -200,7 +207,7 @@ def command(
     folder = out if out is not None else default_out(config)
     try:
         with Progress() as progress, Stoppable(progress) as stoppable, tensor_parallel.lead(execution):
-            study = run_config(config, execution, out=folder, resume=resume, progress=stoppable)
+            study = run_config(config, execution, out=folder, resume=resume, progress=tracked(stoppable, track))
     except Stopped as stopped:
         more = [flag for flag, given in (
             ("--trust-remote-code", execution.trust_remote_code), ("--allow-pickle", execution.allow_pickle),

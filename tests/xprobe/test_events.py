@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from xprobe.events import CallerNotify, Event, Note, Stage, Step
+from xprobe.events import Begun, CallerNotify, Event, Finished, Note, Stage, Step
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,8 @@ from xprobe.events import CallerNotify, Event, Note, Stage, Step
         (Stage("loading the model"), "loading the model"),
         (Step("forward and lens", 3, 12), "forward and lens: 3 of 12"),
         (Step("forward and lens", 0, 0), "forward and lens: 0 of 0"),
+        (Begun("runs/demo", {"study": {"limit": 4}}), "begun: runs/demo"),
+        (Finished("runs/demo"), "finished: runs/demo"),
         (Note("prefixes shared: 78 % of tokens saved"), "prefixes shared: 78 % of tokens saved"),
     ],
 )
@@ -37,6 +40,17 @@ def test_the_caller_gets_the_events_themselves_in_order() -> None:
         notify(event)
     assert seen == events
     assert notify.error is None
+
+
+def test_what_fails_is_begun_and_not_finished() -> None:
+    seen: list[Event] = []
+    notify = CallerNotify(seen.append)
+    with notify.reporting(Path("runs/demo"), study={"limit": 4}):
+        notify(Stage("phases"))
+    assert seen == [Begun("runs/demo", {"study": {"limit": 4}}), Stage("phases"), Finished("runs/demo")]
+    with pytest.raises(ValueError, match="broke"), notify.reporting(Path("runs/demo")):
+        raise ValueError("it broke")
+    assert seen[3:] == [Begun("runs/demo")]
 
 
 def test_events_without_a_caller_are_dropped() -> None:

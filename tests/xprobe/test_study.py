@@ -14,7 +14,7 @@ from support.runs import parity
 
 import xprobe
 from xprobe.errors import DataError, ModelError, RunFolderError, UsageError, XprobeError
-from xprobe.events import Note, Stage, Step
+from xprobe.events import Finished, Note, Stage, Step
 from xprobe.lenses import reading
 from xprobe.models import loading
 from xprobe.qa.parallel import load_data
@@ -365,6 +365,9 @@ def test_a_failure_in_the_middle_says_what_is_kept(tiny, tmp_path, monkeypatch):
 def test_stages_are_reported_in_order(tiny, tmp_path):
     seen = []
     xprobe.run(str(tiny), out=tmp_path / "run", progress=seen.append, **{**SMALL, "probes": ("language",)})
+    begun, *seen, finished = seen
+    assert (begun.folder, begun.config["study"]["probes"]) == (str(tmp_path / "run"), ["language"])
+    assert finished == Finished(str(tmp_path / "run"))
     stages = list(dict.fromkeys(event.stage if isinstance(event, Step) else str(event) for event in seen))
     assert [type(event) for event in seen[:3]] == [Stage, Stage, Note]
     assert stages[:2] == ["loading the model", "building prompts"]

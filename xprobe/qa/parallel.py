@@ -1,4 +1,4 @@
-"""Loads parallel question sets: built-in, XQuAD, a folder with a file per language, one file, records in memory."""
+"""Loads parallel question sets: built-in, XQuAD, files, data sets of the Hugging Face Hub, records in memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from xprobe.cache import cache_dir
 from xprobe.config import RECORDS_IN_MEMORY
 from xprobe.errors import DataError, UsageError
+from xprobe.qa.hub_names import PREFIX
 from xprobe.qa.layouts import read_file
 from xprobe.qa.records import Dataset, Problem, Record
 from xprobe.qa.validation import Collector
@@ -31,6 +32,7 @@ def load_data(
     strict: bool = False,
     needed: Iterable[str] = (),
     with_reference: bool = False,
+    revision: str = "",
 ) -> Dataset:
     """Loads the dataset that ``spec`` names or holds.
 
@@ -39,8 +41,8 @@ def load_data(
     spec : str, path, Dataset, or records
         ``builtin``, ``xquad``, a folder of ``NAME.<lang>.json`` files, or one such file. A file is in SQuAD v1.1
         format, or holds flat records as the data sets of Hugging Face do. It may hold JSON lines (``.jsonl``) and be
-        compressed (``.gz``). For records in memory see ``xprobe.qa.memory.read_records``. A ``Dataset`` is returned
-        unchanged.
+        compressed (``.gz``). ``hf:NAME`` is a data set of the Hugging Face Hub (``xprobe.qa.hub.read_hub``). For
+        records in memory see ``xprobe.qa.memory.read_records``. A ``Dataset`` is returned unchanged.
     languages : iterable of str, optional
         Read only these languages (and ``needed``). All if None.
     strict : bool
@@ -50,6 +52,8 @@ def load_data(
     with_reference : bool
         Read the first language of the data as well: English, or else the first one by alphabet. It decides in which
         order a limited run takes questions.
+    revision : str
+        The commit of the Hub to read if ``spec`` names no revision.
 
     Raises
     ------
@@ -69,6 +73,8 @@ def load_data(
         if strict:
             _check_strictly(spec.problems)
         return spec
+    if isinstance(spec, str) and spec.startswith(PREFIX):
+        return _load_hub(spec, languages, strict, needed, with_reference, revision)
     if isinstance(spec, str | os.PathLike):
         return _load_files(os.fsdecode(spec), languages, strict, needed, with_reference)
     from xprobe.qa import memory  # loads pandas
@@ -88,6 +94,20 @@ def _load_files(
     parts = {language: (str(files[language]), read_file(files[language], language)) for language in kept}
     data = _join(spec, parts, misnamed, strict, f". `xprobe data check {spec}` lists every problem")
     return replace(data, files=tuple(str(files[language]) for language in kept))
+
+
+def _load_hub(
+    spec: str, languages: Iterable[str] | None, strict: bool, needed: Iterable[str], with_reference: bool, revision: str
+) -> Dataset:
+    from xprobe.qa import hub  # loads pandas and datasets
+
+    asked = None if languages is None else tuple(languages)
+    held = hub.read_hub(
+        spec, lambda present: _languages_to_read(present, asked, needed, with_reference, spec), revision
+    )
+    parts = {language: (f"{spec}[{language!r}]", collector) for language, collector in held.collected.items()}
+    data = _join(spec, parts, held.problems, strict, f". `xprobe data check {spec}` lists every problem")
+    return replace(data, files=held.parts, revision=held.revision)
 
 
 def _languages_to_read(
@@ -112,7 +132,8 @@ def _join(
     records = {language: part.records for language, (_, part) in parts.items()}
     problems = [*problems, *(problem for _, part in parts.values() for problem in part.problems)]
     reported = {(language, problem.id) for language, (_, part) in parts.items() for problem in part.problems}
-    problems += _align(records, {language: Path(source).name for language, (source, _) in parts.items()}, reported)
+    names = {lang: source if source.startswith(PREFIX) else Path(source).name for lang, (source, _) in parts.items()}
+    problems += _align(records, names, reported)
     if strict:
         _check_strictly(problems)
     digest = hashlib.sha256()
@@ -163,7 +184,7 @@ def find_files(spec: str) -> dict[str, Path]:
             )
         return {match["language"]: path}
     shown = spec if len(spec) <= 200 else spec[:60] + "..."
-    raise UsageError(f"no data at {shown!r}: not a file, not a folder, not one of builtin, xquad")
+    raise UsageError(f"no data at {shown!r}: not a file, not a folder, not one of builtin, xquad, hf:NAME")
 
 
 def _path(spec: str) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from xprobe.config import check_selection
 from xprobe.errors import UsageError
@@ -112,7 +115,24 @@ class Dataset:
     records: dict[str, dict[str, Record]]
     files: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = field(default=(), repr=False)
-    fingerprint: str = ""
+    source_sha256: str = ""  # of the bytes of the files; of the records as JSON if there are no files
+    revision: str = ""  # hash of the commit, of data from the Hugging Face Hub
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all records: the same whether they were read from files, from the Hub or from memory.
+
+        It covers, by language and in order, what a run uses of each record: id, context, question, answers, and which
+        records are on one paragraph.
+        """
+        digest = hashlib.sha256()
+        for language, records in self.records.items():
+            numbers: dict[str, int] = {}
+            for one in records.values():
+                number = numbers.setdefault(one.paragraph, len(numbers))
+                fields = [language, one.id, number, one.context, one.question, one.answer_start, *one.answers]
+                digest.update(json.dumps(fields).encode() + b"\n")
+        return digest.hexdigest()
 
     @property
     def languages(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,23 @@ class Template:
         between, after = rest.split("{question}")
         parts = [("template", before), ("context", context), ("template", between)]
         return [*parts, ("question", question), ("template", after)]
+
+    @property
+    def fallback(self) -> str:
+        """The language whose prompt stands in where a language has none."""
+        return next(key for key in (FALLBACK_LANGUAGE, *self.prompt) if key in self.prompt)
+
+    def without_wording(self, languages: Iterable[str]) -> list[str]:
+        """Languages of contexts for which the prompt of another language is used: it is a table that lacks them.
+
+        Examples
+        --------
+        >>> load_template("plain").without_wording(["de", "sw", "zh-TW"])
+        ['sw']
+        """
+        if len(self.prompt) == 1:
+            return []  # one text for all languages
+        return [one for one in languages if one not in self.prompt and _base(one) not in self.prompt]
 
     def cue_for(self, language: str) -> str:
         """The text that ends a plain prompt, on a line of its own."""
@@ -105,8 +123,10 @@ def _table(path: Path, key: str, value: Any, *, strip: bool = True) -> dict[str,
     return {language: text.strip() if strip else text for language, text in table.items()}
 
 
+def _base(code: str) -> str:
+    """The language of a code, without its script or region."""
+    return code.replace("_", "-").partition("-")[0]
+
+
 def _pick(table: dict[str, str], language: str) -> str:
-    for key in (language, FALLBACK_LANGUAGE):
-        if key in table:
-            return table[key]
-    return next(iter(table.values()))
+    return next(table[key] for key in (language, _base(language), FALLBACK_LANGUAGE, *table) if key in table)

@@ -1,4 +1,4 @@
-"""Writes the tables of a run in other formats: CSV, Parquet, and LaTeX for papers."""
+"""Writes the tables of a run in other formats: CSV, Parquet, LaTeX for papers, and a data set repository."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from xprobe.arguments import folder_path
 from xprobe.errors import UsageError
 from xprobe.report.content import groups
+from xprobe.report.hub import CARD, dataset_card, tables
 from xprobe.report.parts import Cell, Table
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ FORMATS: dict[str, str] = {
     "csv": "every table of the run as NAME.csv, UTF-8",
     "parquet": "every table of the run as NAME.parquet",
     "latex": "the tables of the page as NAME.tex, for the package booktabs",
+    "hub": "a data set repository of the Hugging Face Hub: every table, and a card",
 }
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -29,7 +31,7 @@ _LATEX = {
 }  # fmt: skip
 
 
-def export(study: Study, folder: str | Path, file_format: str) -> list[Path]:
+def export(study: Study, folder: str | Path, file_format: str, *, license: str | None = None) -> list[Path]:
     """Writes the tables of a run into a folder, which is made if it is not there. Files of the same name are replaced.
 
     Parameters
@@ -38,6 +40,8 @@ def export(study: Study, folder: str | Path, file_format: str) -> list[Path]:
     folder : path
     file_format : str
         One of ``FORMATS``.
+    license : str, optional
+        Of the format ``hub``: the identifier that the card names (``cc-by-4.0``).
 
     Returns
     -------
@@ -47,16 +51,21 @@ def export(study: Study, folder: str | Path, file_format: str) -> list[Path]:
     Raises
     ------
     UsageError
-        An unknown format, or a folder that cannot be written.
+        An unknown format, a license that is no identifier or for another format, or a folder that cannot be written.
     RunFolderError
         A table of the run is missing or was changed.
     """
     if file_format not in FORMATS:
         raise UsageError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
+    if license is not None and file_format != "hub":
+        raise UsageError(f"license is for the format hub, not for {file_format}: leave it out")
     folder = folder_path("folder", folder)
     if folder.resolve() == study.path.resolve():
         raise UsageError(f"{folder} is the run folder, whose files must not change: name another folder")
-    files = dict(_latex(study) if file_format == "latex" else _tables(study, file_format))
+    if file_format == "hub":
+        files = dict(_repository(study, license))
+    else:
+        files = dict(_latex(study) if file_format == "latex" else _tables(study, file_format))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, write in files.items():
@@ -76,6 +85,12 @@ def _tables(study: Study, file_format: str) -> Iterator[tuple[str, Callable[[Pat
                 yield name, partial(frame.to_parquet, index=False)
             else:
                 yield f"{Path(name).stem}.csv", partial(frame.to_csv, index=False)
+
+
+def _repository(study: Study, license: str | None) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    yield CARD, partial(Path.write_text, data=dataset_card(study, license), encoding="utf-8")
+    for name, frame in tables(study).items():
+        yield f"{name}.parquet", partial(frame.to_parquet, index=False)
 
 
 def _latex(study: Study) -> Iterator[tuple[str, Callable[[Path], object]]]:

@@ -38,11 +38,27 @@ class ModelEntry:
 
 @dataclass
 class DataEntry:
-    """The questions: which files, and the checksum of what was read of them."""
+    """The questions: which files, and the checksum of what was read of them.
+
+    ``records_sha256`` is the same wherever the records were read from. ``revision`` is the hash of the commit, of data
+    from the Hugging Face Hub.
+    """
 
     name: str = ""
     files: list[str] = field(default_factory=list)
     files_sha256: str = ""
+    records_sha256: str = ""
+    revision: str = ""
+
+    def same_records(self, other: DataEntry) -> bool:
+        """Whether both hold the same questions. Runs of earlier versions have the checksum of the files alone.
+
+        Examples
+        --------
+        >>> DataEntry("xquad", [], "1a", "2b").same_records(DataEntry("hf:google/xquad", [], "3c", "2b"))
+        True
+        """
+        return self.files_sha256 == other.files_sha256 or self.records_sha256 == other.records_sha256 != ""
 
 
 @dataclass

@@ -232,7 +232,7 @@ _IDENTITY: dict[str, Rule] = {
     "status": STATUS,
     "study": Entries({}, _STUDY),
     "model": Entries({"name": TEXT, "files_sha256": TEXT}, {"dtype": TEXT}),
-    "data": Entries({"name": TEXT, "files": TEXTS, "files_sha256": TEXT}),
+    "data": Entries({"name": TEXT, "files": TEXTS, "files_sha256": TEXT}, {"records_sha256": TEXT, "revision": TEXT}),
     "template_sha256": TEXT,
 }
 _EXTRAS: dict[str, Rule] = {

@@ -3,8 +3,9 @@
 1. ``correct``: F1 is at least the threshold.
 2. ``blank``: no letter and no digit.
 3. ``refusal``: a phrase of ``refusals.toml``, in any of XQuAD's languages, that is not a quotation from the context.
-4. ``wrong language``: most letters are of a script that the expected language is not written in, or py3langid names
-   another language with enough text and confidence (``languages``). Texts that stand in the context, or most of whose
+4. ``wrong language``: most letters are of a script that the expected language is not written in (a language that XQuAD
+   lacks is written in the scripts of the context), or py3langid names another language with enough text and confidence
+   (``languages``). Texts that stand in the context, or most of whose
    words do, are not of a wrong language: names and quotations are written alike in many languages.
 5. ``gibberish``: the same words, syllables or letters again and again (``distinct_pieces``), or signs that are no text.
 6. ``content``: everything else. The answer is text of the right language, and wrong.
@@ -18,7 +19,7 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
-from xprobe.scoring.languages import SCRIPTS, identify, is_known
+from xprobe.scoring.languages import SCRIPTS, identify, is_known, scripts_of
 from xprobe.scoring.letters import WITHOUT_BLANKS, base_language, letter_words, main_script
 
 ERROR_TYPES = {
@@ -102,8 +103,8 @@ def is_wrong_language(answer: str, language: str, context: str) -> bool:
     if mostly_stands_in(answer, context):
         return False
     language = base_language(language)
-    script, own = main_script(answer), SCRIPTS.get(language)
-    if own is not None and script and script not in own and script != "LATIN":
+    script, own = main_script(answer), SCRIPTS.get(language) or scripts_of(context)
+    if own and script and script not in own and script != "LATIN":
         return True  # names are often left in Latin letters, but in no other foreign ones
     if is_name(answer) or not is_known(language):
         return False

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from functools import cache
 from typing import Any, NamedTuple
 
-from xprobe.scoring.letters import count_letters
+from xprobe.scoring.letters import count_letters, main_script
 from xprobe.scoring.packages import load_package
 
 LETTERS = 8  # fewer say too little; docs/performance.md has the measurement
 CONFIDENCE = 0.9
 
-# scripts that texts in a language are written in; other languages are not judged by their script
+# scripts that texts in a language are written in; texts in other languages are judged by the scripts of their context
 SCRIPTS = {
     "ar": {"ARABIC"}, "de": {"LATIN"}, "el": {"GREEK"}, "en": {"LATIN"}, "es": {"LATIN"}, "hi": {"DEVANAGARI"},
     "ro": {"LATIN"}, "ru": {"CYRILLIC"}, "th": {"THAI"}, "tr": {"LATIN"}, "vi": {"LATIN"}, "zh": {"CJK", "BOPOMOFO"},
@@ -82,6 +83,18 @@ def identify(text: str, among: Collection[str] | None = None) -> LanguageGuess:
         return LanguageGuess("", 0.0, letters)
     best = max(chances, key=lambda language: chances[language])
     return LanguageGuess(best, chances[best] / sum(chances.values()), letters)
+
+
+def scripts_of(text: str) -> set[str]:
+    """The scripts that at least a twentieth of the letters of a text are of, by their Unicode names.
+
+    Examples
+    --------
+    >>> sorted(scripts_of("アンナは1998年に赤い家を建てた。"))
+    ['CJK', 'HIRAGANA', 'KATAKANA']
+    """
+    counts = Counter(main_script(letter) for letter in text if letter.isalpha())
+    return {script for script, count in counts.items() if count * 20 >= counts.total()}
 
 
 def is_known(language: str) -> bool:

@@ -7,7 +7,8 @@ from collections import Counter
 from functools import cache
 
 # scripts that are written without blanks between words
-WITHOUT_BLANKS = frozenset({"CJK", "THAI", "LAO", "KHMER", "MYANMAR", "HIRAGANA", "KATAKANA"})
+WITHOUT_BLANKS = frozenset({"CJK", "THAI", "LAO", "KHMER", "MYANMAR", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA",
+                            "IDEOGRAPHIC"})  # fmt: skip
 
 
 def letter_words(text: str) -> list[str]:

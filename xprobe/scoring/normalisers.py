@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -78,6 +78,18 @@ def get_normaliser(name: str) -> Normaliser:
     return Normaliser(name, NORMALISERS[name], *_PARTS[name])
 
 
+def languages_without_articles_rule(name: str, languages: Iterable[str]) -> list[str]:
+    """Languages for which the normaliser does not know which words are articles, so that it removes none.
+
+    Examples
+    --------
+    >>> languages_without_articles_rule("xprobe", ["de", "fi", "zh-TW"])
+    ['fi']
+    """
+    known = {*_ARTICLES, *_WITHOUT_ARTICLES}
+    return [one for one in languages if name == "xprobe" and base_language(one) not in known]
+
+
 # -- squad ----------------------------------------------------------------------------------------------------------
 
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -115,8 +127,7 @@ def _mlqa(text: str, language: str) -> list[str]:
 
 # -- xprobe ---------------------------------------------------------------------------------------------------------
 
-# words that are articles, after case folding (which writes σ for ς). Russian, Turkish, Hindi, Thai, Vietnamese and
-# Chinese have none
+# words that are articles, after case folding (which writes σ for ς)
 _ARTICLES: Mapping[str, frozenset[str]] = {
     language: frozenset(words.split())
     for language, words in {
@@ -127,6 +138,8 @@ _ARTICLES: Mapping[str, frozenset[str]] = {
         "ro": "un o unei unui unor niște",
     }.items()
 }
+_WITHOUT_ARTICLES = ("ar", "hi", "ru", "th", "tr", "vi", "zh")  # languages that have none that is a word of its own
+_SEGMENTED = ("zh", "th", "ja", "km", "lo", "my")  # written without blanks between words
 _APOSTROPHES = re.compile("[\u2018\u2019\u02bc\u00b4\u0384`]")  # what people write for '
 _INNER = re.compile(r"(?<=[^\W\d_])['.](?=[^\W\d_])")  # U.S.; don't
 _THOUSANDS = re.compile(r"(?<=\d)(?<!\b0)[.,'](?=\d{3}(?!\d))")  # 1,000, but not 0.125
@@ -161,7 +174,7 @@ def _one_form(text: str, language: str) -> str:
     text = unicodedata.normalize("NFKC", _APOSTROPHES.sub("'", text))
     text = _THAI_SARA_AM.sub("\\1\u0e33", text)
     text = "".join(_ascii_digit(c) for c in text if unicodedata.category(c) != "Cf")
-    if language == "tr":  # its capital letters of i and ı are not those of other languages
+    if language in ("tr", "az"):  # their capital letters of i and ı are not those of others
         text = text.replace("İ", "i").replace("I", "ı")
     if language == "ro":
         text = text.translate(_ROMANIAN_COMMAS)
@@ -175,7 +188,7 @@ def _ascii_digit(character: str) -> str:
 
 
 def _segmented(text: str, language: str) -> list[str]:
-    if language in ("zh", "th"):
+    if language in _SEGMENTED:
         return split_words(text, language, "choose another normaliser (normaliser='squad', --norm squad)")
     return text.split()
 
@@ -192,7 +205,7 @@ def _is_sign(character: str) -> bool:
 
 
 _PARTS: dict[str, tuple[Callable[[str, str], list[str]], tuple[str, ...] | None, tuple[str, ...]]] = {
-    "xprobe": (_xprobe, None, ("zh", "th")),
+    "xprobe": (_xprobe, None, _SEGMENTED),
     "mlqa": (_mlqa, tuple(_MLQA_REMOVED), ()),
     "squad": (_squad, None, ()),
 }

@@ -15,7 +15,8 @@ def split_words(text: str, language: str, otherwise: str = "") -> list[str]:
     """The pieces of a text: words, and what stands between them. Joined, they are the text.
 
     Chinese is split by rjieba, Thai by pythainlp (newmm), every other language by the Unicode rules for word
-    boundaries (UAX 29, the package uniseg).
+    boundaries (UAX 29, the package uniseg). These rules know no dictionary: a Chinese character in a Japanese text, and
+    every syllable of Khmer, Lao and Burmese, is a piece of its own.
 
     Parameters
     ----------

@@ -15,9 +15,10 @@ from xprobe.events import Note, Stage
 from xprobe.results import read_tables
 from xprobe.runs.folder import EXAMPLES
 from xprobe.scoring.error_types import classify
-from xprobe.scoring.languages import identify
+from xprobe.scoring.languages import identify, is_known
+from xprobe.scoring.letters import base_language
 from xprobe.scoring.measures import score
-from xprobe.scoring.normalisers import Normaliser, get_normaliser
+from xprobe.scoring.normalisers import Normaliser, get_normaliser, languages_without_articles_rule
 from xprobe.scoring.relations import correlations, curves_by_outcome
 from xprobe.scoring.settings import ANSWER_COLUMNS, AnswerSettings
 from xprobe.scoring.summaries import summarise
@@ -91,10 +92,24 @@ def compute(run: Run, settings: AnswerSettings, open_model: Callable[[], AskedMo
         "settings": summaries,
     }
     warnings = [warning for one in executions for warning in one.warnings]
+    languages = sorted({str(one) for one in table["context_language"]})
+    if missing := _missing_rules(normaliser.name, languages):
+        warnings.append(missing)
+        run.notify(Note(missing))
     run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
     oracle = run.manifest.stages.get(ORACLE)
     if oracle is not None and oracle.results.get("answers_key") != kept.key:
         run.forget(ORACLE, "was computed for other answers")
+
+
+def _missing_rules(normaliser: str, languages: list[str]) -> str:
+    """What scoring does not know of languages, in one sentence; ``""`` if there is nothing."""
+    facts = {
+        "which words are articles in": languages_without_articles_rule(normaliser, languages),
+        "how to recognise": [language for language in languages if not is_known(base_language(language))],
+    }
+    known = [f"{what} {', '.join(of)}" for what, of in facts.items() if of]
+    return f"scoring does not know {' and '.join(known)} (docs/data.md, Languages)" if known else ""
 
 
 def _with_phases(

@@ -12,6 +12,7 @@ from xprobe.qa.parallel import load_data
 from xprobe.qa.records import Dataset, Example
 from xprobe.qa.selection import Selection
 from xprobe.qa.templates import Template, load_template
+from xprobe.runs.manifest import DataEntry
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,17 @@ class Questions:
     def template_sha256(self) -> str:
         return hashlib.sha256(repr(self.template).encode()).hexdigest()
 
+    @property
+    def data_entry(self) -> DataEntry:
+        """What the manifest keeps of the data."""
+        data = self.data
+        return DataEntry(data.name, list(data.files), data.source_sha256, data.fingerprint, data.revision)
 
-def read_questions(study: StudyConfig, records: Any = None) -> Questions:
+
+def read_questions(study: StudyConfig, records: Any = None, revision: str = "") -> Questions:
     """Reads what ``study`` asks for. ``records`` in memory take the place of its data.
+
+    ``revision``: the commit of the Hub to read if the study names none; that of the run where one is continued.
 
     Raises
     ------
@@ -41,7 +50,9 @@ def read_questions(study: StudyConfig, records: Any = None) -> Questions:
     source = study.data if records is None else records
     bounds = {name: getattr(study, name) for name in ("limit", "paragraphs", "questions_per_paragraph")}
     limited = any(bounds.values())
-    data = load_data(source, study.languages, strict=study.strict, needed=needed, with_reference=limited)
+    data = load_data(
+        source, study.languages, strict=study.strict, needed=needed, with_reference=limited, revision=revision
+    )
     examples, selection = data.select(study.settings, study.languages, **bounds)
     if not examples:
         raise DataError(f"{study.data} holds no question for {', '.join(study.settings)} in these languages")

@@ -79,6 +79,12 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     transport, remarks = load_lens(run.manifest.study.lens, anatomy.head.width, anatomy.n_layers, source.name)
     for message in remarks:
         runner.warn(message)
+    lacking = questions.template.without_wording(dict.fromkeys(one.example.context_language for one in prompts))
+    if lacking:
+        runner.warn(
+            f"the template has no wording for {', '.join(lacking)}: prompts with contexts in these languages have "
+            f"that of {questions.template.fallback} (--template FILE takes your own, docs/prompts.md)"
+        )
     requests = [study_request(prompt) for prompt in prompts]
     groups = group_requests(requests)
     with run.failing(lambda: f"what {run.folder.path} holds stays"):

@@ -98,7 +98,16 @@ def test_every_layout_gives_the_same_records(content: str, name: str, tmp_path: 
         assert records[id_] == Record(id_, "de", records[id_].paragraph, context, question, answer, start)
     assert records["q1"].paragraph == records["q3"].paragraph != records["q2"].paragraph
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert data.fingerprint == hashlib.sha256(f"de {checksum}\n".encode()).hexdigest()
+    assert data.source_sha256 == hashlib.sha256(f"de {checksum}\n".encode()).hexdigest()
+
+
+def test_the_fingerprint_is_of_the_records_and_not_of_the_layout(tmp_path: Path) -> None:
+    in_order = [text for name, text in DOCUMENTS.items() if "SQuAD" not in name and "article" not in name]
+    found = {load_data(str(write(tmp_path, text))).fingerprint for text in in_order}
+    assert len(found) == 1
+    spoiled = DOCUMENTS["lines"].replace("q3", "q4")
+    assert load_data(str(write(tmp_path, spoiled))).fingerprint not in found
+    assert load_data({"de": FLAT}).fingerprint in found
 
 
 def test_flat_records_keep_their_order(tmp_path: Path) -> None:

@@ -110,11 +110,11 @@ def test_an_article_in_memory_is_read_as_in_a_file() -> None:
 # -- fingerprint ----------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_follows_the_records_and_not_what_holds_them() -> None:
+def test_the_fingerprint_follows_the_records_and_not_what_holds_them(from_files: Dataset) -> None:
+    assert from_files.fingerprint == load_data(BY_LANGUAGE).fingerprint
     first = load_data(BY_LANGUAGE).fingerprint
     for name, data in HELD.items():
-        if name != "records with numpy inside":  # answers as a list of objects are other records
-            assert load_data(data).fingerprint == first, name
+        assert load_data(data).fingerprint == first, name
     assert len(first) == 64
     other = [{**record, "question": record["question"] + "?"} for record in DE]
     assert load_data({"de": other, "en": EN}).fingerprint != first
@@ -123,12 +123,12 @@ def test_the_fingerprint_follows_the_records_and_not_what_holds_them() -> None:
     assert load_data(BY_LANGUAGE, ["de"]).fingerprint == load_data({"de": DE}).fingerprint
 
 
-def test_the_fingerprint_is_that_of_sorted_json() -> None:
+def test_the_checksum_is_that_of_sorted_json() -> None:
     text = (
         '[{"answers":{"answer_start":[0],"text":["Ada"]},"context":"Ada sold 40 boats.","id":"q2","question":"Who?"}]'
     )
     own = hashlib.sha256(text.encode()).hexdigest()
-    assert load_data({"en": EN[1:2]}).fingerprint == hashlib.sha256(f"en {own}\n".encode()).hexdigest()
+    assert load_data({"en": EN[1:2]}).source_sha256 == hashlib.sha256(f"en {own}\n".encode()).hexdigest()
 
 
 # -- languages ------------------------------------------------------------------------------------------------------
@@ -239,6 +239,10 @@ NO_DATA: dict[str, tuple[Any, str]] = {
     "a list of lists": ([[1]], "data must hold dictionaries, .* first entry is a list"),
     "a list in itself": (CIRCLE, "data must hold dictionaries"),
     "records without languages": (EN, 'data holds no record with a language: data: id q1: missing "language"'),
+    "a data frame with other columns": (
+        pd.DataFrame(ROWS).rename(columns={"context": "passage"}).drop(columns="id"),
+        "data has no column 'id' and no column 'context'; it has 'passage', 'question', 'answers', 'language': rename",
+    ),
     "a data frame without languages": (pd.DataFrame(EN), 'no record with a language: .*missing "language"'),
     "a dictionary with text": ({"en": "EN"}, r"data\['en'\] must be a list of records or a data frame; got str 'EN'"),
     "a dictionary with a number": ({"en": EN, "de": 3}, r"data\['de'\] must be .*; got int 3"),

@@ -184,14 +184,18 @@ def test_a_group_has_one_context_and_a_context_one_group(languages: dict[str, An
         assert len({context for _, context in pairs}) == len(pairs), f"two keys for one context in {language}"
 
 
-def test_the_fingerprint_follows_the_bytes(make_set: MakeSet) -> None:
+def test_the_checksum_follows_the_bytes_and_the_fingerprint_the_records(make_set: MakeSet) -> None:
     folder = make_set({"en": EN, "de": DE})
-    first = load_data(str(folder)).fingerprint
-    assert load_data(str(folder)).fingerprint == first
-    assert load_data(str(folder), ["de"]).fingerprint != first
+    first = load_data(str(folder))
+    assert load_data(str(folder)).source_sha256 == first.source_sha256
+    assert load_data(str(folder), ["de"]).source_sha256 != first.source_sha256
+    assert load_data(str(folder), ["de"]).fingerprint != first.fingerprint
     path = folder / "small.de.json"
     path.write_bytes(path.read_bytes() + b"\n")
-    assert load_data(str(folder)).fingerprint != first
+    again = load_data(str(folder))
+    assert (again.source_sha256 != first.source_sha256, again.fingerprint) == (True, first.fingerprint)
+    path.write_text(path.read_text(encoding="utf-8").replace("?", "??"), encoding="utf-8")
+    assert load_data(str(folder)).fingerprint != first.fingerprint
 
 
 # -- examples of a setting ------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ FULL = Manifest(
         "m", "hub", "/m", "f" * 64, "tensors", "llama", 6, 48, 260, "bfloat16", 512, {"head": "lm_head"}, "e" * 64,
         0.5, 30.0,
     ),
-    data=DataEntry("xquad", ["xquad.en.json"], "d" * 64),
+    data=DataEntry("xquad", ["xquad.en.json"], "d" * 64, "e" * 64, "f" * 40),
     template_sha256="c" * 64,
     lens_sha256="d" * 64,
     selection={"limit": 4, "rule": 1},
