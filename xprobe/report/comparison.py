@@ -21,6 +21,7 @@ from xprobe.report.parts import (
     missing,
     records,
     short,
+    without_folders,
 )
 
 if TYPE_CHECKING:
@@ -32,21 +33,23 @@ NAMES = {
     "stability": "stability", "alpha": "alpha", "relative_boundary": "boundary / L", CAUSAL: "causal boundary / L",
     "readiness": "readiness", "mrd_gap": "MRD gap", "f1": "F1", "exact_match": "exact match", "oracle_f1": "oracle F1",
 }  # fmt: skip
+SCREEN = ("layers", "examples", "MRD gap", "exact match", "oracle F1")  # columns that a printed page leaves out
 
 
 def comparison_page(comparison: Comparison) -> str:
     """The page as HTML."""
     settings = list(dict.fromkeys(comparison.table["setting"]))
     parts = [_setting(comparison, setting) for setting in settings]
-    notes = [Cell(note) for note in comparison.notes]
-    runs = [[Cell(name, name), Cell(str(study.path))] for name, study in comparison.studies.items()]
+    notes = [Cell(without_folders(note)) for note in comparison.notes]
+    runs = [[Cell(name, name), Cell(study.path.resolve().name)] for name, study in comparison.studies.items()]
     about = Group("run", "About these runs")
     about.sections.append(Section("run-facts", "Runs", "", (), [Table("Runs", ["model", "run folder"], runs)]))
     if notes:
         rows = [[note] for note in notes]
         about.sections.append(Section("run-warnings", "Warnings", "", (), [Table("Warnings", ["warning"], rows)]))
     first = next(iter(comparison.studies.values())).manifest
-    text = f"{first.data.name} · {first.counts.paragraphs} paragraphs · {first.counts.languages} languages"
+    data = without_folders(first.data.name)
+    text = f"{data} · {first.counts.paragraphs} paragraphs · {first.counts.languages} languages"
     return render(f"{len(comparison.studies)} models side by side", text, [*parts, about], len(notes))
 
 
@@ -67,7 +70,7 @@ def _setting(comparison: Comparison, setting: str) -> Group:
         for row in table.to_dict("records")
     ]  # fmt: skip
     heads = ["model", "layers", "examples", *(NAMES[name] for name in present)]
-    models = Table("Models side by side", heads, rows, [False] + [True] * (len(heads) - 1))
+    models = Table("Models side by side", heads, rows, [False] + [True] * (len(heads) - 1), SCREEN)
     text = "; ".join(f"{NAMES[name]}: {FIGURES[name]}" for name in present if name in FIGURES) + "."
     group.sections.append(
         Section(f"{setting}-models", "Models", text.replace("`", ""), _curves(comparison, setting), [models])

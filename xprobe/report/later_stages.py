@@ -19,6 +19,7 @@ from xprobe.report.parts import (
     records,
     short,
     stage_results,
+    without_folders,
 )
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def lenses(study: Study, result: SettingResult) -> Section | None:
     frame = frame[(frame["setting"] == result.setting) & (frame["language"] == ALL)]
     rows = []
     for row in frame.to_dict("records"):
-        cells = [Cell(row["lens"], row["lens"])]
+        cells = [Cell(without_folders(row["lens"]), row["lens"])]
         for name in LENS_FIGURES:
             value = row[name]
             found = {"value": value, "lo": row.get(f"{name}_lo"), "hi": row.get(f"{name}_hi")}
@@ -209,7 +210,7 @@ def lenses(study: Study, result: SettingResult) -> Section | None:
     layers = layers[(layers["setting"] == result.setting) & (layers["language"] == ALL)]
     figures = []
     for signal, (title, caption) in LENS_SIGNALS.items():
-        own = layers[layers["signal"] == signal].rename(columns={"lens": "series"})
+        own = layers[layers["signal"] == signal].assign(series=layers["lens"].map(without_folders))
         points = [row for row in records(own, ("series", "layer", "value", "lo", "hi")) if "value" in row]
         if points:
             chart = charts.lines(points, list(dict.fromkeys(row["series"] for row in points)), title, domain=(0, 1))

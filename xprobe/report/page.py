@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xprobe.arguments import folder_path
 from xprobe.errors import UsageError
 from xprobe.report.content import groups
-from xprobe.report.parts import Group, counted
+from xprobe.report.parts import Group, counted, without_folders
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -38,7 +38,7 @@ def page(study: Study) -> str:
         f"{manifest.data.name} · {counted(counts.examples, 'example')} in {counted(counts.languages, 'language')} on "
         f"{counted(counts.paragraphs, 'paragraph')} · lens {study.lens}"
     )
-    return render(manifest.model.name, about, groups(study), len(manifest.warnings))
+    return render(without_folders(manifest.model.name), without_folders(about), groups(study), len(manifest.warnings))
 
 
 def write_page(study: Study, path: str | Path) -> Path:

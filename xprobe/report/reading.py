@@ -26,6 +26,9 @@ from xprobe.report.parts import (
 if TYPE_CHECKING:
     from xprobe.results import SettingResult, Study
 
+# columns of the table of languages that a printed page leaves out; most are printed with the figures of their stage
+SCREEN = ("examples", "spread", "question used up to", "MRD question", "MRD answer", "exact match")
+
 
 def cards(study: Study, result: SettingResult) -> list[Card]:
     summary = result.summary
@@ -114,7 +117,7 @@ def _language_table(study: Study, result: SettingResult) -> Table:
         for name, own in result.summary["languages"].items()
     ]
     heads = ["language", *(head for head, _ in columns)]
-    return Table("Languages side by side", heads, rows, [False] + [True] * len(columns))
+    return Table("Languages side by side", heads, rows, [False] + [True] * len(columns), SCREEN)
 
 
 def signals(study: Study, result: SettingResult) -> Section | None:
