@@ -193,7 +193,7 @@ def test_the_page_draws_all_charts(runs: list[Path], tmp_path: Path) -> None:
 
 def test_a_notebook_shows_the_tables(runs: list[Path]) -> None:
     html = xprobe.compare(runs)._repr_html_()
-    assert html.count("<table") == 2
+    assert html.count("<table") == 1  # of the models; two different ones have no correlation
     assert "model (run-0)" in html
 
 

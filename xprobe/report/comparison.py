@@ -58,10 +58,10 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     return write_html(comparison_page(comparison), path)
 
 
-def _setting(comparison: Comparison, setting: str) -> Group:
-    group = Group(setting, f"Setting {setting}")
+def models_table(comparison: Comparison, setting: str) -> Table:
+    """The figures of every model."""
     table = comparison.table[comparison.table["setting"] == setting]
-    present = [name for name in NAMES if name in table and table[name].notna().any()]
+    present = _present(table)
     rows = [
         [
             Cell(row["model"], row["model"]), Cell(str(row["layers"]), row["layers"]), Cell(str(row["n"]), row["n"]),
@@ -70,11 +70,39 @@ def _setting(comparison: Comparison, setting: str) -> Group:
         for row in table.to_dict("records")
     ]  # fmt: skip
     heads = ["model", "layers", "examples", *(NAMES[name] for name in present)]
-    models = Table("Models side by side", heads, rows, [False] + [True] * (len(heads) - 1), SCREEN)
+    return Table("Models side by side", heads, rows, [False] + [True] * (len(heads) - 1), SCREEN)
+
+
+def correlations_table(comparison: Comparison, setting: str) -> Table:
+    """How the figures correlate with F1 and exact match over the models, where they can be computed."""
+    own = comparison.correlations[comparison.correlations["setting"] == setting]
+    rows = [
+        [
+            Cell(NAMES[row["performance"]], row["performance"]), Cell(NAMES[row["figure"]], row["figure"]),
+            Cell(row["method"], row["method"]), interval_cell(_plain(row)), Cell(str(row["models"]), row["models"]),
+        ]
+        for row in own.to_dict("records") if not missing(row["value"])
+    ]  # fmt: skip
+    heads = ["performance", "figure", "method", "correlation", "models"]
+    return Table("Correlations", heads, rows, [False, False, False, True, True])
+
+
+def _present(table: pd.DataFrame) -> list[str]:
+    """The figures that at least one model has."""
+    return [name for name in NAMES if name in table and table[name].notna().any()]
+
+
+def _setting(comparison: Comparison, setting: str) -> Group:
+    group = Group(setting, f"Setting {setting}")
+    table = comparison.table[comparison.table["setting"] == setting]
+    present = _present(table)
     text = "; ".join(f"{NAMES[name]}: {FIGURES[name]}" for name in present if name in FIGURES) + "."
     group.sections.append(
-        Section(f"{setting}-models", "Models", text.replace("`", ""), _curves(comparison, setting), [models])
-    )
+        Section(
+            f"{setting}-models", "Models", text.replace("`", ""), _curves(comparison, setting),
+            [models_table(comparison, setting)],
+        )
+    )  # fmt: skip
     if "f1" in present:
         group.sections.append(_performance(comparison, setting, table))
     group.sections.append(_languages(comparison, setting))
@@ -119,21 +147,13 @@ def _performance(comparison: Comparison, setting: str, table: pd.DataFrame) -> S
                 figure(f"{setting}-f1-{name}", f"F1 and {NAMES[name]}", "One point for each model.", chart, points,
                        f"model {name} f1")
             )  # fmt: skip
-    own = comparison.correlations[comparison.correlations["setting"] == setting]
-    rows = [
-        [
-            Cell(NAMES[row["performance"]], row["performance"]), Cell(NAMES[row["figure"]], row["figure"]),
-            Cell(row["method"], row["method"]), interval_cell(_plain(row)), Cell(str(row["models"]), row["models"]),
-        ]
-        for row in own.to_dict("records")
-    ]  # fmt: skip
-    heads = ["performance", "figure", "method", "correlation", "models"]
     text = (
         "Correlations over models, with 95 % intervals over models and paragraphs. Fewer than six models are too few "
         "for an interval, fewer than three for a correlation."
     )
-    table_of = Table("Correlations", heads, rows, [False, False, False, True, True])
-    return Section(f"{setting}-performance", "Performance", text, figures, [table_of])
+    correlations = correlations_table(comparison, setting)
+    tables = [correlations] if correlations.rows else []
+    return Section(f"{setting}-performance", "Performance", text, figures, tables)
 
 
 def _plain(row: Mapping[Any, Any]) -> dict[str, float | None]:

@@ -19,6 +19,16 @@ def groups(study: Study) -> list[Group]:
     return [*(_setting(study, result) for result in study.values()), _about(study)]
 
 
+def about(study: Study) -> str:
+    """Data, numbers of examples, languages and paragraphs, and the lens, in one line."""
+    manifest = study.manifest
+    counts = manifest.counts
+    return (
+        f"{manifest.data.name} · {counted(counts.examples, 'example')} in {counted(counts.languages, 'language')} on "
+        f"{counted(counts.paragraphs, 'paragraph')} · lens {study.lens}"
+    )
+
+
 def _setting(study: Study, result: SettingResult) -> Group:
     name = result.setting
     group = Group(name, f"Setting {name}", cards(study, result))

@@ -21,10 +21,11 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: what it shows, and by what it is sorted."""
+    """A cell of a table: what it shows, by what it is sorted, and the length of its bar (0 to 1), if it has one."""
 
     text: str
     sort: float | str | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
