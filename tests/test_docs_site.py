@@ -26,7 +26,8 @@ from xprobe.models import loading
 ROOT = Path(__file__).parents[1]
 PAGES = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = [path for path in sorted((ROOT / "examples").iterdir()) if path.suffix in (".py", ".ipynb")]
-SHOWN = ("xprobe", "kernels", "cli", "examples", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")  # beside docs/
+SOURCES = ("xprobe", "kernels", "cli", "examples")
+INCLUDED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 AS_TEXT = ("-D", "plot_gallery=0", "-D", "nb_execution_mode=off")
 PUBLIC = ("xprobe", "xprobe_kernels", "xprobe.probes")  # with ``__all__``
 
@@ -47,12 +48,14 @@ class Page(HTMLParser):
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Builds the site from a copy of the pages, beside links to what they show: the gallery is written among them."""
+    """Builds the site from a copy of the pages, beside links to the sources: the gallery is written among the pages."""
     for module in ("sphinx", "myst_nb", "sphinx_gallery", "sphinx_click", "furo"):
         pytest.importorskip(module, reason="the site needs pip install 'xprobe[docs]'")
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("gallery"))
-    for name in SHOWN:
+    for name in SOURCES:
         (folder / name).symlink_to(ROOT / name)
+    for name in INCLUDED:
+        shutil.copy(ROOT / name, folder)
     command = [sys.executable, "-m", "sphinx", "--quiet", "-W", "--keep-going", "-b", "html", *options, "docs", "html"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     built = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -106,15 +109,27 @@ def test_every_example_is_in_the_gallery_or_a_page(site: Path, pages: dict[Path,
         assert [link for link in links if unquote(link).split("#")[0].endswith(f"{path.stem}.html")], path.name
 
 
-def test_the_page_of_commands_has_every_option(site: Path) -> None:
-    text = " ".join(Text(site / "commands.html").found.split())
+def commands() -> Iterator[tuple[str, click.Command]]:
+    """Every command with its full name."""
     for name in COMMANDS:
-        command = group.get_command(None, name)
-        for title, each in {name: command, **getattr(command, "commands", {})}.items():
-            assert f"{title}" in text
-            for option in (one for one in each.params if isinstance(one, click.Option) and not one.hidden):
-                assert option.opts[0] in text
-                assert " ".join((option.help or "").split()) in text, (name, option.opts)
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        yield name, command
+        yield from ((f"{name} {inner}", each) for inner, each in getattr(command, "commands", {}).items())
+
+
+def test_the_page_of_commands_has_every_option_with_its_help(site: Path, pages: dict[Path, Page]) -> None:
+    text, ids = plain(Text(site / "commands.html").found), pages[site / "commands.html"].ids
+    for name, command in commands():
+        assert plain((command.help or "").split("\n\n")[0]) in text, name
+        for option in (one for one in command.params if isinstance(one, click.Option) and not one.hidden):
+            assert f"cmdoption-xprobe-{name.replace(' ', '-')}-{option.opts[0].lstrip('-')}" in ids
+            assert plain(option.help or "") in text, (name, option.opts)
+
+
+def plain(text: str) -> str:
+    """A help text without the marks of code, and with single blanks."""
+    return " ".join(text.replace("`", "").split())
 
 
 def test_every_internal_link_and_anchor_resolves(site: Path, pages: dict[Path, Page]) -> None:
