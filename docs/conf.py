@@ -6,6 +6,7 @@ as text.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -18,6 +19,7 @@ from sphinx.ext.napoleon import NumpyDocstring
 from sphinx.util.inspect import object_description
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does: examples are quicker on a busy machine
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cli")]
 
 import xprobe  # noqa: E402
@@ -62,6 +64,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "ExampleTitleSortKey",
     "remove_config_comments": True,
     "download_all_examples": False,
+    "default_thumb_file": str(ROOT / "docs" / "images" / "demo.png"),
     "show_memory": False,
     "write_computation_times": False,
     "show_signature": False,
@@ -155,7 +158,7 @@ def setup(app: Any) -> None:
         for line in lines:
             if line.startswith("| "):
                 if not shown or not shown[-1].startswith("   "):
-                    shown += ["", "::", ""]
+                    shown += ["", ".. code-block:: text", ""]
                 shown.append(f"   {line.removeprefix('| ')}")
             else:
                 shown.append(re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line))

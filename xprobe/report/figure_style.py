@@ -115,7 +115,7 @@ def panels(
     """
     check_matplotlib()
     import numpy as np
-    from matplotlib import rc_context
+    from matplotlib import interactive, is_interactive, rc_context
 
     if given is not None:
         own = list(np.atleast_1d(np.asarray(given, dtype=object)).ravel())
@@ -137,6 +137,8 @@ def panels(
         for axes in new:
             axes.tick_params(**TICKS)
         yield new
+        shows_figures = is_interactive()  # a notebook turns this on when pyplot makes its first figure
+    interactive(shows_figures)
 
 
 def layer_axis(axes: Axes, n_blocks: int, name: str = "layer") -> None:
