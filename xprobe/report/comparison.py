@@ -117,7 +117,7 @@ def _estimate(row: Mapping[Any, Any], name: str) -> dict[str, float | None]:
 def _curves(comparison: Comparison, setting: str) -> list[Figure]:
     """Stability and readiness of every model over relative depth."""
     figures = []
-    for signal, title in (("stability", "S(l)"), ("readiness", "readiness")):
+    for signal, title in (("stability", "S(l)"), ("readiness", "Readiness")):
         rows: list[dict[str, Any]] = []
         for name, study in comparison.studies.items():
             frame = study[setting].signals.reset_index()
@@ -125,7 +125,7 @@ def _curves(comparison: Comparison, setting: str) -> list[Figure]:
             frame = frame.assign(depth=frame["layer"] / study.manifest.model.n_blocks, series=name)
             rows += [row for row in records(frame, ("series", "depth", "value", "lo", "hi")) if "value" in row]
         series = list(comparison.studies)
-        chart = charts.lines(rows, series, title, domain=(0, 1), depth=True)
+        chart = charts.lines(rows, series, title if signal == "stability" else signal, domain=(0, 1), depth=True)
         caption = "Depth is the layer as a share of the model's layers. Bands: 95 % intervals over paragraphs."
         figures.append(
             figure(f"{setting}-{signal}", f"{title} by depth", caption, chart, rows, "series depth value lo hi")

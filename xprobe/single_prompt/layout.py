@@ -132,8 +132,9 @@ def page(found: PromptLens, *, whole: bool = True) -> str:
     if found.answer is not None:
         about += f", answer <bdi>{escape(shown(found.answer))}</bdi> (its rank stands after its token)"
     body = (
-        f'<div class="xprobe-lens"><style>{_STYLE}</style><p>What each layer would say next: {about}. Stronger colour: '
-        'more probable. Point at a cell for the next tokens.</p><div class="scroll"><table>'
+        f'<div class="xprobe-lens"><style>{_STYLE}</style><p><b><bdi>{escape("".join(found.tokens))}</bdi></b></p>'
+        f"<p>What each layer would say next: {about}. Stronger colour: more probable. Point at a cell for the next "
+        'tokens.</p><div class="scroll"><table>'
         f"<tr><th>layer</th>{heads}</tr>{''.join(rows)}</table></div></div>"
     )
     if not whole:
