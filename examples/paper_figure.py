@@ -1,4 +1,9 @@
-"""Draws a figure for a paper, and all others into a folder: python examples/paper_figure.py RUN_FOLDER"""
+"""
+A figure for a paper
+====================
+
+Two panels, and all other figures of a run in a folder: ``python examples/paper_figure.py RUN_FOLDER``
+"""
 
 import sys
 

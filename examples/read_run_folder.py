@@ -1,4 +1,9 @@
-"""Reads a finished run with pandas only: python examples/read_run_folder.py RUN_FOLDER"""
+"""
+Read a run with pandas
+======================
+
+A finished run without xprobe: ``python examples/read_run_folder.py RUN_FOLDER``
+"""
 
 import json
 import sys

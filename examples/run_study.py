@@ -1,4 +1,9 @@
-"""Runs a study on the built-in questions in two languages: python examples/run_study.py [MODEL]"""
+"""
+Run a study
+===========
+
+The built-in questions in two languages: ``python examples/run_study.py [MODEL]``
+"""
 
 import sys
 

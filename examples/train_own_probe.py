@@ -1,6 +1,9 @@
-"""Trains your own probe on the states of a run: python examples/train_own_probe.py RUN_FOLDER
+"""
+A probe on stored states
+========================
 
-The probe predicts the number of tokens in a prompt from the state at the prompt's last token.
+It predicts the number of tokens in a prompt from the state at the last token of the prompt:
+``python examples/train_own_probe.py RUN_FOLDER``
 """
 
 import sys

@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "study": ("stages", "lenses", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
     "evaluation": ("stages", "results", "lenses", "attribution", "models", "scoring", "phases", "runs", "events",
                    "config", "arguments", "errors"),
-    "single_prompt": ("lenses", "capture", "models", "config", "arguments", "errors"),
+    "single_prompt": ("report", "lenses", "capture", "models", "config", "arguments", "errors"),
     "forecast": ("stages", "lenses", "capture", "models", "qa", "config", "arguments", "errors"),
     "stages": ("results", "lenses", "attribution", "capture", "models", "qa", "probes", "scoring", "phases", "runs",
                "events", "timing", "config", "arguments", "errors"),

@@ -24,7 +24,12 @@ from xprobe.models import loading
 from xprobe.runs.manifest import ExecutionEntry, StageEntry
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "kernels" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+]
 SOURCES = {"xprobe": ROOT, "xprobe_cli": ROOT / "cli"}  # tests/kernels runs the examples of the kernels
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 import xprobe
+from xprobe.config import DEFAULT_MODEL
+from xprobe.errors import XprobeError
+from xprobe.models import loading
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-LINES = 30  # an example fits on one screen
+LINES = 35  # an example fits on one screen
 
 # script -> (kind of its argument, what it must print, arguments in its usage line)
 SCRIPTS = {
@@ -97,4 +100,27 @@ def test_a_layer_is_printed_as_a_whole_number(tiny, tmp_path, monkeypatch, capsy
 def test_a_script_is_short_and_says_how_to_call_it(name):
     text = (EXAMPLES / name).read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LINES
-    assert f"python examples/{name} {SCRIPTS[name][2]}" in text.splitlines()[0]
+    title, line = text.splitlines()[1:3]
+    assert line == "=" * len(title)  # the gallery shows the title
+    assert f"``python examples/{name} {SCRIPTS[name][2]}``" in text.split('"""')[1]
+
+
+def test_the_notebook_is_committed_without_outputs_and_runs(tmp_path):
+    """Every cell runs, and studies, comparisons and prompts show themselves."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    try:
+        loading.resolve(DEFAULT_MODEL)
+    except XprobeError as error:
+        pytest.skip(str(error))
+    notebook = nbformat.read(EXAMPLES / "study_in_a_notebook.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [(cell.outputs, cell.execution_count) for cell in cells] == [([], None)] * len(cells)
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
+    assert sum("xprobe-output" in data.get("text/html", "") for data in shown) == 2
+    assert sum("xprobe-lens" in data.get("text/html", "") for data in shown) == 1
+    assert sum("image/png" in data for data in shown) == 2
+    table = xprobe.compare([tmp_path / "runs" / "english-text", tmp_path / "runs" / "noisy"]).table
+    assert table["readiness"].is_monotonic_decreasing  # noise on the weights makes a model worse
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "stability.pdf", "comparison.html"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,9 +87,7 @@ class Comparison:
         return f"Comparison({', '.join(self.studies)})"
 
     def _repr_html_(self) -> str:
-        frames = (self.table, self.correlations)
-        tables = "".join(frame.to_html(index=False, float_format="{:.3f}".format) for frame in frames if len(frame))
-        return f"<p><code>{escape(repr(self))}</code></p>{tables}"
+        return import_module("xprobe.report.notebook").comparison_html(self)
 
 
 def compare(runs: Sequence[str | Path | Study]) -> Comparison:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +106,7 @@ class SettingResult:
         return f"SettingResult({self.setting}: examples {self.summary['n']}, boundary {boundary}, alpha {alpha})"
 
     def _repr_html_(self) -> str:
-        return f"<p><code>{escape(repr(self))}</code></p>{self.stability.to_html(float_format='{:.3f}'.format)}"
+        return _report("notebook").setting_html(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,8 +330,7 @@ class Study(Mapping[str, SettingResult]):
         return f"Study({str(self.path)!r}: {self.manifest.model.name}; {results})"
 
     def _repr_html_(self) -> str:
-        parts = "".join(result._repr_html_() for result in self.values())
-        return f"<p><code>{escape(repr(self))}</code></p>{parts}"
+        return _report("notebook").study_html(self)
 
 
 def _public(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +39,14 @@ def command(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 def _report(comparison: Comparison, out: Path | None) -> str:
     from xprobe.comparison import CAUSAL, FIGURES
 
-    parts = []
+    parts, width = [], shutil.get_terminal_size((100, 24)).columns
     for setting, rows in comparison.table.groupby("setting", sort=False):
         present = [name for name in (*FIGURES, CAUSAL) if name in rows and rows[name].notna().any()]
         lines = [f"{setting}: {len(rows)} models", ""]
-        lines += _table(
+        lines += wrapped_table(
             ["model", *present],
             [[row["model"], *(_interval(row, name) for name in present)] for row in rows.to_dict("records")],
+            width,
         )
         own = comparison.correlations[comparison.correlations["setting"] == setting]
         if own["value"].isna().all():
@@ -52,13 +54,14 @@ def _report(comparison: Comparison, out: Path | None) -> str:
         else:
             own = own[own["value"].notna()]
             lines += ["", "correlations over models (95 % over models and paragraphs, from six models on)", ""]
-            lines += _table(
+            lines += wrapped_table(
                 ["performance", "figure", "method", "correlation", "models"],
                 [
                     [row["performance"], row["figure"], row["method"], _interval(row, "value", ("lo", "hi")),
                      str(row["models"])]
                     for row in own.to_dict("records")
                 ],
+                width,
             )  # fmt: skip
         parts.append("\n".join(lines))
     parts += [f"note: {note}" for note in comparison.notes]
@@ -75,7 +78,30 @@ def _interval(row: dict[Any, Any], name: str, ends: tuple[str, str] | None = Non
     return f"{value:.3f}" + ("" if math.isnan(low + high) else f" [{low:.3f}, {high:.3f}]")
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [heads, *rows]]  # fmt: skip
+def wrapped_table(heads: list[str], rows: list[list[str]], width: int) -> list[str]:
+    """Lines of a table. Columns that do not fit stand below, beside the first column again.
+
+    Examples
+    --------
+    >>> for line in wrapped_table(["model", "alpha", "f1"], [["a", "0.5 [0.4, 0.6]", "0.1"]], 24):
+    ...     print(line)
+    model  alpha
+    a      0.5 [0.4, 0.6]
+    <BLANKLINE>
+    model  f1
+    a      0.1
+    """
+    from xprobe.single_prompt.layout import display_width, fitted
+
+    table = [heads, *rows]
+    widths = [max(display_width(row[column]) for row in table) for column in range(len(heads))]
+    blocks: list[list[int]] = []
+    for column in range(1, len(heads)):
+        used = widths[0] + sum(2 + widths[one] for one in blocks[-1]) if blocks else width
+        if used + 2 + widths[column] > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    lines = []
+    for block in blocks:
+        lines += ["", *("  ".join(fitted(row[one], widths[one]) for one in (0, *block)).rstrip() for row in table)]
+    return lines[1:]

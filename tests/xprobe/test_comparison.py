@@ -191,9 +191,22 @@ def test_the_page_draws_all_charts(runs: list[Path], tmp_path: Path) -> None:
     assert found["drawn"] == found["places"] > 4
 
 
+@pytest.mark.parametrize("width", [80, 300])
+def test_the_table_fits_the_terminal(
+    runs: list[Path], width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["compare", *map(str, runs)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line for line in lines if line.startswith("model  ")]
+    assert len(heads) == 1 if width == 300 else len(heads) > 1
+    assert max(len(line) for line in lines if line.startswith(("model", "other"))) <= width
+    assert {word for line in heads for word in line.split()} >= {"model", "stability", "alpha", "readiness", "f1"}
+
+
 def test_a_notebook_shows_the_tables(runs: list[Path]) -> None:
     html = xprobe.compare(runs)._repr_html_()
-    assert html.count("<table") == 2
+    assert html.count("<table") == 1  # of the models; two different ones have no correlation
     assert "model (run-0)" in html
 
 

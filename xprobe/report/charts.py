@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xprobe.report.palette import BLACK, BLUE, GREY, MAP, ORANGE, SERIES
+
 Spec = dict[str, Any]
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
-# colours that differ for colour-blind readers, on light and on dark paper; dashes differ too
-COLOURS = ("#2f86d1", "#d9730d", "#1a9e77", "#c56aa3", "#b58900", "#8a63d2", "#85858a")
+INK = "currentColor"  # the page is light or dark
 DASHES = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3), (10, 4), (4, 2), (3, 5))
 HEIGHT = 240
 ROW_HEIGHT = 22  # of a language in a chart with one row for each
@@ -42,8 +43,16 @@ def depth_axis() -> Spec:
     return {"field": "depth", "type": "quantitative", "title": "depth (layer / layers)", "scale": {"domain": [0, 1]}}
 
 
+def _scale(names: Sequence[str], colours: Mapping[str, str] | None = None) -> Spec:
+    """A colour for each name: that in ``colours``, or else the next of ``SERIES``."""
+    own = colours or {}
+    found = [own.get(name, SERIES[place % len(SERIES)]) for place, name in enumerate(names)]
+    return {"domain": list(names), "range": [INK if colour == BLACK else colour for colour in found]}
+
+
 def lines(
-    rows: Rows, series: Sequence[str], y_title: str, *, domain: Sequence[float] | None = None,
+    rows: Rows, series: Sequence[str], y_title: str, *, colours: Mapping[str, str] | None = None,
+    domain: Sequence[float] | None = None,
     mark: Mapping[str, float | None] | None = None, mark_name: str = "",
     depth: bool = False,
 ) -> Spec:  # fmt: skip
@@ -57,6 +66,8 @@ def lines(
         In the order of colours and dashes.
     y_title : str
         What is measured, with its unit.
+    colours : mapping, optional
+        Of the series; those that it lacks take the next colour of the palette.
     domain : (float, float), optional
         What lies outside is cut off.
     mark : {value, lo, hi}, optional
@@ -68,7 +79,7 @@ def lines(
     """
     colour = {
         "field": "series", "type": "nominal", "sort": list(series),
-        "scale": {"domain": list(series), "range": [COLOURS[i % len(COLOURS)] for i in range(len(series))]},
+        "scale": _scale(series, colours),
         "legend": {"symbolType": "stroke"},
     }  # fmt: skip
     dash = colour | {
@@ -105,8 +116,11 @@ def lines(
     )
 
 
-def by_language(rows: Rows, y_title: str, *, domain: Sequence[float] | None = None, pooled: str = "all") -> Spec:
+def by_language(
+    rows: Rows, y_title: str, *, colour: str = BLUE, domain: Sequence[float] | None = None, pooled: str = "all"
+) -> Spec:
     """A line for each language over layers, thin and grey but for the one that is pointed at; the pooled one is thick.
+    English is dashed.
 
     ``rows`` have layer, language and value; the pooled ones also lo and hi.
     """
@@ -116,21 +130,22 @@ def by_language(rows: Rows, y_title: str, *, domain: Sequence[float] | None = No
         "title": y_title,
         "scale": {} if domain is None else {"domain": list(domain)},
     }
-    over = {"param": "over", "empty": False}
+    over, english = {"param": "over", "empty": False}, {"test": "datum.language === 'en'"}
     tip = [{"field": "language"}, {"field": "layer"}, {"field": "value", "format": ".3f"}]
     single, together = f"datum.language !== '{pooled}'", f"datum.language === '{pooled}'"
     return spec(
         HEIGHT, data={"values": list(rows)}, encoding={"x": layer_axis(), "y": y},
         layer=[
             {
-                "transform": [{"filter": together}], "mark": {"type": "area", "opacity": 0.18, "color": COLOURS[0]},
+                "transform": [{"filter": together}], "mark": {"type": "area", "opacity": 0.18, "color": colour},
                 "encoding": {"y": {"field": "lo", "type": "quantitative", "title": y_title}, "y2": {"field": "hi"}},
             },
             {
                 "transform": [{"filter": single}], "mark": {"type": "line"},
                 "encoding": {
                     "detail": {"field": "language"},
-                    "color": {"condition": over | {"value": COLOURS[1]}, "value": "#85858a"},
+                    "color": {"condition": [over | {"value": ORANGE}, english | {"value": INK}], "value": GREY},
+                    "strokeDash": {"condition": english | {"value": [4, 3]}, "value": [1, 0]},
                     "size": {"condition": over | {"value": 2.5}, "value": 1},
                     "opacity": {"condition": over | {"value": 1}, "value": 0.6},
                 },
@@ -146,7 +161,7 @@ def by_language(rows: Rows, y_title: str, *, domain: Sequence[float] | None = No
             },
             {
                 "transform": [{"filter": together}],
-                "mark": {"type": "line", "color": COLOURS[0], "strokeWidth": 3}, "encoding": {},
+                "mark": {"type": "line", "color": colour, "strokeWidth": 3}, "encoding": {},
             },
         ],
     )  # fmt: skip
@@ -162,7 +177,7 @@ def grid(rows: Rows, languages: Sequence[str], title: str, *, domain: Sequence[f
             "y": _language_axis(languages),
             "color": {
                 "field": "value", "type": "quantitative", "title": title,
-                "scale": {"scheme": "viridis", "domain": list(domain)},
+                "scale": {"scheme": MAP, "domain": list(domain)},
                 "legend": {"title": title, "gradientLength": 160, "orient": "top"},
             },
             "tooltip": [
@@ -182,7 +197,7 @@ def cells(rows: Rows, languages: Sequence[str], models: Sequence[str], title: st
                   "axis": {"labelAngle": 0}},
             "y": {"field": "model", "type": "nominal", "title": None, "sort": list(models), "axis": {"grid": False}},
             "color": {
-                "field": "value", "type": "quantitative", "title": title, "scale": {"scheme": "viridis", "zero": False},
+                "field": "value", "type": "quantitative", "title": title, "scale": {"scheme": MAP, "zero": False},
                 "legend": {"title": title, "gradientLength": 160, "orient": "top"},
             },
             "tooltip": [
@@ -193,11 +208,13 @@ def cells(rows: Rows, languages: Sequence[str], models: Sequence[str], title: st
     )  # fmt: skip
 
 
-def intervals(rows: Rows, languages: Sequence[str], series: Sequence[str], last: int) -> Spec:
+def intervals(
+    rows: Rows, languages: Sequence[str], series: Sequence[str], last: int, colours: Mapping[str, str]
+) -> Spec:
     """Points with intervals on the axis of layers, a row for each language; ``rows`` have language, series, value."""
     shapes = ("circle", "square", "diamond", "triangle-up", "cross")
     colour = {"field": "series", "type": "nominal", "sort": list(series),
-              "scale": {"domain": list(series), "range": list(COLOURS[: len(series)])}}  # fmt: skip
+              "scale": _scale(series, colours)}  # fmt: skip
     shape = colour | {"scale": {"domain": list(series), "range": list(shapes[: len(series)])}}
     step = max(ROW_HEIGHT, 9 * len(series))
     shared = {"y": _language_axis(languages), "yOffset": {"field": "series", "sort": list(series)}, "color": colour}
@@ -227,17 +244,15 @@ def scatter(rows: Rows, x: str, x_title: str, y: str, y_title: str, label: str =
     return spec(
         HEIGHT, data={"values": list(rows)}, encoding=axes,
         layer=[
-            {"mark": {"type": "point", "filled": True, "size": 70, "color": COLOURS[0]}, "encoding": {"tooltip": tip}},
+            {"mark": {"type": "point", "filled": True, "size": 70, "color": BLUE}, "encoding": {"tooltip": tip}},
             {"mark": {"type": "text", "dy": -11, "fontSize": 11},
              "encoding": {"text": {"field": label}}},
         ],
     )  # fmt: skip
 
 
-def shares(rows: Rows, languages: Sequence[str], parts: Sequence[str], title: str, known: Sequence[str] = ()) -> Spec:
-    """Stacked bars that add up to 1; ``rows`` have language, part and value. ``known`` parts keep their colours."""
-    every = [*known, *(part for part in parts if part not in known)]
-    colours = [COLOURS[every.index(part) % len(COLOURS)] for part in parts]
+def shares(rows: Rows, languages: Sequence[str], parts: Sequence[str], title: str, colours: Mapping[str, str]) -> Spec:
+    """Stacked bars that add up to 1; ``rows`` have language, part and value."""
     return spec(
         ROW_HEIGHT * len(languages), data={"values": list(rows)},
         mark={"type": "bar", "stroke": "#ffffff", "strokeWidth": 0.5},
@@ -246,7 +261,7 @@ def shares(rows: Rows, languages: Sequence[str], parts: Sequence[str], title: st
                   "scale": {"domain": [0, 1]}},
             "y": _language_axis(languages),
             "color": {"field": "part", "type": "nominal", "sort": list(parts),
-                      "scale": {"domain": list(parts), "range": colours}},
+                      "scale": _scale(parts, colours)},
             "order": {"field": "order"},
             "tooltip": [{"field": "language"}, {"field": "part", "title": "type"}, {"field": "value", "format": ".1%"}],
         },
@@ -274,8 +289,8 @@ def _mark(found: Mapping[str, float | None] | None, name: str) -> list[Spec]:
     x = {"type": "quantitative", "title": "layer"}
     tip = {"field": "name", "title": " "}
     return [
-        {"data": data, "mark": {"type": "rect", "opacity": 0.12, "color": "#85858a"},
+        {"data": data, "mark": {"type": "rect", "opacity": 0.12, "color": GREY},
          "encoding": {"x": x | {"field": "lo"}, "x2": {"field": "hi"}, "tooltip": tip}},
-        {"data": data, "mark": {"type": "rule", "strokeDash": [4, 3], "strokeWidth": 1.5, "color": "#85858a"},
+        {"data": data, "mark": {"type": "rule", "strokeDash": [4, 3], "strokeWidth": 1.5, "color": GREY},
          "encoding": {"x": x | {"field": "value"}, "tooltip": tip}},
     ]  # fmt: skip

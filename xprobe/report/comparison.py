@@ -21,6 +21,7 @@ from xprobe.report.parts import (
     missing,
     records,
     short,
+    without_folders,
 )
 
 if TYPE_CHECKING:
@@ -32,21 +33,23 @@ NAMES = {
     "stability": "stability", "alpha": "alpha", "relative_boundary": "boundary / L", CAUSAL: "causal boundary / L",
     "readiness": "readiness", "mrd_gap": "MRD gap", "f1": "F1", "exact_match": "exact match", "oracle_f1": "oracle F1",
 }  # fmt: skip
+SCREEN = ("layers", "examples", "MRD gap", "exact match", "oracle F1")  # columns that a printed page leaves out
 
 
 def comparison_page(comparison: Comparison) -> str:
     """The page as HTML."""
     settings = list(dict.fromkeys(comparison.table["setting"]))
     parts = [_setting(comparison, setting) for setting in settings]
-    notes = [Cell(note) for note in comparison.notes]
-    runs = [[Cell(name, name), Cell(str(study.path))] for name, study in comparison.studies.items()]
+    notes = [Cell(without_folders(note)) for note in comparison.notes]
+    runs = [[Cell(name, name), Cell(study.path.resolve().name)] for name, study in comparison.studies.items()]
     about = Group("run", "About these runs")
     about.sections.append(Section("run-facts", "Runs", "", (), [Table("Runs", ["model", "run folder"], runs)]))
     if notes:
         rows = [[note] for note in notes]
         about.sections.append(Section("run-warnings", "Warnings", "", (), [Table("Warnings", ["warning"], rows)]))
     first = next(iter(comparison.studies.values())).manifest
-    text = f"{first.data.name} · {first.counts.paragraphs} paragraphs · {first.counts.languages} languages"
+    data = without_folders(first.data.name)
+    text = f"{data} · {first.counts.paragraphs} paragraphs · {first.counts.languages} languages"
     return render(f"{len(comparison.studies)} models side by side", text, [*parts, about], len(notes))
 
 
@@ -55,10 +58,10 @@ def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     return write_html(comparison_page(comparison), path)
 
 
-def _setting(comparison: Comparison, setting: str) -> Group:
-    group = Group(setting, f"Setting {setting}")
+def models_table(comparison: Comparison, setting: str) -> Table:
+    """The figures of every model."""
     table = comparison.table[comparison.table["setting"] == setting]
-    present = [name for name in NAMES if name in table and table[name].notna().any()]
+    present = _present(table)
     rows = [
         [
             Cell(row["model"], row["model"]), Cell(str(row["layers"]), row["layers"]), Cell(str(row["n"]), row["n"]),
@@ -67,11 +70,39 @@ def _setting(comparison: Comparison, setting: str) -> Group:
         for row in table.to_dict("records")
     ]  # fmt: skip
     heads = ["model", "layers", "examples", *(NAMES[name] for name in present)]
-    models = Table("Models side by side", heads, rows, [False] + [True] * (len(heads) - 1))
+    return Table("Models side by side", heads, rows, [False] + [True] * (len(heads) - 1), SCREEN)
+
+
+def correlations_table(comparison: Comparison, setting: str) -> Table:
+    """How the figures correlate with F1 and exact match over the models, where they can be computed."""
+    own = comparison.correlations[comparison.correlations["setting"] == setting]
+    rows = [
+        [
+            Cell(NAMES[row["performance"]], row["performance"]), Cell(NAMES[row["figure"]], row["figure"]),
+            Cell(row["method"], row["method"]), interval_cell(_plain(row)), Cell(str(row["models"]), row["models"]),
+        ]
+        for row in own.to_dict("records") if not missing(row["value"])
+    ]  # fmt: skip
+    heads = ["performance", "figure", "method", "correlation", "models"]
+    return Table("Correlations", heads, rows, [False, False, False, True, True])
+
+
+def _present(table: pd.DataFrame) -> list[str]:
+    """The figures that at least one model has."""
+    return [name for name in NAMES if name in table and table[name].notna().any()]
+
+
+def _setting(comparison: Comparison, setting: str) -> Group:
+    group = Group(setting, f"Setting {setting}")
+    table = comparison.table[comparison.table["setting"] == setting]
+    present = _present(table)
     text = "; ".join(f"{NAMES[name]}: {FIGURES[name]}" for name in present if name in FIGURES) + "."
     group.sections.append(
-        Section(f"{setting}-models", "Models", text.replace("`", ""), _curves(comparison, setting), [models])
-    )
+        Section(
+            f"{setting}-models", "Models", text.replace("`", ""), _curves(comparison, setting),
+            [models_table(comparison, setting)],
+        )
+    )  # fmt: skip
     if "f1" in present:
         group.sections.append(_performance(comparison, setting, table))
     group.sections.append(_languages(comparison, setting))
@@ -86,7 +117,7 @@ def _estimate(row: Mapping[Any, Any], name: str) -> dict[str, float | None]:
 def _curves(comparison: Comparison, setting: str) -> list[Figure]:
     """Stability and readiness of every model over relative depth."""
     figures = []
-    for signal, title in (("stability", "S(l)"), ("readiness", "readiness")):
+    for signal, title in (("stability", "S(l)"), ("readiness", "Readiness")):
         rows: list[dict[str, Any]] = []
         for name, study in comparison.studies.items():
             frame = study[setting].signals.reset_index()
@@ -94,7 +125,7 @@ def _curves(comparison: Comparison, setting: str) -> list[Figure]:
             frame = frame.assign(depth=frame["layer"] / study.manifest.model.n_blocks, series=name)
             rows += [row for row in records(frame, ("series", "depth", "value", "lo", "hi")) if "value" in row]
         series = list(comparison.studies)
-        chart = charts.lines(rows, series, title, domain=(0, 1), depth=True)
+        chart = charts.lines(rows, series, title if signal == "stability" else signal, domain=(0, 1), depth=True)
         caption = "Depth is the layer as a share of the model's layers. Bands: 95 % intervals over paragraphs."
         figures.append(
             figure(f"{setting}-{signal}", f"{title} by depth", caption, chart, rows, "series depth value lo hi")
@@ -116,21 +147,13 @@ def _performance(comparison: Comparison, setting: str, table: pd.DataFrame) -> S
                 figure(f"{setting}-f1-{name}", f"F1 and {NAMES[name]}", "One point for each model.", chart, points,
                        f"model {name} f1")
             )  # fmt: skip
-    own = comparison.correlations[comparison.correlations["setting"] == setting]
-    rows = [
-        [
-            Cell(NAMES[row["performance"]], row["performance"]), Cell(NAMES[row["figure"]], row["figure"]),
-            Cell(row["method"], row["method"]), interval_cell(_plain(row)), Cell(str(row["models"]), row["models"]),
-        ]
-        for row in own.to_dict("records")
-    ]  # fmt: skip
-    heads = ["performance", "figure", "method", "correlation", "models"]
     text = (
         "Correlations over models, with 95 % intervals over models and paragraphs. Fewer than six models are too few "
         "for an interval, fewer than three for a correlation."
     )
-    table_of = Table("Correlations", heads, rows, [False, False, False, True, True])
-    return Section(f"{setting}-performance", "Performance", text, figures, [table_of])
+    correlations = correlations_table(comparison, setting)
+    tables = [correlations] if correlations.rows else []
+    return Section(f"{setting}-performance", "Performance", text, figures, tables)
 
 
 def _plain(row: Mapping[Any, Any]) -> dict[str, float | None]:

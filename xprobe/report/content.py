@@ -7,7 +7,7 @@ from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 from xprobe.report.later_stages import causes, evidence, lenses, performance, relevance
-from xprobe.report.parts import Cell, Group, Section, Table, counted, number
+from xprobe.report.parts import Cell, Group, Section, Table, counted, number, without_folders
 from xprobe.report.reading import cards, languages, phases, probes, signals
 
 if TYPE_CHECKING:
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 def groups(study: Study) -> list[Group]:
     """All parts of the page, in order."""
     return [*(_setting(study, result) for result in study.values()), _about(study)]
+
+
+def about(study: Study) -> str:
+    """Data, numbers of examples, languages and paragraphs, and the lens, in one line."""
+    manifest = study.manifest
+    counts = manifest.counts
+    return (
+        f"{manifest.data.name} · {counted(counts.examples, 'example')} in {counted(counts.languages, 'language')} on "
+        f"{counted(counts.paragraphs, 'paragraph')} · lens {study.lens}"
+    )
 
 
 def _setting(study: Study, result: SettingResult) -> Group:
@@ -46,9 +56,9 @@ def _about(study: Study) -> Group:
         ("begun", str(manifest.created)),
         ("seconds", ", ".join(f"{name} {sum(one.seconds.values()):.0f}" for name, one in manifest.stages.items())),
         ("checksums", f"model {model.files_sha256[:16]}, data {manifest.data.files_sha256[:16]}"),
-        ("run folder", str(study.path)),
+        ("run folder", study.path.resolve().name),
     ]  # fmt: skip
-    rows = [[Cell(name), Cell(value)] for name, value in facts if value]
+    rows = [[Cell(name), Cell(without_folders(value))] for name, value in facts if value]
     group = Group("run", "About this run")
     group.sections = [Section("run-facts", "Model, data, versions", "", [], [Table("Facts", ["fact", "value"], rows)])]
     if skipped := {**counts.skipped, **counts.bad_records}:
@@ -57,7 +67,7 @@ def _about(study: Study) -> Group:
             Section("run-skips", "Left out", "", [], [Table("Left out", ["reason", "examples"], cells, [False, True])])
         )
     if manifest.warnings:
-        cells = [[Cell(one)] for one in manifest.warnings]
+        cells = [[Cell(without_folders(one))] for one in manifest.warnings]
         group.sections.append(Section("run-warnings", "Warnings", "", [], [Table("Warnings", ["warning"], cells)]))
     return group
 

@@ -7,19 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from xprobe.report.figure_style import (
-    BLACK,
-    BLUE,
     DASH_DOT,
     DASHES,
     DOTS,
-    GREEN,
-    GREY,
     LONG_DASHES,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    YELLOW,
     Look,
     background,
     curve,
@@ -32,6 +23,21 @@ from xprobe.report.figure_style import (
     undefined,
     with_interval,
 )
+from xprobe.report.palette import (
+    BLACK,
+    BLUE,
+    BOUNDARIES,
+    ERROR_TYPES,
+    GREEN,
+    GREY,
+    MAP,
+    PATCHES,
+    SKY,
+    STABILITY,
+    STATES,
+    TOKENS,
+    signal_colour,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,11 +45,11 @@ if TYPE_CHECKING:
 
 ALL = "all"  # the pooled rows of a table by language
 
-ONSET = Look("retrieval onset (read)", VERMILLION, DOTS, "o")
-DEPTH = Look("encoding depth (read)", BLUE, DASHES, "s")
+ONSET = Look("retrieval onset (read)", BOUNDARIES["onset"], DOTS, "o")
+DEPTH = Look("encoding depth (read)", BOUNDARIES["depth"], DASHES, "s")
 ONSET_LINE, DEPTH_LINE = (ONSET.colour, ONSET.line), (DEPTH.colour, DEPTH.line)
-HELD = Look("answer held from (patched)", BLACK, "-", "D")
-USED = Look("question used up to (patched)", GREEN, DASH_DOT, "^")
+HELD = Look("answer held from (patched)", BOUNDARIES["held"], "-", "D")
+USED = Look("question used up to (patched)", BOUNDARIES["used"], DASH_DOT, "^")
 
 SIGNAL_NAMES = {
     "readiness": "readiness (0 to 1)",
@@ -55,39 +61,34 @@ SIGNAL_NAMES = {
     "kl": "KL to the last layer (nats)",
     "phase2": "share of examples in phase 2",
 }
-COLOURS = {"encoding": BLUE, "entropy": GREEN, "kl": GREEN}  # by the first word of a signal's name
 
 CAUSES = {  # (pairs, kind) -> look
-    ("same", "answer"): Look("T: last token's state", BLACK, "-", "D"),
-    ("same", "question"): Look("Q: question's states", GREEN, DASH_DOT, "^"),
-    ("cross", "answer"): Look("T, other language", SKY, DASHES),
-    ("cross", "question"): Look("Q, other language", PURPLE, DOTS),
-    ("same", "same_question"): Look("control: same question", GREY, LONG_DASHES),
+    key: Look(label, PATCHES[key], line, marker)
+    for key, (label, line, marker) in {
+        ("same", "answer"): ("T: last token's state", "-", "D"),
+        ("same", "question"): ("Q: question's states", DASH_DOT, "^"),
+        ("cross", "answer"): ("T, other language", DASHES, ""),
+        ("cross", "question"): ("Q, other language", DOTS, ""),
+        ("same", "same_question"): ("control: same question", LONG_DASHES, ""),
+    }.items()
 }
 READ = {
-    "readiness": Look("readiness", VERMILLION, "-", "o"),
-    "encoding_selectivity": Look("encoding − control", BLUE, DASHES, "s"),
+    "readiness": Look("readiness", signal_colour("readiness"), "-", "o"),
+    "encoding_selectivity": Look("encoding − control", signal_colour("encoding_selectivity"), DASHES, "s"),
 }
 GROUPS = {
-    "question": Look("question", BLUE, DASHES, "s"),
-    "answer": Look("answer in the context", VERMILLION, "-", "o"),
-    "context": Look("other context", GREEN, DASH_DOT, "^"),
-    "template": Look("template", GREY, DOTS, "x"),
-    "given": Look("answer tokens given", PURPLE, "-", "v"),
+    "question": Look("question", TOKENS["question"], DASHES, "s"),
+    "answer": Look("answer in the context", TOKENS["answer"], "-", "o"),
+    "context": Look("other context", TOKENS["context"], DASH_DOT, "^"),
+    "template": Look("template", TOKENS["template"], DOTS, "x"),
+    "given": Look("answer tokens given", TOKENS["given"], "-", "v"),
 }
-STATES = {  # state -> look of the score; its control is a thin line of the same colour
-    "prompt_end": Look("last prompt token", BLUE, "-", "s"),
-    "question_mean": Look("question's tokens", ORANGE, DASHES, "o"),
+LOOKS_OF_STATES = {  # state -> look of the score; its control is a thin line of the same colour
+    "prompt_end": Look("last prompt token", STATES["prompt_end"], "-", "s"),
+    "question_mean": Look("question's tokens", STATES["question_mean"], DASHES, "o"),
 }
 METRICS = {"encoding": "encoding of the prediction", "accuracy": "accuracy", "roc_auc": "ROC AUC"}
-ERROR_TYPES = {  # type -> (colour, hatch)
-    "correct": (BLUE, ""),
-    "content": (SKY, "...."),
-    "wrong language": (ORANGE, "////"),
-    "gibberish": (VERMILLION, "xxxx"),
-    "refusal": (PURPLE, "----"),
-    "blank": (YELLOW, ""),
-}
+HATCHES = {"content": "....", "wrong language": "////", "gibberish": "xxxx", "refusal": "----"}  # of error types
 
 
 def by_language(layers: pd.DataFrame, signal: str) -> pd.DataFrame:
@@ -118,7 +119,7 @@ def draw_stability(axes: Axes, layers: pd.DataFrame, summary: Mapping[str, Any],
         undefined(axes, "stability needs two languages")
         lowest = 0.0
     else:
-        curve(axes, table, Look("stability S(l)", BLUE, "-", "s"))
+        curve(axes, table, Look("stability S(l)", STABILITY, "-", "s"))
     if not agreement.empty:
         background(axes, agreement, "each with English")
     mark_layer(axes, summary["boundary"], Look(f"boundary {with_interval(summary['boundary'])}", *ONSET_LINE))
@@ -135,7 +136,7 @@ def draw_signal(axes: Axes, layers: pd.DataFrame, name: str, summary: Mapping[st
     if figure in summary:
         mark_layer(axes, summary[figure], Look(f"{figure.replace('_', ' ')} {with_interval(summary[figure])}", *line))
     background(axes, by_language(layers, name), "other languages" if "en" in summary["languages"] else "each language")
-    colour = COLOURS.get(name.split("_")[0], VERMILLION)
+    colour = signal_colour(name)
     curve(axes, pooled(layers, name), Look("all languages", colour, "-", "s" if colour == BLUE else "o"))
     if name.endswith("selectivity"):
         axes.axhline(0, color=BLACK, linewidth=0.5, zorder=1)
@@ -186,7 +187,7 @@ def draw_agreement(axes: Axes, layers: pd.DataFrame, summary: Mapping[str, Any],
     axes.set_yticks(range(len(table.columns)), list(table.columns))
     axes.set_ylabel("language")
     low = math.floor(10 * min(float(table.min().min()), 0.9)) / 10
-    image = axes.imshow(table.T.to_numpy(), aspect="auto", interpolation="nearest", cmap="cividis", vmin=low, vmax=1.0)
+    image = axes.imshow(table.T.to_numpy(), aspect="auto", interpolation="nearest", cmap=MAP, vmin=low, vmax=1.0)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("questions in the same phase\nas in English (share)")
     bar.outline.set_linewidth(0.4)
@@ -338,12 +339,11 @@ def draw_error_types(axes: Axes, languages: Mapping[str, Mapping[str, float]]) -
 
     names = list(languages)
     places, left = np.arange(len(names)), np.zeros(len(names))
-    for kind, (colour, hatch) in ERROR_TYPES.items():
+    for kind, colour in ERROR_TYPES.items():
         widths = np.array([languages[name].get(kind, 0.0) for name in names])
         if widths.any():
-            axes.barh(
-                places, widths, 0.75, left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, label=kind
-            )
+            look: dict[str, Any] = {"color": colour, "hatch": HATCHES.get(kind), "edgecolor": "white"}
+            axes.barh(places, widths, 0.75, left, linewidth=0.4, label=kind, **look)
         left = left + widths
     axes.set_yticks(places, names)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -357,7 +357,7 @@ def draw_error_types(axes: Axes, languages: Mapping[str, Mapping[str, float]]) -
 def draw_probe(axes: Axes, table: pd.DataFrame, n_blocks: int) -> None:
     """The score of a probe by layer for each state, with its interval, beside the control task."""
     for state, part in table.groupby("state", sort=False):
-        look = STATES.get(str(state), Look(str(state).replace("_", " "), GREEN, DASH_DOT, "^"))
+        look = LOOKS_OF_STATES.get(str(state), Look(str(state).replace("_", " "), GREEN, DASH_DOT, "^"))
         part = part.set_index("layer").rename(columns={"score": "value"})
         curve(axes, part[["value", "lo", "hi"]], look)
         control = part[["control"]].rename(columns={"control": "value"})

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from xprobe.errors import UsageError
+from xprobe.report.palette import GREY, PALE
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
 COLUMN, TWO_COLUMNS = 3.3, 7.0  # inches: one column of a paper, and both
-
-# Okabe and Ito's colours: people who are colour-blind tell them apart. Lines and markers tell them apart in grey
-BLACK, BLUE, GREEN, VERMILLION, ORANGE, PURPLE = "#000000", "#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7"
-SKY, YELLOW, GREY, PALE = "#56B4E9", "#F0E442", "#777777", "#C4C4C4"
 
 STYLE: Any = {  # matplotlib's settings
     "font.size": 8.0,
@@ -118,7 +115,7 @@ def panels(
     """
     check_matplotlib()
     import numpy as np
-    from matplotlib import rc_context
+    from matplotlib import interactive, is_interactive, rc_context
 
     if given is not None:
         own = list(np.atleast_1d(np.asarray(given, dtype=object)).ravel())
@@ -140,6 +137,8 @@ def panels(
         for axes in new:
             axes.tick_params(**TICKS)
         yield new
+        shows_figures = is_interactive()  # a notebook turns this on when pyplot makes its first figure
+    interactive(shows_figures)
 
 
 def layer_axis(axes: Axes, n_blocks: int, name: str = "layer") -> None:
@@ -159,7 +158,7 @@ def curve(axes: Axes, table: pd.DataFrame, look: Look, **options: Any) -> None:
     >>> import pandas as pd
     >>> table = pd.DataFrame({"value": [0.0, 1.0, 1.0], "lo": [0.0, 0.8, 0.9], "hi": [0.1, 1.0, 1.0]})
     >>> with panels(1, (COLUMN, 2.0), None, pyplot=False) as (axes,):
-    ...     curve(axes, table, Look("T", BLACK))
+    ...     curve(axes, table, Look("T", GREY))
     >>> axes.lines[0].get_label(), axes.lines[0].get_ydata().tolist(), len(axes.collections)
     ('T', [0.0, 1.0, 1.0], 1)
     """
@@ -235,7 +234,7 @@ def dots(axes: Axes, heights: Iterable[float], entries: Iterable[Mapping[str, An
     Examples
     --------
     >>> with panels(1, (COLUMN, 2.0), None, pyplot=False) as (axes,):
-    ...     dots(axes, [0, 1], [{"value": 3, "lo": 2, "hi": 4}, {"value": None}], Look("onset", BLACK, marker="o"))
+    ...     dots(axes, [0, 1], [{"value": 3, "lo": 2, "hi": 4}, {"value": None}], Look("onset", GREY, marker="o"))
     >>> axes.lines[0].get_xdata().tolist(), axes.lines[0].get_ydata().tolist(), len(axes.collections)
     ([3.0], [0.0], 1)
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from xprobe.report import charts
+from xprobe.report.palette import ERROR_TYPES, PATCHES, TOKENS
 from xprobe.report.parts import (
     ALL,
     Cell,
@@ -18,6 +19,7 @@ from xprobe.report.parts import (
     records,
     short,
     stage_results,
+    without_folders,
 )
 
 if TYPE_CHECKING:
@@ -32,10 +34,6 @@ CAUSES = {
     ("same", "same_question"): "control: same question, other language",
     ("same", "random"): "control: random state",
 }
-
-
-# as xprobe.scoring has them, so that each has its colour on every page
-ERROR_ORDER = ("correct", "content", "wrong language", "gibberish", "refusal", "blank")
 
 
 def causes(study: Study, result: SettingResult) -> Section | None:
@@ -69,7 +67,8 @@ def causes(study: Study, result: SettingResult) -> Section | None:
         mark = {"mark": same["answer_boundary"], "mark_name": "answer held from layer"}
         random = CAUSES["same", "random"]  # its interval would hide all other curves
         drawn = [{**row, "lo": None, "hi": None} if row["series"] == random else row for row in rows]
-        chart = charts.lines(drawn, present, "effect", domain=(-0.5, 1.5), **mark)
+        colours = {series: PATCHES[key] for key, series in CAUSES.items()}
+        chart = charts.lines(drawn, present, "effect", colours=colours, domain=(-0.5, 1.5), **mark)
         caption = (
             "Grey: the causal boundary, where the effect of the last token's state rises to one half. Values below "
             "-0.5 and above 1.5 are cut off here, and the random states have no interval; the numbers have both."
@@ -91,7 +90,7 @@ def relevance(study: Study, result: SettingResult) -> Section | None:
     frame = frame[(frame["setting"] == result.setting) & (frame["language"] == ALL)].rename(columns={"group": "series"})
     rows = [row for row in records(frame, ("series", "layer", "value", "lo", "hi")) if "value" in row]
     present = list(dict.fromkeys(row["series"] for row in rows))
-    chart = charts.lines(rows, present, "share of relevance")
+    chart = charts.lines(rows, present, "share of relevance", colours=TOKENS)
     caption = "Share of the relevance of all tokens that lies on each group of tokens, layer by layer."
     heads = ["tokens", "major relevance depth (MRD)"]
     depths = [[Cell(group, group), interval_cell(value)] for group, value in found["mrd"].items()]
@@ -125,7 +124,7 @@ def performance(study: Study, result: SettingResult) -> Section | None:
         chart = charts.scatter(points, "agreement", title, "f1", "F1")
         figures.append(figure(f"{result.setting}-f1", "F1 and stability", text, chart, points, "language agreement f1"))
     present = {kind for one in scores.values() for kind in one["error_types"]}
-    kinds = [kind for kind in ERROR_ORDER if kind in present]
+    kinds = [kind for kind in ERROR_TYPES if kind in present]
     bars = [
         {"language": name, "part": kind, "value": short(one["error_types"].get(kind, 0.0)), "order": order}
         for name, one in scores.items()
@@ -139,7 +138,7 @@ def performance(study: Study, result: SettingResult) -> Section | None:
     figures.append(
         figure(
             f"{result.setting}-errors", "Types of errors", text,
-            charts.shares(bars, [name for name in languages if name in scores], kinds, "share of answers", ERROR_ORDER),
+            charts.shares(bars, [name for name in languages if name in scores], kinds, "share of answers", ERROR_TYPES),
             bars,
             "language part value",
         )
@@ -199,7 +198,7 @@ def lenses(study: Study, result: SettingResult) -> Section | None:
     frame = frame[(frame["setting"] == result.setting) & (frame["language"] == ALL)]
     rows = []
     for row in frame.to_dict("records"):
-        cells = [Cell(row["lens"], row["lens"])]
+        cells = [Cell(without_folders(row["lens"]), row["lens"])]
         for name in LENS_FIGURES:
             value = row[name]
             found = {"value": value, "lo": row.get(f"{name}_lo"), "hi": row.get(f"{name}_hi")}
@@ -211,7 +210,7 @@ def lenses(study: Study, result: SettingResult) -> Section | None:
     layers = layers[(layers["setting"] == result.setting) & (layers["language"] == ALL)]
     figures = []
     for signal, (title, caption) in LENS_SIGNALS.items():
-        own = layers[layers["signal"] == signal].rename(columns={"lens": "series"})
+        own = layers[layers["signal"] == signal].assign(series=layers["lens"].map(without_folders))
         points = [row for row in records(own, ("series", "layer", "value", "lo", "hi")) if "value" in row]
         if points:
             chart = charts.lines(points, list(dict.fromkeys(row["series"] for row in points)), title, domain=(0, 1))

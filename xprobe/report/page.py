@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from xprobe.arguments import folder_path
 from xprobe.errors import UsageError
-from xprobe.report.content import groups
-from xprobe.report.parts import Group, counted
+from xprobe.report.content import about, groups
+from xprobe.report.parts import Group, without_folders
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -33,12 +33,9 @@ def page(study: Study) -> str:
         A whole document.
     """
     manifest = study.manifest
-    counts = manifest.counts
-    about = (
-        f"{manifest.data.name} · {counted(counts.examples, 'example')} in {counted(counts.languages, 'language')} on "
-        f"{counted(counts.paragraphs, 'paragraph')} · lens {study.lens}"
+    return render(
+        without_folders(manifest.model.name), without_folders(about(study)), groups(study), len(manifest.warnings)
     )
-    return render(manifest.model.name, about, groups(study), len(manifest.warnings))
 
 
 def write_page(study: Study, path: str | Path) -> Path:
@@ -52,15 +49,15 @@ def write_page(study: Study, path: str | Path) -> Path:
     return write_html(page(study), path)
 
 
-def render(heading: str, about: str, parts: Sequence[Group], warnings: int = 0) -> str:
+def render(heading: str, text: str, parts: Sequence[Group], warnings: int = 0) -> str:
     """A document with these groups of sections. ``warnings``: how many the section "run-warnings" lists."""
     from markupsafe import Markup
 
     figures = {figure.name: figure.chart for group in parts for section in group.sections for figure in section.figures}
-    return _template().render(
+    return template("page.html.j2").render(
         title=heading,
         heading=heading,
-        about=about,
+        about=text,
         warnings=warnings,
         groups=parts,
         charts=Markup(_json(figures)),
@@ -98,8 +95,9 @@ def _text(folder: str, name: str) -> str:
 
 
 @cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A template of the folder ``templates``, which escapes what it is given."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_text("templates", "page.html.j2"))
+    return environment.from_string(_text("templates", name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,20 +21,28 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: what it shows, and by what it is sorted."""
+    """A cell of a table: what it shows, by what it is sorted, and the length of its bar (0 to 1), if it has one."""
 
     text: str
     sort: float | str | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be sorted. ``numbers`` says which columns hold numbers."""
+    """A table that can be sorted. ``numbers`` says which columns hold numbers, ``screen`` names those that a printed
+    page leaves out."""
 
     title: str
     heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     numbers: Sequence[bool] = ()
+    screen: Sequence[str] = ()
+
+    def classes(self, column: int) -> str:
+        """CSS classes of the cells of a column."""
+        number = "number" if self.numbers and self.numbers[column] else ""
+        return f"{number} {'screen' if self.heads[column] in self.screen else ''}".strip()
 
 
 @dataclass(frozen=True)
@@ -89,17 +98,18 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def interval(found: Value | None) -> str:
-    """A value with its interval.
+    """A value with its interval, which no line break divides.
 
     Examples
     --------
     >>> interval({"value": 24.0, "lo": 23.0, "hi": 27.63}), interval({"value": 1.0, "lo": None, "hi": None})
-    ('24 [23, 27.6]', '1')
+    ('24 [23,\\xa027.6]', '1')
     """
     if found is None or missing(found["value"]):
         return "–"
     ends = [found.get("lo"), found.get("hi")]
-    return number(found["value"]) + ("" if any(map(missing, ends)) else f" [{number(ends[0])}, {number(ends[1])}]")
+    lo, hi = map(number, ends)
+    return number(found["value"]) + ("" if any(map(missing, ends)) else f" [{lo},\u00a0{hi}]")
 
 
 def counted(number: int, thing: str) -> str:
@@ -111,6 +121,19 @@ def counted(number: int, thing: str) -> str:
     ('1 language', '3 languages')
     """
     return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def without_folders(text: str) -> str:
+    """A text without the folders of absolute paths: pages are sent to others.
+
+    Examples
+    --------
+    >>> without_folders("/home/ada/models/tiny"), without_folders("regression:/home/ada/lens.pt")
+    ('tiny', 'regression:lens.pt')
+    >>> without_folders("Qwen/Qwen3-8B"), without_folders("see https://example.org/a/b"), without_folders("./runs/a")
+    ('Qwen/Qwen3-8B', 'see https://example.org/a/b', './runs/a')
+    """
+    return re.sub(r"(?<![\w/.])/(?!/)(?:[^\s/]+/)+", "", text)
 
 
 def missing(value: float | None) -> bool:

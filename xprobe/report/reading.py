@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from xprobe.report import charts
+from xprobe.report.palette import BOUNDARIES, PHASE_TWO, SERIES, STABILITY, signal_colour
 from xprobe.report.parts import (
     ALL,
     Card,
@@ -24,6 +25,9 @@ from xprobe.report.parts import (
 
 if TYPE_CHECKING:
     from xprobe.results import SettingResult, Study
+
+# columns of the table of languages that a printed page leaves out; most are printed with the figures of their stage
+SCREEN = ("examples", "spread", "question used up to", "MRD question", "MRD answer", "exact match")
 
 
 def cards(study: Study, result: SettingResult) -> list[Card]:
@@ -56,7 +60,9 @@ def phases(study: Study, result: SettingResult) -> Section:
         names = [column for column in ("layer", "value", "lo", "hi") if column in part]
         rows += [{"series": series, **row} for row in records(part, names) if "value" in row]
     present = [series for series in columns.values() if any(row["series"] == series for row in rows)]
-    chart = charts.lines(rows, present, "probability", domain=(0, 1), mark=result.boundary, mark_name="boundary")
+    colours = dict(zip(columns.values(), (STABILITY, PHASE_TWO), strict=True))
+    mark: dict[str, Any] = {"mark": result.boundary, "mark_name": "boundary"}
+    chart = charts.lines(rows, present, "probability", colours=colours, domain=(0, 1), **mark)
     caption = (
         "S(l): the chance that two random languages of the same question put layer l in the same phase, with a 95 % "
         "interval over paragraphs; share of examples in phase 2. Grey: the boundary, the median retrieval onset."
@@ -111,7 +117,7 @@ def _language_table(study: Study, result: SettingResult) -> Table:
         for name, own in result.summary["languages"].items()
     ]
     heads = ["language", *(head for head, _ in columns)]
-    return Table("Languages side by side", heads, rows, [False] + [True] * len(columns))
+    return Table("Languages side by side", heads, rows, [False] + [True] * len(columns), SCREEN)
 
 
 def signals(study: Study, result: SettingResult) -> Section | None:
@@ -132,8 +138,9 @@ def signals(study: Study, result: SettingResult) -> Section | None:
         own = signals[signals["signal"] == signal]
         if own["value"].notna().any():
             rows = [row for row in records(own, ("language", "layer", "value", "lo", "hi")) if "value" in row]
-            chart = charts.by_language(rows, title, domain=(0, 1) if signal == "readiness" else None)
-            text = f"{caption} Blue: all languages, with its interval. Grey: single languages; point at one."
+            domain = (0, 1) if signal == "readiness" else None
+            chart = charts.by_language(rows, title, colour=signal_colour(signal), domain=domain)
+            text = f"{caption} Thick: all languages, with interval. Dashed: English. Grey: the others; point at one."
             figures.append(
                 figure(
                     f"{result.setting}-{signal}", title.capitalize(), text, chart, rows, "language layer value lo hi"
@@ -197,7 +204,8 @@ def _boundaries(study: Study, result: SettingResult) -> Figure:
                 kept = {key: short(found[key]) for key in ("value", "lo", "hi") if not missing(found.get(key))}
                 rows.append({"language": name, "series": series, **kept})
     present = [series for series in sources if any(row["series"] == series for row in rows)]
-    chart = charts.intervals(rows, languages_of(result), present, study.manifest.model.n_blocks)
+    colours = dict(zip(sources, (BOUNDARIES[key] for key in ("onset", "depth", "held", "used")), strict=True))
+    chart = charts.intervals(rows, languages_of(result), present, study.manifest.model.n_blocks, colours)
     text = "With 95 % intervals over paragraphs. Read: from the states. Caused: found by patching states."
     return figure(
         f"{result.setting}-boundaries", "Boundaries by language", text, chart, rows, "language series value lo hi"
@@ -216,7 +224,9 @@ def probes(study: Study, result: SettingResult) -> Section | None:
             rows += [row for row in records(own, ("series", "layer", "value", *ends)) if "value" in row]
         present = list(dict.fromkeys(row["series"] for row in rows))
         caption = "Scores of held-out paragraphs, and the same probe on shuffled labels (control)."
-        chart = charts.lines(rows, present, "score")
+        names = list(dict.fromkeys(part["probe"]))  # a probe and its control have one colour
+        colours = {series: SERIES[names.index(series.removesuffix(", control")) % len(SERIES)] for series in present}
+        chart = charts.lines(rows, present, "score", colours=colours)
         figures.append(
             figure(
                 f"{result.setting}-probes-{state}",

@@ -1,4 +1,4 @@
-"""How a ``PromptLens`` is shown: a table that fits a terminal, whatever its scripts, and a page in one file."""
+"""How single prompts are shown: a table that fits a terminal, whatever its scripts, a page in one file, notebooks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xprobe.single_prompt.lens import PromptLens
+    from xprobe.single_prompt.patch import PatchedPrompt
 
 CELL = 11  # columns of a cell in a table of many positions
 _RIGHT_TO_LEFT = {"R", "AL", "AN"}
@@ -107,18 +108,16 @@ def _grid(found: PromptLens, width: int) -> list[str]:
     return lines
 
 
+# the colours of text and paper are those of the notebook or page around it, light or dark
 _STYLE = """
-.xprobe-lens { font-family: system-ui, sans-serif; color: #222; }
-.xprobe-lens table { border-collapse: collapse; font-size: 12px; }
-.xprobe-lens th { font-weight: 600; text-align: left; padding: 3px 6px; white-space: pre; }
-.xprobe-lens td { padding: 2px 6px; white-space: pre; border: 1px solid #fff; }
-.xprobe-lens td.layer { text-align: right; color: #777; }
+.xprobe-lens { font: 13px/1.4 system-ui, sans-serif; }
+.xprobe-lens p { margin: 0 0 6px; }
+.xprobe-lens table { border-collapse: separate; border-spacing: 1px; font-size: 12px; margin: 0; border: 0; }
+.xprobe-lens tr { background: none; }
+.xprobe-lens th, .xprobe-lens td { text-align: left; white-space: pre; border: 0; padding: 2px 6px; max-width: none; }
+.xprobe-lens th { font-weight: 600; }
+.xprobe-lens td.layer { text-align: right; opacity: .7; }
 .xprobe-lens .scroll { overflow-x: auto; }
-@media (prefers-color-scheme: dark) {
-  body { background: #1b1b1b; }
-  .xprobe-lens { color: #ddd; }
-  .xprobe-lens td { border-color: #1b1b1b; }
-}
 """
 
 
@@ -133,14 +132,18 @@ def page(found: PromptLens, *, whole: bool = True) -> str:
     if found.answer is not None:
         about += f", answer <bdi>{escape(shown(found.answer))}</bdi> (its rank stands after its token)"
     body = (
-        f'<div class="xprobe-lens"><style>{_STYLE}</style><p>What each layer would say next: {about}. Darker: more '
-        f'probable. Point at a cell for the next tokens.</p><div class="scroll"><table><tr><th>layer</th>{heads}</tr>'
-        f"{''.join(rows)}</table></div></div>"
+        f'<div class="xprobe-lens"><style>{_STYLE}</style><p><b><bdi>{escape("".join(found.tokens))}</bdi></b></p>'
+        f"<p>What each layer would say next: {about}. Stronger colour: more probable. Point at a cell for the next "
+        'tokens.</p><div class="scroll"><table>'
+        f"<tr><th>layer</th>{heads}</tr>{''.join(rows)}</table></div></div>"
     )
     if not whole:
         return body
     title = escape(f"{found.model}: {''.join(found.tokens)[:60]}")
-    head = f'<meta charset="utf-8"><title>{title}</title>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{title}</title>'
+    )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
@@ -153,5 +156,24 @@ def _cell(found: PromptLens, layer: int, place: int) -> str:
         rank = int(found.answer_rank[layer, place])
         tip += f"\nanswer: rank {rank}, {found.answer_probability[layer, place]:.3f}"
         label += f" <small>{rank}</small>"
-    ink = "#fff" if chance > 0.55 else "inherit"
+    ink = "#fff" if chance > 0.75 else "inherit"
     return f'<td style="background:rgba(47,93,138,{chance:.2f});color:{ink}" title="{escape(tip)}">{label}</td>'
+
+
+def patched_html(patched: PatchedPrompt) -> str:
+    """A table for notebooks: what the model says before and after the edits."""
+    from xprobe.report.notebook import Part, render
+    from xprobe.report.parts import Cell, Table, cell, missing
+
+    frame = patched.table
+    names = [name for name in frame.columns if name not in ("layer", "position", "token", "top")]
+    heads = ["run", "layer", "position", "token", *(shown(name) for name in names), "next tokens"]
+    rows = []
+    for run, row in frame.iterrows():
+        best = ", ".join(f"{shown(text)} {value:.3f}" for text, value in row["top"])
+        token = "–" if missing(row["token"]) else shown(row["token"])
+        places = [cell(row["layer"]), cell(row["position"]), Cell(token)]
+        rows.append([Cell(str(run)), *places, *(cell(row[name]) for name in names), Cell(best)])
+    table = Table("Runs", heads, rows, [False, True, True, False, *[True] * len(names), False])
+    text = "Columns of answers: log-probability of the first token (nats)" if names else ""
+    return render("".join(patched.tokens), text, [Part("", (), [table])])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xprobe.arguments import check_instance, check_least
 from xprobe.errors import UsageError
+from xprobe.single_prompt.layout import patched_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +119,7 @@ class PatchedPrompt:
         return f"PatchedPrompt({''.join(self.tokens)!r}: {len(self.table) - 1} runs)\n{self.table.to_string()}"
 
     def _repr_html_(self) -> str:
-        return self.table.to_html(float_format="{:.3f}".format)
+        return patched_html(self)
 
 
 def patch_prompt(

@@ -132,6 +132,44 @@ def test_markup_in_data_and_model_stays_text(html: str) -> None:
     assert "<img" not in html.split("<script")[0]
 
 
+def test_the_page_names_no_folder_of_the_disk(study: xprobe.Study, html: str) -> None:
+    assert str(study.path.parent) not in html
+    assert study.path.name in html
+
+
+def test_a_printed_table_says_which_columns_it_leaves_out(study: xprobe.Study, html: str) -> None:
+    (table,) = [one for one in groups(study)[0].sections[0].tables if one.screen]
+    left = [head for head in table.heads if head in table.screen]
+    assert 0 < len(left) < len(table.heads) - 3
+    assert f"On the screen this table also has: {', '.join(left)}." in html
+    for head in table.heads:
+        own = re.findall(rf'<th scope="col" class="([^"]*)"><button type="button">{re.escape(head)}<', html)
+        assert own
+        if head == left[0]:
+            assert any("screen" in classes.split() for classes in own)
+
+
+def test_a_thing_has_the_same_colour_on_the_page_and_in_figures(html: str) -> None:
+    from xprobe.report import figure_panels as figures
+
+    def colours(chart: str, layer: int | None = None) -> dict[str, str]:
+        part = charts(html)[chart]
+        scale = (part if layer is None else part["layer"][layer])["encoding"]["color"]["scale"]
+        return dict(zip(scale["domain"], scale["range"], strict=True))
+
+    tokens = colours("en-x-shares", 0)
+    assert tokens == {group: figures.GROUPS[group].colour for group in tokens}
+    assert len(set(tokens.values())) == len(tokens) > 3
+    shown = {name.split(" (")[0]: colour for name, colour in colours("en-x-boundaries", 0).items()}
+    looks = {
+        look.label.split(" (")[0]: look.colour for look in (figures.ONSET, figures.DEPTH, figures.HELD, figures.USED)
+    }
+    looks["answer held from"] = "currentColor"  # black in figures: the page may be dark
+    assert shown == {name: looks[name] for name in shown}
+    readiness = charts(html)["en-x-readiness"]["layer"][-1]["mark"]["color"]
+    assert readiness == figures.READ["readiness"].colour
+
+
 def test_anchors_exist_once(html: str) -> None:
     names = [attributes["id"] for _, attributes in Elements(html).found if "id" in attributes]
     assert len(names) == len(set(names))
