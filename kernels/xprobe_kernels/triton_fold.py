@@ -234,7 +234,7 @@ def fold(
         total = rescale * total
         expected += move * mass
         shifted = capped - shift[:, None]
-    if CAP != NO_CAP:
+    if CAP != NO_CAP:  # noqa: SIM102, the inner condition is known at run time only
         if ragged:
             shifted = tl.where((first + tl.arange(0, z.shape[1]) < end)[None, :], shifted, -INFINITY)
     if KL == COMPARE:
