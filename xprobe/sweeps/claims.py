@@ -1,0 +1,214 @@
+"""The paper's claims about many models, as rows: the statistic that could refute each, and what it says here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import isnan, nan
+
+import numpy as np
+import pandas as pd
+
+from xprobe.comparison import Comparison
+from xprobe.phases.across_models import (
+    FEWEST,
+    FEWEST_OF_INTERVAL,
+    Drawn,
+    correlation,
+    correlation_difference,
+    mean_over_models,
+)
+from xprobe.phases.bootstrap import Estimate
+from xprobe.results import SettingResult
+from xprobe.sweeps.plan import SweepPlan
+
+CLAIMS = {
+    1: "stability correlates with performance",
+    2: "encoding is there before post-training, retrieval changes with it",
+    3: "the bottleneck is in the last layers of phase 2",
+    4: "more pre-training alone does not help",
+}
+COLUMNS = ("setting", "claim", "statistic", "value", "lo", "hi", "models", "verdict", "reason")
+SAME = 0.05  # signals that differ by less count as the same
+WEAK = 0.3  # a correlation below this is no help worth the name
+METHOD = "spearman"
+
+Figures = dict[str, dict[str, Drawn]]  # model -> figure -> values
+
+
+@dataclass(frozen=True)
+class Row:
+    """One statistic of a claim.
+
+    Attributes
+    ----------
+    claim : int
+        Of ``CLAIMS``.
+    statistic : str
+        In words.
+    estimate : Estimate
+        With its 95 % interval.
+    models : int
+        How many it is of.
+    supported, refuted : tuple of float
+        The whole interval inside (low, high) supports or refutes the claim. ``supported`` may be the outside of
+        ``refuted``: then it is None.
+    fewest : int
+        Models that an interval needs.
+    lacks : str
+        What a run, or the sweep's file, must have for this statistic.
+    """
+
+    claim: int
+    statistic: str
+    estimate: Estimate
+    models: int
+    supported: tuple[float, float] | None
+    refuted: tuple[float, float] | None
+    fewest: int
+    lacks: str
+
+    def verdict(self) -> tuple[str, str]:
+        """``supported``, ``refuted``, ``undecided`` or ``not tested``; and why.
+
+        Examples
+        --------
+        >>> above = {"supported": (0, 1), "refuted": (-1, 0), "fewest": 6, "lacks": "answers"}
+        >>> Row(1, "", Estimate(0.9, 0.4, 1.0), 8, **above).verdict()
+        ('supported', 'all of the interval is above 0')
+        >>> Row(1, "", Estimate(0.3, -0.6, 0.9), 8, **above).verdict()
+        ('undecided', '8 models cannot tell: the interval reaches from -0.60 to 0.90')
+        >>> Row(1, "", Estimate(0.9, nan, nan), 4, **above).verdict()
+        ('undecided', '4 models are too few for an interval, which needs 6')
+        >>> Row(1, "", Estimate(nan, nan, nan), 0, **above).verdict()
+        ('not tested', 'needs answers')
+        """
+        lo, hi = self.estimate.lo, self.estimate.hi
+        if isnan(self.estimate.value):
+            return "not tested", f"needs {self.lacks}"
+        if isnan(lo):
+            few = self.models < self.fewest
+            return "undecided", (
+                f"{_count(self.models)} {'are' if self.models != 1 else 'is'} too few for an interval, which needs "
+                f"{self.fewest}" if few else "the draws have no interval"
+            )  # fmt: skip
+        for verdict, region, other in (
+            ("refuted", self.refuted, self.supported), ("supported", self.supported, self.refuted)
+        ):  # fmt: skip
+            if region is not None and region[0] <= lo and hi <= region[1]:
+                return verdict, f"all of the interval is {_place(region)}"
+            if region is None and other is not None and (lo > other[1] or hi < other[0]):
+                return verdict, f"all of the interval is outside {other[0]:g} to {other[1]:g}"
+        return "undecided", f"{_count(self.models)} cannot tell: the interval reaches from {lo:.2f} to {hi:.2f}"
+
+
+def judge_claims(comparison: Comparison, plan: SweepPlan, sizes: Mapping[str, float]) -> Comparison:
+    """The comparison with its ``claims``: what the models of a sweep say about the paper's claims.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        Of runs by their names in the plan.
+    plan : SweepPlan
+        Roles and bases.
+    sizes : mapping of str to float
+        Model -> number of parameters.
+    """
+    rows = []
+    for setting, drawn in comparison.drawn.items():
+        figures = {
+            name: {**own, **_curves(comparison.studies[name][setting], own)} for name, own in drawn.items()
+        }
+        seed = next(iter(comparison.studies.values())).manifest.study.seed
+        for row in _rows(figures, plan, sizes, seed):
+            estimate = row.estimate
+            rows.append((setting, row.claim, row.statistic, estimate.value, estimate.lo, estimate.hi, row.models,
+                         *row.verdict()))  # fmt: skip
+    return replace(comparison, claims=pd.DataFrame(rows, columns=list(COLUMNS)))
+
+
+def _rows(figures: Figures, plan: SweepPlan, sizes: Mapping[str, float], seed: int) -> Iterator[Row]:
+    for figure in ("stability", "alpha"):
+        x, y = _both(figures, figure, "f1")
+        yield Row(
+            1, f"Spearman's correlation of {figure} and F1", correlation(x, y, METHOD, seed), len(x),
+            (0, 1), (-1, 0), FEWEST_OF_INTERVAL, f"answers of at least {FEWEST} models that differ",
+        )  # fmt: skip
+    bases = {name: own for name, own in figures.items() if plan[name].role == "base"}
+    encodings = [own["encoding"] for own in bases.values() if "encoding" in own]
+    yield Row(
+        2, "encoding of base models above its control, mean over layers", mean_over_models(encodings), len(encodings),
+        (0, 1), (-1, 0), 2, 'models with role = "base", and their hidden rows',
+    )  # fmt: skip
+    pairs = [(own, figures[base]) for name, own in figures.items() if (base := plan[name].base) in figures]
+    for figure, words, supported, refuted in (
+        ("encoding", "encoding above its control, mean over layers", (-SAME, SAME), None),
+        ("late", "readiness in the last quarter of the layers", None, (-SAME, SAME)),
+    ):
+        changes = [_less(own[figure], base[figure]) for own, base in pairs if figure in own and figure in base]
+        yield Row(
+            2, f"change by post-training: {words}", mean_over_models(changes), len(changes),
+            supported, refuted, 2, "post-trained models with base = NAME, and the model of that name",
+        )  # fmt: skip
+    split = {name: own for name, own in figures.items() if {"phase 2, late", "phase 2, early", "f1"} <= own.keys()}
+    late, early, f1 = ([own[name] for own in split.values()] for name in ("phase 2, late", "phase 2, early", "f1"))
+    yield Row(
+        3, "Spearman's correlation of F1 with readiness in the second half of phase 2, less that in its first half",
+        correlation_difference(late, early, f1, METHOD, seed), len(split),
+        (0, 2), (-2, 0), FEWEST_OF_INTERVAL, f"answers of at least {FEWEST} models that differ, with phases",
+    )  # fmt: skip
+    oracle, f1 = _both(figures, "oracle_f1", "f1")
+    found = [_less(one, other) for one, other in zip(oracle, f1, strict=True)]
+    yield Row(
+        3, "oracle F1 less F1: found, and not said", mean_over_models(found), len(found),
+        (0, 1), (-1, 0), 2, 'the stages "answers" and "oracle"',
+    )  # fmt: skip
+    sized = {name: own for name, own in bases.items() if name in sizes and "f1" in own}
+    x = [_constant(sizes[name], own["f1"]) for name, own in sized.items()]
+    yield Row(
+        4, "Spearman's correlation of size and F1, base models", correlation(x, [own["f1"] for own in sized.values()],
+        METHOD, seed), len(sized), (-1, WEAK), (0, 1), FEWEST_OF_INTERVAL,
+        f'answers of at least {FEWEST} models with role = "base" and different sizes',
+    )  # fmt: skip
+
+
+def _curves(result: SettingResult, own: Mapping[str, Drawn]) -> dict[str, Drawn]:
+    """Figures of a model's curves over layers. They have no draws of paragraphs."""
+    template = next(iter(own.values()))
+    signals = result.signals["value"].xs("all", level="language")
+    readiness = signals["readiness"].to_numpy(np.float64)  # [L + 1]
+    last = len(readiness) - 1
+    found = {"late": readiness[-max(1, last // 4) :].mean()}
+    if "encoding_selectivity" in signals.index.get_level_values("signal"):
+        found["encoding"] = signals["encoding_selectivity"].to_numpy(np.float64)[1:].mean()
+    boundary = result.boundary["value"]
+    if boundary is not None and last - int(boundary) >= 1:
+        phase_two = readiness[int(boundary) :]
+        half = len(phase_two) // 2
+        found |= {"phase 2, early": phase_two[:half].mean(), "phase 2, late": phase_two[half:].mean()}
+    return {name: _constant(float(value), template) for name, value in found.items()}
+
+
+def _both(figures: Figures, one: str, other: str) -> tuple[list[Drawn], list[Drawn]]:
+    """Two figures of the models that have both."""
+    models = [own for own in figures.values() if one in own and other in own]
+    return [own[one] for own in models], [own[other] for own in models]
+
+
+def _less(one: Drawn, other: Drawn) -> Drawn:
+    return Drawn(one.value - other.value, one.drawn - other.drawn)
+
+
+def _constant(value: float, like: Drawn) -> Drawn:
+    return Drawn(value, np.full(len(like.drawn), value))
+
+
+def _place(region: tuple[float, float]) -> str:
+    lo, hi = region
+    if abs(lo) >= 1:
+        return f"below {hi:g}"
+    return f"above {lo:g}" if abs(hi) >= 1 else f"between {lo:g} and {hi:g}"
+
+
+def _count(models: int) -> str:
+    return "1 model" if models == 1 else f"{models} models"
