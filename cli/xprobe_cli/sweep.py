@@ -1,30 +1,96 @@
-"""`xprobe sweep`: many models."""
+"""`xprobe sweep`: many models, and what they say together."""
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import click
 
-from xprobe.errors import UsageError
 from xprobe_cli.options import Folder, common
+from xprobe_cli.stopping import EXIT_CODES
+
+
+class Workers(click.ParamType):
+    """A number of at least 1, or ``auto``."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto" or isinstance(value, int):
+            return value
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither a number of at least 1 nor auto", param, ctx)
+        return int(value)
 
 
 @click.command("sweep")
 @click.argument("file", type=Folder())
 @click.option("--out", type=Folder(), help="Folder of the sweep. [default: sweeps/NAME of NAME.toml]")
-@click.option("--engine", default="here")
-@click.option("--workers", type=click.IntRange(min=1), default=1)
-@click.option("--only")
+@click.option(
+    "--engine",
+    type=click.Choice(["here", "ray", "slurm"]),
+    default="here",
+    show_default=True,
+    help="Where the runs are computed: processes of this machine, Ray, or Slurm (docs/sweeps.md).",
+)
+@click.option(
+    "--workers",
+    type=Workers(),
+    default=1,
+    show_default=True,
+    help="Runs at the same time on this machine. auto: as many as fit into its memory.",
+)
+@click.option("--address", metavar="ADDRESS", help="Of a Ray cluster. [default: Ray is started on this machine]")
+@click.option("--forecast/--no-forecast", default=True, help="Forecast memory, disk and time of all models first.")
+@click.option("--dry-run", is_flag=True, help="Print the forecast, and stop.")
+@click.option("--only", metavar="NAME", help="Compute one model of the sweep in the folder FILE, in this process.")
 @common
-def command(file: Path, out: Path | None, engine: str, workers: int, only: str | None, as_json: bool) -> int:
-    """sweep"""
-    from xprobe.sweeps.run import compute, open_sweep
-    from xprobe.sweeps.engines import make_engine
-    from xprobe_cli import sweep_one
+def command(
+    file: Path, out: Path | None, engine: str, workers: int | str, address: str | None, forecast: bool, dry_run: bool,
+    only: str | None, as_json: bool,
+) -> int:  # fmt: skip
+    """Run the models that the TOML file FILE names, and compare them.
 
+    FILE may also be the folder of a sweep. The same command goes on where a sweep was stopped, with the same engine or
+    with another. A model that fails does not stop the others.
+
+    With --json every change of a run is one JSON object on a line of its own; the last line is the summary.
+
+    \b
+    xprobe sweep models.toml --dry-run
+    xprobe sweep models.toml --workers auto
+    xprobe sweep models.toml --engine ray --address auto
+    """
     if only is not None:
+        from xprobe_cli import sweep_one
+
         return sweep_one.compute(file, only)
-    folder = open_sweep(file, out)
-    compute(folder, make_engine(engine, folder, workers, None), lambda s: click.echo(str([(x.name, x.state, x.stage, x.done, x.total, x.errors) for x in s])))
-    return 0
+    from xprobe.sweeps.run import prepare_only, sweep
+    from xprobe_cli.sweep_tables import forecast_report, sweep_report
+    from xprobe_cli.sweep_view import View, terminated
+
+    if dry_run and not forecast:
+        raise click.UsageError("--dry-run prints the forecast: leave out --no-forecast")
+    try:
+        with View(as_json=as_json) as view, terminated():
+            if dry_run:
+                folder, outlook = prepare_only(file, out, engine, address, view)
+            else:
+                found = sweep(
+                    file, out=out, engine=engine, workers=workers, address=address, look=forecast, progress=view
+                )
+    except KeyboardInterrupt as stopped:
+        click.echo("xprobe: interrupted: the runs keep what was computed; the same command goes on", err=True)
+        return EXIT_CODES[getattr(stopped, "signal", signal.SIGINT)]
+    if dry_run:
+        click.echo(_line("forecast", outlook.to_dict()) if as_json else forecast_report(folder, outlook))
+        return 0
+    click.echo(_line("summary", found.to_dict()) if as_json else sweep_report(found))
+    return 0 if found.done else 1
+
+
+def _line(event: str, values: dict[str, Any]) -> str:
+    return json.dumps({"event": event, **values}, ensure_ascii=False, allow_nan=False)

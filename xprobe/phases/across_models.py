@@ -89,9 +89,7 @@ def correlation(one: list[Drawn], other: list[Drawn], method: str, seed: int) ->
     return _of_correlations([one], other, method, seed)
 
 
-def correlation_difference(
-    one: list[Drawn], less: list[Drawn], other: list[Drawn], method: str, seed: int
-) -> Estimate:
+def correlation_difference(one: list[Drawn], less: list[Drawn], other: list[Drawn], method: str, seed: int) -> Estimate:
     """Correlation of ``one`` with ``other``, less that of ``less`` with ``other``; as ``correlation``.
 
     Examples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -46,7 +45,7 @@ def run_child(path: str, name: str, cpus: int | None = None) -> Status:
         folder.set_status(replace(status, state="running", starts=status.starts + 1))
         code = _wait(folder, name, cpus)
         status = _settled(folder, name, code)
-        if code >= 0 or code == -signal.SIGINT or last:
+        if code >= 0 or last:
             folder.set_status(status)
             break
     return folder.status(name)
@@ -58,10 +57,13 @@ def _wait(folder: SweepFolder, name: str, cpus: int | None) -> int:
     Its standard input is a pipe that nothing is written to. It ends when this process ends, however that happens.
     """
     command = [sys.executable, "-m", "xprobe_cli", "sweep", str(folder.path), "--only", name]
-    threads = {} if cpus is None else {"OMP_NUM_THREADS": str(cpus)}
+    # the process finds the packages that this one finds
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    if cpus is not None:
+        env["OMP_NUM_THREADS"] = str(cpus)
     with folder.log(name).open("ab") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, **threads}, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True
         )
         try:
             return process.wait()
@@ -76,8 +78,7 @@ def _settled(folder: SweepFolder, name: str, code: int) -> Status:
     if status.state != "running":  # the process had time to write it
         return status
     if code < 0:
-        number = signal.Signals(-code).name
-        words = f"its process was killed by {number}; if nobody did that, memory ran out"
+        words = f"its process was killed by signal {-code}; if nobody did that, memory ran out"
     else:
         words = f"its process ended with exit code {code}: {last_line(folder.log(name))}"
     return replace(status, state="failed", errors={**status.errors, status.stage or "start": words})

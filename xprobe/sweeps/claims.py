@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import isnan, nan
+from math import isnan
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,21 @@ Figures = dict[str, dict[str, Drawn]]  # model -> figure -> values
 
 
 @dataclass(frozen=True)
+class Region:
+    """Where the whole interval must lie. ``words`` completes "all of the interval is"."""
+
+    words: str
+    holds: Callable[[float, float], bool]
+
+
+ABOVE = Region("above 0", lambda lo, hi: lo > 0)
+NOT_ABOVE = Region("at or below 0", lambda lo, hi: hi <= 0)
+ALIKE = Region(f"between -{SAME} and {SAME}", lambda lo, hi: lo >= -SAME and hi <= SAME)
+APART = Region(f"below -{SAME} or above {SAME}", lambda lo, hi: lo > SAME or hi < -SAME)
+NO_HELP = Region(f"below {WEAK}", lambda lo, hi: hi < WEAK)
+
+
+@dataclass(frozen=True)
 class Row:
     """One statistic of a claim.
 
@@ -49,22 +64,21 @@ class Row:
     estimate : Estimate
         With its 95 % interval.
     models : int
-        How many it is of.
-    supported, refuted : tuple of float
-        The whole interval inside (low, high) supports or refutes the claim. ``supported`` may be the outside of
-        ``refuted``: then it is None.
+        How many it is of, or how many pairs.
+    supported, refuted : Region
+        ``refuted`` counts first.
     fewest : int
         Models that an interval needs.
     lacks : str
-        What a run, or the sweep's file, must have for this statistic.
+        What the runs, or the sweep's file, must have for this statistic.
     """
 
     claim: int
     statistic: str
     estimate: Estimate
     models: int
-    supported: tuple[float, float] | None
-    refuted: tuple[float, float] | None
+    supported: Region
+    refuted: Region
     fewest: int
     lacks: str
 
@@ -73,33 +87,28 @@ class Row:
 
         Examples
         --------
-        >>> above = {"supported": (0, 1), "refuted": (-1, 0), "fewest": 6, "lacks": "answers"}
-        >>> Row(1, "", Estimate(0.9, 0.4, 1.0), 8, **above).verdict()
+        >>> def verdict(lo, hi, models):
+        ...     return Row(1, "", Estimate(0.5, lo, hi), models, ABOVE, NOT_ABOVE, 6, "answers").verdict()
+        >>> verdict(0.4, 1.0, 8)
         ('supported', 'all of the interval is above 0')
-        >>> Row(1, "", Estimate(0.3, -0.6, 0.9), 8, **above).verdict()
-        ('undecided', '8 models cannot tell: the interval reaches from -0.60 to 0.90')
-        >>> Row(1, "", Estimate(0.9, nan, nan), 4, **above).verdict()
-        ('undecided', '4 models are too few for an interval, which needs 6')
-        >>> Row(1, "", Estimate(nan, nan, nan), 0, **above).verdict()
+        >>> verdict(-0.6, 0.9, 8)
+        ('undecided', '8 cannot tell: the interval reaches from -0.60 to 0.90')
+        >>> verdict(nan, nan, 4)
+        ('undecided', '4 are too few for an interval, which needs 6')
+        >>> Row(1, "", Estimate(nan, nan, nan), 0, ABOVE, NOT_ABOVE, 6, "answers").verdict()
         ('not tested', 'needs answers')
         """
         lo, hi = self.estimate.lo, self.estimate.hi
         if isnan(self.estimate.value):
             return "not tested", f"needs {self.lacks}"
-        if isnan(lo):
-            few = self.models < self.fewest
-            return "undecided", (
-                f"{_count(self.models)} {'are' if self.models != 1 else 'is'} too few for an interval, which needs "
-                f"{self.fewest}" if few else "the draws have no interval"
-            )  # fmt: skip
-        for verdict, region, other in (
-            ("refuted", self.refuted, self.supported), ("supported", self.supported, self.refuted)
-        ):  # fmt: skip
-            if region is not None and region[0] <= lo and hi <= region[1]:
-                return verdict, f"all of the interval is {_place(region)}"
-            if region is None and other is not None and (lo > other[1] or hi < other[0]):
-                return verdict, f"all of the interval is outside {other[0]:g} to {other[1]:g}"
-        return "undecided", f"{_count(self.models)} cannot tell: the interval reaches from {lo:.2f} to {hi:.2f}"
+        if isnan(lo) or isnan(hi):
+            if self.models < self.fewest:
+                return "undecided", f"{self.models} are too few for an interval, which needs {self.fewest}"
+            return "undecided", "the draws give no interval"
+        for verdict, region in (("refuted", self.refuted), ("supported", self.supported)):
+            if region.holds(lo, hi):
+                return verdict, f"all of the interval is {region.words}"
+        return "undecided", f"{self.models} cannot tell: the interval reaches from {lo:.2f} to {hi:.2f}"
 
 
 def judge_claims(comparison: Comparison, plan: SweepPlan, sizes: Mapping[str, float]) -> Comparison:
@@ -116,9 +125,7 @@ def judge_claims(comparison: Comparison, plan: SweepPlan, sizes: Mapping[str, fl
     """
     rows = []
     for setting, drawn in comparison.drawn.items():
-        figures = {
-            name: {**own, **_curves(comparison.studies[name][setting], own)} for name, own in drawn.items()
-        }
+        figures = {name: {**own, **_curves(comparison.studies[name][setting], own)} for name, own in drawn.items()}
         seed = next(iter(comparison.studies.values())).manifest.study.seed
         for row in _rows(figures, plan, sizes, seed):
             estimate = row.estimate
@@ -132,18 +139,18 @@ def _rows(figures: Figures, plan: SweepPlan, sizes: Mapping[str, float], seed: i
         x, y = _both(figures, figure, "f1")
         yield Row(
             1, f"Spearman's correlation of {figure} and F1", correlation(x, y, METHOD, seed), len(x),
-            (0, 1), (-1, 0), FEWEST_OF_INTERVAL, f"answers of at least {FEWEST} models that differ",
+            ABOVE, NOT_ABOVE, FEWEST_OF_INTERVAL, f"answers of at least {FEWEST} models that differ",
         )  # fmt: skip
     bases = {name: own for name, own in figures.items() if plan[name].role == "base"}
     encodings = [own["encoding"] for own in bases.values() if "encoding" in own]
     yield Row(
         2, "encoding of base models above its control, mean over layers", mean_over_models(encodings), len(encodings),
-        (0, 1), (-1, 0), 2, 'models with role = "base", and their hidden rows',
+        ABOVE, NOT_ABOVE, 2, 'models with role = "base", and their hidden rows',
     )  # fmt: skip
     pairs = [(own, figures[base]) for name, own in figures.items() if (base := plan[name].base) in figures]
     for figure, words, supported, refuted in (
-        ("encoding", "encoding above its control, mean over layers", (-SAME, SAME), None),
-        ("late", "readiness in the last quarter of the layers", None, (-SAME, SAME)),
+        ("encoding", "encoding above its control, mean over layers", ALIKE, APART),
+        ("late", "readiness in the last quarter of the layers", APART, ALIKE),
     ):
         changes = [_less(own[figure], base[figure]) for own, base in pairs if figure in own and figure in base]
         yield Row(
@@ -155,19 +162,19 @@ def _rows(figures: Figures, plan: SweepPlan, sizes: Mapping[str, float], seed: i
     yield Row(
         3, "Spearman's correlation of F1 with readiness in the second half of phase 2, less that in its first half",
         correlation_difference(late, early, f1, METHOD, seed), len(split),
-        (0, 2), (-2, 0), FEWEST_OF_INTERVAL, f"answers of at least {FEWEST} models that differ, with phases",
+        ABOVE, NOT_ABOVE, FEWEST_OF_INTERVAL, f"answers of at least {FEWEST} models that differ, with phases",
     )  # fmt: skip
     oracle, f1 = _both(figures, "oracle_f1", "f1")
     found = [_less(one, other) for one, other in zip(oracle, f1, strict=True)]
     yield Row(
         3, "oracle F1 less F1: found, and not said", mean_over_models(found), len(found),
-        (0, 1), (-1, 0), 2, 'the stages "answers" and "oracle"',
+        ABOVE, NOT_ABOVE, 2, 'the stages "answers" and "oracle"',
     )  # fmt: skip
     sized = {name: own for name, own in bases.items() if name in sizes and "f1" in own}
     x = [_constant(sizes[name], own["f1"]) for name, own in sized.items()]
     yield Row(
         4, "Spearman's correlation of size and F1, base models", correlation(x, [own["f1"] for own in sized.values()],
-        METHOD, seed), len(sized), (-1, WEAK), (0, 1), FEWEST_OF_INTERVAL,
+        METHOD, seed), len(sized), NO_HELP, ABOVE, FEWEST_OF_INTERVAL,
         f'answers of at least {FEWEST} models with role = "base" and different sizes',
     )  # fmt: skip
 
@@ -201,14 +208,3 @@ def _less(one: Drawn, other: Drawn) -> Drawn:
 
 def _constant(value: float, like: Drawn) -> Drawn:
     return Drawn(value, np.full(len(like.drawn), value))
-
-
-def _place(region: tuple[float, float]) -> str:
-    lo, hi = region
-    if abs(lo) >= 1:
-        return f"below {hi:g}"
-    return f"above {lo:g}" if abs(hi) >= 1 else f"between {lo:g} and {hi:g}"
-
-
-def _count(models: int) -> str:
-    return "1 model" if models == 1 else f"{models} models"

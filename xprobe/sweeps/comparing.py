@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from xprobe.comparison import Comparison, compare, why_not_compared
@@ -11,7 +11,8 @@ from xprobe.errors import XprobeError
 from xprobe.results import Study, load_study
 from xprobe.runs.folder import RunFolder
 from xprobe.sweeps.claims import judge_claims
-from xprobe.sweeps.folder import FORECASTS, SweepFolder
+from xprobe.sweeps.folder import SweepFolder
+from xprobe.sweeps.forecasts import read_forecasts
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +36,28 @@ class SweepComparison:
         return {**found, "left_out": self.left_out}
 
 
-def compare_sweep(folder: SweepFolder) -> SweepComparison:
+def compare_sweep(sweep: SweepFolder | str | Path) -> SweepComparison:
     """Compares all runs of a sweep that are finished and on the same questions.
 
     A run whose later stage failed is compared by what it has. Where runs differ in their questions, those are compared
     that agree with most others.
+
+    Parameters
+    ----------
+    sweep : SweepFolder or path
+
+    Raises
+    ------
+    UsageError
+        There is no sweep in the folder.
+
+    Examples
+    --------
+    >>> import xprobe
+    >>> found = xprobe.compare_sweep("sweeps/models")                           # doctest: +SKIP
+    >>> found.comparison.claims[["claim", "value", "lo", "hi", "verdict"]]      # doctest: +SKIP
     """
+    folder = sweep if isinstance(sweep, SweepFolder) else SweepFolder.open(sweep)
     studies: dict[str, Study] = {}
     left_out: dict[str, str] = {}
     for model in folder.plan.models:
@@ -66,13 +83,11 @@ def compare_sweep(folder: SweepFolder) -> SweepComparison:
 
 def sizes(folder: SweepFolder) -> dict[str, float]:
     """Number of parameters of each model: as the plan says, otherwise as the forecast counted them."""
-    try:
-        forecasts = json.loads((folder.path / FORECASTS).read_bytes())
-    except (OSError, ValueError):
-        forecasts = {}
-    found = {}
+    forecasts = read_forecasts(folder.path)
+    found: dict[str, float] = {}
     for model in folder.plan.models:
-        size = model.size or forecasts.get(model.name, {}).get("parameters")
-        if size:
-            found[model.name] = float(size)
+        if model.size is not None:
+            found[model.name] = model.size
+        elif model.name in forecasts:
+            found[model.name] = float(forecasts[model.name].parameters)
     return found

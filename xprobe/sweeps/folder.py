@@ -68,9 +68,8 @@ class Status:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Status:
         """The inverse of ``to_dict``; entries of other versions are left out."""
-        known = {entry.name for entry in fields(cls)}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-                      if name in known})  # fmt: skip
+        known = {entry.name: values[entry.name] for entry in fields(cls) if entry.name in values}
+        return cls(**{**known, "notes": tuple(known.get("notes", ()))})
 
 
 class SweepFolder:
@@ -137,6 +136,12 @@ class SweepFolder:
             shutil.copyfile(source, path / TOML)
         return folder
 
+    def change_plan(self, plan: SweepPlan) -> None:
+        """Replaces the plan, also on the disk."""
+        if plan != self.plan:
+            self.plan = plan
+            self.write(PLAN, plan_text(plan))
+
     def write(self, name: str, content: bytes) -> None:
         """Writes a file in one step: readers see the old content or the new."""
         with writing(self.path), replacing(self.path / name) as temporary:
@@ -187,17 +192,20 @@ class SweepFolder:
 
     # -- the last news ---------------------------------------------------------------------------------------
 
-    def status(self, name: str) -> Status:
-        """The last news of a run; ``done`` and ``waiting`` if its run folder says so."""
+    def news(self, name: str) -> Status:
+        """The last news of a run, as its process has written them."""
         try:
-            known = Status.from_dict(json.loads((self.path / "status" / f"{name}.json").read_bytes()))
+            return Status.from_dict(json.loads((self.path / "status" / f"{name}.json").read_bytes()))
         except (OSError, ValueError, TypeError):  # not there, or damaged: the run folder is enough
-            known = Status(name)
+            return Status(name)
+
+    def status(self, name: str) -> Status:
+        """The last news of a run, and ``done`` or ``waiting`` if its run folder says so."""
+        known = self.news(name)
         if known.state == "running":
             return known
-        left = self.left(name)
-        if not left:
-            return replace(known, state="done", stage="", errors={})
+        if not self.left(name):
+            return replace(known, state="done", stage="", done=0, total=0, errors={})
         return replace(known, state="waiting") if known.state == "done" else known
 
     def set_status(self, status: Status) -> None:

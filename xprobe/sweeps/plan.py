@@ -1,7 +1,7 @@
 """The plan of a sweep: which models, on which questions, with which stages and resources.
 
-A TOML file says it (docs/sweeps.md). ``plan.json`` in the sweep's folder holds the same with every default filled in and
-every path absolute, so that another machine or another working directory reads the same plan.
+A TOML file says it (docs/sweeps.md). ``plan.json`` in the sweep's folder holds the same with every default filled in
+and every path absolute, so that another machine or another working directory reads the same plan.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ ROLES = ("base", "post-trained")
 
 # later stage -> the class of its settings, in the order in which they are computed
 STAGE_SETTINGS: dict[str, type] = dict(
-    zip(
-        STAGE_COMMANDS, (AnswerSettings, OracleSettings, RelevanceSettings, PatchSettings, LensesSettings), strict=True
-    )
+    zip(STAGE_COMMANDS, (AnswerSettings, OracleSettings, RelevanceSettings, PatchSettings, LensesSettings), strict=True)
 )
 _PER_MODEL = ("dtype", "template", "lens")  # what one model may have of its own; questions are the same for all
-_NO_PATHS = (DEFAULT_MODEL, "builtin", "xquad", *TEMPLATES, *DTYPES)  # names that xprobe knows, whatever lies beside the file
+_NO_PATHS = (
+    DEFAULT_MODEL,
+    "builtin",
+    "xquad",
+    *TEMPLATES,
+    *DTYPES,
+)  # names that xprobe knows, whatever lies beside the file
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
           "TIB": 2**40}  # fmt: skip
@@ -246,8 +250,8 @@ def _model(
     config = StudyConfig(**{**study, "model": _absolute(entry["model"], folder)})
     check_probes(config.probes or ())
     given = {key: entry[key] for key in _names(Execution) if key in entry}
-    how = Execution(**execution).resumed_with({"trust_remote_code": execution.get("trust_remote_code", False),
-                                               "allow_pickle": execution.get("allow_pickle", False), **given})  # fmt: skip
+    trust: dict[str, Any] = {key: execution[key] for key in ("trust_remote_code", "allow_pickle") if key in execution}
+    how = Execution(**execution).resumed_with({**trust, **given})
     if how.tensor_parallel:
         raise UsageError(f"{name}: tensor_parallel needs torchrun, which a sweep does not start: use device_map")
     size = None if "size" not in entry else _number(f"{name}: size", entry["size"])
