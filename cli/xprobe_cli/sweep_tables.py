@@ -38,24 +38,17 @@ def sweep_report(sweep: Sweep) -> str:
 
 def sweep_comparison_report(compared: SweepComparison) -> str:
     """The comparison of a sweep with the claims, and what is left out of it."""
-    parts = []
-    if compared.comparison is None:
-        parts.append("no comparison: it needs at least two finished runs on the same questions")
-    else:
-        parts.append(comparison_report(compared.comparison))
-        parts.append(claims_report(compared.comparison.claims))
-    if compared.left_out:
-        parts.append("\n".join(f"left out  {name}: {why}" for name, why in compared.left_out.items()))
-    return "\n\n".join(parts)
+    if compared.comparison is not None:
+        return f"{comparison_report(compared.comparison)}\n\n{claims_report(compared.comparison.claims)}"
+    why = "".join(f"\nnote: {name} is left out: {why}" for name, why in compared.left_out.items())
+    return f"no comparison: it needs at least two finished runs on the same questions{why}"
 
 
 def claims_report(claims: Any) -> str:
     """The paper's claims with their statistics and verdicts."""
-    from xprobe.sweeps.claims import CLAIMS
-
     lines = ["claims of the paper about many models (docs/sweeps.md)"]
-    for (setting, claim), rows in claims.groupby(["setting", "claim"], sort=False):
-        lines += ["", f"{setting}, claim {claim}: {CLAIMS[claim]}"]
+    for (setting, claim, text), rows in claims.groupby(["setting", "claim", "text"], sort=False):
+        lines += ["", f"{setting}, claim {claim}: {text}"]
         for row in rows.to_dict("records"):
             lines.append(f"  {row['statistic']}: {interval(row, 'value', ('lo', 'hi'))}, n = {row['models']}")
             lines.append(f"    {row['verdict']}: {row['reason']}")

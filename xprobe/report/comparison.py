@@ -75,6 +75,8 @@ def _setting(comparison: Comparison, setting: str) -> Group:
     if "f1" in present:
         group.sections.append(_performance(comparison, setting, table))
     group.sections.append(_languages(comparison, setting))
+    if comparison.claims is not None:
+        group.sections.append(_claims(comparison.claims, setting))
     return group
 
 
@@ -135,6 +137,23 @@ def _performance(comparison: Comparison, setting: str, table: pd.DataFrame) -> S
 
 def _plain(row: Mapping[Any, Any]) -> dict[str, float | None]:
     return {key: None if missing(row[key]) else row[key] for key in ("value", "lo", "hi")}
+
+
+def _claims(claims: pd.DataFrame, setting: str) -> Section:
+    rows = [
+        [
+            Cell(f"{row['claim']}. {row['text']}", row["claim"]), Cell(row["statistic"]), interval_cell(_plain(row)),
+            Cell(str(row["models"]), row["models"]), Cell(row["verdict"]), Cell(row["reason"]),
+        ]
+        for row in claims[claims["setting"] == setting].to_dict("records")
+    ]  # fmt: skip
+    heads = ["claim", "statistic", "value", "n", "verdict", "why"]
+    text = (
+        "What these models say about the claims of the paper on many models. A claim is supported or refuted only if "
+        "the whole 95 % interval over models says so; n counts models, or pairs of models."
+    )
+    tables = [Table("Claims", heads, rows, [False, False, True, True, False, False])]
+    return Section(f"{setting}-claims", "Claims of the paper", text, (), tables)
 
 
 def _languages(comparison: Comparison, setting: str) -> Section:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def compare_sweep(sweep: SweepFolder | str | Path) -> SweepComparison:
         studies = {name: study for name, study in studies.items() if name not in left_out}
     if len(studies) < 2:
         return SweepComparison(None, left_out)
-    return SweepComparison(judge_claims(compare(studies), folder.plan, sizes(folder)), left_out)
+    found = judge_claims(compare(studies), folder.plan, sizes(folder))
+    notes = (*found.notes, *(f"{name} is left out: {why}" for name, why in left_out.items()))
+    return SweepComparison(replace(found, notes=notes), left_out)
 
 
 def sizes(folder: SweepFolder) -> dict[str, float]:
