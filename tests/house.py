@@ -13,8 +13,8 @@ LIBRARY = ROOT / "xprobe"
 
 # room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "sweeps": ("study", "evaluation", "forecast", "comparison", "results", "lenses", "attribution", "capture", "scoring",
-               "phases", "runs", "events", "config", "arguments", "errors"),
+    "sweeps": ("study", "evaluation", "forecast", "comparison", "results", "lenses", "attribution", "capture",
+               "scoring", "phases", "runs", "events", "config", "arguments", "errors"),
     "study": ("stages", "lenses", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
     "evaluation": ("stages", "results", "lenses", "attribution", "models", "scoring", "phases", "runs", "events",
                    "config", "arguments", "errors"),

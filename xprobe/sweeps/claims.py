@@ -103,7 +103,7 @@ class Row:
             return "not tested", f"needs {self.lacks}"
         if self.models < self.fewest:
             return "undecided", f"{self.models} are too few for an interval, which needs {self.fewest}"
-        if isnan(lo) or isnan(hi) or lo == hi:
+        if isnan(lo) or isnan(hi) or lo == hi == 0:
             return "undecided", f"the draws of {self.models} models do not differ, so they give no interval"
         for verdict, region in (("refuted", self.refuted), ("supported", self.supported)):
             if region.holds(lo, hi):
@@ -130,14 +130,20 @@ def judge_claims(comparison: Comparison, plan: SweepPlan, sizes: Mapping[str, fl
             every = {**own, **_more_figures(comparison.studies[name][setting], own)}
             figures[name] = {figure: one for figure, one in every.items() if not isnan(one.value)}
         seed = next(iter(comparison.studies.values())).manifest.study.seed
-        for row in _rows(figures, plan, sizes, seed):
+        for row in claim_rows(figures, plan, sizes, seed):
             estimate = row.estimate
             rows.append((setting, row.claim, CLAIMS[row.claim], row.statistic, estimate.value, estimate.lo, estimate.hi,
                          row.models, *row.verdict()))  # fmt: skip
     return replace(comparison, claims=pd.DataFrame(rows, columns=list(COLUMNS)))
 
 
-def _rows(figures: Figures, plan: SweepPlan, sizes: Mapping[str, float], seed: int) -> Iterator[Row]:
+def claim_rows(figures: Figures, plan: SweepPlan, sizes: Mapping[str, float], seed: int) -> Iterator[Row]:
+    """The rows of all claims in one setting.
+
+    ``figures`` holds those of ``xprobe.comparison.FIGURES`` and, of each model: ``encoding`` (above its control, mean
+    over layers), ``late`` (readiness, last quarter of the layers), ``phase 2, early`` and ``phase 2, late`` (readiness
+    in the halves of phase 2), and ``found`` (F1 of the evidence above chance, less that of the answers).
+    """
     for figure in ("stability", "alpha"):
         x, y = _both(figures, figure, "f1")
         yield Row(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from xprobe import evaluation
-from xprobe.errors import XprobeError
+from xprobe.errors import UsageError, XprobeError
 from xprobe.events import Event, Notify, Stage, Step
 from xprobe.study import run_config
 from xprobe.sweeps.folder import STATES, Status, SweepFolder
+from xprobe.sweeps.plan import SweepModel
 
 SECONDS_BETWEEN = 0.5  # two writings of the status file
 COMPUTE: dict[str, Callable[..., Any]] = {
@@ -44,6 +48,8 @@ def compute_model(folder: SweepFolder, name: str, progress: Notify) -> Status:
         for stage in left:
             news.begin(stage)
             try:
+                if stage == left[0]:
+                    _limit_memory(model)
                 if stage == STATES:
                     run_config(model.study, model.execution, out=path, resume=True, progress=news)
                 else:
@@ -58,6 +64,37 @@ def compute_model(folder: SweepFolder, name: str, progress: Notify) -> Status:
         raise
     news.end("failed" if news.status.errors else "done")
     return news.status
+
+
+def _limit_memory(model: SweepModel) -> None:
+    """Makes allocations fail that would take this process beyond the memory of a model.
+
+    Only Linux counts them. On a machine with a GPU nothing is limited: its driver reserves more than it uses.
+
+    Raises
+    ------
+    UsageError
+        The libraries alone take more.
+    """
+    memory, status = model.resources.memory, Path("/proc/self/status")
+    if memory is None or not status.exists():
+        return
+    import resource
+
+    for library in ("torch", "transformers", "pandas", "sklearn"):
+        import_module(library)  # what they reserve is more than they take, and does not count
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    held, reserved = (int(found[1]) * 1024 for name in ("VmRSS", "VmData")
+                      if (found := re.search(rf"{name}:\s+(\d+) kB", status.read_text())))  # fmt: skip
+    if memory <= held:
+        raise UsageError(f"memory {memory:,} is less than the {held:,} bytes that the libraries take: raise it")
+    limit = memory - held + reserved
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if most == resource.RLIM_INFINITY or limit < most:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 class _News:
