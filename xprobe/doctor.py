@@ -40,6 +40,9 @@ PIECES = {
     "pythainlp": (False, "scores of Thai answers", "pip install 'xprobe[scoring]'"),
     "uniseg": (False, "words and sentences for the oracle", "pip install 'xprobe[scoring]'"),
     "triton": (False, "fused kernels on a GPU", "pip install 'xprobe[gpu]'"),
+    "rich": (False, "a table of all runs of a sweep", "pip install 'xprobe[sweep]'"),
+    "ray": (False, "sweeps on Ray", "pip install 'xprobe[ray]'"),
+    "submitit": (False, "sweeps on Slurm", "pip install 'xprobe[slurm]'"),
     "sentencepiece": (
         False,
         "SentencePiece tokenizers without a tokenizer.json",

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, three noisy copies, four tiny families; one without weights, and one that gets too little memory."""
+    """The demo model, three noisy copies, four tiny families; one without weights, one with too little memory."""
     try:
         loading.resolve(DEFAULT_MODEL)
     except XprobeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,24 @@ def test_a_folder_keeps_its_studies_and_takes_more_models(tmp_path: Path) -> Non
     (out / "plan.json").write_text('{"format": 9}')
     with pytest.raises(UsageError, match=r"plan\.json: the plan has format 9, this version of xprobe reads 1"):
         SweepFolder.open(out)
+
+
+def test_the_files_that_the_page_shows_are_plans(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(shown) == 2
+    for number, text in enumerate(shown):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(text, encoding="utf-8")
+        assert len(read_plan(file).models) == 3
+    first = read_plan(tmp_path / "0.toml")
+    assert {model.name: model.role for model in first.models} == {
+        "Qwen2.5-7B": "base", "Qwen2.5-7B-Instruct": "post-trained", "small": "base"
+    }  # fmt: skip
+
+
+def test_the_page_on_forty_models_shows_what_the_benchmark_calculates() -> None:
+    from benchmarks.large_sweep import tables
+
+    page = (Path(__file__).parents[3] / "docs" / "large-sweeps.md").read_text(encoding="utf-8")
+    assert tables(price=3.0) in page
