@@ -47,10 +47,11 @@ class Workers(click.ParamType):
 @click.option("--forecast/--no-forecast", default=True, help="Forecast memory, disk and time of all models first.")
 @click.option("--dry-run", is_flag=True, help="Print the forecast, and stop.")
 @click.option("--only", metavar="NAME", help="Compute one model of the sweep in the folder FILE, in this process.")
+@click.option("--started-by-engine", is_flag=True, hidden=True)
 @common
 def command(
     file: Path, out: Path | None, engine: str, workers: int | str, address: str | None, forecast: bool, dry_run: bool,
-    only: str | None, as_json: bool,
+    only: str | None, started_by_engine: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Run the models that the TOML file FILE names, and compare them.
 
@@ -67,7 +68,7 @@ def command(
     if only is not None:
         from xprobe_cli import sweep_one
 
-        return sweep_one.compute(file, only)
+        return sweep_one.compute(file, only, started_by_engine=started_by_engine)
     from xprobe.sweeps.run import prepare_only, sweep
     from xprobe_cli.sweep_tables import forecast_report, sweep_report
     from xprobe_cli.sweep_view import View, terminated

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 from pathlib import Path
 
 import click
@@ -13,14 +12,17 @@ from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped
 
 
-def compute(path: Path, name: str) -> int:
-    """Computes one model, and returns the exit code."""
+def compute(path: Path, name: str, *, started_by_engine: bool = False) -> int:
+    """Computes one model, and returns the exit code.
+
+    ``started_by_engine``: standard input is a pipe, and the process ends with the one that holds its other end.
+    """
     from xprobe.sweeps.child import watch_parent
     from xprobe.sweeps.folder import SweepFolder
     from xprobe.sweeps.one import compute_model
 
     folder = SweepFolder.open(path)
-    if stat.S_ISFIFO(os.fstat(0).st_mode):  # an engine has started this process
+    if started_by_engine:
         watch_parent(folder, lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with Progress() as progress, Stoppable(progress) as stoppable:

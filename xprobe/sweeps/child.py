@@ -56,7 +56,7 @@ def _wait(folder: SweepFolder, name: str, cpus: int | None) -> int:
 
     Its standard input is a pipe that nothing is written to. It ends when this process ends, however that happens.
     """
-    command = [sys.executable, "-m", "xprobe_cli", "sweep", str(folder.path), "--only", name]
+    command = [sys.executable, "-m", "xprobe_cli", "sweep", str(folder.path), "--only", name, "--started-by-engine"]
     # the process finds the packages that this one finds
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     if cpus is not None:

@@ -93,9 +93,9 @@ class Row:
         ('supported', 'all of the interval is above 0')
         >>> verdict(-0.6, 0.9, 8)
         ('undecided', '8 cannot tell: the interval reaches from -0.60 to 0.90')
-        >>> verdict(nan, nan, 4)
+        >>> verdict(float("nan"), float("nan"), 4)
         ('undecided', '4 are too few for an interval, which needs 6')
-        >>> Row(1, "", Estimate(nan, nan, nan), 0, ABOVE, NOT_ABOVE, 6, "answers").verdict()
+        >>> Row(1, "", Estimate(*[float("nan")] * 3), 0, ABOVE, NOT_ABOVE, 6, "answers").verdict()
         ('not tested', 'needs answers')
         """
         lo, hi = self.estimate.lo, self.estimate.hi

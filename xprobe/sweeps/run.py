@@ -11,6 +11,7 @@ from typing import Any
 
 from xprobe.arguments import check_callable, check_least, folder_path
 from xprobe.errors import UsageError, XprobeError
+from xprobe.runs.lock import FolderLock
 from xprobe.sweeps.comparing import SweepComparison, compare_sweep
 from xprobe.sweeps.engines import ENGINES, Engine, make_engine, threads_each
 from xprobe.sweeps.folder import PAGE, SUMMARY, Status, SweepFolder
@@ -92,7 +93,7 @@ def sweep(
     Raises
     ------
     UsageError
-        The file is wrong, the folder holds another sweep, or the engine cannot be used.
+        The file is wrong, the folder holds another sweep, another process works on it, or the engine cannot be used.
     KeyboardInterrupt
         All runs have stopped at a safe point. The same call goes on.
 
@@ -106,11 +107,12 @@ def sweep(
     check_engine(engine, workers, address)
     folder = open_sweep(file, out)
     show: Show = progress or (lambda statuses: None)
-    room = room_of(folder.path, engine, address)
-    outlook = prepare(folder, room, show) if look else Outlook()
-    count = fitting(folder.plan, outlook, room, threads_each(1)) if isinstance(workers, str) else workers
-    compute(folder, make_engine(engine, folder, count, address), outlook, show)
-    return finish(folder)
+    with FolderLock(folder.path):
+        room = room_of(folder.path, engine, address)
+        outlook = prepare(folder, room, show) if look else Outlook()
+        count = fitting(folder.plan, outlook, room, threads_each(1)) if isinstance(workers, str) else workers
+        compute(folder, make_engine(engine, folder, count, address), outlook, show)
+        return finish(folder)
 
 
 def prepare_only(
@@ -119,7 +121,8 @@ def prepare_only(
     """The forecast of a sweep, which its folder keeps. Nothing is run. Arguments and errors as for ``sweep``."""
     check_engine(engine, 1, address)
     folder = open_sweep(file, out)
-    return folder, prepare(folder, room_of(folder.path, engine, address), progress)
+    with FolderLock(folder.path):
+        return folder, prepare(folder, room_of(folder.path, engine, address), progress)
 
 
 def check_engine(engine: str, workers: int | str, address: str | None) -> None:

@@ -19,6 +19,7 @@ from support.sweeps import SMALL, process_of, wait_for, write_toml
 import xprobe
 from xprobe.errors import UsageError
 from xprobe.events import Step
+from xprobe.runs.lock import FolderLock
 from xprobe.sweeps.folder import SUMMARY, Status, SweepFolder
 from xprobe.sweeps.forecasts import Room, look_ahead, streaming
 from xprobe.sweeps.one import compute_model
@@ -146,6 +147,13 @@ def test_wrong_options_are_told_before_anything_is_written(options: Any, message
     with pytest.raises(UsageError, match=message):
         sweep(file, out=tmp_path / "sweep", **options)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_two_processes_do_not_compute_one_sweep(models: Path, tmp_path: Path) -> None:
+    folder = open_sweep(write_toml(models / "h.toml", [{"model": "one"}]), tmp_path / "sweep")
+    with FolderLock(folder.path), pytest.raises(UsageError, match="is being written by this process"):
+        sweep(folder.path)
+    assert folder.left("one") == ["states"]
 
 
 @pytest.mark.slow
