@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from xprobe_cli.options import Folder, common
+from xprobe_cli.options import Folder, debug_option
 from xprobe_cli.stopping import EXIT_CODES
 
 
@@ -41,6 +41,7 @@ class Workers(click.ParamType):
     type=Workers(),
     default=1,
     show_default=True,
+    metavar="N|auto",
     help="Runs at the same time on this machine. auto: as many as fit into its memory.",
 )
 @click.option("--address", metavar="ADDRESS", help="Of a Ray cluster. [default: Ray is started on this machine]")
@@ -48,7 +49,10 @@ class Workers(click.ParamType):
 @click.option("--dry-run", is_flag=True, help="Print the forecast, and stop.")
 @click.option("--only", metavar="NAME", help="Compute one model of the sweep in the folder FILE, in this process.")
 @click.option("--started-by-engine", is_flag=True, hidden=True)
-@common
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on a line for each change; the last is the summary."
+)
+@debug_option
 def command(
     file: Path, out: Path | None, engine: str, workers: int | str, address: str | None, forecast: bool, dry_run: bool,
     only: str | None, started_by_engine: bool, as_json: bool,
@@ -57,8 +61,6 @@ def command(
 
     FILE may also be the folder of a sweep. The same command goes on where a sweep was stopped, with the same engine or
     with another. A model that fails does not stop the others.
-
-    With --json every change of a run is one JSON object on a line of its own; the last line is the summary.
 
     \b
     xprobe sweep models.toml --dry-run

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"running": "cyan", "done": "green", "failed": "red", "refused": "red", "stopped": "yellow", "waiting": "dim"}
 ROWS_BESIDE = 6  # lines of a terminal that the table needs for other things
+BESIDE = 44  # characters of a line besides the name and what the run does
 
 
 class View(AbstractContextManager["View"]):
@@ -51,7 +52,8 @@ class View(AbstractContextManager["View"]):
 
     def __call__(self, statuses: list[Status]) -> None:
         if self._live is not None:
-            self._live.update(_table(statuses, self._live.console.height - ROWS_BESIDE), refresh=True)
+            width, height = self._live.console.size
+            self._live.update(_table(statuses, height - ROWS_BESIDE, width), refresh=True)
             return
         for status in statuses:
             if self._as_json:
@@ -76,8 +78,8 @@ def _errors(status: Status) -> str:
     return "".join(f"; {stage}: {words}" for stage, words in status.errors.items())
 
 
-def _table(statuses: list[Status], most: int) -> Any:
-    """The live table. If the terminal is too low for all rows, those that wait or are done are only counted."""
+def _table(statuses: list[Status], most: int, width: int) -> Any:
+    """The live table of at most ``most`` rows. If there are more, runs that wait or are done are only counted."""
     from rich.table import Table
 
     counts = Counter(status.state for status in statuses)
@@ -87,9 +89,12 @@ def _table(statuses: list[Status], most: int) -> Any:
         table.add_column(head, no_wrap=True, justify="right" if head == "time" else "left")
     if len(statuses) > most:
         statuses = [one for one in statuses if one.state not in ("waiting", "done")][: max(1, most)]
+    names = max((len(status.name) for status in statuses), default=0)
     for status in statuses:
         part = f"{bar(status.done / status.total)} {status.done}/{status.total}" if status.total else ""
-        doing = _errors(status).removeprefix("; ") if status.errors else status.stage
+        doing = (_errors(status).removeprefix("; ") if status.errors else status.stage)[
+            : max(16, width - names - BESIDE)
+        ]
         table.add_row(
             status.name,
             f"[{COLOURS[status.state]}]{status.state}[/]",

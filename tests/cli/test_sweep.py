@@ -60,12 +60,15 @@ def test_as_json_every_change_is_an_object(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("rows", [10, 2])
 def test_the_live_table_shows_all_runs_or_those_at_work(rows: int) -> None:
     console = pytest.importorskip("rich.console").Console(width=100, record=True)
-    console.print(_table(STATUSES, rows))
+    console.print(_table(STATUSES, rows, 100))
     text = console.export_text()
     assert "3/12" in text
     assert "no [such] model" in text
     assert ("three" in text) == (rows == 10)
     assert "1 running, 1 failed, 1 waiting" in text
+    long = Status("four", "failed", errors={"states": "words " * 60})
+    console.print(_table([*STATUSES, long], 10, 100))
+    assert {line.split()[0] for line in console.export_text().splitlines()} >= {"model", "one", "two", "three", "four"}
 
 
 def test_bad_usage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
