@@ -92,9 +92,8 @@ def _table(statuses: list[Status], most: int, width: int) -> Any:
     names = max((len(status.name) for status in statuses), default=0)
     for status in statuses:
         part = f"{bar(status.done / status.total)} {status.done}/{status.total}" if status.total else ""
-        doing = (_errors(status).removeprefix("; ") if status.errors else status.stage)[
-            : max(16, width - names - BESIDE)
-        ]
+        doing = _errors(status).removeprefix("; ") if status.errors else status.stage
+        doing = doing[: max(16, width - names - BESIDE)]
         table.add_row(
             status.name,
             f"[{COLOURS[status.state]}]{status.state}[/]",

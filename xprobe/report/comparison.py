@@ -143,16 +143,16 @@ def _claims(claims: pd.DataFrame, setting: str) -> Section:
     rows = [
         [
             Cell(f"{row['claim']}. {row['text']}", row["claim"]), Cell(row["statistic"]), interval_cell(_plain(row)),
-            Cell(str(row["models"]), row["models"]), Cell(row["verdict"]), Cell(row["reason"]),
+            Cell(str(row["models"]), row["models"]), Cell(f"{row['verdict']}: {row['reason']}"),
         ]
         for row in claims[claims["setting"] == setting].to_dict("records")
     ]  # fmt: skip
-    heads = ["claim", "statistic", "value", "n", "verdict", "why"]
+    heads = ["claim", "statistic", "value", "n", "verdict"]
     text = (
         "What these models say about the claims of the paper on many models. A claim is supported or refuted only if "
         "the whole 95 % interval over models says so; n counts models, or pairs of models."
     )
-    tables = [Table("Claims", heads, rows, [False, False, True, True, False, False])]
+    tables = [Table("Claims", heads, rows, [False, False, True, True, False])]
     return Section(f"{setting}-claims", "Claims of the paper", text, (), tables)
 
 

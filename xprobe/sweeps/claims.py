@@ -92,9 +92,9 @@ class Row:
         >>> verdict(0.4, 1.0, 8)
         ('supported', 'all of the interval is above 0')
         >>> verdict(-0.6, 0.9, 8)
-        ('undecided', '8 cannot tell: the interval reaches from -0.60 to 0.90')
+        ('undecided', 'n = 8 cannot tell: the interval reaches from -0.60 to 0.90')
         >>> verdict(float("nan"), float("nan"), 4)
-        ('undecided', '4 are too few for an interval, which needs 6')
+        ('undecided', 'n = 4 is too small for an interval, which needs 6')
         >>> Row(1, "", Estimate(*[float("nan")] * 3), 0, ABOVE, NOT_ABOVE, 6, "answers").verdict()
         ('not tested', 'needs answers')
         """
@@ -102,13 +102,13 @@ class Row:
         if isnan(self.estimate.value):
             return "not tested", f"needs {self.lacks}"
         if self.models < self.fewest:
-            return "undecided", f"{self.models} are too few for an interval, which needs {self.fewest}"
+            return "undecided", f"n = {self.models} is too small for an interval, which needs {self.fewest}"
         if isnan(lo) or isnan(hi) or lo == hi == 0:
             return "undecided", f"the draws of {self.models} models do not differ, so they give no interval"
         for verdict, region in (("refuted", self.refuted), ("supported", self.supported)):
             if region.holds(lo, hi):
                 return verdict, f"all of the interval is {region.words}"
-        return "undecided", f"{self.models} cannot tell: the interval reaches from {lo:.2f} to {hi:.2f}"
+        return "undecided", f"n = {self.models} cannot tell: the interval reaches from {lo:.2f} to {hi:.2f}"
 
 
 def judge_claims(comparison: Comparison, plan: SweepPlan, sizes: Mapping[str, float]) -> Comparison:
