@@ -58,6 +58,8 @@ class Comparison:
         What differs between the runs and may matter.
     claims : DataFrame, optional
         Of a sweep (``xprobe.sweeps.claims.judge_claims``): one row per setting and statistic.
+    pairs : tuple of (str, str)
+        Of a sweep: a base model, and one that was post-trained from it.
     drawn : dict of str to dict
         Setting -> model -> figure of ``FIGURES`` -> its values under the draws of paragraphs. Runs of one model are
         there once.
@@ -69,6 +71,7 @@ class Comparison:
     correlations: pd.DataFrame
     notes: tuple[str, ...] = ()
     claims: pd.DataFrame | None = None
+    pairs: tuple[tuple[str, str], ...] = ()
     drawn: dict[str, dict[str, dict[str, Drawn]]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:

@@ -80,7 +80,9 @@ def compare_sweep(sweep: SweepFolder | str | Path) -> SweepComparison:
         return SweepComparison(None, left_out)
     found = judge_claims(compare(studies), folder.plan, sizes(folder))
     notes = (*found.notes, *(f"{name} is left out: {why}" for name, why in left_out.items()))
-    return SweepComparison(replace(found, notes=notes), left_out)
+    named = ((model.base, model.name) for model in folder.plan.models if model.base is not None)
+    pairs = tuple(pair for pair in named if set(pair) <= studies.keys())
+    return SweepComparison(replace(found, notes=notes, pairs=pairs), left_out)
 
 
 def sizes(folder: SweepFolder) -> dict[str, float]:

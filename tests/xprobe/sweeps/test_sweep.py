@@ -182,7 +182,10 @@ def test_failed_models_do_not_stop_the_others_and_the_end_is_a_comparison(models
     assert change["value"] == pytest.approx(two - one)  # of four layers the last quarter is one
     assert change["verdict"] == "undecided"
     assert json.loads((found.path / SUMMARY).read_text()) == found.to_dict()
-    assert "Claims of the paper" in (found.path / "comparison.html").read_text(encoding="utf-8")
+    page = (found.path / "comparison.html").read_text(encoding="utf-8")
+    assert "Claims of the paper" in page
+    assert found.comparison.pairs == (("one", "two"),)
+    assert "Base and post-trained models" in page
     again = sweep(found.path, look=True)
     assert states(again)["one"] == "done"
     assert next(status for status in again.statuses if status.name == "one").starts == 1
