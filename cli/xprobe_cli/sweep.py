@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,8 @@ def command(
     if dry_run and not forecast:
         raise click.UsageError("--dry-run prints the forecast: leave out --no-forecast")
     try:
-        with View(as_json=as_json) as view, terminated():
+        # Ray prints its warnings on stdout, which belongs to the results
+        with View(as_json=as_json) as view, redirect_stdout(sys.stderr), terminated():
             if dry_run:
                 folder, outlook = prepare_only(file, out, engine, address, view)
             else:

@@ -31,6 +31,7 @@ class View(AbstractContextManager["View"]):
 
     def __init__(self, *, as_json: bool = False) -> None:
         self._as_json = as_json
+        self._out = sys.stdout  # as it is now: while a sweep runs, what packages print goes to stderr
         self._shown: dict[str, tuple[Any, ...]] = {}
         self._live: Any = None
         if not as_json and sys.stderr.isatty() and find_spec("rich") is not None:
@@ -67,7 +68,7 @@ class View(AbstractContextManager["View"]):
 
     def _write(self, status: Status) -> None:
         if self._as_json:
-            click.echo(json.dumps({"event": "model", **status.to_dict()}, ensure_ascii=False))
+            click.echo(json.dumps({"event": "model", **status.to_dict()}, ensure_ascii=False), file=self._out)
             return
         state = "forecast" if status.state == "waiting" and status.stage == "forecast" else status.state
         took = f" after {duration(status.seconds)}" if state in ("done", "failed", "stopped") and status.seconds else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -86,10 +88,17 @@ def test_ray_starts_a_task_again_whose_worker_was_killed(models: Path, tmp_path:
 
     killer = threading.Thread(target=kill_worker)
     killer.start()
-    found = sweep(folder.path, engine="ray", look=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "xprobe_cli", "sweep", str(folder.path), "--engine", "ray", "--no-forecast", "--json"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
     killer.join()
     assert killed
-    assert [(status.state, status.starts) for status in found.statuses] == [("done", 2)]
+    assert ended.returncode == 0
+    assert "A worker died" in ended.stderr  # Ray says so, and not among the results
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [(model["state"], model["starts"]) for model in lines[-1]["models"]] == [("done", 2)]
     whole = open_sweep(file, tmp_path / "whole")
     compute_model(whole, "one", lambda event: None)
     assert contents(folder.run("one")) == contents(whole.run("one"))
