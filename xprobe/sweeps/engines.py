@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ class Ray:
         cpus = None if address else workers * max(one.resources.cpus or self._threads for one in folder.plan.models)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send statistics to its makers
         with _in_words(f"cannot reach the Ray cluster {address!r}" if address else "cannot start Ray here"):
+            _connect(address)
             # "local": a cluster of its own, also if another one runs on this machine
             self._ray.init(address or "local", num_cpus=cpus, include_dashboard=None if address else False,
                            log_to_driver=False, logging_level="ERROR")  # fmt: skip
@@ -195,6 +197,13 @@ def _imported(package: str, extra: str) -> Any:
             f"the engine {extra!r} needs the package {package}: pip install 'xprobe[{extra}]'; the engine 'here' needs "
             "none"
         ) from error
+
+
+def _connect(address: str | None) -> None:
+    """Raises OSError if nothing answers at HOST:PORT. Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @contextmanager

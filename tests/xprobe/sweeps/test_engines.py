@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,18 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     file = write_toml(tmp_path / "a.toml", [{"model": "org/one"}])
     with pytest.raises(UsageError, match=rf"needs the package {package}: pip install 'xprobe\[{engine}\]'"):
         sweep(file, out=tmp_path / "sweep", engine=engine, look=False)
+
+
+@pytest.mark.parametrize("engine", ["ray", "slurm"])
+def test_a_cluster_that_is_not_there_is_named(engine: str, tmp_path: Path) -> None:
+    pytest.importorskip({"ray": "ray", "slurm": "submitit"}[engine])
+    if shutil.which("srun"):
+        pytest.skip("this machine belongs to a Slurm cluster")
+    file = write_toml(tmp_path / "a.toml", [{"model": "org/one"}])
+    address, words = {"ray": ("127.0.0.1:1", "cannot reach the Ray cluster '127.0.0.1:1': ConnectionRefusedError"),
+                      "slurm": (None, "cannot use Slurm: .*srun")}[engine]  # fmt: skip
+    with pytest.raises(UsageError, match=words):
+        sweep(file, out=tmp_path / "sweep", engine=engine, address=address, look=False)
 
 
 @pytest.mark.slow
