@@ -199,6 +199,10 @@ def compute(folder: SweepFolder, engine: Engine, outlook: Outlook, show: Show) -
                 folder.ask_to_stop(now=stopped is not None)
                 engine.cancel()
                 stopped = error
+    except BaseException:  # of ``show``, or before all runs had started
+        folder.ask_to_stop()
+        engine.cancel()
+        raise
     finally:
         engine.close()
     show(list(statuses.values()))

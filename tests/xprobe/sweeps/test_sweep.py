@@ -157,6 +157,21 @@ def test_two_processes_do_not_compute_one_sweep(models: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_an_error_of_the_caller_stops_the_runs(models: Path, tmp_path: Path) -> None:
+    study = {**SMALL, "settings": ["en-x", "x-x"], "limit": 24, "languages": ["en", "de", "ru", "zh"]}
+    folder = open_sweep(write_toml(models / "i.toml", [{"model": "one", "batch_tokens": 1}], study), tmp_path / "sweep")
+
+    def show(statuses: list[Status]) -> None:
+        if list(folder.run("one").glob("shards/*.safetensors")):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sweep(folder.path, look=False, progress=show)
+    assert process_of(folder.path.resolve(), "one") is None
+    assert folder.status("one").state == "stopped"
+
+
+@pytest.mark.slow
 def test_failed_models_do_not_stop_the_others_and_the_end_is_a_comparison(models: Path, tmp_path: Path) -> None:
     entries = [
         {"model": "one", "role": "base"},
