@@ -183,7 +183,7 @@ def claim_rows(figures: Figures, plan: SweepPlan, sizes: Mapping[str, float], se
     yield Row(
         4, "Spearman's correlation of size and F1, base models", correlation(x, [own["f1"] for own in sized.values()],
         METHOD, seed), len(sized), NO_HELP, ABOVE, FEWEST_OF_INTERVAL,
-        f'answers of at least {FEWEST} models with role = "base" and different sizes',
+        f'{FEWEST} models with role = "base" whose F1 and sizes (by size, or by a forecast) differ',
     )  # fmt: skip
 
 
