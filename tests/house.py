@@ -13,6 +13,8 @@ LIBRARY = ROOT / "xprobe"
 
 # room -> rooms that it may import, from top to bottom
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "sweeps": ("study", "evaluation", "forecast", "comparison", "results", "lenses", "attribution", "capture",
+               "scoring", "phases", "runs", "events", "config", "arguments", "errors"),
     "study": ("stages", "lenses", "results", "models", "probes", "runs", "events", "config", "arguments", "errors"),
     "evaluation": ("stages", "results", "lenses", "attribution", "models", "scoring", "phases", "runs", "events",
                    "config", "arguments", "errors"),
@@ -43,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 # room -> what it holds, in one line; docs/architecture.md shows it
 ABOUT = {
+    "sweeps": "many models: plan, forecast, engines (this machine, Ray, Slurm), claims over models",
     "study": "`xprobe.run`: the stages in order",
     "evaluation": "stages added to a finished run: `xprobe.evaluate`, `oracle`, `attribute`, `patch`, `read_lenses`",
     "single_prompt": "`xprobe.lens_prompt`, `xprobe.patch_prompt`: one prompt, without a run folder",

@@ -116,6 +116,7 @@ def test_every_command_and_option_that_pages_name_exists():
         "--commit",
         "--compare",
         "--noise",
+        "--price",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | elsewhere
 

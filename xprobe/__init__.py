@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from xprobe.single_prompt.lens import PromptLens, lens_prompt
     from xprobe.single_prompt.patch import PatchedPrompt, PromptEdit, patch_prompt
     from xprobe.study import run
+    from xprobe.sweeps.comparing import SweepComparison, compare_sweep
+    from xprobe.sweeps.run import Sweep, sweep
 
 __version__ = "0.2.0"
 
@@ -35,6 +37,10 @@ _HOME = {
     "Study": "xprobe.results",
     "compare": "xprobe.comparison",
     "Comparison": "xprobe.comparison",
+    "sweep": "xprobe.sweeps.run",
+    "Sweep": "xprobe.sweeps.run",
+    "compare_sweep": "xprobe.sweeps.comparing",
+    "SweepComparison": "xprobe.sweeps.comparing",
     "load_study": "xprobe.results",
     "StudyConfig": "xprobe.config",
     "Execution": "xprobe.config",
@@ -65,9 +71,10 @@ _MODULES = ("errors", "events", "probes")  # modules for users: no import of the
 
 __all__ = [
     "AnswerSettings", "Comparison", "Execution", "FitSettings", "LensesSettings", "OracleSettings", "PatchSettings",
-    "PatchedPrompt", "PromptEdit", "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "Tracker", "XprobeError",
-    "__version__", "attribute", "attribute_example", "compare", "evaluate", "fit_lens", "forecast_oracle",
-    "lens_prompt", "load_study", "oracle", "patch", "patch_prompt", "read_lenses", "run",
+    "PatchedPrompt", "PromptEdit", "PromptLens", "RelevanceSettings", "Study", "StudyConfig", "Sweep",
+    "SweepComparison", "Tracker", "XprobeError", "__version__", "attribute", "attribute_example", "compare",
+    "compare_sweep", "evaluate", "fit_lens", "forecast_oracle", "lens_prompt", "load_study", "oracle", "patch",
+    "patch_prompt", "read_lenses", "run", "sweep",
 ]  # fmt: skip
 
 

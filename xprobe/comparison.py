@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -55,6 +55,13 @@ class Comparison:
         paragraphs), models. NaN with fewer than three models.
     notes : tuple of str
         What differs between the runs and may matter.
+    claims : DataFrame, optional
+        Of a sweep (``xprobe.sweeps.claims.judge_claims``): one row per setting and statistic.
+    pairs : tuple of (str, str)
+        Of a sweep: a base model, and one that was post-trained from it.
+    drawn : dict of str to dict
+        Setting -> model -> figure of ``FIGURES`` -> its values under the draws of paragraphs. Runs of one model are
+        there once.
     """
 
     studies: dict[str, Study]
@@ -62,10 +69,14 @@ class Comparison:
     languages: pd.DataFrame
     correlations: pd.DataFrame
     notes: tuple[str, ...] = ()
+    claims: pd.DataFrame | None = None
+    pairs: tuple[tuple[str, str], ...] = ()
+    drawn: dict[str, dict[str, dict[str, Drawn]]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as ``xprobe compare --json`` prints them. None where a figure could not be computed."""
-        tables = {name: getattr(self, name) for name in ("table", "languages", "correlations")}
+        names = ("table", "languages", "correlations", *(["claims"] if self.claims is not None else []))
+        tables = {name: getattr(self, name) for name in names}
         return {
             "runs": {name: str(study.path) for name, study in self.studies.items()},
             **{name: [_plain(row) for row in frame.to_dict("records")] for name, frame in tables.items()},
@@ -90,13 +101,14 @@ class Comparison:
         return import_module("xprobe.report.notebook").comparison_html(self)
 
 
-def compare(runs: Sequence[str | Path | Study]) -> Comparison:
+def compare(runs: Sequence[str | Path | Study] | Mapping[str, str | Path | Study]) -> Comparison:
     """Puts finished runs on the same questions side by side.
 
     Parameters
     ----------
-    runs : sequence of path or Study
-        At least two. The settings that all of them have are compared.
+    runs : sequence of path or Study, or mapping
+        At least two. The settings that all of them have are compared. A mapping gives each run the name that the tables
+        use.
 
     Returns
     -------
@@ -120,33 +132,36 @@ def compare(runs: Sequence[str | Path | Study]) -> Comparison:
 
     if isinstance(runs, str | Path | Study):
         raise UsageError("runs must be a list of at least two runs")
-    studies = [run if isinstance(run, Study) else load_study(run) for run in runs]
+    given = list(runs.values()) if isinstance(runs, Mapping) else runs
+    studies = [run if isinstance(run, Study) else load_study(run) for run in given]
     if len(studies) < 2:
         raise UsageError(f"a comparison needs at least two runs, got {len(studies)}")
     for study in studies:
         check_instance("runs", study, Study)
-    named = dict(zip(_names(studies), studies, strict=True))
+    names = list(runs) if isinstance(runs, Mapping) else _names(studies)
+    named = dict(zip(names, studies, strict=True))
     settings = _check(named)
     first = studies[0].manifest.study
     rows: list[dict[str, Any]] = []
     languages: list[dict[str, Any]] = []
     correlations: list[dict[str, Any]] = []
+    drawn: dict[str, dict[str, dict[str, Drawn]]] = {}
     for setting in settings:
         results = {name: study[setting] for name, study in named.items()}
         paragraphs = sorted({one for result in results.values() for one in result.examples["paragraph"]})
         bootstrap = ClusterBootstrap(np.array(paragraphs), first.bootstrap, first.seed)
         place = {paragraph: number for number, paragraph in enumerate(paragraphs)}
-        found = {name: dict(_figures(result, place, bootstrap)) for name, result in results.items()}
         for name, result in results.items():
             members = result.examples["paragraph"].map(place).to_numpy()
             rows.append(_row(setting, name, result, _estimates(result, members, bootstrap)))
         languages += [row for name, result in results.items() for row in _languages(setting, name, result)]
         models = dict.fromkeys(_same_models(named).values())  # each of them once
-        correlations += _correlations(setting, {name: found[name] for name in models}, first.seed)
+        drawn[setting] = {name: dict(_figures(results[name], place, bootstrap)) for name in models}
+        correlations += _correlations(setting, drawn[setting], first.seed)
     return Comparison(
         named, pd.DataFrame(rows), pd.DataFrame(languages),
         pd.DataFrame(correlations, columns=list(CORRELATIONS)),
-        tuple(_notes(named)),
+        tuple(_notes(named)), drawn=drawn,
     )  # fmt: skip
 
 
@@ -167,13 +182,11 @@ def _check(named: dict[str, Study]) -> list[str]:
     """The settings that all runs have. Refuses runs on other questions."""
     (name, first), *others = named.items()
     for other, study in others:
-        same_records = first.manifest.data.same_records(study.manifest.data)
-        for what, value in _questions(first).items():
-            if (theirs := _questions(study)[what]) != value and not (same_records and what in _OF_DATA):
-                raise UsageError(
-                    f"{other} and {name} cannot be compared: {what} differs ({_difference(theirs, value)}). Run both "
-                    "models on the same questions, with the same languages and template"
-                )
+        if (reason := why_not_compared(study, first)) is not None:
+            raise UsageError(
+                f"{other} and {name} cannot be compared: {reason}. Run both models on the same questions, with the "
+                "same languages and template"
+            )
     settings = [setting for setting in first.settings if all(setting in study.settings for _, study in others)]
     if not settings:
         held = "; ".join(f"{name}: {', '.join(study.settings)}" for name, study in named.items())
@@ -182,6 +195,15 @@ def _check(named: dict[str, Study]) -> list[str]:
 
 
 _OF_DATA = ("the data", "the content of the data")  # the same records may come from elsewhere
+
+
+def why_not_compared(one: Study, other: Study) -> str | None:
+    """What keeps two runs from being compared, in words; None if they can be."""
+    same_records, theirs = one.manifest.data.same_records(other.manifest.data), _questions(other)
+    for what, value in _questions(one).items():
+        if value != theirs[what] and not (same_records and what in _OF_DATA):
+            return f"{what} differs ({_difference(value, theirs[what])})"
+    return None
 
 
 def _questions(study: Study) -> dict[str, Any]:

@@ -51,6 +51,9 @@ PIECES = {
     "trackio": (False, "tracking of runs (--track trackio)", "pip install 'xprobe[tracking]'"),
     "wandb": (False, "tracking of runs (--track wandb)", "pip install 'xprobe[tracking]'"),
     "triton": (False, "fused kernels on a GPU", "pip install 'xprobe[gpu]'"),
+    "rich": (False, "a table of all runs of a sweep", "pip install 'xprobe[sweep]'"),
+    "ray": (False, "sweeps on Ray", "pip install 'xprobe[ray]'"),
+    "submitit": (False, "sweeps on Slurm", "pip install 'xprobe[slurm]'"),
     "sentencepiece": (
         False,
         "SentencePiece tokenizers without a tokenizer.json",

@@ -20,6 +20,7 @@ COMMANDS = {  # name -> (module, one line for --help)
     "attribute": ("xprobe_cli.attribute", "Compute how much each token of a run matters at each layer (relevance)."),
     "patch": ("xprobe_cli.patch", "Find the layers of a run's model that use the question, and that hold the answer."),
     "lenses": ("xprobe_cli.lenses", "Read a run again by several lenses, and show its phases under each."),
+    "sweep": ("xprobe_cli.sweep", "Run many models: here, on Ray or on Slurm; and compare them."),
     "compare": ("xprobe_cli.compare", "Put several runs side by side: figures of each model, and how they correlate."),
     "report": ("xprobe_cli.report", "Write the page of a run: figures and tables in one HTML file."),
     "export": ("xprobe_cli.export", "Write the tables of a run as CSV, Parquet, or LaTeX."),

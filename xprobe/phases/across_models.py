@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import rankdata, t
 
 from xprobe.phases.bootstrap import ClusterBootstrap, Estimate
 
@@ -86,21 +86,72 @@ def correlation(one: list[Drawn], other: list[Drawn], method: str, seed: int) ->
     >>> correlation(rising[:2], rising[:2], "pearson", seed=0).value
     nan
     """
-    pairs = [(a, b) for a, b in zip(one, other, strict=True) if not np.isnan([a.value, b.value]).any()]
-    models = len(pairs)
+    return _of_correlations([one], other, method, seed)
+
+
+def correlation_difference(one: list[Drawn], less: list[Drawn], other: list[Drawn], method: str, seed: int) -> Estimate:
+    """Correlation of ``one`` with ``other``, less that of ``less`` with ``other``; as ``correlation``.
+
+    Examples
+    --------
+    >>> rising = [Drawn(float(i), np.full(200, float(i))) for i in range(6)]
+    >>> falling = [Drawn(-drawn.value, -drawn.drawn) for drawn in rising]
+    >>> round(correlation_difference(rising, falling, rising, "spearman", seed=0).value, 6)
+    2.0
+    """
+    return _of_correlations([one, less], other, method, seed)
+
+
+def mean_over_models(models: list[Drawn]) -> Estimate:
+    """Mean of a figure over M models, with the 95 % interval for other models of the same kind.
+
+    Student's t with M - 1 degrees of freedom. The variance is that over models, and that of the mean over draws of
+    paragraphs: models that answer the same questions share the luck of the draw.
+
+    Returns
+    -------
+    Estimate
+        Without an interval for one model; NaN for none. Models whose figure is NaN are left out.
+
+    Examples
+    --------
+    >>> found = mean_over_models([Drawn(0.2, np.full(50, 0.2)), Drawn(0.4, np.full(50, 0.4))])
+    >>> round(found.value, 6), round(found.hi - found.lo, 2)
+    (0.3, 2.54)
+    """
+    known = [model for model in models if not np.isnan(model.value)]
+    if not known:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    values = np.array([model.value for model in known])
+    value = float(values.mean())
+    if len(known) == 1:
+        return Estimate(value, float("nan"), float("nan"))
+    paragraphs = np.nanvar(np.stack([model.drawn for model in known]).mean(0))
+    half = float(t.ppf(0.975, len(known) - 1) * np.sqrt(values.var(ddof=1) / len(known) + paragraphs))
+    return Estimate(value, value - half, value + half)
+
+
+def _of_correlations(ones: list[list[Drawn]], other: list[Drawn], method: str, seed: int) -> Estimate:
+    """Correlation of the first of ``ones`` with ``other``, less that of the second if there is one."""
+    rows = [row for row in zip(*ones, other, strict=True) if not np.isnan([figure.value for figure in row]).any()]
+    models = len(rows)
     if models < FEWEST:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    values = np.array([[a.value, b.value] for a, b in pairs])
-    value = float(_correlations(values[None, :, 0], values[None, :, 1], method)[0])
+    *values, last = np.array([[figure.value for figure in row] for row in rows]).T
+    value = _difference([_correlations(one[None], last[None], method) for one in values])
     if models < FEWEST_OF_INTERVAL:
-        return Estimate(value, float("nan"), float("nan"))
-    x, y = (np.stack([pair[side].drawn for pair in pairs], 1) for side in (0, 1))
-    chosen = np.random.default_rng(seed).integers(models, size=(len(x), models))
-    x, y = (np.take_along_axis(part, chosen, 1) for part in (x, y))
-    drawn = _correlations(x, y, method)
+        return Estimate(float(value[0]), float("nan"), float("nan"))
+    figures = [np.stack([row[side].drawn for row in rows], 1) for side in range(len(ones) + 1)]
+    chosen = np.random.default_rng(seed).integers(models, size=(len(figures[0]), models))
+    *figures, last = (np.take_along_axis(figure, chosen, 1) for figure in figures)
+    drawn = _difference([_correlations(one, last, method) for one in figures])
     drawn[[len(set(row)) < FEWEST for row in chosen.tolist()]] = np.nan
     lo, hi = ClusterBootstrap.interval(drawn[:, None], np.array([models]))
-    return Estimate(value, float(lo[0]), float(hi[0]))
+    return Estimate(float(value[0]), float(lo[0]), float(hi[0]))
+
+
+def _difference(parts: list[Floats]) -> Floats:
+    return parts[0] if len(parts) == 1 else parts[0] - parts[1]
 
 
 def _correlations(x: Floats, y: Floats, method: str) -> Floats:

@@ -106,6 +106,10 @@ def _setting(comparison: Comparison, setting: str) -> Group:
     if "f1" in present:
         group.sections.append(_performance(comparison, setting, table))
     group.sections.append(_languages(comparison, setting))
+    if comparison.pairs:
+        group.sections.append(_pairs(comparison, setting))
+    if comparison.claims is not None:
+        group.sections.append(_claims(comparison.claims, setting))
     return group
 
 
@@ -158,6 +162,52 @@ def _performance(comparison: Comparison, setting: str, table: pd.DataFrame) -> S
 
 def _plain(row: Mapping[Any, Any]) -> dict[str, float | None]:
     return {key: None if missing(row[key]) else row[key] for key in ("value", "lo", "hi")}
+
+
+def _pairs(comparison: Comparison, setting: str) -> Section:
+    """Curves of post-trained models less those of their base models, layer by layer."""
+    figures = []
+    names = [f"{tuned} − {base}" for base, tuned in comparison.pairs]
+    titles = {"readiness": "readiness", "stability": "S(l)", "encoding_selectivity": "encoding (sel.)"}
+    for signal, title in titles.items():
+        rows: list[dict[str, Any]] = []
+        for name, (base, tuned) in zip(names, comparison.pairs, strict=True):
+            before, after = (comparison.studies[model][setting].signals["value"] for model in (base, tuned))
+            if signal not in before.index or signal not in after.index:
+                continue
+            changes = after[signal][ALL] - before[signal][ALL]  # NaN where only one of them has the layer
+            rows += [
+                {"series": name, "depth": layer / (len(changes) - 1), "value": short(value)}
+                for layer, value in changes.items()
+                if len(before[signal][ALL]) == len(after[signal][ALL]) and not missing(value)
+            ]
+        if rows:
+            chart = charts.lines(rows, names, f"change of {title}", depth=True)
+            columns = "series depth value"
+            figures.append(figure(f"{setting}-pairs-{signal}", f"Change of {title}", "", chart, rows, columns))
+    text = "Each post-trained model less its base model, layer by layer; pairs with the same number of layers only."
+    return Section(f"{setting}-pairs", "Base and post-trained models", text, figures)
+
+
+def claims_table(claims: pd.DataFrame, setting: str) -> Table:
+    """The claims of the paper, with statistic, interval and verdict."""
+    rows = [
+        [
+            Cell(f"{row['claim']}. {row['text']}", row["claim"]), Cell(row["statistic"]), interval_cell(_plain(row)),
+            Cell(str(row["models"]), row["models"]), Cell(f"{row['verdict']}: {row['reason']}"),
+        ]
+        for row in claims[claims["setting"] == setting].to_dict("records")
+    ]  # fmt: skip
+    heads = ["claim", "statistic", "value", "n", "verdict"]
+    return Table("Claims", heads, rows, [False, False, True, True, False])
+
+
+def _claims(claims: pd.DataFrame, setting: str) -> Section:
+    text = (
+        "What these models say about the claims of the paper on many models. A claim is supported or refuted only if "
+        "the whole 95 % interval over models says so; n counts models, or pairs of models."
+    )
+    return Section(f"{setting}-claims", "Claims of the paper", text, (), [claims_table(claims, setting)])
 
 
 def _languages(comparison: Comparison, setting: str) -> Section:

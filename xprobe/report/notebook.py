@@ -57,11 +57,13 @@ def comparison_html(comparison: Comparison) -> str:
     --------
     >>> comparison_html(xprobe.compare(runs))                     # doctest: +SKIP
     """
-    from xprobe.report.comparison import correlations_table, models_table
+    from xprobe.report.comparison import claims_table, correlations_table, models_table
 
     parts = []
     for setting in dict.fromkeys(comparison.table["setting"]):
         tables = [models_table(comparison, setting), correlations_table(comparison, setting)]
+        if comparison.claims is not None:
+            tables.append(claims_table(comparison.claims, setting))
         parts.append(Part(f"Setting {setting}", (), [table for table in tables if table.rows]))
     title = f"{len(comparison.studies)} models side by side"
     return render(title, "", parts, comparison.notes)

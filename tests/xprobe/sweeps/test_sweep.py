@@ -1,0 +1,242 @@
+"""A sweep on this machine: every model runs, or says why not; and any call goes on where another stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.families import save_tiny_model
+from support.runs import contents
+from support.sweeps import SMALL, process_of, wait_for, write_toml
+
+import xprobe
+from xprobe.errors import UsageError
+from xprobe.events import Step
+from xprobe.runs.lock import FolderLock
+from xprobe.sweeps.folder import SUMMARY, Status, SweepFolder
+from xprobe.sweeps.forecasts import Room, look_ahead, streaming
+from xprobe.sweeps.one import compute_model
+from xprobe.sweeps.run import open_sweep, sweep
+
+ANSWERS = {"stages": ["answers"], "answers": {"max_new_tokens": 2}}
+
+
+def states(found: xprobe.Sweep) -> dict[str, str]:
+    return {status.name: status.state for status in found.statuses}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny models: two that run, and one whose weights are gone."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, family in {"one": "llama", "two": "qwen3", "broken": "llama"}.items():
+        save_tiny_model(folder / name, family)
+    (folder / "broken" / "model.safetensors").unlink()
+    return folder
+
+
+def in_this_process(folder: SweepFolder, name: str, progress: Any = lambda event: None) -> Status:
+    return compute_model(folder, name, progress)
+
+
+def test_a_model_is_computed_once_and_what_lacks_is_added(models: Path, tmp_path: Path) -> None:
+    file = write_toml(models / "a.toml", [{"model": "one"}])
+    folder = open_sweep(file, tmp_path / "sweep")
+    assert folder.left("one") == ["states"]
+    assert in_this_process(folder, "one").state == "done"
+    before = contents(folder.run("one"))
+    shutil.rmtree(folder.path / "status")  # the run folder is enough
+    (folder.path / "status").mkdir()
+    assert folder.status("one").state == "done"
+    events: list[Any] = []
+    in_this_process(folder, "one", events.append)
+    assert events == []
+    folder = open_sweep(write_toml(models / "a.toml", [{"model": "one"}], **ANSWERS), tmp_path / "sweep")
+    assert folder.status("one").state == "waiting"
+    assert folder.left("one") == ["answers"]
+    in_this_process(folder, "one")
+    assert folder.left("one") == []
+    after = contents(folder.run("one"))
+    assert {name: after[name] for name in before if name != "manifest.json"} == {
+        name: value for name, value in before.items() if name != "manifest.json"
+    }
+    more = {**ANSWERS, "answers": {"max_new_tokens": 3}}
+    folder = open_sweep(write_toml(models / "a.toml", [{"model": "one"}], **more), tmp_path / "sweep")
+    assert folder.left("one") == ["answers"]  # other settings are another result
+
+
+def test_a_stage_that_fails_does_not_stop_those_after_it(models: Path, tmp_path: Path) -> None:
+    wrong = {"stages": ["answers", "lenses"], "answers": {"max_new_tokens": 2}, "lenses": {"lenses": ["tuned:nothing"]}}
+    folder = open_sweep(write_toml(models / "b.toml", [{"model": "one"}], **wrong), tmp_path / "sweep")
+    folder.plan.stages.update({"lenses": folder.plan.stages["lenses"], "answers": folder.plan.stages.pop("answers")})
+    status = in_this_process(folder, "one")
+    assert (status.state, list(status.errors)) == ("failed", ["lenses"])
+    assert "nothing" in status.errors["lenses"]
+    assert folder.left("one") == ["lenses"]
+
+
+def test_what_the_caller_raises_stops_the_run_and_is_said(models: Path, tmp_path: Path) -> None:
+    folder = open_sweep(write_toml(models / "c.toml", [{"model": "one"}]), tmp_path / "sweep")
+
+    def stop(event: Any) -> None:
+        if isinstance(event, Step):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_this_process(folder, "one", stop)
+    assert folder.status("one").state == "stopped"
+    assert in_this_process(folder, "one").state == "done"
+
+
+def test_what_does_not_fit_is_streamed_or_refused(models: Path, tmp_path: Path) -> None:
+    """A forecast reads no weights, so a configuration is enough for a deep model."""
+    for name in ("deep", "unreadable"):
+        shutil.copytree(models / "one", tmp_path / name)
+    config = json.loads((tmp_path / "deep" / "config.json").read_text())
+    (tmp_path / "deep" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 400}))
+    (tmp_path / "unreadable" / "config.json").unlink()
+    entries = [{"model": "deep"}, {"model": "deep", "name": "small", "memory": "900 MB"}, {"model": "unreadable"}]
+    folder = open_sweep(write_toml(tmp_path / "d.toml", entries, **ANSWERS), tmp_path / "sweep")
+    outlook = look_ahead(folder, Room(memory=10**10, disk=10**9))
+    assert list(outlook.forecasts) == ["deep", "small"]
+    assert list(outlook.refused) == ["small"]
+    assert "of main memory and may take 900 MB" in outlook.refused["small"]
+    assert "config.json" in outlook.failed["unreadable"]
+    deep = outlook.forecasts["deep"]
+    assert deep.parameters > 400 * 7_000
+    seen: list[str] = []
+    tight = look_ahead(folder, Room(memory=deep.memory - 1, disk=10**9), seen.append)
+    assert seen == ["deep", "small", "unreadable"]
+    assert "its weights are read block by block" in tight.streamed["deep"]
+    assert tight.forecasts["deep"].memory < deep.memory
+    plan = streaming(folder.plan, tight)
+    assert [model.execution.stream for model in plan.models] == [True, False, False]
+    folder.change_plan(plan)
+    assert folder.left("deep") == ["states"]  # a streamed model gives no answers
+    assert SweepFolder.open(folder.path).plan == plan
+    no_disk = look_ahead(folder, Room(disk=10))
+    assert "on the disk, of which 10 bytes are left" in no_disk.refused["deep"]
+
+
+def test_a_damaged_status_is_no_news(models: Path, tmp_path: Path) -> None:
+    folder = open_sweep(write_toml(models / "e.toml", [{"model": "one"}]), tmp_path / "sweep")
+    folder.set_status(replace(Status("one"), state="failed", errors={"states": "no"}))
+    assert folder.status("one").errors == {"states": "no"}
+    (folder.path / "status" / "one.json").write_text("{")
+    assert folder.status("one") == Status("one")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "cloud"}, "unknown engine 'cloud'; known: here, ray, slurm"),
+        ({"workers": 0}, "workers must be a whole number of at least 1"),
+        ({"address": "auto"}, "address is of a Ray cluster, and the engine is 'here'"),
+        ({"progress": 5}, "progress must be a function"),
+    ],
+)
+def test_wrong_options_are_told_before_anything_is_written(options: Any, message: str, tmp_path: Path) -> None:
+    file = write_toml(tmp_path / "a.toml", [{"model": "org/one"}])
+    with pytest.raises(UsageError, match=message):
+        sweep(file, out=tmp_path / "sweep", **options)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_two_processes_do_not_compute_one_sweep(models: Path, tmp_path: Path) -> None:
+    folder = open_sweep(write_toml(models / "h.toml", [{"model": "one"}]), tmp_path / "sweep")
+    with FolderLock(folder.path), pytest.raises(UsageError, match="is being written by this process"):
+        sweep(folder.path)
+    assert folder.left("one") == ["states"]
+
+
+@pytest.mark.slow
+def test_an_error_of_the_caller_stops_the_runs(models: Path, tmp_path: Path) -> None:
+    study = {**SMALL, "settings": ["en-x", "x-x"], "limit": 24, "languages": ["en", "de", "ru", "zh"]}
+    folder = open_sweep(write_toml(models / "i.toml", [{"model": "one", "batch_tokens": 1}], study), tmp_path / "sweep")
+
+    def show(statuses: list[Status]) -> None:
+        if list(folder.run("one").glob("shards/*.safetensors")):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sweep(folder.path, look=False, progress=show)
+    assert process_of(folder.path.resolve(), "one") is None
+    assert folder.status("one").state == "stopped"
+
+
+@pytest.mark.slow
+def test_failed_models_do_not_stop_the_others_and_the_end_is_a_comparison(models: Path, tmp_path: Path) -> None:
+    entries = [
+        {"model": "one", "role": "base"},
+        {"model": "two", "base": "one"},
+        {"model": "broken"},
+        {"model": "one", "name": "starved", "memory": "300 MB"},
+    ]
+    file = write_toml(models / "f.toml", entries, **ANSWERS)
+    shown: list[list[Status]] = []
+    found = sweep(file, out=tmp_path / "sweep", workers=2, look=False, progress=shown.append)
+    assert states(found) == {"one": "done", "two": "done", "broken": "failed", "starved": "failed"}
+    assert not found.done
+    errors = {status.name: status.errors["states"] for status in found.statuses if status.errors}
+    assert "safetensors" in errors["broken"]
+    assert "memory 300,000,000 is less than the" in errors["starved"]
+    assert {status.state for statuses in shown for status in statuses} >= {"waiting", "running", "done", "failed"}
+    assert set(found.compared.left_out) == {"broken", "starved"}
+    assert found.comparison.table["model"].tolist() == ["one", "two"]
+    claims = found.comparison.claims
+    assert set(claims["claim"]) == {1, 2, 3, 4}
+    change = claims[claims["statistic"].str.contains("readiness in the last quarter")].iloc[0]
+    one, two = (found.comparison.studies[name].stability["readiness"].to_numpy()[-1] for name in ("one", "two"))
+    assert change["value"] == pytest.approx(two - one)  # of four layers the last quarter is one
+    assert change["verdict"] == "undecided"
+    assert json.loads((found.path / SUMMARY).read_text()) == found.to_dict()
+    page = (found.path / "comparison.html").read_text(encoding="utf-8")
+    assert "Claims of the paper" in page
+    assert found.comparison.pairs == (("one", "two"),)
+    assert "Base and post-trained models" in page
+    again = sweep(found.path, look=True)
+    assert states(again)["one"] == "done"
+    assert next(status for status in again.statuses if status.name == "one").starts == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["run", "stop"])
+def test_a_killed_run_is_started_again_and_ctrl_c_stops_all(victim: str, models: Path, tmp_path: Path) -> None:
+    study = {**SMALL, "limit": 24}
+    file = write_toml(models / "g.toml", [{"model": "one", "batch_tokens": 1}], study)
+    folder = open_sweep(file, tmp_path / "sweep")
+
+    def shards() -> bool:
+        return len(list(folder.run("one").glob("shards/*.safetensors"))) >= 2
+
+    def disturb() -> None:
+        wait_for(shards)
+        if victim == "stop":
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+        found = process_of(folder.path.resolve(), "one")
+        assert found is not None
+        os.kill(found[0], signal.SIGKILL)
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    if victim == "stop":
+        with pytest.raises(KeyboardInterrupt):
+            sweep(folder.path, look=False)
+        disturber.join()
+        assert folder.status("one").state == "stopped"
+        assert process_of(folder.path.resolve(), "one") is None
+    found = sweep(folder.path, look=False)
+    disturber.join()
+    assert states(found) == {"one": "done"}
+    assert found.statuses[0].starts == 2
+    whole = open_sweep(file, tmp_path / "whole")
+    in_this_process(whole, "one")
+    assert contents(found.path / "runs" / "one") == contents(whole.run("one"))

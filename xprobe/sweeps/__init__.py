@@ -1,0 +1,1 @@
+"""Many models: a plan of runs, the engines that compute them, and the table that compares them."""
