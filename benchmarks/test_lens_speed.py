@@ -1,4 +1,4 @@
-"""Every variant of the lens under pytest-benchmark: ``OMP_WAIT_POLICY=PASSIVE pytest benchmarks --benchmark-only``.
+"""Every variant of the lens under pytest-benchmark: ``GOMP_SPINCOUNT=10000 pytest benchmarks --benchmark-only``.
 
 Use it to follow one variant from commit to commit (``--benchmark-compare``). Quote only ratios of ``xprobe bench``,
 which measures the same variants in turn.

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # set before torch is imported, as `xprobe run` does
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # set before torch is imported, as `xprobe run` does
 
 import torch
 from xprobe_kernels import lens

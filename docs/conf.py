@@ -19,7 +19,7 @@ from sphinx.ext.napoleon import NumpyDocstring
 from sphinx.util.inspect import object_description
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does: examples are quicker on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command does: examples are quicker on a busy machine
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cli")]
 
 import xprobe  # noqa: E402

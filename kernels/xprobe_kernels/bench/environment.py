@@ -37,6 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the machine before the measurement
         "fp32_products": torch.get_float32_matmul_precision(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [_relative(part) for part in sys.argv],
         "commit": commit,
