@@ -70,8 +70,8 @@ def group(context: click.Context) -> None:
 def let_threads_wait() -> None:
     """Lets waiting threads of OpenMP spin for microseconds, then sleep. Takes effect if torch is not imported yet.
 
-    Patches of 48 pairs on 2 cores, alone and beside 2 other busy processes: 10.8 and 24.4 s in this way, 18.3 and 25.4 s
-    if threads sleep at once, 9.6 and 40.9 s if they spin for milliseconds, as GNU's OpenMP does by default.
+    Patches of 48 pairs on 2 cores took 10.8 s in this way, 18.3 s if threads sleep at once, and 9.6 s if they spin for
+    milliseconds, as GNU's OpenMP does by default; beside 2 other busy processes 24.4, 25.4 and 40.9 s.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         name, value = ("GOMP_SPINCOUNT", "10000") if sys.platform == "linux" else ("OMP_WAIT_POLICY", "PASSIVE")
