@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def dataset_card(study: Study, license: str | None = None) -> str:
     states = manifest.stages["states"]
     environment = states.executions[-1].environment if states.executions else {}
     model, data = without_folders([manifest.study.model, manifest.data.name])
+    shown_model, shown_data = escape(model, quote=False), escape(data, quote=False)  # a card is Markdown with HTML
     source = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, trim_blocks=True)
     template = source.from_string(files("xprobe.report").joinpath("card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
@@ -65,9 +67,9 @@ def dataset_card(study: Study, license: str | None = None) -> str:
         name=re.sub(r"[^\w. -]", "-", f"Phases of {Path(model).name}"),
         languages=sorted({str(one).replace("_", "-").partition("-")[0] for one in study.examples["language"]}),
         tables=[_describe(name, frame) for name, frame in tables(study).items()],
-        model=model,
+        model=shown_model,
         on_hub=manifest.model.kind == "hub",
-        data=data,
+        data=shown_data,
         manifest=manifest,
         figures=list(_figures(study)),
         study=json.dumps(without_folders(manifest.study.to_dict()), indent=1, ensure_ascii=False),

@@ -40,6 +40,7 @@ NAME = "patching"
 LINES, TABLE, BY_LAYER = "patching.jsonl", "patching.parquet", "patching_by_layer.parquet"
 DEFINITION = 2  # raised when lines hold other figures
 PLANNED = "planned"
+NOTHING = 0.05  # a larger effect below all layers is more than rounding
 WAVE = 4  # on a CPU, contexts whose pairs run together; then their lines are written
 WAVE_ON_GPU = 16  # larger products, and fewer launches for each pair
 Line = dict[str, Any]
@@ -90,7 +91,23 @@ def compute(run: Run, settings: PatchSettings, open_model: Callable[[], AskedMod
     kept.tidy([PLANNED, *names])
     results = {**asdict(settings), "definition": DEFINITION, "settings": summaries}
     warnings = [warning for one in executions for warning in one.warnings]
+    if (moved_positions := _moved_positions(curves)) is not None:
+        run.notify(Note(moved_positions, important=True))
+        warnings.append(moved_positions)
     run.entry(NAME, watch, tables=digests, results=results, warnings=warnings, executions=executions)
+
+
+def _moved_positions(curves: pd.DataFrame) -> str | None:
+    """A warning if patches below all layers move the answer, because equal tokens have other states; else None."""
+    of_all = curves.query("layer == 0 and kind == 'answer' and measure == 'effect' and language == 'all'")
+    largest = of_all["value"].abs().max()
+    if not largest > NOTHING:
+        return None
+    return (
+        f"a patch at layer 0 moves the answer (T(0) = {largest:.2f}), although the last tokens are equal: this model "
+        "adds positions to its states, and prompts of other lengths end at other positions. So a patched state brings "
+        "its position along, and curves and boundaries hold its effect, too"
+    )
 
 
 def patching_key(run: Run, settings: PatchSettings) -> str:

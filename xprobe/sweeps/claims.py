@@ -175,8 +175,8 @@ def claim_rows(figures: Figures, plan: SweepPlan, sizes: Mapping[str, float], se
     )  # fmt: skip
     found = [own["found"] for own in figures.values() if "found" in own]
     yield Row(
-        3, "oracle F1 above chance, less F1 of the same answers: found, and not said", mean_over_models(found),
-        len(found), ABOVE, NOT_ABOVE, 2, 'the stages "answers" and "oracle"',
+        3, "F1 of the evidence above chance, less F1 of the same answers (what was found, but not said)",
+        mean_over_models(found), len(found), ABOVE, NOT_ABOVE, 2, 'the stages "answers" and "oracle"',
     )  # fmt: skip
     sized = {name: own for name, own in bases.items() if name in sizes and "f1" in own}
     x = [_constant(sizes[name], own["f1"]) for name, own in sized.items()]

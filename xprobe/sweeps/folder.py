@@ -124,7 +124,11 @@ class SweepFolder:
             The folder holds something else, or a model of the same name with another study: names the difference.
         """
         if cls.holds_sweep(path):
-            for model in cls.open(path).plan.models:
+            try:
+                before = cls.open(path).plan.models
+            except RunFolderError:  # the plan was damaged, and is written anew; each run folder knows its own study
+                before = ()
+            for model in before:
                 _check_same(path, model, plan)
         elif what_is(path) not in (None, "a folder") or (path.is_dir() and entries(path)):
             raise UsageError(f"{path} holds something else than a sweep: choose another folder (--out)")
@@ -178,6 +182,15 @@ class SweepFolder:
         if manifest.study != model.study:
             return everything
         return [stage for stage in everything[1:] if not self._holds(stage, manifest.stages.get(stage))]
+
+    def changed(self, name: str) -> list[str]:
+        """Stages that a model's run folder holds with other settings than those of the plan."""
+        try:
+            stages = RunFolder(self.run(name)).read_finished().stages
+        except XprobeError:
+            return []
+        later = self.stages_of(self.plan[name])
+        return [stage for stage in later if stage in stages and not self._holds(stage, stages[stage])]
 
     def stages_of(self, model: SweepModel) -> list[str]:
         """The later stages of a model: a model that is read block by block can only be read by lenses."""

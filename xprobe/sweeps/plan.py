@@ -299,6 +299,9 @@ def _absolute(value: Any, folder: Path) -> Any:
     """A text that names something in ``folder`` as an absolute path; anything else as it is."""
     if not isinstance(value, str) or not value or "\0" in value or value in _NO_PATHS:
         return value
+    if value.startswith("hf:"):  # a folder in the layout of the Hub
+        name, comma, parts = value.removeprefix("hf:").partition(",")
+        return f"hf:{(folder / name).resolve()}{comma}{parts}" if name and (folder / name).is_dir() else value
     return str((folder / value).resolve()) if (folder / value).exists() else value
 
 

@@ -213,6 +213,9 @@ def compute(folder: SweepFolder, engine: Engine, outlook: Outlook, show: Show) -
 def _start(folder: SweepFolder, name: str, before: Status, engine: Engine, outlook: Outlook) -> Status:
     """Hands a model to the engine, or says why not. Returns its status, which is in the status file, too."""
     notes = tuple(words[name] for words in (outlook.streamed, outlook.unknown) if name in words)
+    notes += tuple(
+        f"has {stage} with other settings: it is computed again, and replaced" for stage in folder.changed(name)
+    )
     status = Status(name, starts=before.starts, notes=notes)
     resources, found = folder.plan[name].resources, outlook.forecasts.get(name)
     if resources.memory is None and found is not None:

@@ -210,6 +210,17 @@ def test_only_wanted_patches_are_run(finished: Path, tmp_path: Path, monkeypatch
     assert 0 <= check <= 4
 
 
+def test_learned_positions_are_warned_of_because_a_state_brings_its_position_along(
+    patched: Path, tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path / "model", "gpt2", seed=2)
+    study = xprobe.patch(xprobe.run(str(model), setting="en-x", limit=12, out=tmp_path / "run", **OPTIONS))
+    (warning,) = study.manifest.stages["patching"].warnings
+    assert warning.startswith("a patch at layer 0 moves the answer (T(0) = ")
+    assert "this model adds positions to its states" in warning
+    assert xprobe.load_study(patched).manifest.stages["patching"].warnings == []  # rotary angles are in no state
+
+
 def test_a_second_call_needs_no_model_and_settings_are_kept_apart(
     patched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

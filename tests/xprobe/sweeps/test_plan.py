@@ -83,6 +83,19 @@ def test_a_wrong_entry_is_named(models: Any, tables: Any, message: str, tmp_path
         read_plan(file)
 
 
+def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
+    for name in ("data", "hub"):
+        (tmp_path / name).mkdir()
+    models = [{"model": "one"}]
+    for data, absolute in (
+        ("data", str(tmp_path / "data")),
+        ("hf:./hub,split=test", f"hf:{tmp_path / 'hub'},split=test"),
+        ("hf:google/xquad", "hf:google/xquad"),
+    ):
+        plan = read_plan(write_toml(tmp_path / "a.toml", models, {"data": data}))
+        assert plan["one"].study.data == absolute
+
+
 def test_what_is_no_toml_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nothing\.toml is no file"):
         read_plan(tmp_path / "nothing.toml")

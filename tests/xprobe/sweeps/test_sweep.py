@@ -17,7 +17,7 @@ from support.runs import contents
 from support.sweeps import SMALL, process_of, wait_for, write_toml
 
 import xprobe
-from xprobe.errors import UsageError
+from xprobe.errors import UsageError, XprobeError
 from xprobe.events import Step
 from xprobe.runs.lock import FolderLock
 from xprobe.sweeps.folder import SUMMARY, Status, SweepFolder
@@ -147,6 +147,32 @@ def test_wrong_options_are_told_before_anything_is_written(options: Any, message
     with pytest.raises(UsageError, match=message):
         sweep(file, out=tmp_path / "sweep", **options)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_stage_with_other_settings_is_computed_again_and_a_note_says_so(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    for tokens in (2, 3):
+        file = write_toml(
+            models / "again.toml", [{"model": "one"}], **ANSWERS | {"answers": {"max_new_tokens": tokens}}
+        )
+        found = sweep(file, out=out, look=False)
+        (status,) = found.statuses
+        assert status.state == "done"
+        words = ("has answers with other settings: it is computed again, and replaced",)
+        assert status.notes == (words if tokens == 3 else ())
+        entry = xprobe.load_study(SweepFolder.open(out).run("one")).manifest.stages["answers"]
+        assert entry.results["max_new_tokens"] == tokens
+
+
+def test_a_damaged_plan_is_written_anew_from_the_file(models: Path, tmp_path: Path) -> None:
+    file = write_toml(models / "a.toml", [{"model": "one"}])
+    plan = open_sweep(file, tmp_path / "sweep").path / "plan.json"
+    before = plan.read_bytes()
+    plan.write_bytes(before[:50])
+    with pytest.raises(XprobeError, match=r"plan\.json is damaged .*start the sweep again with its TOML file"):
+        SweepFolder.open(tmp_path / "sweep")
+    open_sweep(file, tmp_path / "sweep")
+    assert plan.read_bytes() == before
 
 
 def test_two_processes_do_not_compute_one_sweep(models: Path, tmp_path: Path) -> None:
