@@ -61,7 +61,7 @@ def watched(
     **options: Any,
 ) -> tuple[Allocations, Readout]:
     random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, width, generator=random).to(dtype).requires_grad_(trainable)
+    hidden = torch.randn(rows, width, generator=random).to(dtype)
     weight = torch.randn(vocabulary, width, generator=random).to(dtype).requires_grad_(trainable)
     lookup = torch.randint(0, vocabulary, (rows, 3), generator=random)
     head = Unembedding(weight, norm="layer", softcap=30.0)
