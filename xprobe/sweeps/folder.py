@@ -17,6 +17,7 @@ from typing import Any
 from xprobe.errors import RunFolderError, UsageError, XprobeError
 from xprobe.runs.disk import entries, make_folder, read_file, replacing, what_is, writing
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.manifest import Manifest
 from xprobe.sweeps.plan import SweepModel, SweepPlan, plan_text
 
 PLAN, TOML, FORECASTS, SUMMARY, PAGE = "plan.json", "sweep.toml", "forecasts.json", "summary.json", "comparison.html"
@@ -181,7 +182,11 @@ class SweepFolder:
             return everything
         if manifest.study != model.study:
             return everything
-        return [stage for stage in everything[1:] if not self._holds(stage, manifest.stages.get(stage))]
+        lost = _without_tables(RunFolder(run), manifest)
+        later = [
+            stage for stage in everything[1:] if stage in lost or not self._holds(stage, manifest.stages.get(stage))
+        ]
+        return [STATES, *later] if lost else later
 
     def changed(self, name: str) -> list[str]:
         """Stages that a model's run folder holds with other settings than those of the plan."""
@@ -245,6 +250,15 @@ class SweepFolder:
             return (self.path / STOP).read_text(encoding="utf-8")
         except OSError:
             return None
+
+
+def _without_tables(run: RunFolder, manifest: Manifest) -> set[str]:
+    """Stages of a run that have lost a table, or one of whose tables was changed. `xprobe run --resume` repairs them."""
+    return {
+        stage
+        for stage, entry in manifest.stages.items()
+        if not all(run.holds_table(table, digest) for table, digest in entry.tables.items())
+    }
 
 
 def _check_same(path: Path, before: SweepModel, plan: SweepPlan) -> None:

@@ -42,6 +42,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def computed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
+    """A sweep of one model with answers, computed."""
+    file = write_toml(models / "computed.toml", [{"model": "one"}], **ANSWERS)
+    folder = open_sweep(file, tmp_path_factory.mktemp("computed") / "sweep")
+    assert in_this_process(folder, "one").state == "done"
+    return folder
+
+
 def in_this_process(folder: SweepFolder, name: str, progress: Any = lambda event: None) -> Status:
     return compute_model(folder, name, progress)
 
@@ -70,6 +79,28 @@ def test_a_model_is_computed_once_and_what_lacks_is_added(models: Path, tmp_path
     more = {**ANSWERS, "answers": {"max_new_tokens": 3}}
     folder = open_sweep(write_toml(models / "a.toml", [{"model": "one"}], **more), tmp_path / "sweep")
     assert folder.left("one") == ["answers"]  # other settings are another result
+
+
+@pytest.mark.parametrize(
+    ("table", "left"),
+    [("layers.parquet", ["states"]), ("answers.parquet", ["states", "answers"]), ("examples.parquet", ["states"])],
+)
+def test_a_table_that_was_damaged_is_written_again(
+    computed: SweepFolder, tmp_path: Path, table: str, left: list[str]
+) -> None:
+    """Nothing is shown as done whose table is cut off or gone."""
+    shutil.copytree(computed.path, tmp_path / "sweep")
+    folder = SweepFolder.open(tmp_path / "sweep")
+    before = contents(folder.run("one"))
+    path = folder.run("one") / table
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-9]), path.unlink):
+        damage()
+        assert folder.left("one") == left
+        assert folder.status("one").state == "waiting"
+        assert in_this_process(folder, "one").state == "done"
+        after = contents(folder.run("one"))
+        assert after.keys() == before.keys()
+        assert [name for name in before if after[name] != before[name] and name != "manifest.json"] == []
 
 
 def test_a_stage_that_fails_does_not_stop_those_after_it(models: Path, tmp_path: Path) -> None:
