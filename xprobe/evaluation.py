@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from xprobe.arguments import check_callable, check_instance, folder_path
 from xprobe.attribution.settings import RelevanceSettings
-from xprobe.config import MODEL_IN_MEMORY, RECORDS_IN_MEMORY, Execution, StudyConfig
+from xprobe.config import MODEL_IN_MEMORY, RECORDS_IN_MEMORY, Execution
 from xprobe.errors import UsageError
 from xprobe.events import CallerNotify, Note, Notify
 from xprobe.lenses.settings import LensesSettings
 from xprobe.phases.patch_settings import PatchSettings
 from xprobe.results import Study, load_study
 from xprobe.runs.folder import RunFolder
-from xprobe.runs.identity import differences, model_to_load
+from xprobe.runs.identity import differences, study_to_load
 from xprobe.runs.lock import FolderLock
 from xprobe.runs.manifest import Manifest, ModelEntry
+from xprobe.runs.places import study_here
 from xprobe.scoring.settings import AnswerSettings, OracleSettings
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def evaluate(
     """
     from xprobe.stages import answers
 
-    settings = _settings(settings, AnswerSettings)
+    settings = _settings(settings, AnswerSettings, options)
     return _add_stage(path, partial(answers.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
@@ -125,7 +126,7 @@ def oracle(
     """
     from xprobe.stages import oracle as stage
 
-    settings = _settings(settings, OracleSettings)
+    settings = _settings(settings, OracleSettings, options)
     return _add_stage(path, partial(stage.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
@@ -172,7 +173,7 @@ def attribute(
     """
     from xprobe.stages import relevance
 
-    settings = _settings(settings, RelevanceSettings)
+    settings = _settings(settings, RelevanceSettings, options)
     return _add_stage(path, partial(relevance.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
@@ -219,7 +220,7 @@ def patch(
     """
     from xprobe.stages import patching
 
-    settings = _settings(settings, PatchSettings)
+    settings = _settings(settings, PatchSettings, options)
     return _add_stage(path, partial(patching.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
@@ -255,7 +256,7 @@ def read_lenses(
     """
     from xprobe.stages import lenses
 
-    settings = _settings(settings, LensesSettings)
+    settings = _settings(settings, LensesSettings, options)
     return _add_stage(path, partial(lenses.compute, settings=settings), model, tokenizer, records, progress, options)
 
 
@@ -297,7 +298,7 @@ def attribute_example(
     from xprobe.models import in_memory
     from xprobe.stages.relevance import relevance_of_example
 
-    settings = _settings(settings, RelevanceSettings)
+    settings = _settings(settings, RelevanceSettings, options)
     folder, run = _open_run(path, CallerNotify(None), options)
     loaded = None if model is None else in_memory.wrap_model(model, tokenizer)
     with nullcontext() if loaded is None else in_memory.evaluation_mode(loaded.model):
@@ -322,14 +323,16 @@ def forecast_oracle(
     """
     from xprobe.stages.oracle_forecast import forecast_run
 
-    settings = _settings(settings, OracleSettings)
+    settings = _settings(settings, OracleSettings, options)
     folder, run = _open_run(path, CallerNotify(None), options)
     asked = _open_model(folder, run.manifest, None, records)
     return forecast_run(run, settings, asked)
 
 
-def _settings(given: Settings | None, kind: type[Settings]) -> Settings:
-    """The settings that were given, or the default ones. A UsageError if they are of another kind."""
+def _settings(given: Settings | None, kind: type[Settings], options: dict[str, Any]) -> Settings:
+    """The settings that were given, or the default ones. A UsageError if they, or ``options``, are of another kind."""
+    for name in sorted(set(options) & {entry.name for entry in fields(cast(Any, kind))}):
+        raise UsageError(f"{name} is a field of {kind.__name__}: pass xprobe.{kind.__name__}({name}=...) as settings")
     if given is None:
         return kind()
     check_instance("settings", given, kind)
@@ -399,9 +402,8 @@ def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | Non
         raise UsageError(f"the run in {folder.path} was made with a model in memory: pass it as model and tokenizer")
     if manifest.data.name == RECORDS_IN_MEMORY and records is None:
         raise UsageError(f"the run in {folder.path} was made with questions in memory: pass them as records")
-    name = model_to_load(manifest, folder.path) if loaded is None else loaded.source.name
-    study: StudyConfig = replace(manifest.study, model=name)
-    source = resolve(name) if loaded is None else loaded.source
+    study = study_to_load(manifest, folder.path) if loaded is None else study_here(manifest)
+    source = resolve(study.model) if loaded is None else loaded.source
     questions = read_questions(study, records, manifest.data.revision)
     now = Manifest(
         study=study,

@@ -29,6 +29,7 @@ from xprobe.runs.folder import SHARDS, RunFolder
 from xprobe.runs.identity import differences
 from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest, ModelEntry, StageEntry
+from xprobe.runs.places import continued_study
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel, Source
@@ -330,6 +331,7 @@ def _begin(
         data=questions.data_entry,
         template_sha256=questions.template_sha256,
         lens_sha256=lens_checksum(study.lens),
+        directory=os.getcwd(),
     )
     folder = RunFolder.create(path, resume=True) if resume else RunFolder(path)
     if not resume or not folder.has_manifest():
@@ -344,6 +346,7 @@ def _begin(
     stages = {name: entry for name, entry in before.stages.items() if name in ("states", "probes")}
     if folder.manifest_is_untouched():
         now.created, now.stages = before.created, stages
+        now.directory = before.directory or now.directory
     else:  # only what can be verified is written again, with a new checksum
         folder.check_key()
         folder.check_dtype(before.model.dtype)
@@ -351,6 +354,7 @@ def _begin(
         now.stages = {name: entry for name, entry in stages.items() if name in untouched}
         if "probes" in stages.keys() - untouched:  # the probes are trained again, so their settings are enough
             now.stages["probes"] = StageEntry(results=stages["probes"].results)
+    now.study = continued_study(before, study, now.directory)
     later = {name: entry for name, entry in before.stages.items() if name not in stages}
     now.stages |= later  # until _forget_later_stages has removed what they wrote
     return now, False

@@ -27,9 +27,10 @@ from xprobe.config import (
 )
 from xprobe.errors import UsageError
 from xprobe.runs.folder import RunFolder
-from xprobe.runs.identity import model_to_load
+from xprobe.runs.identity import study_to_load
 from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest
+from xprobe.runs.places import study_here
 from xprobe_cli.options import Folder, Names, common, echo_json, track_option, tracked
 from xprobe_cli.progress import Progress
 from xprobe_cli.stopping import EXIT_CODES, Stoppable, Stopped, resume_hint
@@ -273,9 +274,8 @@ def _options_of_run(context: click.Context, out: Path, chosen: dict[str, Any]) -
     states = manifest.stages.get("states")
     recorded = states.executions[-1].options if states is not None and states.executions else Execution()
     _, how = split_options({name: chosen[name] for name in given})
-    study = {name: value for name, value in vars(manifest.study).items() if name not in given}
-    if "model" in study:
-        study["model"] = model_to_load(manifest, out)
+    begun = study_here(manifest) if "model" in given else study_to_load(manifest, out)
+    study = {name: value for name, value in vars(begun).items() if name not in given}
     return {**study, **vars(recorded.resumed_with(how))}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xprobe.config import DEFAULT_MODEL
+from xprobe.config import DEFAULT_MODEL, TEMPLATES, StudyConfig
 from xprobe.errors import UsageError
 from xprobe.runs.manifest import Manifest
+from xprobe.runs.places import study_here
 
 MAY_CHANGE = ("model", "data")  # names, on resume; the bytes of model and data may not change
 
@@ -29,7 +31,10 @@ def differences(before: Manifest, now: Manifest, old: dict[str, Any]) -> list[st
         The run's ``StudyConfig`` as it was written (``RunFolder.read_study``).
     """
     new = now.study.to_dict()
-    changed = [name for name in {**new, **old} if name not in MAY_CHANGE and not _same(name, old, new)]
+    changed = [
+        name for name in {**new, **old}
+        if name not in MAY_CHANGE and not _same(name, old, new) and not _same_file(name, before, now)
+    ]  # fmt: skip
     reasons = [_describe_change(name, old, new) for name in changed]
     reasons += _other_bytes("model", before.model, now.model)
     if not {"languages", "settings"} & set(changed):  # the checksum of the data is of the languages read
@@ -55,6 +60,17 @@ def _same(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     return name in old and name in new and old[name] == new[name] and type(old[name]) is type(new[name])
 
 
+def _same_file(name: str, before: Manifest, now: Manifest) -> bool:
+    """Whether two paths of a template or a lens lead to the same bytes."""
+    one, other = getattr(before.study, name, None), getattr(now.study, name, None)
+    if name == "template":
+        return before.template_sha256 == now.template_sha256 and not {one, other} & set(TEMPLATES)
+    if name == "lens" and isinstance(one, str) and isinstance(other, str):
+        kinds = {text.partition(":")[0] for text in (one, other)}
+        return len(kinds) == 1 and before.lens_sha256 == now.lens_sha256 != ""
+    return False
+
+
 def _describe_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     if name not in new:
         return f"{name} was {old[name]!r}, which this version of xprobe does not know"
@@ -66,21 +82,21 @@ def _describe_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> str
     return f"{name} was {old[name]!r} and is now {new[name]!r}"
 
 
-def model_to_load(manifest: Manifest, folder: Path) -> str:
-    """The name that leads to the model of the run in ``folder``: its own, or its location if the name does not.
+def study_to_load(manifest: Manifest, folder: Path) -> StudyConfig:
+    """The study of the run in ``folder``, with paths that lead to its files from this working directory.
 
     Raises
     ------
     UsageError
-        No model lies at either.
+        No model lies where it was.
     """
-    name, entry = manifest.study.model, manifest.model
-    if entry.kind not in ("folder", "gguf") or name == DEFAULT_MODEL or Path(name).exists():
-        return name
+    study, entry = study_here(manifest), manifest.model
+    if entry.kind not in ("folder", "gguf") or study.model == DEFAULT_MODEL or Path(study.model).exists():
+        return study
     if not Path(entry.location).exists():
-        places = " or ".join(dict.fromkeys((name, entry.location)))
+        places = " or ".join(dict.fromkeys((study.model, entry.location)))
         raise UsageError(f"no model lies at {places}, where the run in {folder} had it: name the MODEL")
-    return entry.location  # the run began in another working directory
+    return replace(study, model=entry.location)
 
 
 def run_key(values: dict[str, Any]) -> str:

@@ -140,6 +140,7 @@ class Manifest:
     format: int = FORMAT
     status: str = "running"  # or "done"
     created: str = ""
+    directory: str = ""  # working directory in which the run began: relative paths in ``study`` start there
     study: StudyConfig = field(default_factory=StudyConfig)
     model: ModelEntry = field(default_factory=ModelEntry)
     data: DataEntry = field(default_factory=DataEntry)

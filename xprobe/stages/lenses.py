@@ -33,6 +33,7 @@ from xprobe.qa.prompts import Prompt, build_prompts
 from xprobe.runs.identity import checksum_of, run_key
 from xprobe.runs.lines import KeptLines
 from xprobe.runs.manifest import ExecutionEntry
+from xprobe.runs.places import study_here
 from xprobe.scoring.scripts import SCRIPTS, token_script
 from xprobe.stages.opening import AskedModel, ExampleKey, first_questions, key_of, key_of_line, open_prompts
 from xprobe.stages.requests import ANSWER, strategy_sample, study_request
@@ -53,9 +54,11 @@ Line = dict[str, Any]
 
 @dataclass
 class _Lens:
-    """One lens: its name, the checksum of its file, its lines, and its maps once they are loaded."""
+    """One lens: its name, the same for this working directory, the checksum of its file, its lines, and its maps once
+    they are loaded."""
 
     name: str
+    place: str
     sha256: str
     kept: KeptLines
     have: set[ExampleKey]
@@ -148,7 +151,8 @@ def _open_lenses(run: Run, settings: LensesSettings) -> list[_Lens]:
     own = run.manifest.study.lens
     lenses: list[_Lens] = []
     for name in settings.with_own(own):
-        digest = lens_checksum(name)
+        place = study_here(run.manifest).lens if name == own else name
+        digest = lens_checksum(place)
         if name == own and digest != run.manifest.lens_sha256:
             raise UsageError(
                 f"the file of the run's own lens {own!r} has other bytes than it had when the run was made"
@@ -157,7 +161,7 @@ def _open_lenses(run: Run, settings: LensesSettings) -> list[_Lens]:
         same = next((lens for lens in lenses if lens.kept.key == kept.key), None)
         if same is not None:
             raise UsageError(f"{name!r} and {same.name!r} are the same lens: leave out one")
-        lenses.append(_Lens(name, digest, kept, set(kept.read())))
+        lenses.append(_Lens(name, place, digest, kept, set(kept.read())))
     return lenses
 
 
@@ -167,7 +171,7 @@ def _compute_missing(
     """Reads the examples that ``lenses.jsonl`` lacks, wave by wave, with every lens that lacks them."""
     model = run.manifest.model
     for lens in lenses:  # before the model: a lens of another model is refused at once
-        lens.transport, lens.warnings = load_lens(lens.name, model.width, model.n_blocks + 1, model.name)
+        lens.transport, lens.warnings = load_lens(lens.place, model.width, model.n_blocks + 1, model.name)
     runner, tokenizer, every = open_prompts(run, asked, watch)
     chosen = set(wanted)
     prompts = [prompt for prompt in every if key_of(prompt) in chosen]

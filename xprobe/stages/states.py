@@ -31,6 +31,7 @@ from xprobe.models.loading import LoadedModel
 from xprobe.qa.prompts import Prompt, Skipped, build_prompts, describe_format
 from xprobe.runs.folder import RunFolder
 from xprobe.runs.manifest import Counts, StageEntry
+from xprobe.runs.places import study_here
 from xprobe.stages.opening import check_vocabulary, open_runner
 from xprobe.stages.overlap import in_turn, overlapped
 from xprobe.stages.questions import Questions
@@ -76,7 +77,8 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
         raise DataError(f"none of {len(questions.examples)} examples can be used, the first: {skipped[0]}")
     check_vocabulary(prompts, runner.anatomy.head.vocab_size, source.name)
     anatomy = runner.anatomy
-    transport, remarks = load_lens(run.manifest.study.lens, anatomy.head.width, anatomy.n_layers, source.name)
+    lens = study_here(run.manifest).lens
+    transport, remarks = load_lens(lens, anatomy.head.width, anatomy.n_layers, source.name)
     for message in remarks:
         runner.warn(message)
     lacking = questions.template.without_wording(dict.fromkeys(one.example.context_language for one in prompts))

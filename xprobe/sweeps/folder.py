@@ -253,7 +253,7 @@ class SweepFolder:
 
 
 def _without_tables(run: RunFolder, manifest: Manifest) -> set[str]:
-    """Stages of a run that have lost a table, or one of whose tables was changed. `xprobe run --resume` repairs them."""
+    """Stages of a run of which a table is gone or was changed. `xprobe run --resume` repairs them."""
     return {
         stage
         for stage, entry in manifest.stages.items()

@@ -16,11 +16,12 @@ from typing import Any
 
 from xprobe.arguments import check_least
 from xprobe.attribution.settings import RelevanceSettings
-from xprobe.config import DEFAULT_MODEL, DTYPES, STAGE_COMMANDS, TEMPLATES, Execution, StudyConfig, check_probes
+from xprobe.config import STAGE_COMMANDS, Execution, StudyConfig, check_probes
 from xprobe.errors import UsageError
 from xprobe.lenses.settings import LensesSettings
 from xprobe.phases.patch_settings import PatchSettings
 from xprobe.runs.disk import read_file
+from xprobe.runs.places import in_folder, lens_in_folder
 from xprobe.scoring.settings import AnswerSettings, OracleSettings
 
 FORMAT = 1  # of plan.json
@@ -31,13 +32,6 @@ STAGE_SETTINGS: dict[str, type] = dict(
     zip(STAGE_COMMANDS, (AnswerSettings, OracleSettings, RelevanceSettings, PatchSettings, LensesSettings), strict=True)
 )
 _PER_MODEL = ("dtype", "template", "lens")  # what one model may have of its own; questions are the same for all
-_NO_PATHS = (
-    DEFAULT_MODEL,
-    "builtin",
-    "xquad",
-    *TEMPLATES,
-    *DTYPES,
-)  # names that xprobe knows, whatever lies beside the file
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
           "TIB": 2**40}  # fmt: skip
@@ -214,7 +208,7 @@ def _plan(values: dict[str, Any], folder: Path) -> SweepPlan:
     entries = values.get("models", [])
     if not isinstance(entries, list) or not entries:
         raise UsageError("names no model: write one [[models]] table for each, with model = NAME")
-    shared = {**study, **{name: _absolute(study[name], folder) for name in ("data", "template") if name in study}}
+    shared = {**study, **{name: in_folder(study[name], folder) for name in ("data", "template") if name in study}}
     models = [_model(number, entry, shared, execution, values.get("resources", {}), folder)
               for number, entry in enumerate(entries, 1)]  # fmt: skip
     plan = SweepPlan(
@@ -242,12 +236,11 @@ def _model(
     name = entry.get("name", re.sub(r"[^\w.-]+", "-", entry["model"].rstrip("/").rpartition("/")[2]))
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
         raise UsageError(f"{where}: name must be letters, digits, '.', '_' and '-', for a folder; got {name!r}")
-    chosen = {key: _absolute(entry[key], folder) for key in _PER_MODEL if key in entry}
+    chosen = {key: in_folder(entry[key], folder) for key in _PER_MODEL if key in entry}
     study = {**study, **chosen}
-    if isinstance(study.get("lens"), str) and ":" in study["lens"]:
-        kind, _, place = study["lens"].partition(":")
-        study["lens"] = f"{kind}:{_absolute(place, folder)}"
-    config = StudyConfig(**{**study, "model": _absolute(entry["model"], folder)})
+    if "lens" in study:
+        study["lens"] = lens_in_folder(study["lens"], folder)
+    config = StudyConfig(**{**study, "model": in_folder(entry["model"], folder)})
     check_probes(config.probes or ())
     given = {key: entry[key] for key in _names(Execution) if key in entry}
     trust: dict[str, Any] = {key: execution[key] for key in ("trust_remote_code", "allow_pickle") if key in execution}
@@ -293,16 +286,6 @@ def _with_roles(models: list[SweepModel]) -> tuple[SweepModel, ...]:
             raise UsageError(f"{model.name}: role {model.role!r} contradicts base, which makes it {implied!r}")
         found.append(replace(model, role=model.role or implied))
     return tuple(found)
-
-
-def _absolute(value: Any, folder: Path) -> Any:
-    """A text that names something in ``folder`` as an absolute path; anything else as it is."""
-    if not isinstance(value, str) or not value or "\0" in value or value in _NO_PATHS:
-        return value
-    if value.startswith("hf:"):  # a folder in the layout of the Hub
-        name, comma, parts = value.removeprefix("hf:").partition(",")
-        return f"hf:{(folder / name).resolve()}{comma}{parts}" if name and (folder / name).is_dir() else value
-    return str((folder / value).resolve()) if (folder / value).exists() else value
 
 
 def _names(kind: type) -> tuple[str, ...]:

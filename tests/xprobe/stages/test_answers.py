@@ -199,6 +199,10 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_tables(finished: Path, e
     [
         ({"settings": "squad"}, "settings must be an AnswerSettings, got 'squad'"),
         ({"backend_": 1}, "unknown option 'backend_'"),
+        (
+            {"max_new_tokens": 1},
+            r"max_new_tokens is a field of AnswerSettings: pass xprobe.AnswerSettings\(max_new_tokens=...\) as",
+        ),
         ({"stream": True}, "a streamed model cannot generate answers"),
         ({"settings": xprobe.AnswerSettings(normaliser="mlqa")}, "'mlqa' is defined for .* not for 'th'"),
     ],

@@ -338,6 +338,10 @@ def test_an_answer_without_tokens_hangs_on_nothing(evaluated: Path, tmp_path: Pa
     [
         ({"settings": "delete"}, "settings must be an OracleSettings, got 'delete'"),
         ({"backend_": 1}, "unknown option 'backend_'"),
+        (
+            {"removal": 1},
+            r"removal is a field of OracleSettings: pass xprobe.OracleSettings\(removal=...\) as settings",
+        ),
         ({"stream": True}, "a streamed model cannot be searched for evidence"),
         ({"settings": xprobe.OracleSettings(normaliser="mlqa"), "device": "cuda:77"}, "cuda:77"),
     ],

@@ -265,6 +265,7 @@ def test_a_killed_stage_goes_on_and_gives_the_same_tables(finished: Path, patche
     [
         ({"settings": 5}, "settings must be a PatchSettings, got 5"),
         ({"backend_": 1}, "unknown option 'backend_'"),
+        ({"limit": 1}, r"limit is a field of PatchSettings: pass xprobe.PatchSettings\(limit=...\) as settings"),
         ({"stream": True}, "a streamed model cannot be patched"),
     ],
 )

@@ -217,6 +217,7 @@ def test_a_model_in_memory_is_attributed_without_dropout_and_left_in_training(ti
     [
         ({"settings": "cp"}, "settings must be a RelevanceSettings, got 'cp'"),
         ({"backend_": 1}, "unknown option 'backend_'"),
+        ({"rule": 1}, r"rule is a field of RelevanceSettings: pass xprobe.RelevanceSettings\(rule=...\) as settings"),
         ({"stream": True}, "a streamed model cannot be attributed"),
     ],
 )

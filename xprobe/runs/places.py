@@ -1,0 +1,69 @@
+"""Names of models, data, templates and lenses that are paths: where they lead to from another working directory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from xprobe.config import DEFAULT_MODEL, DTYPES, TEMPLATES, StudyConfig
+from xprobe.runs.manifest import Manifest
+
+_NO_PATHS = (DEFAULT_MODEL, "builtin", "xquad", *TEMPLATES, *DTYPES)  # whatever lies in the folder
+_HUB = "hf:"  # before the name of a data set, which may be a folder
+
+
+def in_folder(value: Any, folder: Path) -> Any:
+    """A text that names something in ``folder`` as an absolute path; anything else as it is.
+
+    Parameters
+    ----------
+    value : any
+        The name of a model, data, template or lens, as ``StudyConfig`` has it.
+    folder : Path
+
+    Examples
+    --------
+    >>> in_folder("builtin", Path("/usr")), in_folder("hf:bin", Path("/usr"))[:8], in_folder("org/model", Path("/usr"))
+    ('builtin', 'hf:/usr/', 'org/model')
+    """
+    if not isinstance(value, str) or not value or "\0" in value or value in _NO_PATHS:
+        return value
+    if value.startswith(_HUB):  # a folder in the layout of the Hub
+        name, comma, parts = value.removeprefix(_HUB).partition(",")
+        return f"{_HUB}{(folder / name).resolve()}{comma}{parts}" if name and (folder / name).is_dir() else value
+    return str((folder / value).resolve()) if (folder / value).exists() else value
+
+
+def lens_in_folder(name: Any, folder: Path) -> Any:
+    """``in_folder`` for the file of a lens, such as ``regression:lens.pt``."""
+    kind, colon, place = name.partition(":") if isinstance(name, str) else (name, "", "")
+    return f"{kind}:{in_folder(place, folder)}" if colon else name
+
+
+def continued_study(before: Manifest, study: StudyConfig, directory: str) -> StudyConfig:
+    """The study of a run that goes on: model and data as they are named now, template and lens as the run named them.
+
+    Shards belong to a study to the letter, so the names of files with the same bytes must stay. What is named by a
+    relative path now gets an absolute one if the run began in another ``directory``.
+    """
+    names = {name: getattr(study, name) for name in ("model", "data")}
+    if directory != os.getcwd():
+        names = {name: in_folder(value, Path()) for name, value in names.items()}
+    return replace(study, **names, template=before.study.template, lens=before.study.lens)
+
+
+def study_here(manifest: Manifest) -> StudyConfig:
+    """The study of a run, with paths that lead from this working directory to the files that the run read.
+
+    A path that leads to something here stays: what it leads to is compared with the run's checksums.
+    """
+    study = manifest.study
+    if not manifest.directory:  # a run of an earlier version, which did not keep it
+        return study
+    here, there = Path(), Path(manifest.directory)
+    find = {"model": in_folder, "data": in_folder, "template": in_folder, "lens": lens_in_folder}
+    names = {name: getattr(study, name) for name in find}
+    lost = {name: value for name, value in names.items() if find[name](value, here) == value}
+    return replace(study, **{name: find[name](value, there) for name, value in lost.items()})
