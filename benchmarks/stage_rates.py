@@ -1,4 +1,4 @@
-"""Times every stage of a study on the same questions: states, answers, relevance, patching.
+"""Times the stages of a study on the same questions, beside the forecast of ``xprobe.sweeps``.
 
     python benchmarks/stage_rates.py OUT.json                                  the demo model, XQuAD en-x
     python benchmarks/stage_rates.py OUT.json --shape llama-3-8b --device cuda a random model of that shape, bf16
@@ -28,8 +28,9 @@ from xprobe_kernels.bench.environment import environment
 
 import xprobe
 from benchmarks.whole_run import SHAPES, random_model
-from xprobe import AnswerSettings, Study
-from xprobe.config import Execution
+from xprobe import AnswerSettings, OracleSettings, PatchSettings, RelevanceSettings, Study
+from xprobe.config import Execution, StudyConfig
+from xprobe.forecast import forecast
 from xprobe.models import loading
 from xprobe.models.sources import resolve
 
@@ -38,7 +39,9 @@ LATER: dict[str, Callable[..., Study]] = {
     "answers": xprobe.evaluate,
     "relevance": xprobe.attribute,
     "patching": xprobe.patch,
+    "oracle": xprobe.oracle,
 }
+DEFAULT = "answers,relevance,patching"
 
 
 @click.command()
@@ -53,14 +56,16 @@ LATER: dict[str, Callable[..., Study]] = {
 @click.option("--paragraphs", default=12, show_default=True)
 @click.option("--questions", default=3, show_default=True, help="Of each paragraph.")
 @click.option("--tokens", default=32, show_default=True, help="Most tokens of an answer.")
-@click.option("--stages", default=",".join(LATER), show_default=True, help="Stages after states.")
+@click.option("--stages", default=DEFAULT, show_default=True, help="Stages after states; also oracle.")
+@click.option("--oracle-limit", default=6, show_default=True, help="Questions of the stage oracle.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--batch-tokens", type=int, help="[default: by device]")
 @click.option("--commit", help="Commit that is measured, where git is missing.")
 def main(
     out: Path, name: str, shape: str | None, data: str, setting: str, languages: str | None, paragraphs: int,
-    questions: int, tokens: int, stages: str, device: str, dtype: str, batch_tokens: int | None, commit: str | None,
+    questions: int, tokens: int, stages: str, oracle_limit: int, device: str, dtype: str,
+    batch_tokens: int | None, commit: str | None,
 ) -> None:  # fmt: skip
     """Times the stages and writes OUT."""
     source = resolve(name)
@@ -78,6 +83,19 @@ def main(
     result["environment"]["commit"] = commit or result["environment"]["commit"]
     given: dict[str, Any] = {"tokenizer": tokenizer}
     options: dict[str, Any] = {"batch_tokens": batch_tokens}
+
+    later: dict[str, Any] = {
+        "answers": AnswerSettings(tokens), "relevance": RelevanceSettings(), "patching": PatchSettings(),
+        "oracle": OracleSettings(limit=oracle_limit),
+    }  # fmt: skip
+    chosen_stages = {stage: later[stage] for stage in stages.split(",") if stage}
+    if not shape:
+        asked = StudyConfig(
+            model=name, data=data, settings=(setting,), paragraphs=paragraphs, questions_per_paragraph=questions,
+            languages=tuple(languages.split(",")) if languages else None, dtype=dtype,
+        )  # fmt: skip
+        expected = forecast(asked, Execution(device=device, batch_tokens=batch_tokens), chosen_stages)
+        result["forecast"] = {"states": expected.seconds, **expected.stage_seconds}
 
     def save() -> None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -104,9 +122,8 @@ def main(
             result["counts"] = asdict(study.manifest.counts)
             if part == "measured":
                 enter("states", study, time.perf_counter() - start)
-            for stage in stages.split(",") if stages else ():
+            for stage, settings in chosen_stages.items():
                 start = time.perf_counter()
-                settings = AnswerSettings(tokens) if stage == "answers" else None
                 study = LATER[stage](study, settings, model=model, **given, **options)
                 if part == "measured":
                     enter(stage, study, time.perf_counter() - start)

@@ -399,9 +399,9 @@ def _open_model(folder: RunFolder, manifest: Manifest, loaded: LoadedModel | Non
     from xprobe.stages.questions import read_questions
 
     if manifest.model.kind == MODEL_IN_MEMORY and loaded is None:
-        raise UsageError(f"the run in {folder.path} was made with a model in memory: pass it as model and tokenizer")
+        raise UsageError(f"the run in {folder.path} was made with a model in memory: pass it (model=, tokenizer=)")
     if manifest.data.name == RECORDS_IN_MEMORY and records is None:
-        raise UsageError(f"the run in {folder.path} was made with questions in memory: pass them as records")
+        raise UsageError(f"the run in {folder.path} was made with questions in memory: pass them (records=)")
     study = study_to_load(manifest, folder.path) if loaded is None else study_here(manifest)
     source = resolve(study.model) if loaded is None else loaded.source
     questions = read_questions(study, records, manifest.data.revision)

@@ -7,6 +7,7 @@ lets prompts be packed; how fast all of it runs) is estimated.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from xprobe.models.anatomy import block_lists
 from xprobe.models.placement import build_on_meta
 from xprobe.models.streaming.streamed import SPILL_BYTES
 from xprobe.qa.prompts import build_prompts
+from xprobe.stages.cost import Speed, stage_seconds
 from xprobe.stages.questions import read_questions
 from xprobe.stages.requests import ANSWER, QUESTION, study_request
 
@@ -49,6 +51,7 @@ class GroupForecast:
 class Forecast:
     """Forecast of a run. ``memory`` and ``disk`` are bytes by purpose, ``seconds`` is the time.
 
+    ``stage_seconds`` are those of later stages; none on a GPU, where launching kernels takes time that is not counted.
     ``notes`` say what a reader must know about these numbers.
     """
 
@@ -69,6 +72,7 @@ class Forecast:
     memory: dict[str, int]
     disk: dict[str, int]
     seconds: float
+    stage_seconds: dict[str, float]
     groups: tuple[GroupForecast, ...]
     notes: tuple[str, ...] = ()
 
@@ -77,8 +81,10 @@ class Forecast:
         return {**asdict(self), "groups": [asdict(group) for group in self.groups]}
 
 
-def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast:
-    """Plans the run of ``study`` without loading weights.
+def forecast(
+    study: StudyConfig, execution: Execution | None = None, stages: Mapping[str, Any] | None = None
+) -> Forecast:
+    """Plans the run of ``study`` without loading weights, and the later ``stages``: name -> settings.
 
     Raises
     ------
@@ -105,6 +111,13 @@ def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast
         strategy = "plain"
     groups = group_requests([study_request(prompt) for prompt in prompts])
     plan = make_plan(groups, execution.tokens_on(device), strategy, rotary_limit(model_config))
+    took = _time(shape, plan, dtype, device, stream=execution.stream)
+    later = stages if stages and device == "cpu" and not execution.stream else {}
+    speed = Speed(
+        token=took.forward / plan.tokens_run, row=took.row, forward=took.forward, reading=took.reading,
+        n_blocks=shape.n_blocks, strategy=strategy, batch_tokens=plan.batch_tokens,
+        max_shared_tokens=plan.max_shared_tokens,
+    )  # fmt: skip
     return Forecast(
         model=source.name,
         parameters=shape.parameters,
@@ -122,7 +135,8 @@ def forecast(study: StudyConfig, execution: Execution | None = None) -> Forecast
         tokens_run=plan.tokens_run,
         memory=_memory(shape, plan, dtype, stream=execution.stream),
         disk=_disk(shape, plan, dtype, study, execution.stream),
-        seconds=_seconds(shape, plan, dtype, device, stream=execution.stream),
+        seconds=took.seconds,
+        stage_seconds=stage_seconds(later, prompts, study.lens, study.seed, speed),
         groups=tuple(
             GroupForecast(
                 group.key,
@@ -213,14 +227,26 @@ def _states(shape: _Shape, plan: Plan, dtype: torch.dtype) -> int:
     return plan.tokens_run * shape.width * dtype.itemsize
 
 
-def _seconds(shape: _Shape, plan: Plan, dtype: torch.dtype, device: str, *, stream: bool) -> float:
+@dataclass(frozen=True)
+class _Time:
+    """Seconds of all forward passes, of the lens on every answer position and layer, and of one row of it."""
+
+    forward: float
+    reading: float
+    row: float
+    seconds: float  # of the stage
+
+
+def _time(shape: _Shape, plan: Plan, dtype: torch.dtype, device: str, *, stream: bool) -> _Time:
     positions = sum(count_rows(wave.requests)[ANSWER] for wave in plan.waves)
-    forward = 2 * shape.per_token * plan.tokens_run
-    lens = 2 * shape.head * positions * (shape.n_blocks + 1)
     lens_dtype = dtype if device != "cpu" else torch.float32
-    seconds = FORWARD_OVERHEAD * forward / _rate(shape, dtype, device)
-    seconds += LENS_OVERHEAD * lens / _rate(shape, lens_dtype, device)
-    return max(seconds, shape.parameters * dtype.itemsize / DISK_SPEED) if stream else seconds
+    forward = FORWARD_OVERHEAD * 2 * shape.per_token * plan.tokens_run / _rate(shape, dtype, device)
+    row = LENS_OVERHEAD * 2 * shape.head / _rate(shape, lens_dtype, device)
+    reading = row * positions * (shape.n_blocks + 1)
+    seconds = forward + reading
+    if stream:
+        seconds = max(seconds, shape.parameters * dtype.itemsize / DISK_SPEED)
+    return _Time(forward, reading, row, seconds)
 
 
 def _rate(shape: _Shape, dtype: torch.dtype, device: str) -> float:

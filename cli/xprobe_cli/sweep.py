@@ -48,7 +48,7 @@ class Workers(click.ParamType):
 )
 @click.option("--address", metavar="ADDRESS", help="Of a Ray cluster. [default: Ray is started on this machine]")
 @click.option("--forecast/--no-forecast", default=True, help="Forecast memory, disk and time of all models first.")
-@click.option("--dry-run", is_flag=True, help="Print the forecast, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print the forecast, and stop. Exit code 1: a model cannot run.")
 @click.option("--only", metavar="NAME", help="Compute one model of the sweep in the folder FILE, in this process.")
 @click.option("--started-by-engine", is_flag=True, hidden=True)
 @click.option(
@@ -93,7 +93,7 @@ def command(
         return EXIT_CODES[getattr(stopped, "signal", signal.SIGINT)]
     if dry_run:
         click.echo(_line("forecast", outlook.to_dict()) if as_json else forecast_report(folder, outlook))
-        return 0
+        return 1 if outlook.refused or outlook.failed else 0
     click.echo(_line("summary", found.to_dict()) if as_json else sweep_report(found))
     return 0 if found.done else 1
 

@@ -68,19 +68,22 @@ def forecast_report(folder: SweepFolder, outlook: Outlook) -> str:
         rows.append([
             model.name, f"{found.parameters / 1e6:,.1f} M", size(found.memory),
             size(found.gpu_memory) if found.gpu_memory else "-", size(found.disk),
-            "-" if found.seconds is None else duration(found.seconds), f"{found.tokens:,}",
+            "-" if found.total_seconds is None else duration(found.total_seconds), f"{found.tokens:,}",
             "refused" if model.name in outlook.refused else "block by block" if found.stream else "fits",
         ])  # fmt: skip
     heads = ["model", "parameters", "memory", "GPU memory", "disk", "time", "tokens", ""]
     every = list(outlook.forecasts.values())
-    seconds = [one.seconds for one in every if one.seconds is not None]
+    seconds = [one.total_seconds for one in every if one.total_seconds is not None]
     total = f"together  {size(sum(one.disk for one in every))} on the disk"
     total += f", {duration(sum(seconds))} one after the other" if seconds else ""
     kinds: list[Mapping[str, str]] = [outlook.streamed, outlook.refused, outlook.failed, outlook.unknown]
     words = [f"note      {name}: {text}" for kind in kinds for name, text in kind.items()]
-    about = "time is that of the states alone, at the speed of this machine, without loading" + (
-        f"; the stages {', '.join(folder.plan.stages)} are not in it" if folder.plan.stages else ""
-    )
-    return "\n".join(
-        [counted(len(rows), "model"), "", *wrapped_table(heads, rows), "", total, f"          {about}", *words]
-    )
+    by_stage = {"states": [one.seconds for one in every if one.seconds is not None]}
+    by_stage |= {
+        stage: [one.stage_seconds[stage] for one in every if stage in one.stage_seconds] for stage in folder.plan.stages
+    }
+    parts = [f"{stage} {duration(sum(times))}" for stage, times in by_stage.items() if times]
+    unknown = [stage for stage, times in by_stage.items() if len(times) < len(by_stage["states"])]
+    about = [f"          {', '.join(parts)}; at the speed of this machine, without loading and tables"] if parts else []
+    about += [f"          not known for every model: {', '.join(unknown)}"] if unknown else []
+    return "\n".join([counted(len(rows), "model"), "", *wrapped_table(heads, rows), "", total, *about, *words])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,16 +89,20 @@ def test_bad_usage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_the_forecast_is_a_table_and_runs_nothing(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_toml(models / "a.toml", [{"model": "one"}, {"model": "two", "memory": "2 MB"}, {"model": "gone"}])
-    assert main(["sweep", str(file), "--out", str(tmp_path / "sweep"), "--dry-run"]) == 0
+    entries = [{"model": "one"}, {"model": "two", "memory": "2 MB"}, {"model": "gone"}]
+    file = write_toml(models / "a.toml", entries, stages=["answers", "patching"])
+    assert main(["sweep", str(file), "--out", str(tmp_path / "sweep"), "--dry-run"]) == 1
     out = capsys.readouterr().out
     assert "\none    0.1 M" in out
     assert "refused" in out
+    assert re.search(r"\n +states 0:\d\d, answers 0:\d\d, patching 0:\d\d; at the speed of this machine", out)
     assert "note      gone: unknown model 'gone'" in out
     assert list((tmp_path / "sweep" / "runs").iterdir()) == []
-    assert main(["sweep", str(file), "--out", str(tmp_path / "sweep"), "--dry-run", "--json"]) == 0
+    assert main(["sweep", str(file), "--out", str(tmp_path / "sweep"), "--dry-run", "--json"]) == 1
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["event"], list(last["forecasts"]), list(last["refused"])) == ("forecast", ["one", "two"], ["two"])
+    write_toml(models / "a.toml", [{"model": "one"}])
+    assert main(["sweep", str(file), "--out", str(tmp_path / "good"), "--dry-run"]) == 0
 
 
 @pytest.fixture(scope="module")

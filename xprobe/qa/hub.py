@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from xprobe.qa.validation import Collector
 _HASH = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 12  # configurations that a message names
 _TIMEOUT = 30  # seconds
+_MOST_FILES = 10_000  # in a folder: ``datasets`` looks at every one, for hours in a home folder
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class _Source:
         if path.is_dir():
             if name.revision:
                 raise UsageError(f"{path} is a folder on this machine, which has no revision: leave out revision=")
+            _check_size(path)
             with _errors(name), _quiet(datasets):
                 return cls(name, str(path), "", tuple(datasets.get_dataset_config_names(str(path))))
         wanted = name.revision or revision
@@ -170,6 +173,13 @@ class _Source:
         if len(there) != 1:
             raise self.error(f"has several splits in {config!r}: choose one with split=, of {', '.join(there)}")
         return there[0], splits[there[0]]
+
+
+def _check_size(folder: Path) -> None:
+    """Refuses a folder that holds far more than a data set."""
+    files = (file for _, _, files in os.walk(folder) for file in files)
+    if next(islice(files, _MOST_FILES, None), None) is not None:
+        raise UsageError(f"{folder} holds more than {_MOST_FILES:,} files: name the folder of the data set alone")
 
 
 def _commit(splits: Any) -> str:

@@ -14,7 +14,7 @@ from xprobe.qa.prompts import Prompt
 from xprobe.scoring.settings import OracleSettings
 from xprobe.stages.evidence import Searches, batch_tokens, generated_answers, removal_for
 from xprobe.stages.opening import AskedModel, first_questions, usable_prompts
-from xprobe.stages.removal import Text, count_tokens, run_searches
+from xprobe.stages.removal import Removal, Text, count_tokens, run_searches
 from xprobe.stages.requests import study_request
 from xprobe.stages.run import Run
 
@@ -85,8 +85,18 @@ def forecast(
     budget = batch_tokens(run)
     wanted = first_questions(run, settings.limit)
     searches = Searches(prompts, generated_answers(run), wanted, settings, budget)
+    removals, tokens = count_removals(searches, removal_for(settings, tokenizer), budget, strategy, max_shared_tokens)
+    groups = group_requests([study_request(prompt) for prompt in prompts])
+    whole = make_plan(groups, budget, strategy, max_shared_tokens).tokens_run
+    forward = run.manifest.stages["states"].seconds.get("forward")
+    return OracleForecast(len(wanted), removals, tokens, whole, forward * tokens / whole if forward else None)
+
+
+def count_removals(
+    searches: Searches, removal: Removal, budget: int, strategy: Strategy, max_shared_tokens: int | None
+) -> tuple[int, int]:
+    """About how many texts all searches run, and how many tokens: a few waves, as if gold answers were evidence."""
     sample = searches.waves[:: max(1, len(searches.waves) // SAMPLE)][:SAMPLE]
-    removal = removal_for(settings, tokenizer)
     removals = tokens = 0
 
     def measure(texts: list[Text]) -> list[float]:
@@ -98,14 +108,8 @@ def forecast(
     for wave in sample:
         cases = searches.cases(wave, guess=True).values()
         run_searches([case for own in cases for case in own], removal, measure)
-    scale = len(wanted) / max(1, sum(map(len, sample)))
-    groups = group_requests([study_request(prompt) for prompt in prompts])
-    whole = make_plan(groups, budget, strategy, max_shared_tokens).tokens_run
-    forward = run.manifest.stages["states"].seconds.get("forward")
-    tokens = round(tokens * scale)
-    return OracleForecast(
-        len(wanted), round(removals * scale), tokens, whole, forward * tokens / whole if forward else None
-    )
+    scale = len(searches.wanted) / max(1, sum(map(len, sample)))
+    return round(removals * scale), round(tokens * scale)
 
 
 def forecast_run(run: Run, settings: OracleSettings, asked: AskedModel) -> OracleForecast:

@@ -46,6 +46,8 @@ class ModelForecast:
         Whether weights are read block by block.
     key : str
         Checksum of what the forecast is of.
+    stage_seconds : dict of str to float
+        Of the later stages, answers at their longest. Empty on a GPU, where they were not measured well enough.
     """
 
     parameters: int
@@ -59,6 +61,12 @@ class ModelForecast:
     dtype: str
     stream: bool
     key: str = ""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Of the states and the later stages; None where that of the states is."""
+        return None if self.seconds is None else self.seconds + sum(self.stage_seconds.values())
 
 
 @dataclass(frozen=True)
@@ -104,22 +112,29 @@ class Outlook:
         return asdict(self)
 
 
-def forecast_model(model: SweepModel) -> ModelForecast:
+def forecast_model(model: SweepModel, stages: Mapping[str, Any] | None = None) -> ModelForecast:
     """What the run of one model will take. Reads its configuration, its tokenizer and the questions, and no weights.
+
+    Parameters
+    ----------
+    model : SweepModel
+    stages : mapping of str to settings, optional
+        The later stages.
 
     Raises
     ------
     XprobeError
         As the run itself would.
     """
-    found = forecast(model.study, model.execution)
+    stages = stages or {}
+    found = forecast(model.study, model.execution, stages)
     elsewhere = model.resources.gpus > 0 and found.device == "cpu"
     if elsewhere and model.study.dtype == "auto":
         found = forecast(replace(model.study, dtype=NO_GPU_DTYPE), model.execution)
-    return _of(found, model, on_gpu=elsewhere or found.device != "cpu", known_speed=not elsewhere)
+    return _of(found, _key(model, stages), on_gpu=elsewhere or found.device != "cpu", known_speed=not elsewhere)
 
 
-def _of(found: Forecast, model: SweepModel, *, on_gpu: bool, known_speed: bool) -> ModelForecast:
+def _of(found: Forecast, key: str, *, on_gpu: bool, known_speed: bool) -> ModelForecast:
     held = sum(found.memory.values())
     return ModelForecast(
         parameters=found.parameters,
@@ -132,7 +147,8 @@ def _of(found: Forecast, model: SweepModel, *, on_gpu: bool, known_speed: bool) 
         device="gpu" if on_gpu else "cpu",
         dtype=found.dtype,
         stream=found.stream,
-        key=_key(model),
+        key=key,
+        stage_seconds={} if on_gpu else {name: round(value, 1) for name, value in found.stage_seconds.items()},
     )
 
 
@@ -151,6 +167,7 @@ def look_ahead(folder: SweepFolder, room: Room, show: Callable[[str], None] = la
     """
     known, outlook = read_forecasts(folder.path), Outlook()
     disk = room.disk
+    stages = {stage: folder.plan.settings_of(stage) for stage in folder.plan.stages}
     for model in folder.plan.models:
         name = model.name
         if STATES not in folder.left(name):
@@ -159,7 +176,7 @@ def look_ahead(folder: SweepFolder, room: Room, show: Callable[[str], None] = la
             continue
         show(name)
         try:
-            found = _look_at(model, known.get(name), room, outlook)
+            found = _look_at(model, stages, known.get(name), room, outlook)
         except XprobeError as error:
             outlook.failed[name] = str(error)
             continue
@@ -191,14 +208,16 @@ def _streamed(model: SweepModel) -> SweepModel:
     return replace(model, execution=replace(model.execution, stream=True))
 
 
-def _look_at(model: SweepModel, known: ModelForecast | None, room: Room, outlook: Outlook) -> ModelForecast:
+def _look_at(
+    model: SweepModel, stages: Mapping[str, Any], known: ModelForecast | None, room: Room, outlook: Outlook
+) -> ModelForecast:
     """One model's forecast: as it is or streamed. Notes in ``outlook`` what does not fit."""
-    found = known if known is not None and known.key == _key(model) else forecast_model(model)
+    found = known if known is not None and known.key == _key(model, stages) else forecast_model(model, stages)
     lacking = _lacking(found, model, room)
     if lacking is None:
         return found
     if not found.stream and model.execution.device_map is None:
-        smaller = forecast_model(_streamed(model))
+        smaller = forecast_model(_streamed(model), stages)
         if _lacking(smaller, model, room) is None:
             outlook.streamed[model.name] = (
                 f"{lacking}: its weights are read block by block, which takes "
@@ -281,6 +300,7 @@ def size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _key(model: SweepModel) -> str:
+def _key(model: SweepModel, stages: Mapping[str, Any]) -> str:
     study, execution = model.study.to_dict(), model.execution.to_dict()
-    return checksum_of({"study": study, "execution": execution, "gpus": model.resources.gpus})
+    later = {stage: asdict(settings) for stage, settings in stages.items()}
+    return checksum_of({"study": study, "execution": execution, "gpus": model.resources.gpus, "stages": later})

@@ -273,9 +273,10 @@ def _resources(name: str, given: dict[str, Any]) -> Resources:
 def _with_roles(models: list[SweepModel]) -> tuple[SweepModel, ...]:
     """The models with the roles that ``base`` implies. Checks that names differ and bases are there."""
     names = [model.name for model in models]
+    folders = [name.casefold() for name in names]  # some file systems do not tell case apart
     for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"two models are called {name}: give each its own name = ...")
+        if folders.count(name.casefold()) > 1:
+            raise UsageError(f"two models are called {name}, in any case: give each its own name = ...")
     bases = {model.base for model in models} - {None}
     found = []
     for model in models:

@@ -199,6 +199,15 @@ def test_a_folder_in_the_layout_of_the_hub_is_read(content: dict[str, str], tmp_
         load_data(f"hf:{tmp_path / 'set'},revision=main")
 
 
+def test_a_folder_that_is_no_data_set_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xprobe.qa.hub._MOST_FILES", 3)
+    for number in range(4):
+        (tmp_path / "home" / str(number)).mkdir(parents=True)
+        (tmp_path / "home" / str(number) / "notes.txt").write_text("")
+    with pytest.raises(UsageError, match=f"{tmp_path / 'home'} holds more than 3 files: name the folder of the data"):
+        load_data(f"hf:{tmp_path / 'home'}")
+
+
 def test_without_the_package_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match=r"need the package datasets: pip install 'xprobe\[datasets\]'"):

@@ -55,7 +55,8 @@ def test_every_later_stage_has_settings() -> None:
         ([{"name": "x"}], {}, r"models, table 1: model must be a text"),
         ([{"model": "a", "memroy": "1 GB"}], {}, r"models, table 1: unknown entry 'memroy'; known: .*memory"),
         ([{"model": "a", "limit": 3}], {}, r"unknown entry 'limit'"),  # questions are the same for all
-        ([{"model": "x/a"}, {"model": "y/a"}], {}, r"two models are called a: give each its own name"),
+        ([{"model": "x/a"}, {"model": "y/a"}], {}, r"two models are called a, in any case: give each its own name"),
+        ([{"model": "x/a"}, {"model": "y/A"}], {}, r"two models are called a, in any case"),
         ([{"model": "a", "name": "../a"}], {}, r"name must be letters"),
         ([{"model": "a", "base": "b"}], {}, r"a: base must be the name of another model here, got 'b'"),
         ([{"model": "a", "role": "tuned"}], {}, r"a: unknown role 'tuned'; known: base, post-trained"),

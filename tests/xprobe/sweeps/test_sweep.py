@@ -142,11 +142,15 @@ def test_what_does_not_fit_is_streamed_or_refused(models: Path, tmp_path: Path) 
     assert "config.json" in outlook.failed["unreadable"]
     deep = outlook.forecasts["deep"]
     assert deep.parameters > 400 * 7_000
+    assert deep.total_seconds == deep.seconds + deep.stage_seconds["answers"] > deep.seconds
+    again = open_sweep(write_toml(tmp_path / "e.toml", entries[:1], stages=["relevance"]), tmp_path / "other")
+    assert list(look_ahead(again, Room()).forecasts["deep"].stage_seconds) == ["relevance"]
     seen: list[str] = []
     tight = look_ahead(folder, Room(memory=deep.memory - 1, disk=10**9), seen.append)
     assert seen == ["deep", "small", "unreadable"]
     assert "its weights are read block by block" in tight.streamed["deep"]
     assert tight.forecasts["deep"].memory < deep.memory
+    assert tight.forecasts["deep"].stage_seconds == {}
     plan = streaming(folder.plan, tight)
     assert [model.execution.stream for model in plan.models] == [True, False, False]
     folder.change_plan(plan)
