@@ -128,22 +128,32 @@ class Slurm:
 
     def __init__(self, folder: SweepFolder) -> None:
         submitit = _imported("submitit", "slurm")
-        parameters = dict(folder.plan.slurm)
-        cluster = parameters.pop("cluster", "slurm")
-        with _in_words("cannot use Slurm"):
-            self._executor = submitit.AutoExecutor(folder=folder.path.resolve() / "logs" / "slurm", cluster=cluster)
-            self._executor.update_parameters(**parameters)
-        self._folder = folder
+        self._parameters = dict(folder.plan.slurm)
+        self._cluster = self._parameters.pop("cluster", "slurm")
+        self._submitit, self._folder = submitit, folder
         self._jobs: dict[str, Any] = {}
+        with _in_words("cannot use Slurm"):
+            self._executor({})
+
+    def _executor(self, more: dict[str, Any]) -> Any:
+        """A new one for each job: an executor keeps what it was told for the job before."""
+        logs = self._folder.path.resolve() / "logs" / "slurm"
+        executor = self._submitit.AutoExecutor(folder=logs, cluster=self._cluster)
+        executor.update_parameters(**self._parameters | more)
+        return executor
 
     def start(self, name: str, resources: Resources) -> None:
-        more: dict[str, Any] = {"timeout_min": max(1, round(60 * resources.hours)), "name": f"xprobe-{name}"}
-        more |= {"mem_gb": max(1, ceil(resources.memory / 2**30))} if resources.memory else {}
+        asked = self._folder.plan[name].resources  # a forecast of memory is no limit, and a job's memory is one
+        more: dict[str, Any] = {"name": f"xprobe-{name}"}
+        if asked.hours != Resources.hours or "timeout_min" not in self._parameters:
+            more["timeout_min"] = max(1, round(60 * asked.hours))
+        more |= {"mem_gb": max(1, ceil(asked.memory / 2**30))} if asked.memory else {}
         more |= {"cpus_per_task": resources.cpus} if resources.cpus else {}
         more |= {"gpus_per_node": ceil(resources.gpus)} if resources.gpus else {}
         with _in_words(f"Slurm does not take the job of {name}"):
-            self._executor.update_parameters(**more)
-            self._jobs[name] = self._executor.submit(run_child, str(self._folder.path.resolve()), name, resources.cpus)
+            self._jobs[name] = self._executor(more).submit(
+                run_child, str(self._folder.path.resolve()), name, resources.cpus
+            )
 
     def ended(self) -> dict[str, str | None]:
         found: dict[str, str | None] = {}

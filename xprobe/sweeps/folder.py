@@ -17,6 +17,7 @@ from typing import Any
 from xprobe.errors import RunFolderError, UsageError, XprobeError
 from xprobe.runs.disk import entries, make_folder, read_file, replacing, what_is, writing
 from xprobe.runs.folder import RunFolder
+from xprobe.runs.lock import LOCK
 from xprobe.runs.manifest import Manifest
 from xprobe.sweeps.plan import SweepModel, SweepPlan, plan_text
 
@@ -116,6 +117,20 @@ class SweepFolder:
         return cls(path, plan)
 
     @classmethod
+    def check_place(cls, path: Path) -> None:
+        """Checks that a sweep may lie in ``path``: a sweep, an empty folder, or nothing lies there.
+
+        Raises
+        ------
+        UsageError
+            Something else does.
+        """
+        if cls.holds_sweep(path):
+            return
+        if what_is(path) not in (None, "a folder") or (path.is_dir() and set(entries(path)) - {LOCK}):
+            raise UsageError(f"{path} holds something else than a sweep: choose another folder (--out)")
+
+    @classmethod
     def create(cls, path: Path, plan: SweepPlan, source: Path) -> SweepFolder:
         """A new sweep, or the one in the folder with more models, other resources or further stages.
 
@@ -131,8 +146,7 @@ class SweepFolder:
                 before = ()
             for model in before:
                 _check_same(path, model, plan)
-        elif what_is(path) not in (None, "a folder") or (path.is_dir() and entries(path)):
-            raise UsageError(f"{path} holds something else than a sweep: choose another folder (--out)")
+        cls.check_place(path)
         folder = cls(path, plan)
         with writing(path):
             for part in ("runs", "status", "logs"):
@@ -205,8 +219,12 @@ class SweepFolder:
         """Whether a stage was computed with the settings that the plan names."""
         if entry is None:
             return False
-        wanted = self.plan.stages[stage]
-        return all(entry.results[name] == value for name, value in wanted.items() if name in entry.results)
+        for name, value in vars(self.plan.settings_of(stage)).items():
+            held = entry.results.get(name, value)
+            same = set(value) <= set(held) if isinstance(held, dict) else held == value  # lenses: with their checksums
+            if not same:
+                return False
+        return True
 
     # -- the last news ---------------------------------------------------------------------------------------
 

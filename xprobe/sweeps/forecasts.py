@@ -99,6 +99,8 @@ class Outlook:
         Model -> why it does not fit; why its configuration cannot be used.
     unknown : dict of str to str
         Model -> why it has no forecast. It runs nevertheless.
+    to_run : list of str
+        Models that lack a stage, in the order of the plan.
     """
 
     forecasts: dict[str, ModelForecast] = field(default_factory=dict)
@@ -106,6 +108,7 @@ class Outlook:
     refused: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
+    to_run: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -170,10 +173,12 @@ def look_ahead(folder: SweepFolder, room: Room, show: Callable[[str], None] = la
     stages = {stage: folder.plan.settings_of(stage) for stage in folder.plan.stages}
     for model in folder.plan.models:
         name = model.name
-        if STATES not in folder.left(name):
+        left = folder.left(name)
+        if not left:
             if name in known:
                 outlook.forecasts[name] = known[name]
             continue
+        outlook.to_run.append(name)
         show(name)
         try:
             found = _look_at(model, stages, known.get(name), room, outlook)
@@ -184,7 +189,7 @@ def look_ahead(folder: SweepFolder, room: Room, show: Callable[[str], None] = la
             outlook.unknown[name] = f"no forecast: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         outlook.forecasts[name] = found
-        if disk is None or name in outlook.refused:
+        if disk is None or name in outlook.refused or STATES not in left:
             continue
         if found.disk > disk:
             outlook.refused[name] = (
@@ -230,10 +235,11 @@ def _look_at(
 
 def _lacking(found: ModelForecast, model: SweepModel, room: Room) -> str | None:
     """What is too small for a run, in words; None if it fits."""
-    for what, need, most in (
-        ("main memory", found.memory, model.resources.memory or room.memory),
-        ("GPU memory", found.gpu_memory, model.resources.gpu_memory or room.gpu_memory),
+    for what, need, limits in (
+        ("main memory", found.memory, (model.resources.memory, room.memory)),
+        ("GPU memory", found.gpu_memory, (model.resources.gpu_memory, room.gpu_memory)),
     ):
+        most = min((limit for limit in limits if limit is not None), default=None)
         if most is not None and need > most:
             return f"needs about {size(need)} of {what} and may take {size(most)}"
     return None
@@ -254,10 +260,11 @@ def fitting(plan: SweepPlan, outlook: Outlook, room: Room, most: int) -> int:
     Examples
     --------
     >>> found = ModelForecast(1, 4_000_000_000, 0, 1, 1.0, 1, 1, "cpu", "float32", False)
-    >>> fitting(SweepPlan(()), Outlook({"a": found, "b": found, "c": found}), Room(memory=9_000_000_000), most=8)
+    >>> outlook = Outlook({"a": found, "b": found, "c": found}, to_run=["a", "b", "c"])
+    >>> fitting(SweepPlan(()), outlook, Room(memory=9_000_000_000), most=8)
     2
     """
-    names = [name for name in outlook.forecasts if name not in outlook.refused]
+    names = [name for name in outlook.to_run if name in outlook.forecasts and name not in outlook.refused]
     limits = {model.name: model.resources for model in plan.models}
     count = min(most, len(names))
     for of, total in (("memory", room.memory), ("gpu_memory", room.gpu_memory)):

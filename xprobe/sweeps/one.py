@@ -43,18 +43,26 @@ def compute_model(folder: SweepFolder, name: str, progress: Notify) -> Status:
     model, path = folder.plan[name], folder.run(name)
     news = _News(folder, replace(folder.status(name), state="running", errors={}, host=socket.gethostname()), progress)
     trust = {key: True for key in ("trust_remote_code", "allow_pickle") if getattr(model.execution, key)}
-    left = folder.left(name)
+    tried: set[str] = set()
     try:
-        for stage in left:
+        # anew after each stage: other answers remove the oracle
+        while left := [stage for stage in folder.left(name) if stage not in tried]:
+            stage = left[0]
             news.begin(stage)
             try:
-                if stage == left[0]:
+                if not tried:
                     _limit_memory(model)
+            except Exception as error:
+                news.failed(stage, _in_words(error, model.resources.memory))
+                break
+            tried.add(stage)
+            try:
                 if stage == STATES:
                     run_config(model.study, model.execution, out=path, resume=True, progress=news)
                 else:
                     settings = folder.plan.settings_of(stage)
-                    COMPUTE[stage](path, settings, progress=news, **trust)
+                    # a run that was streamed gets stages from a machine that holds the model
+                    COMPUTE[stage](path, settings, progress=news, stream=model.execution.stream, **trust)
             except Exception as error:
                 news.failed(stage, _in_words(error, model.resources.memory))
                 if stage == STATES or _memory_ran_out(error):

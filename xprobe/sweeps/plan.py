@@ -32,6 +32,7 @@ STAGE_SETTINGS: dict[str, type] = dict(
     zip(STAGE_COMMANDS, (AnswerSettings, OracleSettings, RelevanceSettings, PatchSettings, LensesSettings), strict=True)
 )
 _PER_MODEL = ("dtype", "template", "lens")  # what one model may have of its own; questions are the same for all
+_INFINITE = float("inf")
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
           "TIB": 2**40}  # fmt: skip
@@ -213,15 +214,31 @@ def _plan(values: dict[str, Any], folder: Path) -> SweepPlan:
               for number, entry in enumerate(entries, 1)]  # fmt: skip
     plan = SweepPlan(
         _with_roles(models),
-        {stage: dict(values.get(stage, {})) for stage in STAGE_SETTINGS if stage in stages},
+        {stage: _stage(values.get(stage, {}), folder) for stage in STAGE_SETTINGS if stage in stages},
         values.get("retries", 2),
         dict(values.get("slurm", {})),
     )
     check_least("retries", plan.retries, 0)
+    for key, value in plan.slurm.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"slurm: {key} must be of texts and finite numbers, got {value!r}") from error
     for stage, given in plan.stages.items():
         _check_known(stage, given, _names(STAGE_SETTINGS[stage]))
         plan.settings_of(stage)
     return plan
+
+
+def _stage(given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a later stage, with absolute paths of lenses."""
+    names = given.get("lenses")
+    if names is None:
+        return dict(given)
+    found = (
+        [lens_in_folder(name, folder) for name in names] if isinstance(names, list) else lens_in_folder(names, folder)
+    )
+    return {**given, "lenses": found}
 
 
 def _model(
@@ -262,9 +279,9 @@ def _resources(name: str, given: dict[str, Any]) -> Resources:
         if key in values:
             values[key] = _bytes(f"{name}: {key}", values[key])
     for key in ("gpus", "hours"):
-        if key in values and (isinstance(values[key], bool) or not isinstance(values[key], int | float)
-                              or not values[key] >= 0):  # fmt: skip
-            raise UsageError(f"{name}: {key} must be a number of at least 0, got {values[key]!r}")
+        value = values.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _INFINITE:
+            raise UsageError(f"{name}: {key} must be a number of at least 0, got {value!r}")
     if "cpus" in values:
         check_least(f"{name}: cpus", values["cpus"], 1)
     return Resources(**values)
@@ -283,10 +300,23 @@ def _with_roles(models: list[SweepModel]) -> tuple[SweepModel, ...]:
         implied = "post-trained" if model.base else "base" if model.name in bases else None
         if model.base is not None and (model.base not in names or model.base == model.name):
             raise UsageError(f"{model.name}: base must be the name of another model here, got {model.base!r}")
+        if model.name in _bases(model, models):
+            raise UsageError(f"{model.name}: its base was itself post-trained from {model.name}: leave out one base")
         if model.role not in (None, implied) and implied is not None:
             raise UsageError(f"{model.name}: role {model.role!r} contradicts base, which makes it {implied!r}")
         found.append(replace(model, role=model.role or implied))
     return tuple(found)
+
+
+def _bases(model: SweepModel, models: list[SweepModel]) -> list[str]:
+    """The base of a model, the base of that, and so on, each of them once."""
+    base_of = {one.name: one.base for one in models}
+    found: list[str] = []
+    base = model.base
+    while base is not None and base not in found:
+        found.append(base)
+        base = base_of.get(base)
+    return found
 
 
 def _names(kind: type) -> tuple[str, ...]:
@@ -308,9 +338,9 @@ def _check_known(where: str, values: Mapping[str, Any], known: tuple[str, ...]) 
 def _number(what: str, value: Any) -> float:
     """A count such as 135000000, "135M" or "7B"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMBT]?)", value.strip().upper()) if isinstance(value, str) else None
-    if found:
+    if found and float(found[1]):
         return float(found[1]) * _UNITS[found[2]]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _INFINITE:
         raise UsageError(f'{what} must be a number of parameters, such as 135_000_000 or "7B", got {value!r}')
     return float(value)
 
@@ -318,7 +348,7 @@ def _number(what: str, value: Any) -> float:
 def _bytes(what: str, value: Any) -> int:
     """Bytes such as 2_000_000_000, "2 GB" or "900 MiB"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", value.strip().upper()) if isinstance(value, str) else None
-    if found:
+    if found and float(found[1]):
         return int(float(found[1]) * _BYTES[found[2]])
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise UsageError(f'{what} must be a number of bytes, such as "2 GiB" or "900 MB", got {value!r}')

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,8 @@ def sweep(
     """
     check_callable("progress", progress)
     check_engine(engine, workers, address)
-    folder = open_sweep(file, out)
     show: Show = progress or (lambda statuses: None)
-    with FolderLock(folder.path):
+    with locked_sweep(file, out) as folder:
         room = room_of(folder.path, engine, address)
         outlook = prepare(folder, room, show) if look else Outlook()
         count = fitting(folder.plan, outlook, room, threads_each(1)) if isinstance(workers, str) else workers
@@ -120,8 +120,7 @@ def prepare_only(
 ) -> tuple[SweepFolder, Outlook]:
     """The forecast of a sweep, which its folder keeps. Nothing is run. Arguments and errors as for ``sweep``."""
     check_engine(engine, 1, address)
-    folder = open_sweep(file, out)
-    with FolderLock(folder.path):
+    with locked_sweep(file, out) as folder:
         return folder, prepare(folder, room_of(folder.path, engine, address), progress)
 
 
@@ -135,21 +134,37 @@ def check_engine(engine: str, workers: int | str, address: str | None) -> None:
         raise UsageError(f"address is of a Ray cluster, and the engine is {engine!r}: leave it out, or choose ray")
 
 
+@contextmanager
+def locked_sweep(file: str | Path, out: str | Path | None = None) -> Iterator[SweepFolder]:
+    """``open_sweep`` for the only process that may change the sweep: its plan is read or written under a lock."""
+    path = sweep_path(file, out)
+    with FolderLock(path):
+        yield open_sweep(file, out)
+
+
+def sweep_path(file: str | Path, out: str | Path | None = None) -> Path:
+    """The folder of a sweep, where one may lie. Arguments and errors as for ``open_sweep``; nothing is written."""
+    path = folder_path("file", file)
+    if path.is_dir():
+        if out is not None:
+            raise UsageError(f"out is for a new sweep, and {path} is the folder of one: leave it out")
+        return SweepFolder.open(path).path
+    read_plan(path)
+    place = Path("sweeps") / path.stem if out is None else folder_path("out", out)
+    SweepFolder.check_place(place)
+    return place
+
+
 def open_sweep(file: str | Path, out: str | Path | None = None) -> SweepFolder:
-    """The folder of a sweep, from a TOML file or from the folder itself; ``out`` as for ``sweep``.
+    """The sweep of a TOML file, or that in a folder; ``out`` as for ``sweep``.
 
     Raises
     ------
     UsageError
         As ``sweep``.
     """
-    path = folder_path("file", file)
-    if path.is_dir():
-        if out is not None:
-            raise UsageError(f"out is for a new sweep, and {path} is the folder of one: leave it out")
-        return SweepFolder.open(path)
-    plan = read_plan(path)
-    return SweepFolder.create(Path("sweeps") / path.stem if out is None else folder_path("out", out), plan, path)
+    path, place = folder_path("file", file), sweep_path(file, out)
+    return SweepFolder.open(place) if path.is_dir() else SweepFolder.create(place, read_plan(path), path)
 
 
 def room_of(path: Path, engine: str, address: str | None) -> Room:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.runs import contents
 from support.sweeps import process_of, wait_for, write_toml
 
 from xprobe.errors import UsageError
+from xprobe.sweeps.engines import make_engine
 from xprobe.sweeps.one import compute_model
 from xprobe.sweeps.run import open_sweep, sweep
 
@@ -78,6 +80,29 @@ def test_an_engine_goes_on_with_what_another_began(engine: str, models: Path, tm
     alone = open_sweep(file, tmp_path / "alone")
     compute_model(alone, "two", lambda event: None)
     assert contents(folder.run("two")) == contents(alone.run("two"))
+
+
+def test_a_job_of_slurm_has_the_demands_of_its_own_model(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit's executor keeps what it was told for the job before. A forecast of memory is no limit of a job."""
+    submitit = pytest.importorskip("submitit")
+    entries = [{"model": "one", "memory": "64 GiB", "gpus": 2, "cpus": 16, "hours": 2}, {"model": "two"}]
+    slurm = {"cluster": "local", "timeout_min": 7, "slurm_mem": "3GB"}
+    folder = open_sweep(write_toml(models / "jobs.toml", entries, slurm=slurm), tmp_path / "sweep")
+    told: list[dict[str, Any]] = []
+
+    def submit(executor: Any, *arguments: Any) -> None:
+        told.append(dict(executor._executor.parameters))
+
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", submit)
+    engine = make_engine("slurm", folder, 1)
+    for name in ("one", "two"):
+        engine.start(name, replace(folder.plan[name].resources, memory=10**9))
+    one, two = told
+    assert (one["mem_gb"], one["gpus_per_node"], one["cpus_per_task"], one["timeout_min"]) == (64, 2, 16, 120)
+    assert two["timeout_min"] == 7
+    assert not {"mem_gb", "gpus_per_node", "cpus_per_task"} & set(two)
 
 
 @pytest.mark.slow

@@ -21,9 +21,10 @@ from xprobe.errors import UsageError, XprobeError
 from xprobe.events import Step
 from xprobe.runs.lock import FolderLock
 from xprobe.sweeps.folder import SUMMARY, Status, SweepFolder
-from xprobe.sweeps.forecasts import Room, look_ahead, streaming
+from xprobe.sweeps.forecasts import ModelForecast, Outlook, Room, fitting, look_ahead, streaming
 from xprobe.sweeps.one import compute_model
-from xprobe.sweeps.run import open_sweep, sweep
+from xprobe.sweeps.plan import SweepPlan
+from xprobe.sweeps.run import open_sweep, prepare_only, sweep
 
 ANSWERS = {"stages": ["answers"], "answers": {"max_new_tokens": 2}}
 
@@ -76,9 +77,61 @@ def test_a_model_is_computed_once_and_what_lacks_is_added(models: Path, tmp_path
     assert {name: after[name] for name in before if name != "manifest.json"} == {
         name: value for name, value in before.items() if name != "manifest.json"
     }
-    more = {**ANSWERS, "answers": {"max_new_tokens": 3}}
-    folder = open_sweep(write_toml(models / "a.toml", [{"model": "one"}], **more), tmp_path / "sweep")
-    assert folder.left("one") == ["answers"]  # other settings are another result
+    for settings in ({"max_new_tokens": 3}, {}):  # other settings are another result, and so are the defaults again
+        more = {**ANSWERS, "answers": settings}
+        folder = open_sweep(write_toml(models / "a.toml", [{"model": "one"}], **more), tmp_path / "sweep")
+        assert folder.left("one") == folder.changed("one") == ["answers"]
+
+
+def test_other_answers_get_another_oracle_in_the_same_call(models: Path, tmp_path: Path) -> None:
+    for count in (2, 3):
+        tables = {"stages": ["answers", "oracle"], "answers": {"max_new_tokens": count}}
+        file = write_toml(models / "o.toml", [{"model": "one"}], **tables, oracle={"limit": 1, "spans": False})
+        folder = open_sweep(file, tmp_path / "sweep")
+        assert in_this_process(folder, "one").state == "done"
+        assert folder.left("one") == []
+    found = xprobe.load_study(folder.run("one")).manifest.stages
+    assert (found["answers"].results["max_new_tokens"], found["oracle"].results["limit"]) == (3, 1)
+
+
+def test_lenses_are_found_from_the_folder_of_the_file_and_read_once(models: Path, tmp_path: Path) -> None:
+    xprobe.fit_lens(str(models / "one"), out=models / "lens.pt")
+    tables = {"stages": ["lenses"], "lenses": {"lenses": ["logit", "regression:lens.pt"]}}
+    folder = open_sweep(write_toml(models / "l.toml", [{"model": "one"}], **tables), tmp_path / "sweep")
+    assert in_this_process(folder, "one").state == "done"
+    assert folder.left("one") == folder.changed("one") == []
+    assert folder.plan.stages["lenses"]["lenses"] == ["logit", f"regression:{(models / 'lens.pt').resolve()}"]
+
+
+def test_states_that_were_read_block_by_block_stay_so_where_the_model_does_not_fit(
+    models: Path, tmp_path: Path
+) -> None:
+    file = write_toml(models / "s.toml", [{"model": "one"}], **ANSWERS)
+    folder = open_sweep(file, tmp_path / "sweep")
+    whole = look_ahead(folder, Room()).forecasts["one"].memory
+    tight = Room(memory=whole - 1)
+    for _ in range(2):  # the same call goes on
+        folder = open_sweep(file, tmp_path / "sweep")
+        folder.change_plan(streaming(folder.plan, look_ahead(folder, tight)))
+        assert in_this_process(folder, "one").state == "done"
+        assert folder.left("one") == []
+    folder = open_sweep(file, tmp_path / "sweep")  # on a machine that holds the model
+    folder.change_plan(streaming(folder.plan, look_ahead(folder, Room(memory=whole + 1))))
+    assert folder.left("one") == ["answers"]
+    assert in_this_process(folder, "one").state == "done"
+    assert folder.left("one") == []
+
+
+def test_a_memory_limit_that_cannot_be_set_ends_the_run(
+    computed: SweepFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(computed.path, tmp_path / "sweep")
+    folder = SweepFolder.open(tmp_path / "sweep")
+    model = replace(folder.plan["one"], resources=replace(folder.plan["one"].resources, memory=50_000_000))
+    folder.plan = replace(folder.plan, models=(model,), stages={"relevance": {}, "patching": {}})
+    status = in_this_process(folder, "one")
+    assert list(status.errors) == ["relevance"]
+    assert "memory 50,000,000 is less than the" in status.errors["relevance"]
 
 
 @pytest.mark.parametrize(
@@ -212,9 +265,33 @@ def test_a_damaged_plan_is_written_anew_from_the_file(models: Path, tmp_path: Pa
 
 def test_two_processes_do_not_compute_one_sweep(models: Path, tmp_path: Path) -> None:
     folder = open_sweep(write_toml(models / "h.toml", [{"model": "one"}]), tmp_path / "sweep")
-    with FolderLock(folder.path), pytest.raises(UsageError, match="is being written by this process"):
-        sweep(folder.path)
-    assert folder.left("one") == ["states"]
+    plan = (folder.path / "plan.json").read_bytes()
+    other = write_toml(models / "h2.toml", [{"model": "two"}], **ANSWERS)
+    with FolderLock(folder.path):
+        for file, out in ((folder.path, None), (other, folder.path)):
+            with pytest.raises(UsageError, match="is being written by this process"):
+                sweep(file, out=out)
+            with pytest.raises(UsageError, match="is being written by this process"):
+                prepare_only(file, out, "here", None, print)
+    assert (folder.path / "plan.json").read_bytes() == plan  # the processes of a running sweep read it
+    assert not (folder.path / ".lock").exists()
+    sweep(other, out=folder.path / "new", look=False)
+    with pytest.raises(UsageError, match="holds something else than a sweep"):
+        sweep(other, out=models)
+    assert not (models / ".lock").exists()
+
+
+def test_what_is_finished_takes_no_room_beside_the_others() -> None:
+    found = ModelForecast(1, 2 * 10**9, 0, 1, 1.0, 1, 1, "cpu", "float32", False)
+    forecasts = {"done": replace(found, memory=60 * 10**9), **{str(number): found for number in range(8)}}
+    outlook = Outlook(forecasts, to_run=[str(number) for number in range(8)])
+    assert fitting(SweepPlan(()), outlook, Room(memory=64 * 10**9), most=8) == 8
+
+
+def test_memory_that_the_file_allows_must_be_there(models: Path, tmp_path: Path) -> None:
+    file = write_toml(models / "m.toml", [{"model": "one", "memory": "500 GB"}])
+    outlook = look_ahead(open_sweep(file, tmp_path / "sweep"), Room(memory=1000))
+    assert "of main memory and may take 1 kB" in outlook.refused["one"]
 
 
 @pytest.mark.slow
