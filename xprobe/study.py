@@ -26,10 +26,10 @@ from xprobe.events import CallerNotify, Note, Notify
 from xprobe.results import Study, load_study, why_stale
 from xprobe.runs.disk import check_writable
 from xprobe.runs.folder import SHARDS, RunFolder
-from xprobe.runs.identity import differences
+from xprobe.runs.identity import MAY_CHANGE, differences
 from xprobe.runs.lock import LOCK, FolderLock
 from xprobe.runs.manifest import Manifest, ModelEntry, StageEntry
-from xprobe.runs.places import continued_study
+from xprobe.runs.places import continued_study, first_directory, new_places
 
 if TYPE_CHECKING:
     from xprobe.models.loading import LoadedModel, Source
@@ -341,12 +341,12 @@ def _begin(
     if changed:
         raise UsageError(f"cannot resume {path}: {'; '.join(changed)}. Choose another out (--out)")
     if folder.is_finished():
+        _keep_places(folder, before, study)
         return before, True
     now.model.dtype, now.data.files_sha256 = before.model.dtype, before.data.files_sha256
     stages = {name: entry for name, entry in before.stages.items() if name in ("states", "probes")}
     if folder.manifest_is_untouched():
         now.created, now.stages = before.created, stages
-        now.directory = before.directory or now.directory
     else:  # only what can be verified is written again, with a new checksum
         folder.check_key()
         folder.check_dtype(before.model.dtype)
@@ -354,10 +354,20 @@ def _begin(
         now.stages = {name: entry for name, entry in stages.items() if name in untouched}
         if "probes" in stages.keys() - untouched:  # the probes are trained again, so their settings are enough
             now.stages["probes"] = StageEntry(results=stages["probes"].results)
-    now.study = continued_study(before, study, now.directory)
+    now.directory = first_directory(before, now)
+    now.study, now.places = continued_study(before, study, now.directory), new_places(before, study)
+    now.places = {name: place for name, place in now.places.items() if name not in MAY_CHANGE}  # the study has those
     later = {name: entry for name, entry in before.stages.items() if name not in stages}
     now.stages |= later  # until _forget_later_stages has removed what they wrote
     return now, False
+
+
+def _keep_places(folder: RunFolder, before: Manifest, study: StudyConfig) -> None:
+    """Writes down where the files of a finished run lie now, for its later stages."""
+    places = new_places(before, study)
+    if places != before.places:
+        before.places = places
+        folder.write_manifest(before)
 
 
 def default_out(study: StudyConfig) -> Path:

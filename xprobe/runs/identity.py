@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,9 @@ def study_to_load(manifest: Manifest, folder: Path) -> StudyConfig:
     if entry.kind not in ("folder", "gguf") or study.model == DEFAULT_MODEL or Path(study.model).exists():
         return study
     if not Path(entry.location).exists():
+        resume = shlex.join(["xprobe", "run", "MODEL", "--out", str(folder), "--resume"])
         places = " or ".join(dict.fromkeys((study.model, entry.location)))
-        raise UsageError(f"no model lies at {places}, where the run in {folder} had it: name the MODEL")
+        raise UsageError(f"no model lies at {places}, where the run in {folder} had it: `{resume}` tells it where")
     return replace(study, model=entry.location)
 
 

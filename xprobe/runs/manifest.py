@@ -141,6 +141,7 @@ class Manifest:
     status: str = "running"  # or "done"
     created: str = ""
     directory: str = ""  # working directory in which the run began: relative paths in ``study`` start there
+    places: dict[str, str] = field(default_factory=dict)  # name in ``study`` -> where its file lay at the last resume
     study: StudyConfig = field(default_factory=StudyConfig)
     model: ModelEntry = field(default_factory=ModelEntry)
     data: DataEntry = field(default_factory=DataEntry)

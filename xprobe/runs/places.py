@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,50 @@ def continued_study(before: Manifest, study: StudyConfig, directory: str) -> Stu
     return replace(study, **names, template=before.study.template, lens=before.study.lens)
 
 
+def first_directory(before: Manifest, now: Manifest) -> str:
+    """The working directory in which a run began: this one if its manifest names none that is there."""
+    known = before.directory
+    return known if isinstance(known, str) and os.path.isabs(known) and os.path.isdir(known) else now.directory
+
+
+def new_places(before: Manifest, study: StudyConfig) -> dict[str, str]:
+    """Where the files of a run lie, if ``study`` names them otherwise than the run does; what was known stays."""
+    named = {name: find(getattr(study, name), Path()) for name, find in _FIND.items()}
+    moved = {name: place for name, place in named.items() if getattr(study, name) != getattr(before.study, name)}
+    return {**before.places, **{name: place for name, place in moved.items() if _lies_there(name, place)}}
+
+
 def study_here(manifest: Manifest) -> StudyConfig:
     """The study of a run, with paths that lead from this working directory to the files that the run read.
 
-    A path that leads to something here stays: what it leads to is compared with the run's checksums.
+    A name that leads to something here stays; then the directory counts in which the run began, and then the place
+    that the last resume named. What a path leads to is compared with the run's checksums.
     """
-    study = manifest.study
-    if not manifest.directory:  # a run of an earlier version, which did not keep it
-        return study
-    here, there = Path(), Path(manifest.directory)
-    find = {"model": in_folder, "data": in_folder, "template": in_folder, "lens": lens_in_folder}
-    names = {name: getattr(study, name) for name in find}
-    lost = {name: value for name, value in names.items() if find[name](value, here) == value}
-    return replace(study, **{name: find[name](value, there) for name, value in lost.items()})
+    study, found = manifest.study, {}
+    for name, find in _FIND.items():
+        value = getattr(study, name)
+        if _lies_there(name, value):
+            continue
+        found[name] = find(value, Path(manifest.directory)) if manifest.directory else value
+        if not _lies_there(name, found[name]):
+            found[name] = manifest.places.get(name, found[name])
+    return replace(study, **found)
+
+
+def _lies_there(name: str, value: Any) -> bool:
+    """Whether an entry of a study names the path of something that exists."""
+    if not isinstance(value, str) or value in _NO_PATHS:
+        return False
+    if name == "lens":
+        place = value.partition(":")[2]
+    else:
+        place = value.removeprefix(_HUB).partition(",")[0] if value.startswith(_HUB) else value
+    try:
+        return bool(place) and Path(place).exists()
+    except (OSError, ValueError):
+        return False
+
+
+_FIND: dict[str, Callable[[Any, Path], Any]] = {
+    "model": in_folder, "data": in_folder, "template": in_folder, "lens": lens_in_folder,
+}  # fmt: skip

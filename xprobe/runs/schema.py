@@ -236,8 +236,8 @@ _IDENTITY: dict[str, Rule] = {
     "template_sha256": TEXT,
 }
 _EXTRAS: dict[str, Rule] = {
-    "created": TEXT, "directory": TEXT, "lens_sha256": TEXT, "selection": Entries({}), "prompt": Entries({}),
-    "total_seconds": SECONDS,
+    "created": TEXT, "directory": TEXT, "places": Every(TEXT), "lens_sha256": TEXT,
+    "selection": Entries({}), "prompt": Entries({}), "total_seconds": SECONDS,
 }  # fmt: skip
 _REWRITTEN = ("states", "phases")  # stages whose entries are written again when a run goes on
 _NEEDED = ("seed", "bootstrap", "permutations", "settings", "store_rows")

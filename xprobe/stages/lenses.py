@@ -7,8 +7,9 @@ top tokens, latent language -> lenses.parquet
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from xprobe.qa.prompts import Prompt, build_prompts
 from xprobe.runs.identity import checksum_of, run_key
 from xprobe.runs.lines import KeptLines
 from xprobe.runs.manifest import ExecutionEntry
-from xprobe.runs.places import study_here
+from xprobe.runs.places import lens_in_folder, study_here
 from xprobe.scoring.scripts import SCRIPTS, token_script
 from xprobe.stages.opening import AskedModel, ExampleKey, first_questions, key_of, key_of_line, open_prompts
 from xprobe.stages.requests import ANSWER, strategy_sample, study_request
@@ -88,7 +89,7 @@ def compute(run: Run, settings: LensesSettings, open_model: Callable[[], AskedMo
     watch, study = Stopwatch(), run.manifest.study
     wanted = first_questions(run, settings.limit)
     before = run.manifest.stages.get(NAME)
-    lenses = _open_lenses(run, _with_earlier(run, settings))
+    lenses = _open_lenses(run, settings)
     if any(set(wanted) - lens.have for lens in lenses):
         executions = [_compute_missing(run, open_model(), lenses, wanted, watch)]
     else:
@@ -112,6 +113,7 @@ def compute(run: Run, settings: LensesSettings, open_model: Callable[[], AskedMo
     results = {
         "own": study.lens,
         "lenses": {lens.name: lens.sha256 for lens in lenses},
+        "places": {lens.name: lens.place for lens in lenses},
         "limit": settings.limit,
         "definition": DEFINITION,
         "depth_layers": {str(depth): layer for depth, layer in depth_layers(run.manifest.model.n_blocks).items()},
@@ -129,40 +131,46 @@ def kept_readings(run: Run, name: str, sha256: str) -> KeptLines:
     return KeptLines(run.folder.path / LINES, key, key_of_line)
 
 
-def _with_earlier(run: Run, settings: LensesSettings) -> LensesSettings:
-    """The settings with the lenses that read this run before, if their files are still the same."""
-    before = run.manifest.stages.get(NAME)
-    kept = []
-    for name, digest in before.results["lenses"].items() if before is not None else ():
-        if name == run.manifest.study.lens or name in settings.lenses:
+def _places(run: Run, settings: LensesSettings) -> dict[str, str]:
+    """Name of each lens -> the same for this working directory: own, those that read this run before, those asked for.
+
+    One that read before stays if its file is still the same.
+    """
+    own, before = run.manifest.study.lens, run.manifest.stages.get(NAME)
+    asked = {name: lens_in_folder(name, Path()) for name in settings.lenses if name != own}
+    found = {own: study_here(run.manifest).lens}
+    results = before.results if before is not None else {}
+    for name, digest in results.get("lenses", {}).items():
+        if name == own:
             continue
+        place = asked.get(name) or results.get("places", {}).get(name, name)
         try:
-            same = lens_checksum(name) == digest
+            same = lens_checksum(place) == digest
         except XprobeError:
             same = False
-        if same:
-            kept.append(name)
-        else:
-            run.notify(Note(f"the lens {name} read this run before and is left out: its file is gone or was changed"))
-    return replace(settings, lenses=(*kept, *settings.lenses))
+        if same and name not in asked:
+            found[name] = place
+        elif not same:
+            why = "another file has its name now" if name in asked else "its file is gone or was changed"
+            run.notify(Note(f"the lens {name} read this run before and is left out: {why}"))
+    return found | asked
 
 
 def _open_lenses(run: Run, settings: LensesSettings) -> list[_Lens]:
     own = run.manifest.study.lens
-    lenses: list[_Lens] = []
-    for name in settings.with_own(own):
-        place = study_here(run.manifest).lens if name == own else name
+    lenses: dict[str, _Lens] = {}  # by what their lines depend on
+    for name, place in _places(run, settings).items():
         digest = lens_checksum(place)
         if name == own and digest != run.manifest.lens_sha256:
             raise UsageError(
                 f"the file of the run's own lens {own!r} has other bytes than it had when the run was made"
             )
         kept = kept_readings(run, name, digest)
-        same = next((lens for lens in lenses if lens.kept.key == kept.key), None)
-        if same is not None:
+        same = lenses.get(kept.key)
+        if same is not None and name in settings.lenses and same.name in (own, *settings.lenses):
             raise UsageError(f"{name!r} and {same.name!r} are the same lens: leave out one")
-        lenses.append(_Lens(name, place, digest, kept, set(kept.read())))
-    return lenses
+        lenses[kept.key] = _Lens(name, place, digest, kept, set(kept.read()))  # it has the name that was given last
+    return list(lenses.values())
 
 
 def _compute_missing(

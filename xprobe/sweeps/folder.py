@@ -127,7 +127,9 @@ class SweepFolder:
         """
         if cls.holds_sweep(path):
             return
-        if what_is(path) not in (None, "a folder") or (path.is_dir() and set(entries(path)) - {LOCK}):
+        if what_is(path) not in (None, "a folder") or (
+            path.is_dir() and {entry.name for entry in entries(path)} - {LOCK}
+        ):
             raise UsageError(f"{path} holds something else than a sweep: choose another folder (--out)")
 
     @classmethod

@@ -43,6 +43,7 @@ FULL = Manifest(
     status="done",
     created="2026-11-26T12:00:00+00:00",
     directory="/home/user",
+    places={"template": "/home/user/wording.toml"},
     study=StudyConfig(seed=3, languages=("en", "de"), settings=("x-x",)),
     model=ModelEntry(
         "m", "hub", "/m", "f" * 64, "tensors", "llama", 6, 48, 260, "bfloat16", 512, {"head": "lm_head"}, "e" * 64,

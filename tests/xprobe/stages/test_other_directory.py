@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,50 @@ def test_a_run_is_resumed_whose_names_stay(elsewhere: Path, capsys: pytest.Captu
     assert Path(after.study.model).is_absolute()
     assert Path(after.study.data).is_absolute()
     assert after.directory == before.directory == str(elsewhere.parent)
+    xprobe.evaluate(elsewhere, AnswerSettings(max_new_tokens=2))
+
+
+def test_a_lens_that_read_before_stays_from_any_directory(here: Path, elsewhere: Path) -> None:
+    maps = torch.load(here / "maps" / "lens.pt")
+    torch.save({**maps, "J": {block: 2 * one for block, one in maps["J"].items()}}, here / "maps" / "two.pt")
+    torch.save(
+        {**maps, "J": {block: 3 * one for block, one in maps["J"].items()}}, elsewhere.parent.parent / "three.pt"
+    )
+    with pytest.MonkeyPatch.context() as moved:
+        moved.chdir(here)
+        xprobe.read_lenses("run", LensesSettings(("jacobian:maps/two.pt",)))
+    study = xprobe.read_lenses(elsewhere, LensesSettings(("jacobian:../three.pt",)))
+    own = "jacobian:maps/lens.pt"
+    assert list(dict.fromkeys(study.lenses["lens"])) == [own, "jacobian:maps/two.pt", "jacobian:../three.pt"]
+    again = xprobe.read_lenses(elsewhere, LensesSettings((f"jacobian:{here / 'maps' / 'two.pt'}",)))  # under this name
+    assert set(again.lenses["lens"]) == {own, f"jacobian:{here / 'maps' / 'two.pt'}", "jacobian:../three.pt"}
+    with pytest.raises(UsageError, match="are the same lens: leave out one"):
+        xprobe.read_lenses(elsewhere, LensesSettings((f"jacobian:{here / 'maps' / 'lens.pt'}",)))
+
+
+def test_a_finished_run_learns_where_its_files_lie_now(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, settings = elsewhere.parent, AnswerSettings(max_new_tokens=2)
+    for name in ("model", "questions", "wording.toml", "maps"):
+        (old / name).rename(old / f"new-{name}")
+    with pytest.raises(
+        UsageError, match=r"no model lies at .*: `xprobe run MODEL --out .*run --resume` tells it where"
+    ):
+        xprobe.evaluate(elsewhere, settings)
+    places = [str(old / "new-model"), "--data", str(old / "new-questions"), "--template", str(old / "new-wording.toml")]
+    lens = f"jacobian:{old / 'new-maps' / 'lens.pt'}"
+    before = {file.name: file.read_bytes() for file in elsewhere.glob("*.parquet")}
+    assert main(["run", *places, "--lens", lens, "--out", str(elsewhere), "--resume"]) == 0
+    assert {file.name: file.read_bytes() for file in elsewhere.glob("*.parquet")} == before
+    assert len(xprobe.evaluate(elsewhere, settings).answers) == 8
+    assert set(xprobe.read_lenses(elsewhere, LensesSettings(("logit",))).lenses["lens"]) == {NAMED["lens"], "logit"}
+
+
+def test_a_run_whose_manifest_was_edited_keeps_its_directory(elsewhere: Path) -> None:
+    manifest = elsewhere / "manifest.json"
+    manifest.write_text(re.sub(r'"total_seconds": [\d.]+', '"total_seconds": 7.0', manifest.read_text()))
+    sorted((elsewhere / "shards").iterdir())[-1].unlink()
+    assert main(["run", "--out", str(elsewhere), "--resume"]) == 0
+    assert RunFolder.open(elsewhere).read_run().directory == str(elsewhere.parent)
     xprobe.evaluate(elsewhere, AnswerSettings(max_new_tokens=2))
 
 
