@@ -3,8 +3,9 @@
     python benchmarks/large_sweep.py                      # the tables of docs/large-sweeps.md
     python benchmarks/large_sweep.py --price 2.5          # another price of a GPU hour
 
-Rates: ``results/h200-2026-11-27``; tokens: ``results/xquad-counts-2026-11-27.json``. Two models were measured there, of
-0.1 and 7 billion parameters in their blocks. All else is calculated: nothing here was run at this scale.
+Rates: states ``results/h200-2026-11-27`` (two models, of 0.1 and 7 billion parameters in their blocks); answers
+``results/h200-2026-11-27-a7b381a`` (the first of them); tokens ``results/xquad-counts-2026-11-27.json``. All else is
+calculated: nothing here was run at this scale.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ def read_work() -> Work:
 
 
 def read_rates() -> Rates:
-    """The rates of the runs with 4096 tokens in a pass."""
+    """The rates of the runs with 4096 tokens in a pass; of generation, those of the newer measurement."""
     runs = json.loads((RESULTS / "h200-2026-11-27" / "run.json").read_text())["runs"]
     whole = {run["name"]: run["rates"][0]["all"] for run in runs}
     small, large = whole["demo"], whole["llama-3-8b"]
-    stages = json.loads((RESULTS / "h200-2026-11-27" / "stages-demo.json").read_text())
+    stages = json.loads((RESULTS / "h200-2026-11-27-a7b381a" / "stages-demo.json").read_text())
     return Rates(
         small["tokens_run"] / small["seconds_extrapolated"],
         large["operations"] / large["seconds_extrapolated"],
@@ -97,8 +98,9 @@ def states_seconds(shape: Shape, work: Work, rates: Rates) -> float:
 
 
 def answers_seconds(shape: Shape, work: Work, rates: Rates) -> float:
-    """Generation: the demo model's, times the blocks. It is bound by launches there."""
-    return work.examples / rates.answers * max(1.0, shape.blocks / rates.blocks_of_answers)
+    """The prompts again, by operations; then new tokens: the demo model's time, bound by launches, times the blocks."""
+    prompts = 2 * shape.parameters * work.tokens_run / rates.operations_of_large
+    return prompts + work.examples / rates.answers * max(1.0, shape.blocks / rates.blocks_of_answers)
 
 
 def disk(shape: Shape, work: Work, *, rows: bool) -> float:
@@ -130,9 +132,9 @@ def tables(price: float) -> str:
             total[rows] += shape.models * sizes[rows]
     lines += [
         "",
-        f"| all {sum(shape.models for shape in MIX)} models | GPU hours | cost at {price:g} per GPU hour |",
+        f"| all {sum(shape.models for shape in MIX)} models | GPU hours | cost at ${price:g} per GPU hour |",
         "| --- | --- | --- |",
-        *(f"| {stage} | {one:.1f} | {price * one:.0f} |" for stage, one in hours.items()),
+        *(f"| {stage} | {one:.1f} | ${price * one:.0f} |" for stage, one in hours.items()),
         "",
         f"{work.examples:,} examples a model, {work.tokens_run / 1e6:.2f} million tokens that are run, "
         f"{work.positions / 1e6:.2f} million answer positions. Disk of all runs: {total[True] / 1e12:.2f} TB, "
@@ -142,7 +144,7 @@ def tables(price: float) -> str:
 
 
 @click.command()
-@click.option("--price", default=3.0, show_default=True, help="Of one GPU hour, in any currency. An assumption.")
+@click.option("--price", default=3.0, show_default=True, help="US dollars for one GPU hour. An assumption.")
 def main(price: float) -> None:
     """Prints the tables."""
     click.echo(tables(price))

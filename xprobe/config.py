@@ -194,7 +194,7 @@ class Execution:
     tensor_parallel : bool
         Share every layer among the processes that torchrun started.
     batch_tokens : int, optional
-        Most tokens in one forward pass. None: 4096, on a CUDA device 16384.
+        Maximum number of tokens in one forward pass. None: 4096, on a CUDA device 16384.
     backend : str
         Lens backend: ``auto``, or one that ``xprobe doctor`` lists.
     stream : bool
@@ -233,7 +233,7 @@ class Execution:
         self._check_devices()
 
     def tokens_on(self, device: str) -> int:
-        """Most tokens in one forward pass on this torch device.
+        """Maximum number of tokens in one forward pass on this torch device.
 
         Examples
         --------

@@ -1,4 +1,4 @@
-"""Stages that a finished run is given later: answers, the words that they hang on, relevance, patches, lenses."""
+"""Stages that a finished run is given later: answers, the words that they depend on, relevance, patches, lenses."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def oracle(
     progress: Notify | None = None,
     **options: Any,
 ) -> Study:
-    """Finds, for every answer of a finished run, the words of the context that it hangs on (oracle definition 1).
+    """Finds, for every answer of a finished run, the words of the context that it depends on (oracle definition 1).
 
     Words are removed from the context, one span after the other, and the log-probability of the answer is measured
     again. The span whose removal costs most is the evidence; its F1 with the gold answer says whether the model found

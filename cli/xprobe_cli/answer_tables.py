@@ -26,7 +26,7 @@ def _setting(study: Study, setting: str, summary: dict[str, Any]) -> str:
         f"{results['normaliser']} · correct from F1 {results['threshold']:g}",
         "",
     ]
-    heads = ["language", f"{'F1':<20}", f"{'exact match':<20}", f"{'F1 of en-en':<20}", "correct", *ERRORS]
+    heads = ["language", f"{'F1':<20}", f"{'exact match':<20}", f"{'F1 / en-en':<20}", "correct", *ERRORS]
     header = "  ".join(heads)
     lines += [header, "─" * len(header)]
     for name, row in [*summary["languages"].items(), ("all", summary)]:

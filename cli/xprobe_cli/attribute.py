@@ -27,7 +27,7 @@ def _help() -> str:
         "\b",
         *(f"{name:<{width}}  {description}" for name, description in RULES.items()),
         "",
-        "Of what (--of):",
+        "Quantities (--of):",
         "",
         "\b",
         *(f"{name:<{width}}  {description}" for name, description in ATTRIBUTED.items()),
@@ -41,7 +41,7 @@ def _help() -> str:
     type=click.Choice(list(RULES)),
     default=RelevanceSettings.rule,
     show_default=True,
-    help="How relevance passes what is not linear.",
+    help="Rule for nonlinear parts in the backward pass.",
 )
 @click.option(
     "--of",
@@ -49,12 +49,13 @@ def _help() -> str:
     type=click.Choice(list(ATTRIBUTED)),
     default=RelevanceSettings.attributed,
     show_default=True,
-    help="What the relevance is of.",
+    help="Quantity that the relevance explains.",
 )
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    help="Most questions, spread over the paragraphs; each in all languages and settings of the run. [default: all]",
+    help="Maximum number of questions, spread over the paragraphs; each in all languages and settings of the run. "
+    "[default: all]",
 )
 @click.option(
     "--show",

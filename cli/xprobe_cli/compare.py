@@ -1,4 +1,4 @@
-"""`xprobe compare`: several runs side by side."""
+"""`xprobe compare`: compares several runs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), metavar="PAGE.html", help="Also write a page.")
 @common
 def command(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Put finished runs on the same questions side by side.
+    """Compare finished runs on the same questions.
 
-    The table shows the figures of each model, and how they correlate with F1 over the models. Runs on other questions,
+    The table shows the metrics of each model, and how they correlate with F1 over the models. Runs on other questions,
     languages or templates are refused.
 
     RUN may be the folder of one sweep (`xprobe sweep`). Then all its runs are compared, the claims of the paper are
@@ -72,12 +72,12 @@ def comparison_report(comparison: Comparison, out: Path | None = None) -> str:
         )
         own = comparison.correlations[comparison.correlations["setting"] == setting]
         if own["value"].isna().all():
-            lines += ["", "no correlations: fewer than three models with answers (xprobe evaluate), or equal figures"]
+            lines += ["", "no correlations: fewer than three models with answers (xprobe evaluate), or equal values"]
         else:
             own = own[own["value"].notna()]
             lines += ["", "correlations over models (95 % over models and paragraphs, from six models on)", ""]
             lines += wrapped_table(
-                ["performance", "figure", "method", "correlation", "models"],
+                ["performance", "metric", "method", "correlation", "models"],
                 [
                     [row["performance"], row["figure"], row["method"], interval(row, "value", ("lo", "hi")),
                      str(row["models"])]

@@ -37,7 +37,7 @@ def _help() -> str:
     type=click.Choice(list(NORMALISERS)),
     default=AnswerSettings.normaliser,
     show_default=True,
-    help="How answers are written before they are compared.",
+    help="Normaliser that is applied before texts are compared.",
 )
 @click.option(
     "--threshold",
@@ -49,7 +49,8 @@ def _help() -> str:
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
-    help="Most tokens of an answer. [default: as many as the longest gold answer in that language, but 32 to 128]",
+    help="Maximum number of tokens of an answer. [default: that of the longest gold answer in that language, but at "
+    "least 32 and at most 128]",
 )
 @with_model
 @track_option

@@ -47,9 +47,13 @@ def _help() -> str:
     show_default=True,
     help="What the maps lead to: the output of the last block, or of the one before it.",
 )
-@click.option("--texts", type=click.IntRange(min=2), help="Most texts. [default: all]")
+@click.option("--texts", type=click.IntRange(min=2), help="Maximum number of texts. [default: all]")
 @click.option(
-    "--tokens", type=click.IntRange(min=2), default=FitSettings.tokens, show_default=True, help="Most tokens of a text."
+    "--tokens",
+    type=click.IntRange(min=2),
+    default=FitSettings.tokens,
+    show_default=True,
+    help="Maximum number of tokens of a text.",
 )
 @loads_model
 @common

@@ -34,11 +34,11 @@ def _help() -> str:
 @click.argument("model")
 @click.argument("prompt")
 @click.option("--answer", help='A continuation to follow, for example " Paris", with the space before the word.')
-@click.option("--lens", default="logit", show_default=True, metavar="KIND[:PLACE]", help="Which lens reads.")
+@click.option("--lens", default="logit", show_default=True, metavar="KIND[:PLACE]", help="Lens to apply.")
 @click.option(
     "--positions", type=click.Choice(POSITIONS), default="last", show_default=True, help="Which tokens are read."
 )
-@click.option("--top", type=click.IntRange(1, 32), default=5, show_default=True, help="Tokens of each layer.")
+@click.option("--top", type=click.IntRange(1, 32), default=5, show_default=True, help="Number of top tokens per layer.")
 @click.option(
     "--save",
     type=click.Path(path_type=Path),

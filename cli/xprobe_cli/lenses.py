@@ -37,7 +37,8 @@ def _help() -> str:
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    help="Most questions, spread over the paragraphs; each in all languages and settings of the run. [default: all]",
+    help="Maximum number of questions, spread over the paragraphs; each in all languages and settings of the run. "
+    "[default: all]",
 )
 @click.option(
     "--figure",

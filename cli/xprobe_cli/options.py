@@ -52,7 +52,7 @@ class Folder(click.Path):
 track_option = click.option(
     "--track",
     metavar="trackio|wandb[:PROJECT]",
-    help="Log stages, rates and figures to an experiment tracker (docs/report.md). A tracker that fails stops nothing.",
+    help="Log stages, rates and results to an experiment tracker (docs/report.md). A tracker that fails stops nothing.",
 )
 
 
@@ -100,7 +100,9 @@ def _with_model(command: Callable[..., Any], about_stream: str) -> Callable[...,
     for option in reversed([
         click.option("--device", help="A torch device: cpu, cuda, cuda:1, ... [default: that of the run]"),
         click.option(
-            "--batch-tokens", type=click.IntRange(min=1), help="Most tokens in one pass. [default: that of the run]"
+            "--batch-tokens",
+            type=click.IntRange(min=1),
+            help="Maximum number of tokens in one pass. [default: that of the run]",
         ),
         click.option("--stream/--no-stream", default=None, help=about_stream),
         click.option("--trust-remote-code", is_flag=True, help="Let the model run its own Python code."),

@@ -1,4 +1,4 @@
-"""`xprobe oracle`: find the words of the context that the answers of a run hang on."""
+"""`xprobe oracle`: find the words of the context that the answers of a run depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _help() -> str:
     """The text of `xprobe oracle --help`, with one line for each kind of removal."""
     width = max(map(len, REMOVALS))
     return "\n".join([
-        "Find the words of the context that each answer of the run folder RUN hangs on.",
+        "Find the words of the context that each answer of the run folder RUN depends on.",
         "",
         "Words are removed from the context, one span after another, and the log-probability of the answer is",
         "measured again. The span whose removal costs most is the evidence. Its F1 with the gold answer says whether",
@@ -37,7 +37,8 @@ def _help() -> str:
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    help="Most questions, spread over the paragraphs; each in all languages and settings of the run. [default: all]",
+    help="Maximum number of questions, spread over the paragraphs; each in all languages and settings of the run. "
+    "[default: all]",
 )
 @click.option(
     "--removal",
@@ -54,7 +55,7 @@ def _help() -> str:
     type=click.Choice(list(NORMALISERS)),
     default=OracleSettings.normaliser,
     show_default=True,
-    help="How evidence and gold answers are written before they are compared.",
+    help="Normaliser that is applied before texts are compared.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what the command would take, and stop.")
 @with_model

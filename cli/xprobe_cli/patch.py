@@ -37,7 +37,7 @@ def _help() -> str:
 @click.option(
     "--pairs",
     type=click.IntRange(min=1),
-    help="Most pairs in one language, per paragraph and language. [default: each question once]",
+    help="Maximum number of pairs in one language, per paragraph and language. [default: each question once]",
 )
 @click.option(
     "--cross",
@@ -56,7 +56,8 @@ def _help() -> str:
 @click.option(
     "--limit",
     type=click.IntRange(min=2),
-    help="Most questions, spread over the paragraphs; each in all languages and settings of the run. [default: all]",
+    help="Maximum number of questions, spread over the paragraphs; each in all languages and settings of the run. "
+    "[default: all]",
 )
 @click.option(
     "--figure",

@@ -49,14 +49,14 @@ def _help() -> str:
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Most principal components that a probe gets.",
+    help="Maximum number of principal components of a probe.",
 )
 @click.option(
     "--alpha",
     type=click.FloatRange(min=0, min_open=True),
     default=0.1,
     show_default=True,
-    help="Ridge penalty of the alignment probe, per training sample.",
+    help="Ridge penalty of the alignment probe, per training sample (not Krippendorff's alpha).",
 )
 @click.option(
     "--c",

@@ -68,7 +68,7 @@ from xprobe_cli.tables import counted
     "--paragraphs",
     type=click.IntRange(min=1),
     metavar="P",
-    help="Use P paragraphs. Replaces --limit (docs/data.md).",
+    help="Use at most P paragraphs. Replaces --limit (docs/data.md).",
 )
 @click.option(
     "--questions-per-paragraph",
@@ -107,7 +107,8 @@ from xprobe_cli.tables import counted
     default="logit",
     show_default=True,
     metavar="KIND[:PLACE]",
-    help="What reads the states: logit, tuned:FOLDER, jacobian:FILE or regression:FILE (docs/lenses.md).",
+    help="Lens that is applied to the hidden states: logit, tuned:FOLDER, jacobian:FILE or regression:FILE "
+    "(docs/lenses.md).",
 )
 @click.option(
     "--dtype",
@@ -133,7 +134,8 @@ from xprobe_cli.tables import counted
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
-    help="Most tokens in one forward pass. Choose less if memory runs out. [default: 4096, on a GPU 16384]",
+    help="Maximum number of tokens in one forward pass. Choose less if memory runs out. [default: 4096, on a "
+    "GPU 16384]",
 )
 @click.option("--backend", default="auto", show_default=True, help="Lens backend; `xprobe doctor` lists them.")
 @click.option(
@@ -155,7 +157,7 @@ from xprobe_cli.tables import counted
     "store_rows",
     default=True,
     show_default=True,
-    help="Keep hidden rows in the shards. Encoding and probes need them.",
+    help="Store the hidden states in the run folder. Encoding and probes need them.",
 )
 @click.option(
     "--stream/--no-stream",

@@ -10,7 +10,7 @@ from xprobe.errors import UsageError
 LOGIT = "logit"
 # kind -> what stands between a state and the model's own norm and head
 LENSES: dict[str, str] = {
-    LOGIT: "nothing: the model's own norm and head",
+    LOGIT: "the model's own norm and head, no map before them",
     "tuned": "affine maps trained to predict the last layer's distribution (Belrose et al. 2023)",
     "jacobian": "the mean derivative of the last layer's state by this one (Gurnee et al. 2026)",
     "regression": "least squares from this layer's state to the last one (Din et al. 2023)",

@@ -9,7 +9,7 @@ TABLES: dict[str, str] = {
     "probes": "one row per setting, probe, state and layer",
     "answers": "one row per generated answer",
     "answers_by_layer": "signals of the gold answer by layer, for examples answered right and wrong",
-    "oracle": "one row per search for the words of the context that an answer hangs on",
+    "oracle": "one row per search for the words of the context that an answer depends on",
     "relevance": "one row per example and group of tokens",
     "relevance_by_layer": "mean share of the relevance by layer",
     "patching": "one row per pair of questions, kind of patch and layer",
@@ -75,7 +75,7 @@ _TABLE: dict[str, dict[str, str]] = {
     "answers_by_layer": {"outcome": "correct or wrong", "signal": "of the gold answer"},
     "oracle": {
         "target": "own: the model's answer; gold: the gold answer", "question": "whether the prompt held the question",
-        "evidence": "words of the context that the answer hangs on", "start": "first character of the evidence",
+        "evidence": "words of the context that the answer depends on", "start": "first character of the evidence",
         "stop": "character after the evidence", "words": "words of the evidence",
         "drop": "fall of the answer's log-probability without the evidence, in nats",
         "log_probability": "of the answer with the whole context, in nats",

@@ -83,7 +83,7 @@ def correlations_table(comparison: Comparison, setting: str) -> Table:
         ]
         for row in own.to_dict("records") if not missing(row["value"])
     ]  # fmt: skip
-    heads = ["performance", "figure", "method", "correlation", "models"]
+    heads = ["performance", "metric", "method", "correlation", "models"]
     return Table("Correlations", heads, rows, [False, False, False, True, True])
 
 

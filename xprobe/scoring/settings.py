@@ -9,7 +9,7 @@ from xprobe.errors import UsageError
 
 # normaliser -> what it does; xprobe.scoring.normalisers defines each
 NORMALISERS: dict[str, str] = {
-    "xprobe": "Unicode punctuation, articles by language, words by a segmenter where there are no blanks",
+    "xprobe": "Unicode punctuation, articles by language, words by a segmenter where there is no whitespace",
     "mlqa": "the MLQA evaluation: its seven languages only",
     "squad": "the SQuAD v1.1 evaluation: English articles, no segmentation",
 }

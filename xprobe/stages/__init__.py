@@ -12,7 +12,7 @@ STAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "phases": (("states",), "signals, retrieval onsets, stability: layers.parquet, examples.parquet"),
     "probes": (("states", "phases"), "probes on hidden states: probes.parquet"),
     "answers": (("states", "phases"), "generated answers, F1, error types: answers.jsonl, answers.parquet"),
-    "oracle": (("states", "answers"), "the words that an answer hangs on: oracle.jsonl, oracle.parquet"),
+    "oracle": (("states", "answers"), "the words that an answer depends on: oracle.jsonl, oracle.parquet"),
     "relevance": (("states", "phases"), "relevance of tokens by layer: relevance.jsonl, relevance.parquet"),
     "patching": (("states", "phases"), "patched states, causal boundaries: patching.jsonl, patching.parquet"),
     "lenses": (("states", "phases"), "phases under several lenses: lenses.jsonl, lenses.parquet"),
