@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 
 from xprobe.errors import UsageError, XprobeError
-from xprobe.report.columns import describe_column, describe_table
+from xprobe.report.columns import TABLES, describe_column, describe_table
 from xprobe.report.places import without_folders
 
 if TYPE_CHECKING:
     import pandas as pd
+    from huggingface_hub import HfApi
 
     from xprobe.results import Study
 
-CARD = "README.md"
+CARD, TAG = "README.md", "xprobe"
 _NAMES_OF_FILES = ("lens",)  # columns that may hold the path of a file of this machine
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 _FIGURES = ("alpha", "boundary", "relative_boundary", "spread")
@@ -107,7 +108,8 @@ def upload(
 ) -> str:
     """Uploads a run to a data set repository of the Hugging Face Hub, which is made if it is not there.
 
-    Tables of an earlier upload that this run lacks are removed; other files of the repository stay.
+    Tables of an earlier upload that this run lacks are removed; other files of the repository stay. A repository that
+    holds files, but no card of xprobe, is refused.
 
     Parameters
     ----------
@@ -131,7 +133,7 @@ def upload(
     Raises
     ------
     UsageError
-        You are not logged in, may not write there, or the name is none.
+        You are not logged in, may not write there, the name is none, or the repository holds something else.
     XprobeError
         The Hub cannot be reached, or refuses the upload.
 
@@ -145,11 +147,13 @@ def upload(
 
     from xprobe.report.export import export
 
-    with tempfile.TemporaryDirectory(prefix="xprobe-") as folder:
+    with tempfile.TemporaryDirectory(prefix="xprobe-") as place:
+        folder = Path(place) / "tables"
         export(study, folder, "hub", license=license)
         with _errors(repository):
             api = HfApi()
             made = api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
+            _check_repository(api, made.repo_id, revision, Path(place) / "there")
             if revision:
                 api.create_branch(made.repo_id, repo_type="dataset", branch=revision, exist_ok=True)
             commit = api.upload_folder(
@@ -158,9 +162,42 @@ def upload(
                 folder_path=folder,
                 revision=revision,
                 commit_message=message or "Tables of xprobe",
-                delete_patterns="*.parquet",
+                delete_patterns=[f"{name}.parquet" for name in TABLES],  # no signs of patterns: at the root alone
             )
     return str(commit.commit_url)
+
+
+def _check_repository(api: HfApi, name: str, revision: str | None, folder: Path) -> None:
+    """Refuses a repository with files that are not an upload of xprobe. ``folder`` takes its card."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        held = api.list_repo_files(name, repo_type="dataset", revision=revision)
+    except RevisionNotFoundError:  # a branch that will be made from the main one
+        held, revision = api.list_repo_files(name, repo_type="dataset"), None
+    if not set(held) - {".gitattributes"}:
+        return
+    if CARD in held:
+        card = api.hf_hub_download(name, CARD, repo_type="dataset", revision=revision, local_dir=folder)
+        if _is_ours(Path(card).read_text(encoding="utf-8", errors="replace")):
+            return
+    raise UsageError(
+        f"{name!r} is there and holds files, but no card of xprobe: an upload could replace what is not a run of "
+        "xprobe. Choose another name, which is made if it is not there"
+    )
+
+
+def _is_ours(card: str) -> bool:
+    """Whether the card of a repository has the tag of xprobe."""
+    import yaml  # type: ignore[import-untyped]  # huggingface_hub needs it
+
+    head = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---\s*(?:\n|$)", card, re.DOTALL)
+    try:
+        said = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        return False
+    tags = said.get("tags") if isinstance(said, dict) else None
+    return isinstance(tags, list) and TAG in tags
 
 
 @contextmanager
@@ -170,6 +207,8 @@ def _errors(repository: str) -> Iterator[None]:
 
     try:
         yield
+    except XprobeError:
+        raise
     except errors.HFValidationError as error:
         raise UsageError(f"{repository!r} is no name of a repository: write NAME or OWNER/NAME") from error
     except Exception as error:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from support.fake_hub import TOKEN, Hub, fake_hub
+from support.runs import raw_manifest, write_signed
 from xprobe_cli.main import main
 
 import xprobe
@@ -148,12 +149,46 @@ def test_a_run_is_uploaded_and_read_back(study: xprobe.Study, tmp_path: Path) ->
 
 
 def test_tables_that_the_run_lacks_are_removed_and_other_files_stay(study: xprobe.Study, tmp_path: Path) -> None:
+    manifest = raw_manifest(shutil.copytree(study.path, tmp_path / "run"))
+    del manifest["stages"]["patching"]
+    write_signed(tmp_path / "run", manifest)
+    fewer = xprobe.load_study(tmp_path / "run")
+    others = {"old.parquet": "x", "notes.txt": "mine", "data/train-00000.parquet": "x", "data/layers.parquet": "x"}
     with fake_hub() as hub:
-        repository = hub.add("ada/phases", {"old.parquet": "x", "notes.txt": "mine"})
-        upload(hub, study, tmp_path, ["--to-hub", "ada/phases", "--revision", "second"])
+        card = "---\ntags:\n- xprobe\n---\n"
+        repository = hub.add("ada/phases", {"README.md": card, "patching.parquet": "x", **others})
+        _, wrong = upload(hub, fewer, tmp_path, ["--to-hub", "ada/phases", "--revision", "second"])
         assert "POST /api/datasets/ada/phases/commit/second" in hub.requests
-    assert "notes.txt" in repository.commits[-1]
-    assert "old.parquet" not in repository.commits[-1]
+    assert wrong == ""
+    last = repository.commits[-1]
+    assert {name: last[name].decode() for name in others} == others
+    assert "patching.parquet" not in last
+    assert "layers.parquet" in last
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"data.parquet": "x"},
+        {"README.md": "# Mine, made with xprobe"},
+        {"README.md": "---\ntags:\n- boats\n---\n- xprobe\n", "layers.parquet": "x"},
+        {"README.md": "---\ntags: [\n---\n"},
+    ],
+)
+def test_a_repository_with_something_else_is_refused(
+    held: dict[str, bytes | str], study: xprobe.Study, tmp_path: Path
+) -> None:
+    with fake_hub() as hub:
+        repository = hub.add("ada/boats", held)
+        _, wrong = upload(
+            hub, study, tmp_path, ["--to-hub", "ada/boats"], ["--to-hub", "ada/boats", "--revision", "new"]
+        )
+    assert wrong.splitlines() == 2 * [
+        "xprobe: error: 'ada/boats' is there and holds files, but no card of xprobe: an upload could replace what is "
+        "not a run of xprobe. Choose another name, which is made if it is not there"
+    ]
+    assert len(repository.commits) == 1
+    assert repository.branches == {"main"}
 
 
 def test_what_cannot_be_uploaded_is_said_in_one_line(study: xprobe.Study, tmp_path: Path) -> None:
