@@ -228,19 +228,24 @@ def _difference(one: Any, other: Any) -> str:
     return f"{', '.join(one)} and {', '.join(other)}"
 
 
+# later stage -> settings that its metrics depend on
+_SETTINGS = {
+    "answers": ("max_new_tokens", "normaliser", "threshold"),
+    "oracle": ("removal", "spans", "without_question", "normaliser", "limit"),
+    "relevance": ("rule", "attributed", "limit"),
+    "patching": ("pairs", "cross", "controls", "limit"),
+}
+
+
 def _notes(named: dict[str, Study]) -> Iterator[str]:
     """What differs without being refused."""
     differing: dict[str, Callable[[Study], Any]] = {
         "lens": lambda study: study.lens,
         "chat template": lambda study: "used" if study.manifest.prompt["chat"] else "not used",
         "number of examples": lambda study: study.manifest.counts.examples,
-        "normaliser of F1": lambda study: (
-            study.manifest.stages["answers"].results["normaliser"] if "answers" in study.manifest.stages else None
-        ),
     }
-    differing |= {
-        f"limit of the stage {stage}": partial(_limit, stage) for stage in ("oracle", "relevance", "patching")
-    }
+    for stage, names in _SETTINGS.items():
+        differing |= {f"{name} of the stage {stage}": partial(_setting_of, stage, name) for name in names}
     for key, other in _same_models(named).items():
         if key != other:
             yield f"{key} and {other} are the same model: correlations count it once, as {other}"
@@ -256,10 +261,10 @@ def _same_models(named: dict[str, Study]) -> dict[str, str]:
     return {name: first.setdefault(study.manifest.model.files_sha256, name) for name, study in named.items()}
 
 
-def _limit(stage: str, study: Study) -> str | None:
-    """The limit of a later stage; None if the run lacks the stage."""
+def _setting_of(stage: str, name: str, study: Study) -> str | None:
+    """A setting of a later stage; None if the run lacks the stage."""
     entry = study.manifest.stages.get(stage)
-    return None if entry is None else str(entry.results["limit"])
+    return None if entry is None or name not in entry.results else str(entry.results[name])
 
 
 def _figures(result: SettingResult, place: dict[str, int], bootstrap: ClusterBootstrap) -> Iterator[tuple[str, Drawn]]:

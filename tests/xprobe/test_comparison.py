@@ -112,6 +112,25 @@ def test_intervals_of_unrelated_figures_hold_nothing() -> None:
     assert held >= 88
 
 
+def test_settings_that_make_values_incomparable_are_noted(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[1], tmp_path / "run")
+    xprobe.evaluate(tmp_path / "run", xprobe.AnswerSettings(max_new_tokens=2, threshold=0.25))
+    notes = xprobe.compare([runs[0], tmp_path / "run"]).notes
+    assert any(note.startswith("threshold of the stage answers differs: ") and "0.25" in note for note in notes)
+    assert not any(note.startswith("normaliser of the stage answers") for note in notes)
+
+
+def test_pages_and_notebooks_name_no_folder_of_the_disk(runs: list[Path]) -> None:
+    """A name that is given for a run may be a path, with blanks too."""
+    keys = ["/home/Ada Lovelace/models/tiny", "/home/Ada Lovelace/other/tiny", "plain"]
+    comparison = xprobe.compare(dict(zip(keys, runs, strict=True)))
+    comparison.to_html(runs[0].parent / "page.html")
+    for html in ((runs[0].parent / "page.html").read_text(), comparison._repr_html_()):
+        assert "Lovelace" not in html
+        assert "tiny #2" in html
+    assert set(comparison.table["model"]) == set(keys)
+
+
 def test_one_model_twice_is_noted(runs: list[Path]) -> None:
     comparison = xprobe.compare([*runs, runs[0]])
     assert "are the same model: correlations count it once" in " ".join(comparison.notes)

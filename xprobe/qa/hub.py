@@ -97,6 +97,11 @@ def read_hub(spec: str, choose: Callable[[list[str]], list[str]], revision: str 
                 )
     collected, problems = read_records(held, spec)
     kept = choose(list(collected))
+    if len(set(revisions) - {""}) > 1:
+        raise DataError(
+            f"the cache holds the configurations of {source.name.name!r} at several commits ({', '.join(revisions)}): "
+            "try again with a network, which reads all at one, or name revision="
+        )
     revision = source.revision if _HASH.fullmatch(source.revision) else revisions[0]
     return HubRecords({one: collected[one] for one in kept}, problems, tuple(parts), revision)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from xprobe.errors import UsageError
 from xprobe.qa.codes import CODE, is_code
@@ -47,7 +48,9 @@ class HubName:
         Traceback (most recent call last):
         xprobe.errors.UsageError: 'hf:google/xquad,branch=main': unknown part 'branch=main'; write hf:NAME[,config=...
         """
-        name, *parts = text.removeprefix(PREFIX).split(",")
+        name, *parts = re.split(",(?=[a-z]+=)", text.removeprefix(PREFIX))
+        if "," in name and not Path(name).is_dir():  # a folder may have a comma in its name
+            name, *parts = text.removeprefix(PREFIX).split(",")
         options: dict[str, str] = {}
         known = {one.name for one in fields(cls)} - {"name"}
         for part in parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ from xprobe.report.parts import (
     missing,
     records,
     short,
-    without_folders,
 )
+from xprobe.report.places import shown_name, shown_names, without_folders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,9 +39,10 @@ SCREEN = ("layers", "examples", "MRD gap", "exact match", "oracle F1")  # column
 
 def comparison_page(comparison: Comparison) -> str:
     """The page as HTML."""
+    comparison = shown(comparison)
     settings = list(dict.fromkeys(comparison.table["setting"]))
     parts = [_setting(comparison, setting) for setting in settings]
-    notes = [Cell(without_folders(note)) for note in comparison.notes]
+    notes = [Cell(note) for note in comparison.notes]
     runs = [[Cell(name, name), Cell(study.path.resolve().name)] for name, study in comparison.studies.items()]
     about = Group("run", "About these runs")
     about.sections.append(Section("run-facts", "Runs", "", (), [Table("Runs", ["model", "run folder"], runs)]))
@@ -48,7 +50,7 @@ def comparison_page(comparison: Comparison) -> str:
         rows = [[note] for note in notes]
         about.sections.append(Section("run-warnings", "Warnings", "", (), [Table("Warnings", ["warning"], rows)]))
     first = next(iter(comparison.studies.values())).manifest
-    data = without_folders(first.data.name)
+    data = shown_name(first.data.name)
     text = f"{data} · {first.counts.paragraphs} paragraphs · {first.counts.languages} languages"
     return render(f"{len(comparison.studies)} models side by side", text, [*parts, about], len(notes))
 
@@ -56,6 +58,25 @@ def comparison_page(comparison: Comparison) -> str:
 def write_comparison(comparison: Comparison, path: str | Path) -> Path:
     """Writes ``comparison_page`` into a file; errors as ``xprobe.report.page.write_page``."""
     return write_html(comparison_page(comparison), path)
+
+
+def shown(comparison: Comparison) -> Comparison:
+    """The comparison with names of runs as others see them: without folders."""
+    names = shown_names(comparison.studies)
+
+    def renamed(text: str) -> str:
+        for name in sorted(names, key=len, reverse=True):
+            text = text.replace(name, names[name]) if names[name] != name else text
+        return without_folders(text)
+
+    return replace(
+        comparison,
+        studies={names[name]: study for name, study in comparison.studies.items()},
+        table=comparison.table.replace({"model": names}),
+        languages=comparison.languages.replace({"model": names}),
+        notes=tuple(map(renamed, comparison.notes)),
+        pairs=tuple((names[base], names[tuned]) for base, tuned in comparison.pairs),
+    )
 
 
 def models_table(comparison: Comparison, setting: str) -> Table:

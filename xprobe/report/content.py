@@ -7,7 +7,8 @@ from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 from xprobe.report.later_stages import causes, evidence, lenses, performance, relevance
-from xprobe.report.parts import Cell, Group, Section, Table, counted, number, without_folders
+from xprobe.report.parts import Cell, Group, Section, Table, counted, number
+from xprobe.report.places import shown_name, without_folders
 from xprobe.report.reading import cards, languages, phases, probes, signals
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ def about(study: Study) -> str:
     manifest = study.manifest
     counts = manifest.counts
     return (
-        f"{manifest.data.name} · {counted(counts.examples, 'example')} in {counted(counts.languages, 'language')} on "
-        f"{counted(counts.paragraphs, 'paragraph')} · lens {study.lens}"
+        f"{shown_name(manifest.data.name)} · {counted(counts.examples, 'example')} in "
+        f"{counted(counts.languages, 'language')} on {counted(counts.paragraphs, 'paragraph')} · "
+        f"lens {shown_name(study.lens)}"
     )
 
 
@@ -44,10 +46,10 @@ def _about(study: Study) -> Group:
     environment = execution.environment
     sizes = [(counts.examples, "example"), (counts.languages, "language"), (counts.paragraphs, "paragraph")]
     facts = [
-        ("model", f"{model.name} ({model.type})"),
+        ("model", f"{shown_name(model.name)} ({model.type})"),
         ("size", f"{model.n_blocks} layers, width {model.width}, vocabulary {model.vocab_size}, {model.dtype}"),
-        ("lens", study.lens),
-        ("data", manifest.data.name),
+        ("lens", shown_name(study.lens)),
+        ("data", shown_name(manifest.data.name)),
         ("questions", ", ".join(starmap(counted, sizes))),
         ("parity", f"the lens at the last layer and the model differ by {number(states.results['parity_error'])} nats"),
         ("device", f"{execution.device}, {execution.strategy}"),
@@ -58,7 +60,7 @@ def _about(study: Study) -> Group:
         ("checksums", f"model {model.files_sha256[:16]}, data {manifest.data.files_sha256[:16]}"),
         ("run folder", study.path.resolve().name),
     ]  # fmt: skip
-    rows = [[Cell(name), Cell(without_folders(value))] for name, value in facts if value]
+    rows = [[Cell(name), Cell(value)] for name, value in facts if value]
     group = Group("run", "About this run")
     group.sections = [Section("run-facts", "Model, data, versions", "", [], [Table("Facts", ["fact", "value"], rows)])]
     if skipped := {**counts.skipped, **counts.bad_records}:

@@ -60,8 +60,9 @@ def export(study: Study, folder: str | Path, file_format: str, *, license: str |
     if license is not None and file_format != "hub":
         raise UsageError(f"license is for the format hub, not for {file_format}: leave it out")
     folder = folder_path("folder", folder)
-    if folder.resolve() == study.path.resolve():
-        raise UsageError(f"{folder} is the run folder, whose files must not change: name another folder")
+    for name, what in (("manifest.json", "run"), ("plan.json", "sweep")):
+        if (folder / name).is_file() or folder.resolve() == study.path.resolve():
+            raise UsageError(f"{folder} is the folder of a {what}, whose files must not change: name another folder")
     if file_format == "hub":
         files = dict(_repository(study, license))
     else:

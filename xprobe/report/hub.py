@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from xprobe.errors import UsageError, XprobeError
 from xprobe.report.columns import TABLES, describe_column, describe_table
-from xprobe.report.places import without_folders
+from xprobe.report.places import shown_name, without_folders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ def dataset_card(study: Study, license: str | None = None) -> str:
     manifest = study.manifest
     states = manifest.stages["states"]
     environment = states.executions[-1].environment if states.executions else {}
-    model, data = without_folders([manifest.study.model, manifest.data.name])
+    model, data = shown_name(manifest.study.model), shown_name(manifest.data.name)
     shown_model, shown_data = escape(model, quote=False), escape(data, quote=False)  # a card is Markdown with HTML
     source = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, trim_blocks=True)
     template = source.from_string(files("xprobe.report").joinpath("card.md.jinja").read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
     for entry in study.manifest.stages.values():
         for name in entry.tables:
             frame = study.table(name)
-            kept = {column: frame[column].map(without_folders) for column in _NAMES_OF_FILES if column in frame}
+            kept = {column: frame[column].map(shown_name) for column in _NAMES_OF_FILES if column in frame}
             found[Path(name).stem] = frame.assign(**kept)
     return found
 

@@ -19,8 +19,8 @@ from xprobe.report.parts import (
     records,
     short,
     stage_results,
-    without_folders,
 )
+from xprobe.report.places import shown_names
 
 if TYPE_CHECKING:
     from xprobe.results import SettingResult, Study
@@ -196,9 +196,9 @@ def lenses(study: Study, result: SettingResult) -> Section | None:
         return None
     frame = study.lenses
     frame = frame[(frame["setting"] == result.setting) & (frame["language"] == ALL)]
-    rows = []
+    rows, names = [], shown_names(frame["lens"])
     for row in frame.to_dict("records"):
-        cells = [Cell(without_folders(row["lens"]), row["lens"])]
+        cells = [Cell(names[row["lens"]], names[row["lens"]])]
         for name in LENS_FIGURES:
             value = row[name]
             found = {"value": value, "lo": row.get(f"{name}_lo"), "hi": row.get(f"{name}_hi")}
@@ -210,7 +210,7 @@ def lenses(study: Study, result: SettingResult) -> Section | None:
     layers = layers[(layers["setting"] == result.setting) & (layers["language"] == ALL)]
     figures = []
     for signal, (title, caption) in LENS_SIGNALS.items():
-        own = layers[layers["signal"] == signal].assign(series=layers["lens"].map(without_folders))
+        own = layers[layers["signal"] == signal].assign(series=layers["lens"].map(names))
         points = [row for row in records(own, ("series", "layer", "value", "lo", "hi")) if "value" in row]
         if points:
             chart = charts.lines(points, list(dict.fromkeys(row["series"] for row in points)), title, domain=(0, 1))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xprobe.report.content import about
 from xprobe.report.page import template
 from xprobe.report.parts import Card, Cell, Table, cell, interval_cell, missing, number
+from xprobe.report.places import shown_name
 from xprobe.report.reading import cards
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def study_html(study: Study) -> str:
     >>> study_html(study)                                         # doctest: +SKIP
     """
     parts = [_setting(result, f"Setting {name}") for name, result in study.items()]
-    return render(study.manifest.model.name, f"{about(study)} · {study.path}", parts)
+    return render(shown_name(study.manifest.model.name), f"{about(study)} · {study.path}", parts)
 
 
 def setting_html(result: SettingResult) -> str:
@@ -47,7 +48,7 @@ def setting_html(result: SettingResult) -> str:
     >>> setting_html(study["en-x"])                               # doctest: +SKIP
     """
     study = result.study
-    return render(f"{study.manifest.model.name} · {result.setting}", about(study), [_setting(result, "")])
+    return render(f"{shown_name(study.manifest.model.name)} · {result.setting}", about(study), [_setting(result, "")])
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -57,8 +58,9 @@ def comparison_html(comparison: Comparison) -> str:
     --------
     >>> comparison_html(xprobe.compare(runs))                     # doctest: +SKIP
     """
-    from xprobe.report.comparison import claims_table, correlations_table, models_table
+    from xprobe.report.comparison import claims_table, correlations_table, models_table, shown
 
+    comparison = shown(comparison)
     parts = []
     for setting in dict.fromkeys(comparison.table["setting"]):
         tables = [models_table(comparison, setting), correlations_table(comparison, setting)]

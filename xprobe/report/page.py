@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from xprobe.arguments import folder_path
 from xprobe.errors import UsageError
 from xprobe.report.content import about, groups
-from xprobe.report.parts import Group, without_folders
+from xprobe.report.parts import Group
+from xprobe.report.places import shown_name
 
 if TYPE_CHECKING:
     from xprobe.results import Study
@@ -33,9 +34,7 @@ def page(study: Study) -> str:
         A whole document.
     """
     manifest = study.manifest
-    return render(
-        without_folders(manifest.model.name), without_folders(about(study)), groups(study), len(manifest.warnings)
-    )
+    return render(shown_name(manifest.model.name), about(study), groups(study), len(manifest.warnings))
 
 
 def write_page(study: Study, path: str | Path) -> Path:

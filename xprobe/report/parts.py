@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -121,19 +120,6 @@ def counted(number: int, thing: str) -> str:
     ('1 language', '3 languages')
     """
     return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
-def without_folders(text: str) -> str:
-    """A text without the folders of absolute paths: pages are sent to others.
-
-    Examples
-    --------
-    >>> without_folders("/home/ada/models/tiny"), without_folders("regression:/home/ada/lens.pt")
-    ('tiny', 'regression:lens.pt')
-    >>> without_folders("Qwen/Qwen3-8B"), without_folders("see https://example.org/a/b"), without_folders("./runs/a")
-    ('Qwen/Qwen3-8B', 'see https://example.org/a/b', './runs/a')
-    """
-    return re.sub(r"(?<![\w/.])/(?!/)(?:[^\s/]+/)+", "", text)
 
 
 def missing(value: float | None) -> bool:

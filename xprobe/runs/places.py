@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +33,9 @@ def in_folder(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or not value or "\0" in value or value in _NO_PATHS:
         return value
     if value.startswith(_HUB):  # a folder in the layout of the Hub
-        name, comma, parts = value.removeprefix(_HUB).partition(",")
-        return f"{_HUB}{(folder / name).resolve()}{comma}{parts}" if name and (folder / name).is_dir() else value
-    return str((folder / value).resolve()) if (folder / value).exists() else value
+        name, *parts = _parts(value)
+        return ",".join([f"{_HUB}{(folder / name).resolve()}", *parts]) if _exists(folder, name) else value
+    return str((folder / value).resolve()) if _exists(folder, value) else value
 
 
 def lens_in_folder(name: Any, folder: Path) -> Any:
@@ -90,12 +91,19 @@ def _lies_there(name: str, value: Any) -> bool:
     if not isinstance(value, str) or value in _NO_PATHS:
         return False
     if name == "lens":
-        place = value.partition(":")[2]
-    else:
-        place = value.removeprefix(_HUB).partition(",")[0] if value.startswith(_HUB) else value
+        return _exists(Path(), value.partition(":")[2])
+    return _exists(Path(), _parts(value)[0] if value.startswith(_HUB) else value)
+
+
+def _parts(value: str) -> list[str]:
+    """A data set of the Hub, and what follows it: config=, split=, ..."""
+    return re.split(",(?=[a-z]+=)", value.removeprefix(_HUB))
+
+
+def _exists(folder: Path, name: str) -> bool:
     try:
-        return bool(place) and Path(place).exists()
-    except (OSError, ValueError):
+        return bool(name) and (folder / name).exists()
+    except (OSError, ValueError):  # no name of a file
         return False
 
 

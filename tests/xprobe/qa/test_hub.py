@@ -11,9 +11,10 @@ import pytest
 from support.fake_hub import TOKEN, Hub, fake_hub
 from xprobe_cli.main import main
 
-from xprobe.errors import UsageError
+from xprobe.errors import DataError, UsageError
 from xprobe.qa.hub_names import HubName, patterns_in
 from xprobe.qa.parallel import load_data
+from xprobe.runs.places import in_folder
 
 datasets = pytest.importorskip("datasets", reason="the extra datasets is not installed")
 
@@ -197,6 +198,32 @@ def test_a_folder_in_the_layout_of_the_hub_is_read(content: dict[str, str], tmp_
         load_data(f"hf:{tmp_path / 'set'}", ["fr"])
     with pytest.raises(UsageError, match="a folder on this machine, which has no revision"):
         load_data(f"hf:{tmp_path / 'set'},revision=main")
+
+
+def test_languages_of_several_commits_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the cache may hold a configuration of an older commit."""
+    for name, text in XQUAD.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text(text, encoding="utf-8")
+    commits = iter(["a" * 40, "b" * 40])
+    monkeypatch.setattr("xprobe.qa.hub._commit", lambda splits: next(commits))
+    monkeypatch.setattr("xprobe.qa.hub._Source.load", _loaded_without_check)
+    with pytest.raises(DataError, match=r"at several commits \(a{40}, b{40}\): try again with a network"):
+        load_data(f"hf:{tmp_path / 'set'}", ["en", "de"])
+
+
+def _loaded_without_check(source: Any, config: str) -> Any:
+    return datasets.load_dataset(source.place, config)
+
+
+def test_a_folder_with_a_comma_in_its_name_is_read(tmp_path: Path, from_files: Path) -> None:
+    for name, text in XQUAD.items():
+        (tmp_path / "my, set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my, set" / name).write_text(text, encoding="utf-8")
+    assert in_folder("hf:my, set,split=validation", tmp_path) == f"hf:{tmp_path / 'my, set'},split=validation"
+    assert HubName.from_text(f"hf:{tmp_path / 'my, set'},language=en").name == str(tmp_path / "my, set")
+    assert load_data(f"hf:{tmp_path / 'my, set'}", ["en"]).languages == ("en",)
+    assert in_folder("x" * 300, tmp_path) == "x" * 300
 
 
 def test_a_folder_that_is_no_data_set_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_latex_accepts_hostile_texts(tmp_path: Path) -> None:
 def test_what_cannot_be_exported_is_refused(study: xprobe.Study, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown format 'xlsx'; known: csv, parquet, latex"):
         export(study, tmp_path, "xlsx")
-    with pytest.raises(UsageError, match="is the run folder"):
+    with pytest.raises(UsageError, match="is the folder of a run"):
         export(study, study.path, "parquet")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
@@ -82,6 +82,15 @@ def test_what_cannot_be_exported_is_refused(study: xprobe.Study, tmp_path: Path)
     with pytest.raises(RunFolderError, match=r"answers\.parquet"):
         export(xprobe.load_study(copy), tmp_path / "out", "csv")
     assert not (tmp_path / "out").exists()
+
+
+def test_other_runs_and_sweeps_are_not_written_into(study: xprobe.Study, tmp_path: Path) -> None:
+    for name, what in (("manifest.json", "run"), ("plan.json", "sweep")):
+        (tmp_path / what).mkdir()
+        (tmp_path / what / name).write_text("{}")
+        with pytest.raises(UsageError, match=f"is the folder of a {what}, whose files must not change"):
+            export(study, tmp_path / what, "parquet")
+        assert [file.name for file in (tmp_path / what).iterdir()] == [name]
 
 
 def test_the_command_names_its_files(study: xprobe.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

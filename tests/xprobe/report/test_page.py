@@ -135,6 +135,7 @@ def test_markup_in_data_and_model_stays_text(html: str) -> None:
 def test_the_page_names_no_folder_of_the_disk(study: xprobe.Study, html: str) -> None:
     assert str(study.path.parent) not in html
     assert study.path.name in html
+    assert not re.search(r'data-sort="[^"]*[:"]/', html)
 
 
 def test_a_printed_table_says_which_columns_it_leaves_out(study: xprobe.Study, html: str) -> None:

@@ -154,6 +154,7 @@ def test_figures_leave_out_what_is_undefined(study: xprobe.Study) -> None:
         ("tuned:/data/lens/", "tuned:lens"),
         ("~/models/tiny.gguf", "tiny.gguf"),
         (r"C:\models\tiny", "tiny"),
+        ("/home/Ada Lovelace/my models/tiny v2", "tiny v2"),
         ("google/xquad", "google/xquad"),
         ("regression:./lens.safetensors", "regression:./lens.safetensors"),
         ("1/2 and en-x", "1/2 and en-x"),
