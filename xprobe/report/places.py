@@ -9,7 +9,9 @@ from typing import Any
 _ROOT = r"(?:~[\w.-]*(?=[\\/])|[A-Za-z]:(?=[\\/]))?"  # of a path from the root or the home folder
 _WORD = r"(?:[^\s\\/:,;'\"()\]·]|\([^()\\/]*\)|(?<=\w)'(?=\w))+"
 # in a text: a folder may have blanks in its name, as a separator follows; the last part has none
-_PATH = re.compile(rf"(?<![\w/.\\~)\]-])(?:file://)?{_ROOT}[\\/](?:{_WORD}(?:[ \xa0]+{_WORD})*[\\/])*(?:{_WORD})?")
+_PATH = re.compile(
+    rf"(?<![\w/.\\~)\]-])(?:file://)?{_ROOT}[\\/](?=[^\s\\/])(?:{_WORD}(?:[ \xa0]+{_WORD})*[\\/])*(?:{_WORD})?"
+)
 # a whole name: what stands before the path ("hf:", "regression:"), the path, and parts such as ",split=test"
 _NAME = re.compile(rf"(\w[\w+-]+:)?({_ROOT}[\\/](?![\\/]).*?|\\\\.*?)((?:,[a-z]+=[^,\\/]*)*)", re.DOTALL)
 
