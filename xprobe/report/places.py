@@ -10,7 +10,7 @@ _ROOT = r"(?:~[\w.-]*(?=[\\/])|[A-Za-z]:(?=[\\/]))?"  # of a path from the root 
 _WORD = r"(?:[^\s\\/:,;'\"()\]·]|\([^()\\/]*\)|(?<=\w)'(?=\w))+"
 # in a text: a folder may have blanks in its name, as a separator follows; the last part has none
 _PATH = re.compile(
-    rf"(?<![\w/.\\~)\]-])(?:file://)?{_ROOT}[\\/](?=[^\s\\/])(?:{_WORD}(?:[ \xa0]+{_WORD})*[\\/])*(?:{_WORD})?"
+    rf"(?<![\w/.\\~)\]-])(?:file://)?{_ROOT}(?:\\?\\|/)(?=[^\s\\/])(?:{_WORD}(?:[ \xa0]+{_WORD})*[\\/])*(?:{_WORD})?"
 )
 # a whole name: what stands before the path ("hf:", "regression:"), the path, and parts such as ",split=test"
 _NAME = re.compile(rf"(\w[\w+-]+:)?({_ROOT}[\\/](?![\\/]).*?|\\\\.*?)((?:,[a-z]+=[^,\\/]*)*)", re.DOTALL)
@@ -61,11 +61,10 @@ def shown_names(names: Iterable[str]) -> dict[str, str]:
     """
     shown: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        short, number = shown_name(name), 2
-        while (
-            text := short if number == 2 and short not in shown.values() else f"{short} #{number}"
-        ) in shown.values():
-            number += 1
+        short = text = shown_name(name)
+        number = 2
+        while text in shown.values():
+            text, number = f"{short} #{number}", number + 1
         shown[name] = text
     return shown
 

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from support.browser import BROWSER, look
 from support.families import save_tiny_model
@@ -136,6 +137,24 @@ def test_the_page_names_no_folder_of_the_disk(study: xprobe.Study, html: str) ->
     assert str(study.path.parent) not in html
     assert study.path.name in html
     assert not re.search(r'data-sort="[^"]*[:"]/', html)
+
+
+def test_the_page_names_no_folder_of_a_lens(study: xprobe.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = xprobe.Study.table
+
+    def table(self: xprobe.Study, name: str) -> pd.DataFrame:
+        frame = kept(self, name)
+        if not name.startswith("lenses"):
+            return frame
+        others = [frame.assign(lens=f"tuned:/home/Ada, L/{at}/lens.pt") for at in "ab"]
+        return pd.concat([frame, *others], ignore_index=True)
+
+    monkeypatch.setattr(xprobe.Study, "table", table)
+    text = page(study)
+    assert 'data-sort="tuned:lens.pt"' in text
+    assert "tuned:lens.pt #2" in text
+    assert "/home/Ada" not in text
+    assert "Ada, L" not in text
 
 
 def test_a_printed_table_says_which_columns_it_leaves_out(study: xprobe.Study, html: str) -> None:

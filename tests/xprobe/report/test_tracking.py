@@ -158,11 +158,27 @@ def test_figures_leave_out_what_is_undefined(study: xprobe.Study) -> None:
         ("google/xquad", "google/xquad"),
         ("regression:./lens.safetensors", "regression:./lens.safetensors"),
         ("1/2 and en-x", "1/2 and en-x"),
+        ("hf:/home/Lovelace, Ada/a:b/boats,config=x.{lang},split=test", "hf:boats,config=x.{lang},split=test"),
+        (r"\\server\shared models\tiny", "tiny"),
+        ("file:///home/ada/tiny", "tiny"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
         (None, None),
     ],
 )
 def test_only_folders_are_cut_from_texts(text: Any, shown: Any) -> None:
     assert without_folders([text]) == [shown]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see /home/Ada Lovelace/models/tiny, and '/home/b c/x': not read", "see tiny, and 'x': not read"),
+        ("(/home/ada (old)/Ada's/tiny) is not there", "(tiny) is not there"),
+        ("p(own) / (p(English) + p(own)), 1 / 2, S(l)/x", "p(own) / (p(English) + p(own)), 1 / 2, S(l)/x"),
+    ],
+)
+def test_folders_with_blanks_are_cut_inside_of_texts(text: str, shown: str) -> None:
+    assert without_folders(text) == shown
 
 
 CALL = """
