@@ -34,6 +34,10 @@ def text_names(parameter: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+# file -> what the folder holds that has it
+MARKERS = {"manifest.json": "run", "plan.json": "sweep"}
+
+
 def folder_path(parameter: str, value: Any) -> Path:
     """A path that the caller gives as a text or a path.
 
@@ -54,6 +58,22 @@ def folder_path(parameter: str, value: Any) -> Path:
     if not isinstance(path, str) or not path or "\0" in path:
         raise UsageError(f"{parameter} must be a path, got {value!r}")
     return Path(path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises a UsageError if ``path`` is a file that a run or a sweep needs: results go elsewhere.
+
+    Examples
+    --------
+    >>> check_replaceable(Path("runs/mine/report.html"))
+    """
+    path = Path(os.path.realpath(path))
+    if not path.is_file() or (path.suffix not in (".json", ".jsonl", ".parquet") and path.parent.name != "shards"):
+        return
+    for folder in (path.parent, path.parent.parent):
+        for name, what in MARKERS.items():
+            if (folder / name).is_file():
+                raise UsageError(f"{path} is a file of the {what} in {folder}, which must not change: name another")
 
 
 def check_instance(parameter: str, value: Any, kind: type) -> None:

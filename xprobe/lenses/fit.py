@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xprobe.arguments import check_callable
+from xprobe.arguments import check_callable, check_replaceable
 from xprobe.capture.engine import Engine
 from xprobe.capture.requests import Each, Request
 from xprobe.errors import DataError, ModelError, UsageError
@@ -138,6 +138,7 @@ def fit_lens(
     path = Path(out)
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file")
+    check_replaceable(path)
     check_writable(path)
     notify = progress or (lambda event: None)
     texts = read_texts(text)

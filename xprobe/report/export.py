@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xprobe.arguments import folder_path
+from xprobe.arguments import MARKERS, folder_path
 from xprobe.errors import UsageError
 from xprobe.report.content import groups
 from xprobe.report.hub import CARD, dataset_card, tables
@@ -60,7 +60,7 @@ def export(study: Study, folder: str | Path, file_format: str, *, license: str |
     if license is not None and file_format != "hub":
         raise UsageError(f"license is for the format hub, not for {file_format}: leave it out")
     folder = folder_path("folder", folder)
-    for name, what in (("manifest.json", "run"), ("plan.json", "sweep")):
+    for name, what in MARKERS.items():
         if (folder / name).is_file() or folder.resolve() == study.path.resolve():
             raise UsageError(f"{folder} is the folder of a {what}, whose files must not change: name another folder")
     if file_format == "hub":

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xprobe.arguments import folder_path
+from xprobe.arguments import check_replaceable, folder_path
 from xprobe.errors import UsageError
 from xprobe.report.content import about, groups
 from xprobe.report.parts import Group
@@ -43,7 +43,7 @@ def write_page(study: Study, path: str | Path) -> Path:
     Raises
     ------
     UsageError
-        The file cannot be written.
+        The file cannot be written, or is one that a run or a sweep needs.
     """
     return write_html(page(study), path)
 
@@ -72,6 +72,7 @@ def write_html(html: str, path: str | Path) -> Path:
     part = path.with_name(f".{path.name}.part")
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name the file, for example {path / 'report.html'}")
+    check_replaceable(path)
     try:
         part.write_text(html, encoding="utf-8")
         part.replace(path)

@@ -321,6 +321,24 @@ def test_a_page_that_cannot_be_written_is_refused(study: xprobe.Study, tmp_path:
         study.to_html(5)  # type: ignore[arg-type]
 
 
+def test_files_of_runs_and_sweeps_are_not_replaced(study: xprobe.Study, tmp_path: Path) -> None:
+    copy = shutil.copytree(study.path, tmp_path / "run")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "plan.json").write_text("{}")
+    shard = next((copy / "shards").iterdir())
+    (tmp_path / "link.html").symlink_to(copy / "manifest.json")
+    of_the_run = [copy / name for name in ("manifest.json", "layers.parquet", "answers.jsonl")]
+    for file in (*of_the_run, shard, tmp_path / "sweep" / "plan.json", tmp_path / "link.html"):
+        before = file.read_bytes()
+        with pytest.raises(UsageError, match=r"is a file of the (run|sweep) in .*: name another"):
+            study.to_html(file)
+        with pytest.raises(UsageError, match=r"is a file of the (run|sweep) in .*: name another"):
+            xprobe.fit_lens("none", file)
+        assert file.read_bytes() == before
+    for file in (copy / "report.html", copy / "report.html", copy / "figures.html", tmp_path / "page.html"):
+        assert study.to_html(file) == file
+
+
 def test_a_lost_table_is_named(study: xprobe.Study, tmp_path: Path) -> None:
     copy = shutil.copytree(study.path, tmp_path / "run")
     (copy / "patching_by_layer.parquet").unlink()
