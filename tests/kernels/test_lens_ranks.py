@@ -210,7 +210,10 @@ def test_asking_for_more_leaves_the_rest_as_it_was(backend) -> None:
     assert rest.rank.equal(bare.rank)
     for name in ("logits", "logsumexp", "entropy"):
         found, expected = getattr(rest, name), getattr(bare, name)
-        assert bool(((found - expected).abs() <= 4 * EPS * expected.abs().clamp(min=1)).all()), name
+        size = expected.abs().clamp(min=1)
+        if name == "entropy":  # logsumexp less the mean logit, both of which are rounded
+            size = size + bare.logsumexp.abs()
+        assert bool(((found - expected).abs() <= 4 * EPS * size).all()), name
 
 
 @each_backend

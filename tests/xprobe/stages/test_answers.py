@@ -234,7 +234,7 @@ def test_a_model_in_memory_is_passed_again(tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
     options = {**OPTIONS, "languages": ("en",), "limit": 2}
     study = xprobe.run(model, tokenizer=tokenizer, out=tmp_path / "run", **options)
-    with pytest.raises(UsageError, match="made with a model in memory: pass it \(model=, tokenizer=\)"):
+    with pytest.raises(UsageError, match=r"made with a model in memory: pass it \(model=, tokenizer=\)"):
         xprobe.evaluate(study, SHORT)
     assert len(xprobe.evaluate(study, SHORT, model=model, tokenizer=tokenizer).answers) == 2
 
