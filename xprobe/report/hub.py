@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from xprobe.errors import UsageError, XprobeError
 from xprobe.report.columns import TABLES, describe_column, describe_table
-from xprobe.report.places import shown_name, without_folders
+from xprobe.report.places import shown_name, shown_names, without_folders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,9 +90,14 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
     """
     found = {}
     for entry in study.manifest.stages.values():
+        names = shown_names(entry.results.get("lenses", ()))  # two lenses may have one name without folders
         for name in entry.tables:
             frame = study.table(name)
-            kept = {column: frame[column].map(shown_name) for column in _NAMES_OF_FILES if column in frame}
+            kept = {
+                column: frame[column].map(lambda one, names=names: names.get(one, shown_name(one)))
+                for column in _NAMES_OF_FILES
+                if column in frame
+            }
             found[Path(name).stem] = frame.assign(**kept)
     return found
 

@@ -63,26 +63,31 @@ def first_directory(before: Manifest, now: Manifest) -> str:
 
 
 def new_places(before: Manifest, study: StudyConfig) -> dict[str, str]:
-    """Where the files of a run lie, if ``study`` names them otherwise than the run does; what was known stays."""
-    named = {name: find(getattr(study, name), Path()) for name, find in _FIND.items()}
-    moved = {name: place for name, place in named.items() if getattr(study, name) != getattr(before.study, name)}
-    return {**before.places, **{name: place for name, place in moved.items() if _lies_there(name, place)}}
+    """Where the files of a run lie, as ``study`` names them now, if its own names do not lead there."""
+    found: dict[str, str] = {}
+    for name, find in _FIND.items():
+        place = find(getattr(study, name), Path())
+        known = getattr(before.study, name)
+        own = find(known, Path(before.directory)) if before.directory else known
+        if _lies_there(name, place) and place != own:
+            found[name] = place
+    return found
 
 
 def study_here(manifest: Manifest) -> StudyConfig:
     """The study of a run, with paths that lead from this working directory to the files that the run read.
 
-    A name that leads to something here stays; then the directory counts in which the run began, and then the place
-    that the last resume named. What a path leads to is compared with the run's checksums.
+    First counts the place that the last resume named, whose bytes it checked; then a name that leads to something
+    here; then the directory in which the run began. What a path leads to is compared with the run's checksums.
     """
-    study, found = manifest.study, {}
+    study = manifest.study
+    found: dict[str, Any] = {}
     for name, find in _FIND.items():
-        value = getattr(study, name)
-        if _lies_there(name, value):
-            continue
-        found[name] = find(value, Path(manifest.directory)) if manifest.directory else value
-        if not _lies_there(name, found[name]):
-            found[name] = manifest.places.get(name, found[name])
+        value, place = getattr(study, name), manifest.places.get(name)
+        if place is not None and _lies_there(name, place):
+            found[name] = place
+        elif not _lies_there(name, value) and manifest.directory:
+            found[name] = find(value, Path(manifest.directory))
     return replace(study, **found)
 
 

@@ -7,11 +7,13 @@ with one of the large passes of the stage "states", was measured (``benchmarks/s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from xprobe.capture.plan import Strategy
 from xprobe.config import STAGE_COMMANDS
+from xprobe.errors import XprobeError
 from xprobe.lenses.settings import LensesSettings
 from xprobe.phases.patch_settings import PatchSettings
 from xprobe.qa.prompts import Prompt
@@ -80,12 +82,15 @@ def stage_seconds(
     Returns
     -------
     dict of str to float
-        Answers count as long as they may be, so ``answers`` is what they take at most.
+        Answers count as long as they may be, so ``answers`` is what they take at most. A stage that cannot be counted,
+        since a package is missing, is left out.
     """
-    return {
-        name: _SECONDS[name](_first(prompts, getattr(settings, "limit", None)), settings, speed, (lens, seed))
-        for name, settings in stages.items()
-    }
+    found: dict[str, float] = {}
+    for name, settings in stages.items():
+        wanted = _first(prompts, getattr(settings, "limit", None))
+        with suppress(XprobeError):  # the stage itself says what is wrong
+            found[name] = _SECONDS[name](wanted, settings, speed, (lens, seed))
+    return found
 
 
 def _first(prompts: Sequence[Prompt], limit: int | None) -> Sequence[Prompt]:

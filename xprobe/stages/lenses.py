@@ -140,10 +140,12 @@ def _places(run: Run, settings: LensesSettings) -> dict[str, str]:
     asked = {name: lens_in_folder(name, Path()) for name in settings.lenses if name != own}
     found = {own: study_here(run.manifest).lens}
     results = before.results if before is not None else {}
+    known = results.get("places", {})
+    asked = {name: known.get(name, place) if place == name else place for name, place in asked.items()}
     for name, digest in results.get("lenses", {}).items():
         if name == own:
             continue
-        place = asked.get(name) or results.get("places", {}).get(name, name)
+        place = asked.get(name) or known.get(name, name)
         try:
             same = lens_checksum(place) == digest
         except XprobeError:

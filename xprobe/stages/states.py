@@ -20,9 +20,9 @@ from xprobe.capture.plan import Plan, Wave
 from xprobe.capture.requests import group_requests
 from xprobe.capture.rows import Rows
 from xprobe.capture.runner import Runner
-from xprobe.errors import DataError, XprobeError
+from xprobe.errors import DataError, UsageError, XprobeError
 from xprobe.events import Note, Stage, Step
-from xprobe.lenses.files import load_lens
+from xprobe.lenses.files import lens_checksum, load_lens
 from xprobe.lenses.reading import AnswerReadout, start_reading
 from xprobe.lenses.transport import Transport
 from xprobe.models import loading
@@ -78,6 +78,8 @@ def compute(run: Run, questions: Questions, source: loading.Source, loaded: Load
     check_vocabulary(prompts, runner.anatomy.head.vocab_size, source.name)
     anatomy = runner.anatomy
     lens = study_here(run.manifest).lens
+    if lens_checksum(lens) != run.manifest.lens_sha256:
+        raise UsageError(f"the file of the lens {lens!r} has other bytes than it had when the run began")
     transport, remarks = load_lens(lens, anatomy.head.width, anatomy.n_layers, source.name)
     for message in remarks:
         runner.warn(message)

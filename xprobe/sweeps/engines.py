@@ -16,6 +16,7 @@ from xprobe.sweeps.child import run_child
 from xprobe.sweeps.folder import SweepFolder
 from xprobe.sweeps.plan import Resources
 
+HOURS = 24  # most, of a job of Slurm
 ENGINES = {
     "here": "processes of this machine",
     "ray": "tasks on a Ray cluster, or on one that is started here (needs xprobe[ray])",
@@ -145,8 +146,9 @@ class Slurm:
     def start(self, name: str, resources: Resources) -> None:
         asked = self._folder.plan[name].resources  # a forecast of memory is no limit, and a job's memory is one
         more: dict[str, Any] = {"name": f"xprobe-{name}"}
-        if asked.hours != Resources.hours or "timeout_min" not in self._parameters:
-            more["timeout_min"] = max(1, round(60 * asked.hours))
+        if asked.hours is not None or "timeout_min" not in self._parameters:
+            hours = HOURS if asked.hours is None else asked.hours
+            more["timeout_min"] = max(1, round(60 * hours))
         more |= {"mem_gb": max(1, ceil(asked.memory / 2**30))} if asked.memory else {}
         more |= {"cpus_per_task": resources.cpus} if resources.cpus else {}
         more |= {"gpus_per_node": ceil(resources.gpus)} if resources.gpus else {}

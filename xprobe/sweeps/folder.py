@@ -213,6 +213,14 @@ class SweepFolder:
         later = self.stages_of(self.plan[name])
         return [stage for stage in later if stage in stages and not self._holds(stage, stages[stage])]
 
+    def was_streamed(self, name: str) -> bool:
+        """Whether the states of a finished run were read block by block."""
+        try:
+            executions = RunFolder(self.run(name)).read_finished().stages[STATES].executions
+        except (XprobeError, KeyError):
+            return False
+        return bool(executions) and executions[-1].options.stream
+
     def stages_of(self, model: SweepModel) -> list[str]:
         """The later stages of a model: a model that is read block by block can only be read by lenses."""
         return [stage for stage in self.plan.stages if stage == "lenses" or not model.execution.stream]

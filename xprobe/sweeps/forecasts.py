@@ -180,8 +180,9 @@ def look_ahead(folder: SweepFolder, room: Room, show: Callable[[str], None] = la
             continue
         outlook.to_run.append(name)
         show(name)
+        may_stream = STATES in left or folder.was_streamed(name)  # else only states would be left of its stages
         try:
-            found = _look_at(model, stages, known.get(name), room, outlook)
+            found = _look_at(model, stages, known.get(name), room, outlook, may_stream=may_stream)
         except XprobeError as error:
             outlook.failed[name] = str(error)
             continue
@@ -214,14 +215,15 @@ def _streamed(model: SweepModel) -> SweepModel:
 
 
 def _look_at(
-    model: SweepModel, stages: Mapping[str, Any], known: ModelForecast | None, room: Room, outlook: Outlook
-) -> ModelForecast:
+    model: SweepModel, stages: Mapping[str, Any], known: ModelForecast | None, room: Room, outlook: Outlook, *,
+    may_stream: bool,
+) -> ModelForecast:  # fmt: skip
     """One model's forecast: as it is or streamed. Notes in ``outlook`` what does not fit."""
     found = known if known is not None and known.key == _key(model, stages) else forecast_model(model, stages)
     lacking = _lacking(found, model, room)
     if lacking is None:
         return found
-    if not found.stream and model.execution.device_map is None:
+    if may_stream and not found.stream and model.execution.device_map is None:
         smaller = forecast_model(_streamed(model), stages)
         if _lacking(smaller, model, room) is None:
             outlook.streamed[model.name] = (

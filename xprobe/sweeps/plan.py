@@ -53,15 +53,15 @@ class Resources:
         Bytes of the GPU, if the machine that plans the sweep has none to ask.
     cpus : int, optional
         CPU threads of a run. None: those of this machine, divided by the number of runs at the same time.
-    hours : float
-        Slurm's time limit of a run.
+    hours : float, optional
+        Slurm's time limit of a run. None: what ``[slurm]`` says, or 24.
     """
 
     memory: int | None = None
     gpus: float = 0
     gpu_memory: int | None = None
     cpus: int | None = None
-    hours: float = 24.0
+    hours: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 from support.families import save_tiny_model
 
 import xprobe
+from xprobe.errors import UsageError
 from xprobe.models import loading
 from xprobe.qa.prompts import Prompt
 from xprobe.stages import cost
@@ -87,3 +88,12 @@ def test_the_oracle_counts_what_its_own_forecast_counts(tiny: Path, prompts: lis
     assert tokens(prompts, "oracle", xprobe.OracleSettings()) > 3 * tokens(
         prompts, "oracle", xprobe.OracleSettings(spans=False)
     )
+
+
+def test_a_stage_that_cannot_be_counted_is_left_out(prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: Any) -> float:
+        raise UsageError("needs the package uniseg")
+
+    monkeypatch.setitem(cost._SECONDS, "oracle", missing)
+    stages = {"oracle": xprobe.OracleSettings(), "answers": xprobe.AnswerSettings(3)}
+    assert list(stage_seconds(stages, prompts, "logit", 0, TOKENS_ALONE)) == ["answers"]

@@ -105,6 +105,30 @@ def test_a_finished_run_learns_where_its_files_lie_now(elsewhere: Path, capsys: 
     assert set(xprobe.read_lenses(elsewhere, LensesSettings(("logit",))).lenses["lens"]) == {NAMED["lens"], "logit"}
 
 
+def test_the_place_that_was_named_last_counts_before_the_old_one(elsewhere: Path) -> None:
+    old, settings = elsewhere.parent, AnswerSettings(max_new_tokens=2)
+    shutil.copytree(old / "model", old / "kept")
+    save_tiny_model(old / "model", seed=1)  # trained further, in its place
+    with pytest.raises(UsageError, match="other bytes"):
+        xprobe.evaluate(elsewhere, settings)
+    assert main(["run", str(old / "kept"), "--out", str(elsewhere), "--resume"]) == 0
+    assert len(xprobe.evaluate(elsewhere, settings).answers) == 8
+
+
+def test_shards_are_read_with_the_lens_that_was_checked(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = elsewhere.parent
+    shard = sorted((elsewhere / "shards").iterdir())[-1]
+    before = shard.read_bytes()
+    shard.unlink()
+    lens = old / "maps" / "lens.pt"
+    shutil.copyfile(lens, old / "kept.pt")
+    maps = torch.load(lens)
+    torch.save({**maps, "J": {block: 2 * one for block, one in maps["J"].items()}}, lens)
+    assert main(["run", "--out", str(elsewhere), "--resume"]) == 2
+    assert main(["run", "--out", str(elsewhere), "--resume", "--lens", f"jacobian:{old / 'kept.pt'}"]) == 0
+    assert shard.read_bytes() == before
+
+
 def test_a_run_whose_manifest_was_edited_keeps_its_directory(elsewhere: Path) -> None:
     manifest = elsewhere / "manifest.json"
     manifest.write_text(re.sub(r'"total_seconds": [\d.]+', '"total_seconds": 7.0', manifest.read_text()))

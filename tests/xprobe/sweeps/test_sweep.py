@@ -123,6 +123,19 @@ def test_states_that_were_read_block_by_block_stay_so_where_the_model_does_not_f
     assert folder.left("one") == []
 
 
+def test_stages_of_a_run_that_no_longer_fits_are_refused_and_not_lost(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_sweep(write_toml(models / "n.toml", [{"model": "one"}]), tmp_path / "sweep")
+    in_this_process(folder, "one")
+    folder = open_sweep(write_toml(models / "n.toml", [{"model": "one"}], **ANSWERS), tmp_path / "sweep")
+    monkeypatch.setattr(forecasts, "_lacking", lambda found, model, room: None if found.stream else "too large")
+    outlook = look_ahead(folder, Room())
+    folder.change_plan(streaming(folder.plan, outlook))
+    assert list(outlook.refused) == ["one"]
+    assert folder.left("one") == ["answers"]
+
+
 def test_a_memory_limit_that_cannot_be_set_ends_the_run(
     computed: SweepFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
